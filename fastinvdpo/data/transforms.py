@@ -1,0 +1,71 @@
+"""Resize, crop and flip of a pair's images, with the same decisions on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastinvdpo._extras import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """What SDXL is told about an image, in pixels, each ``(vertical, horizontal)``.
+
+    Attributes:
+        original_size: ``(height, width)`` as stored.
+        crop_top_left: ``(top, left)`` of the crop in the resized image.
+        target_size: ``(height, width)`` as fed to the model.
+    """
+
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The random choices of one draw: mirrored or not, and the crop's place as shares of the free room."""
+
+    flip: bool = False
+    vertical: float = 0.5
+    horizontal: float = 0.5
+
+
+def decide(seed: int, draw: int, *, random_flip: bool, center_crop: bool) -> Decisions:
+    """Choices for draw number ``draw``; a hash of ``(seed, draw)``, so no process or order of access matters."""
+    digest = hashlib.sha256(f"fastinvdpo.transforms/{seed}/{draw}".encode()).digest()
+    shares = [int.from_bytes(digest[8 * k : 8 * k + 8], "big") / 2.0**64 for k in range(3)]
+    flip = random_flip and shares[0] < 0.5
+    return Decisions(flip) if center_crop else Decisions(flip, shares[1], shares[2])
+
+
+def transform(image: Image, resolution: int | None, decisions: Decisions) -> tuple[Image, ImageGeometry]:
+    """Shorter side to ``resolution`` (bilinear), flip, square crop; without a resolution only the flip.
+
+    The crop is taken after the flip, so its place refers to the picture as the model sees it.
+    """
+    pil = require("PIL.Image", extra="train", purpose="resizing and cropping images")
+    original = (image.height, image.width)
+    if resolution is not None and min(original) != resolution:
+        scale = resolution / min(original)
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), resample=pil.Resampling.BILINEAR
+        )
+    if decisions.flip:
+        image = image.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
+    top = left = 0
+    if resolution is not None and image.size != (resolution, resolution):
+        top = _offset(image.height - resolution, decisions.vertical)
+        left = _offset(image.width - resolution, decisions.horizontal)
+        image = image.crop((left, top, left + resolution, top + resolution))
+    return image, ImageGeometry(original, (top, left), (image.height, image.width))
+
+
+def _offset(room: int, share: float) -> int:
+    """Offset among the ``room + 1`` possible ones; share 0.5 is the middle."""
+    return min(int(share * (room + 1)), room)

@@ -1,0 +1,1 @@
+"""Judging a model: deterministic sampling, inversion, statistics, reports."""

@@ -1,0 +1,5 @@
+"""One adapter per model family: load a checkpoint, encode images and prompts, predict, save."""
+
+from fastinvdpo.models.base import DiffusionModel, families, load_model
+
+__all__ = ["DiffusionModel", "families", "load_model"]

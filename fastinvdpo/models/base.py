@@ -1,0 +1,211 @@
+"""What every model family offers to the trainer and the evaluation, and the loader that chooses the family."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinvdpo.errors import invalid
+from fastinvdpo.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fastinvdpo.data.transforms import ImageGeometry
+
+# family name -> (module, class); modules are imported when asked for, since they need diffusers.
+_FAMILIES = {
+    "digits": ("fastinvdpo.models.digits", "DigitsModel"),
+    "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
+}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Names shared by diffusers' attention blocks; the projections that LoRA papers adapt.
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class DiffusionModel(ABC):
+    """A trainable denoising network with the frozen parts that surround it.
+
+    Attributes:
+        family: name that :func:`load_model` knows.
+        network: the denoiser; the only part that training changes.
+        schedule: the noise schedule of the checkpoint, float64.
+        scheduler_config: the checkpoint's scheduler configuration, as saved again by :meth:`save`.
+        default_lora_targets: module names LoRA adapts when the configuration names none.
+        latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
+        image_size: ``(height, width)`` in pixels at the model's own resolution.
+    """
+
+    family: str
+    network: nn.Module
+    schedule: NoiseSchedule
+    scheduler_config: dict[str, Any]
+    default_lora_targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    latent_shape: tuple[int, ...]
+    image_size: tuple[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network; encoded latents and prompts are returned there."""
+        return next(self.network.parameters()).device
+
+    def frozen_modules(self) -> tuple[nn.Module, ...]:
+        """The parts that are never trained (text encoders, VAE); empty where there are none."""
+        return ()
+
+    def to(self, device: torch.device | str) -> DiffusionModel:
+        """Move the network and the frozen parts; dtypes stay as they are."""
+        for module in (self.network, *self.frozen_modules()):
+            module.to(device)
+        return self
+
+    @abstractmethod
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Latents ``(n, C, h, w)``, float32, without gradient. Raises ``InvalidInput`` for unusable sizes."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> list[Image]:
+        """Pictures of latents ``(n, C, h, w)``. Raises ``InvalidInput`` for another shape or non-finite values."""
+
+    @abstractmethod
+    def encode_prompts(
+        self, prompts: Sequence[str], *, geometry: Sequence[ImageGeometry] | None = None
+    ) -> dict[str, Tensor]:
+        """Conditioning of ``n`` prompts: every tensor has leading dimension ``n``; ``""`` is the unconditional prompt.
+
+        ``geometry`` holds original size and crop of the image each prompt belongs to; families that are not
+        conditioned on it ignore it, and SDXL uses its own resolution where it is missing.
+        """
+
+    @abstractmethod
+    def predict(
+        self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Output of ``network`` at latents ``(n, C, h, w)`` and timesteps ``(n,)``; same shape as the latents.
+
+        ``network`` is the policy, the frozen reference, or a wrapped form of either.
+        """
+
+    @abstractmethod
+    def save(self, directory: str | Path, network: nn.Module | None = None) -> None:
+        """Write the whole model, with ``network`` in place of its own where given, as ``load_model`` reads it."""
+
+
+def families() -> tuple[str, ...]:
+    """Names that :func:`load_model` accepts as ``family``."""
+    return tuple(_FAMILIES)
+
+
+def load_model(
+    family: str,
+    path: str | Path,
+    *,
+    unet_init: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> DiffusionModel:
+    """Load a model of the named family.
+
+    Args:
+        family: one of :func:`families`.
+        path: directory of the model, or for ``stable-diffusion`` also a Hugging Face hub id.
+        unet_init: directory or hub id with other UNet weights to start from (a supervised fine-tuned UNet, say).
+        revision: branch, tag or commit on the hub.
+        variant: file variant such as ``"fp16"``.
+        dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
+        options: further arguments of one family, such as ``vae`` (path or hub id) of ``stable-diffusion``.
+
+    Raises:
+        InvalidInput: unknown family, missing files, or a checkpoint of another kind.
+        MissingExtra: diffusers or transformers is not installed.
+    """
+    if family not in _FAMILIES:
+        raise invalid("model.family", family, "is not a known model family", f"choose one of {', '.join(_FAMILIES)}")
+    if not str(path or "").strip():
+        raise invalid("model.path", path, "is empty", "name a directory or a hub id")
+    if dtype not in _DTYPES:
+        raise invalid("dtype", dtype, "is not a floating-point type models are kept in", f"use one of {_DTYPES}")
+    module_name, class_name = _FAMILIES[family]
+    loader = getattr(importlib.import_module(module_name), class_name)
+    model: DiffusionModel = loader.load(
+        path, unet_init=unet_init, revision=revision, variant=variant, dtype=dtype, **options
+    )
+    return model
+
+
+def check_images(images: Sequence[Image]) -> None:
+    """Raise ``InvalidInput`` unless ``images`` is a non-empty sequence of PIL images."""
+    if len(images) == 0:
+        raise invalid("images", list(images), "is empty", "pass at least one PIL image")
+    for i, image in enumerate(images):
+        if not hasattr(image, "convert"):
+            raise invalid(f"images[{i}]", image, "is not a PIL image", "open it with PIL.Image.open")
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list. Raises ``InvalidInput`` for one bare string, an empty list or a non-string."""
+    if isinstance(prompts, str):
+        raise invalid("prompts", prompts, "is one string", "pass a list of strings")
+    if len(prompts) == 0:
+        raise invalid("prompts", list(prompts), "is empty", "pass at least one string")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise invalid(f"prompts[{i}]", prompt, "is not a string", 'pass text; "" is the unconditional prompt')
+    return list(prompts)
+
+
+def check_latents(latents: Tensor, channels: int) -> None:
+    """Raise ``InvalidInput`` unless ``latents`` is a finite floating-point ``(n, channels, h, w)``."""
+    if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+        shape = f"{tuple(latents.shape)} {latents.dtype}"
+        raise invalid("latents", shape, "has the wrong shape or dtype", f"pass floating-point (n, {channels}, h, w)")
+    if not bool(torch.isfinite(latents).all()):
+        raise invalid("latents", f"{tuple(latents.shape)}", "holds NaN or infinity", "look at how they were made")
+
+
+def cast_inputs(
+    network: nn.Module, latents: Tensor, conditioning: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents and conditioning in the storage type of the network.
+
+    Objectives keep latents in float32; a network kept in bf16 does not accept them as they are.
+    """
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), latents.dtype)
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
+    return latents.to(dtype), cast
+
+
+def check_conditioning(conditioning: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise ``InvalidInput`` when the conditioning lacks one of the named tensors."""
+    for name in names:
+        if name not in conditioning:
+            found = sorted(conditioning)
+            raise invalid("conditioning", found, f"lacks {name!r}", "build it with the model's encode_prompts")
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside wrappers that keep it as ``.module`` (DistributedDataParallel) or ``._orig_mod`` (compile)."""
+    while True:
+        inner = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
+
+
+def saveable_network(network: nn.Module) -> nn.Module:
+    """The unwrapped network. Raises ``InvalidInput`` if adapters are still separate: their base could not be loaded."""
+    plain = unwrap(network)
+    if any(".lora_" in name for name, _ in plain.named_parameters()):
+        raise invalid(
+            "network", type(plain).__name__, "holds LoRA layers that are not merged", "merge the adapter, then save"
+        )
+    return plain

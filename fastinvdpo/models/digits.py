@@ -1,0 +1,146 @@
+"""The model family of the demo: 8x8 grey pictures of digits, an identity "VAE" and a hash text encoder.
+
+A model is a directory::
+
+    unet/                            diffusers' UNet2DConditionModel (config.json and safetensors weights)
+    scheduler/scheduler_config.json  the noise schedule
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import invalid
+from fastinvdpo.models.base import (
+    DiffusionModel,
+    cast_inputs,
+    check_conditioning,
+    check_images,
+    check_latents,
+    check_prompts,
+    saveable_network,
+)
+from fastinvdpo.models.digits_text import embed_prompts
+from fastinvdpo.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fastinvdpo.data.transforms import ImageGeometry
+
+SIDE = 8
+_HALF_RANGE = 127.5  # pixel p of 0..255 <-> latent p / 127.5 - 1
+
+
+class DigitsModel(DiffusionModel):
+    """A UNet on 8x8 one-channel pictures; the latent is the picture itself, scaled to [-1, 1]."""
+
+    family = "digits"
+    latent_shape = (1, SIDE, SIDE)
+    image_size = (SIDE, SIDE)
+
+    def __init__(self, network: nn.Module, scheduler_config: Mapping[str, Any]) -> None:
+        self.network = network
+        self.scheduler_config = dict(scheduler_config)
+        self.schedule = NoiseSchedule.from_config(self.scheduler_config)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        unet_init: str | Path | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> DigitsModel:
+        """Load the directory ``path``. Weights stored in half precision are upcast to ``dtype``.
+
+        Raises:
+            InvalidInput: a file is missing, the UNet has other channels, or ``revision`` is given.
+        """
+        if revision is not None:
+            raise invalid("model.revision", revision, "means nothing for a local digits model", "leave it out")
+        root = Path(path)
+        config_file = root / "scheduler" / "scheduler_config.json"
+        if not config_file.is_file():
+            raise invalid("model.path", str(path), f"holds no {config_file.relative_to(root)}", _MODEL_REMEDY)
+        network = _load_unet(Path(unet_init) if unet_init is not None else root, variant, dtype)
+        return cls(network, json.loads(config_file.read_text()))
+
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Latents ``(n, 1, 8, 8)`` of 8x8 pictures; colours become grey."""
+        check_images(images)
+        for i, image in enumerate(images):
+            if image.size != (SIDE, SIDE):
+                remedy = f"resize it, or set data.resolution to {SIDE}"
+                raise invalid(f"images[{i}].size", image.size, f"digit models need {SIDE}x{SIDE} pixels", remedy)
+        pixels = torch.stack([_grey_pixels(image) for image in images])
+        return (pixels.to(torch.float32) / _HALF_RANGE - 1.0).to(self.device)
+
+    def decode_latents(self, latents: Tensor) -> list[Image]:
+        """8-bit grey pictures; values outside [-1, 1] are clipped."""
+        image_module = require("PIL.Image", extra="train", purpose="writing pictures")
+        check_latents(latents, channels=1)
+        pixels = ((latents.detach().to("cpu", torch.float64) + 1.0) * _HALF_RANGE).round().clamp(0, 255)
+        rows = pixels[:, 0].to(torch.uint8)
+        size = (rows.shape[2], rows.shape[1])
+        return [image_module.frombytes("L", size, bytes(row.flatten().tolist())) for row in rows]
+
+    def encode_prompts(
+        self, prompts: Sequence[str], *, geometry: Sequence[ImageGeometry] | None = None
+    ) -> dict[str, Tensor]:
+        """``encoder_hidden_states`` ``(n, 4, 32)`` float32 from the hash text encoder; ``""`` gives zeros."""
+        return {"encoder_hidden_states": embed_prompts(check_prompts(prompts)).to(self.device)}
+
+    def predict(
+        self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        check_conditioning(conditioning, ("encoder_hidden_states",))
+        sample, cast = cast_inputs(network, latents, conditioning)
+        output: Tensor = network(
+            sample, timesteps, encoder_hidden_states=cast["encoder_hidden_states"], return_dict=False
+        )[0]
+        return output
+
+    def save(self, directory: str | Path, network: nn.Module | None = None) -> None:
+        plain: Any = saveable_network(self.network if network is None else network)
+        root = Path(directory)
+        plain.save_pretrained(root / "unet", safe_serialization=True)
+        (root / "scheduler").mkdir(parents=True, exist_ok=True)
+        (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler_config, indent=2) + "\n")
+
+
+_MODEL_REMEDY = "name a directory with unet/ and scheduler/, such as one the demo or a training run wrote"
+
+
+def _load_unet(root: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
+    """The UNet in ``root/unet``, or in ``root`` itself when that is a UNet directory."""
+    diffusers = require("diffusers", extra="train", purpose="loading a digits model")
+    folder = root / "unet" if (root / "unet").is_dir() else root
+    if not (folder / "config.json").is_file():
+        raise invalid("model.path", str(root), "holds no unet/config.json", _MODEL_REMEDY)
+    try:
+        network: nn.Module = diffusers.UNet2DConditionModel.from_pretrained(
+            folder, variant=variant, torch_dtype=dtype, use_safetensors=True
+        )
+    except OSError as error:
+        raise invalid("model.path", str(folder), f"cannot be loaded ({error})", _MODEL_REMEDY) from error
+    channels = network.config["in_channels"]  # type: ignore[index]
+    if channels != 1:
+        raise invalid(
+            "model.path", str(folder), f"its UNet has {channels} input channels, digits have 1", _MODEL_REMEDY
+        )
+    return network
+
+
+def _grey_pixels(image: Image) -> Tensor:
+    grey = image.convert("L")
+    return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).reshape(1, grey.height, grey.width)
