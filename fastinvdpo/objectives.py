@@ -1,0 +1,422 @@
+"""The published methods: each is one composition of trajectory, target, weights and utility.
+
+:func:`build_objective` makes an objective by the method's name; calling it on a batch of pairs gives a loss to differentiate.
+Every random draw is keyed by the run's seed and the pair's number in the run, never by its place in a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastinvdpo.errors import invalid
+from fastinvdpo.losses import PICKSCORE_RANGE, PreferenceLoss, preference_loss, preference_probability, smoothed_pair_weight
+from fastinvdpo.ops import philox
+from fastinvdpo.schedule import NoiseSchedule, add_noise, predicted_clean_and_noise, prediction_target, recover_noise
+from fastinvdpo.trajectories import (
+    InversionSettings,
+    Network,
+    Prompt,
+    inversion_steps,
+    invert,
+    plan_grid,
+    plan_inversion,
+    plan_released,
+    predict,
+    weighted_sum,
+)
+
+# Offsets of the random streams of one draw; an inversion uses one offset per step, the strata one each.
+STREAM_TIMESTEP, STREAM_NOISE, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 1 << 16, 1 << 17
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs of clean latents and what belongs to them. Tensors of 2B samples are stacked [winners; losers].
+
+    Attributes:
+        latents: ``(2B, …)``.
+        conditioning: what the network is told, every tensor ``(2B, …)``.
+        draw: int64 ``(B,)`` on the host: the number of each pair's draw in the whole run. It keys all random numbers.
+        unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
+        scores: preference scores ``(2B,)``; needed by SmPO.
+        trajectory: what :meth:`InversionDPO.reference_trajectory` gave for these latents, ``(2B, …)``; computed when None.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    draw: Tensor
+    unconditional: dict[str, Tensor] | None = None
+    scores: Tensor | None = None
+    trajectory: Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        return self.latents.shape[0] // 2
+
+    def prompt(self, guidance_scale: float = 1.0) -> Prompt:
+        return Prompt(self.conditioning, self.unconditional, guidance_scale)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers to use instead of the counter-based ones.
+
+    Attributes:
+        timesteps: int64 ``(B,)`` on the host.
+        noise: Diffusion-DPO: ``(B, …)``, one per pair; InPO: ``(S, 2B, …)``, one per step of the inversion and sample.
+    """
+
+    timesteps: Tensor | None = None
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput(PreferenceLoss):
+    """The loss with what it was computed from: timesteps ``(2B,)`` or ``(2B, K)`` on the host, the others ``(2B, …)`` or ``(2B, K, …)``."""
+
+    timesteps: Tensor
+    noisy_latents: Tensor
+    target: Tensor | None
+    policy_pred: Tensor
+    reference_pred: Tensor
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How a margin becomes a loss: the part that all methods share."""
+
+    beta: float
+    utility: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+
+Trajectory = Callable[[Network, PairBatch, Tensor, Draws, int], tuple[Tensor, Tensor]]
+"""``trajectory(policy, batch, timesteps (2B,), draws, seed) -> (noisy latents, noise)``, both ``(2B, …)``."""
+
+PairWeight = Callable[[PairBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class SingleTimestepObjective:
+    """Diffusion-DPO, InPO and SmPO: one timestep per pair, scored against the noise that made the noisy latent."""
+
+    schedule: NoiseSchedule
+    preference: Preference
+    trajectory: Trajectory
+    pair_weight: PairWeight | None = None
+
+    def __call__(
+        self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
+    ) -> ObjectiveOutput:
+        _check_batch(batch)
+        drawn = philox.integers(seed, STREAM_TIMESTEP, batch.draw, self.schedule.num_train_timesteps)
+        timesteps = (drawn if draws.timesteps is None else draws.timesteps).repeat(2)
+        noisy, noise = self.trajectory(policy, batch, timesteps, draws, seed)
+        target = prediction_target(self.schedule, batch.latents, noise, timesteps)
+        times = timesteps.to(noisy.device)
+        policy_pred = policy(noisy, times, batch.conditioning)
+        with torch.no_grad():
+            reference_pred = reference(noisy, times, batch.conditioning)
+        weight = None if self.pair_weight is None else self.pair_weight(batch)
+        result = preference_loss(policy_pred, reference_pred, target, pair_weight=weight, **vars(self.preference))
+        return ObjectiveOutput(**vars(result), timesteps=timesteps, noisy_latents=noisy, target=target,
+                               policy_pred=policy_pred, reference_pred=reference_pred)  # fmt: skip
+
+
+def diffusion_dpo(schedule: NoiseSchedule, *, compat: str | None = None, **preference: Any) -> SingleTimestepObjective:
+    """Diffusion-DPO (arXiv 2311.12908): one forward noising, its noise shared by winner and loser."""
+
+    def trajectory(
+        policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        noise = draws.noise
+        if noise is None:
+            index = batch.draw.to(batch.latents.device)
+            noise = philox.normal(seed, STREAM_NOISE, index, tuple(batch.latents.shape[1:]), batch.latents.dtype)
+        noise = torch.cat([noise, noise])
+        return add_noise(schedule, batch.latents, noise, timesteps), noise
+
+    return SingleTimestepObjective(schedule, _preference(5000.0, preference), trajectory)
+
+
+def inpo(
+    schedule: NoiseSchedule,
+    *,
+    num_inference_steps: int = 10,
+    eta: float = 0.1,
+    model_time: str = "destination",
+    compat: str | None = None,
+    **preference: Any,
+) -> SingleTimestepObjective:
+    """DDIM-InPO (arXiv 2503.18454): the policy inverts each latent to the pair's timestep, with a little noise per step."""
+    settings = InversionSettings(eta=eta, model_time=model_time, noise_offset=STREAM_INVERSION)
+    trajectory = _inversion(schedule, num_inference_steps, settings, compat)
+    return SingleTimestepObjective(schedule, _preference(2000.0, preference), trajectory)
+
+
+def smpo(
+    schedule: NoiseSchedule,
+    *,
+    num_inference_steps: int = 5,
+    renoise_iterations: int = 1,
+    preference_scale: float = 10.0,
+    score_range: float = PICKSCORE_RANGE,
+    model_time: str = "destination",
+    compat: str | None = None,
+    **preference: Any,
+) -> SingleTimestepObjective:
+    """SmPO-Diffusion (arXiv 2506.02698): the policy inverts with ReNoise; pairs weigh by the strength of their preference."""
+    settings = InversionSettings(renoise_iterations=renoise_iterations, model_time=model_time)
+    trajectory = _inversion(schedule, num_inference_steps, settings, compat)
+
+    def pair_weight(batch: PairBatch) -> Tensor:
+        if batch.scores is None:
+            raise invalid("batch.scores", None, "SmPO weighs pairs by their scores", "give the data score columns")
+        probability = preference_probability(*batch.scores.chunk(2), score_range)
+        return smoothed_pair_weight(probability, preference_scale)
+
+    # Fail now, not at the first batch.
+    smoothed_pair_weight(preference_probability(torch.zeros(1), torch.zeros(1), score_range), preference_scale)
+    return SingleTimestepObjective(schedule, _preference(2000.0, preference), trajectory, pair_weight)
+
+
+def _inversion(
+    schedule: NoiseSchedule, num_inference_steps: int, settings: InversionSettings, compat: str | None
+) -> Trajectory:
+    """Invert every latent to its timestep, or in the released manner, and recover the noise that this amounts to."""
+    plan_grid(schedule, 1, num_inference_steps)  # fail now, not at the first batch
+
+    def trajectory(
+        policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        plan = (plan_released if compat else plan_inversion)(schedule, timesteps, num_inference_steps)
+        index = torch.cat([2 * batch.draw, 2 * batch.draw + 1]).to(batch.latents.device)
+        noisy = invert(
+            policy,
+            schedule,
+            batch.latents,
+            plan,
+            batch.prompt(),
+            dataclasses.replace(settings, seed=seed),
+            noise_index=index,
+            noise=draws.noise,
+        )
+        levels = timesteps[:1].expand_as(timesteps) if compat else timesteps
+        return noisy, recover_noise(schedule, noisy, batch.latents, levels)
+
+    return trajectory
+
+
+VARIANTS = ("endpoint", "step", "distance", "distance-policy")
+
+
+@dataclass(frozen=True)
+class InversionDPO:
+    """Inversion-DPO (arXiv 2507.11554): the policy is scored along a whole inverted chain, which is treated as data.
+
+    Variants: ``endpoint`` scores against the noise that leads from ``x_0`` to each latent of the chain; ``step`` against the
+    noise that the inversion itself used to arrive there; ``distance`` and ``distance-policy`` measure the distance between policy and
+    reference at the inversion's own inputs, as the released code does (chain inverted by the reference) or as its derivation
+    reads (by the policy).
+    """
+
+    schedule: NoiseSchedule
+    preference: Preference
+    variant: str = "endpoint"
+    num_inference_steps: int = 80
+    guidance_scale: float = 2.0
+    timesteps_per_step: int | None = None
+    model_time: str = "destination"
+
+    def __post_init__(self) -> None:
+        InversionSettings(model_time=self.model_time)
+        if self.variant not in VARIANTS:
+            raise invalid("variant", self.variant, "is not known", f"use one of {', '.join(VARIANTS)}")
+        plan_grid(self.schedule, 1, self.num_inference_steps)
+        k = self.timesteps_per_step
+        if k is not None and not (isinstance(k, int) and 1 <= k <= self.num_inference_steps):
+            remedy = f"use a whole number from 1 to num_inference_steps = {self.num_inference_steps}, or null for all"
+            raise invalid("timesteps_per_step", k, "out of range", remedy)
+        if not self.guidance_scale >= 0:
+            raise invalid("guidance_scale", self.guidance_scale, "must not be negative", "the published value is 2")
+        if self.scores_distance:
+            warnings.warn(
+                f"variant {self.variant!r} scores the squared distance between policy and reference. That distance does not tell a "
+                "move towards the winners from the opposite move, its gradient is exactly zero while policy = reference, and "
+                "its loss falls either way: the result's direction depends on the initial perturbation. It is meant for "
+                "comparison with the released code; use variant 'endpoint' to align a model.",
+                stacklevel=2,
+            )
+
+    @property
+    def scores_distance(self) -> bool:
+        return self.variant.startswith("distance")
+
+    @property
+    def trajectory_is_cacheable(self) -> bool:
+        """Whether the chain does not depend on the policy."""
+        return self.variant != "distance-policy"
+
+    @torch.no_grad()
+    def reference_trajectory(self, reference: Network, latents: Tensor, prompt: Prompt) -> Tensor:
+        """The chain of ``latents`` ``(n, …)`` as the objective needs it: ``(n, N, …)``; for ``step`` ``(n, 2N, …)``, latents, then targets."""
+        plan = plan_grid(self.schedule, latents.shape[0], self.num_inference_steps)
+        settings = InversionSettings(model_time=self.model_time)
+        states, targets = [], []
+        for position, step in enumerate(inversion_steps(reference, self.schedule, latents, plan, prompt, settings)):
+            states.append(step.source if self.scores_distance else step.latents)
+            if self.variant == "step":
+                used = weighted_sum(step.outputs, step.weights)
+                source, level = plan.source[:, position], plan.target[:, position]
+                clean, noise = predicted_clean_and_noise(self.schedule, step.source, used, source)
+                targets.append(prediction_target(self.schedule, clean, noise, level))
+        return torch.stack(states + targets, dim=1)
+
+    def __call__(
+        self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
+    ) -> ObjectiveOutput:
+        _check_batch(batch)
+        prompt, chain = batch.prompt(self.guidance_scale), batch.trajectory
+        if chain is None:
+            inverting = reference if self.trajectory_is_cacheable else policy
+            chain = self.reference_trajectory(inverting, batch.latents, prompt)
+        positions, weight = self._sample_positions(batch, seed)
+        rows = torch.arange(2 * batch.pairs, device=chain.device).unsqueeze(1)
+        where = positions.repeat(2, 1).to(chain.device)
+        noisy = chain[rows, where].to(batch.latents.device, batch.latents.dtype)
+        k = positions.shape[1]
+        plan = plan_grid(self.schedule, 1, self.num_inference_steps)
+        levels = plan.target[0][positions].repeat(2, 1)
+        times = levels
+        if self.scores_distance:
+            weight = weight / (2 * self.schedule.alpha_bar(levels[: batch.pairs]))
+            if self.model_time == "source":
+                times = plan.source[0].clamp(min=0)[positions].repeat(2, 1)
+        target = self._target(chain, rows, where, noisy, batch.latents, levels)
+        every_prompt, flat = prompt.repeat_interleave(k), noisy.flatten(0, 1)
+        flat_times = times.flatten().to(flat.device)
+        policy_pred = predict(policy, flat, flat_times, every_prompt).unflatten(0, (-1, k))
+        with torch.no_grad():
+            reference_pred = predict(reference, flat, flat_times, every_prompt).unflatten(0, (-1, k))
+        result = preference_loss(
+            policy_pred,
+            reference_pred,
+            target,
+            # The distance enters with the opposite sign (+β/2).
+            pair_weight=-torch.ones(batch.pairs, device=flat.device) if self.scores_distance else None,
+            timestep_weight=weight.to(flat.device, torch.promote_types(flat.dtype, torch.float32)),
+            **vars(self.preference),
+        )
+        return ObjectiveOutput(**vars(result), timesteps=times, noisy_latents=noisy, target=target,
+                               policy_pred=policy_pred, reference_pred=reference_pred)  # fmt: skip
+
+    def _sample_positions(self, batch: PairBatch, seed: int) -> tuple[Tensor, Tensor]:
+        """Which positions of the chain each pair is scored at, int64 ``(B, K)``, and their weights, float64 ``(B, K)``.
+
+        All N with weight 1/N, or one drawn from each of k equal strata of the chain, with weight 1/k: the sum over the drawn
+        positions is an unbiased estimate of the mean over the chain.
+        """
+        n, k = self.num_inference_steps, self.timesteps_per_step
+        if k is None or k == n:
+            return torch.arange(n).expand(batch.pairs, n), torch.full((batch.pairs, n), 1 / n, dtype=torch.float64)
+        strata = torch.arange(k)
+        draw = torch.stack([philox.uniform(seed, STREAM_STRATUM + s, batch.draw) for s in range(k)], dim=1)
+        positions = ((strata + draw) * (n / k)).long().clamp(max=n - 1)
+        return positions, torch.full((batch.pairs, k), 1 / k, dtype=torch.float64)
+
+    def _target(
+        self, chain: Tensor, rows: Tensor, where: Tensor, noisy: Tensor, clean: Tensor, levels: Tensor
+    ) -> Tensor | None:
+        if self.scores_distance:
+            return None
+        if self.variant == "step":
+            return chain[rows, where + self.num_inference_steps].to(noisy.device, noisy.dtype)
+        k, flat_levels = levels.shape[1], levels.flatten()
+        clean = clean.repeat_interleave(k, dim=0)
+        noise = recover_noise(self.schedule, noisy.flatten(0, 1), clean, flat_levels)
+        return prediction_target(self.schedule, clean, noise, flat_levels).unflatten(0, (-1, k))
+
+
+def inversion_dpo(
+    schedule: NoiseSchedule,
+    *,
+    variant: str | None = None,
+    num_inference_steps: int = 80,
+    guidance_scale: float = 2.0,
+    timesteps_per_step: int | None = None,
+    model_time: str = "destination",
+    compat: str | None = None,
+    **preference: Any,
+) -> InversionDPO:
+    """Inversion-DPO; see :class:`InversionDPO`. The variant is ``endpoint``, or ``distance`` with ``compat="released"``."""
+    if compat and variant not in (None, "distance"):
+        raise invalid("variant", variant, "the released code has the variant 'distance' only", "drop variant or compat")
+    variant = variant or ("distance" if compat else "endpoint")
+    return InversionDPO(
+        schedule,
+        _preference(2000.0, preference),
+        variant,
+        num_inference_steps,
+        guidance_scale,
+        timesteps_per_step,
+        model_time,
+    )
+
+
+Objective = SingleTimestepObjective | InversionDPO
+
+METHODS: dict[str, Callable[..., Objective]] = {
+    "diffusion-dpo": diffusion_dpo,
+    "inpo": inpo,
+    "smpo": smpo,
+    "inversion-dpo": inversion_dpo,
+}
+
+
+def build_objective(method: str, schedule: NoiseSchedule, *, compat: str | None = None, **options: Any) -> Objective:
+    """The objective of a published method.
+
+    Args:
+        method: ``diffusion-dpo``, ``inpo``, ``smpo`` or ``inversion-dpo``.
+        schedule: the model's noise schedule.
+        compat: ``"released"`` reproduces the released code's grid, levels, model time, weighting and float32 schedule.
+        options: ``beta``, ``utility``, ``label_smoothing``, and the arguments of the method's own function.
+
+    Raises:
+        InvalidInput: an unknown method or option, or a value out of range.
+    """
+    if method not in METHODS:
+        raise invalid("method", method, "is not known", f"use one of {', '.join(METHODS)}")
+    if compat not in (None, "released"):
+        raise invalid("compat", compat, "is not known", 'use "released" or null')
+    return METHODS[method](schedule.released() if compat else schedule, compat=compat, **options)
+
+
+def _preference(default_beta: float, options: dict[str, Any]) -> Preference:
+    known = {field.name for field in dataclasses.fields(Preference)}
+    for name, value in options.items():
+        if name not in known:
+            raise invalid(name, value, "is not an option of this method", f"the common options are {', '.join(sorted(known))}")
+    preference = Preference(**{"beta": default_beta, **options})
+    one = torch.zeros(2, 1)
+    preference_loss(one, one, None, **vars(preference))  # fail now, not at the first batch
+    return preference
+
+
+def _check_batch(batch: PairBatch) -> None:
+    samples = batch.latents.shape[0]
+    if samples == 0 or samples % 2:
+        raise invalid("batch.latents.shape", tuple(batch.latents.shape), "must be (2B, …)", "stack [winners; losers]")
+    if batch.draw.shape != (samples // 2,) or batch.draw.dtype != torch.int64:
+        shown = (tuple(batch.draw.shape), batch.draw.dtype)
+        raise invalid("batch.draw", shown, "must be int64 of one number per pair", f"pass shape ({samples // 2},)")
+    for name, tensor in batch.conditioning.items():
+        if tensor.shape[0] != samples:
+            raise invalid(f"batch.conditioning[{name!r}].shape", tuple(tensor.shape), "must have 2B rows", f"pass {samples} rows")

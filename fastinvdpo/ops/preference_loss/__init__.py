@@ -1,0 +1,148 @@
+"""The batched winner/loser log-likelihood ratio with its utility."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastinvdpo.errors import invalid
+from fastinvdpo.ops.preference_loss.op import preference_loss_op
+from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
+
+__all__ = ["UTILITIES", "PreferenceLoss", "preference_loss"]
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """What :func:`preference_loss` returns; float32 (float64 for float64 inputs).
+
+    Attributes:
+        loss: ``mean_i u(z_i)``, scalar.
+        margin: ``z`` per pair, ``(B,)``: positive where the policy prefers the winner more than the reference does.
+        policy_mse: ``m((p − τ)²)`` per sample, ``(2B,)`` or ``(2B, K)``.
+        reference_mse: ``m((r − τ)²)`` likewise; carries no gradient.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    policy_mse: Tensor
+    reference_mse: Tensor
+
+    @property
+    def implicit_accuracy(self) -> Tensor:
+        """The share of pairs with ``z > 0``, ties counting half; scalar, no gradient."""
+        return 0.5 * (1 + torch.sign(self.margin.detach())).mean()
+
+
+def preference_loss(
+    policy_pred: Tensor,
+    reference_pred: Tensor,
+    target: Tensor | None,
+    *,
+    beta: float,
+    pair_weight: Tensor | None = None,
+    timestep_weight: Tensor | None = None,
+    utility: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> PreferenceLoss:
+    """The preference loss of a batch of pairs, from the predictions of the policy and of the reference.
+
+    With ``m`` the mean over a sample's elements, per sample ``Δ = m((p − r)·(p + r − 2τ)) = m((p − τ)²) − m((r − τ)²)``, and per pair
+
+        z_i = −(β/2)·ρ_i·Σ_k w_ik·(Δ_winner − Δ_loser)           loss = mean_i u(z_i)
+
+    (Diffusion-DPO, arXiv 2311.12908, equation 14, with its ``βT`` written ``β/2``, as its released code has it.) ``Δ`` is
+    computed in the product form with float32 accumulation: the difference of the two means would lose the signal in half precision.
+
+    Args:
+        policy_pred: ``p``, stacked [winners; losers], ``(2B, …)``, or ``(2B, K, …)`` for K timesteps per pair, which
+            ``timestep_weight`` announces. float64, float32, bfloat16 or float16.
+        reference_pred: ``r``, same shape; its dtype may differ.
+        target: ``τ``, same shape, or None: the reference is itself the target, ``Δ = m((p − r)²)`` (Inversion-DPO as released).
+        beta: ``β > 0``, the strength of the tie to the reference.
+        pair_weight: ``ρ``, ``(B,)``, any sign; 1 when None.
+        timestep_weight: ``w``, ``(K,)`` or ``(B, K)``. Required for K timesteps per pair: ``1/K`` for their mean.
+        utility: ``u``: sigmoid (``−log σ``), cdpo, robust, hinge, ipo or linear.
+        label_smoothing: ``ε`` in [0, 0.5) of cdpo and robust.
+
+    Returns:
+        A :class:`PreferenceLoss`. Gradients flow from ``loss``, ``margin`` and ``policy_mse`` to ``policy_pred`` alone.
+
+    Raises:
+        InvalidInput: an argument has the wrong type, shape, dtype, device or value, or a tensor other than ``policy_pred``
+            requires a gradient.
+    """
+    _check_predictions(policy_pred, reference_pred, target)
+    _check_beta(beta)
+    check_utility(utility, label_smoothing)
+    pairs = policy_pred.shape[0] // 2
+    if pair_weight is not None:
+        _check_weight("pair_weight", pair_weight, policy_pred, ((pairs,),))
+    stacked = timestep_weight is not None
+    if timestep_weight is not None:
+        if policy_pred.ndim < 3:
+            shape = tuple(policy_pred.shape)
+            raise invalid("policy_pred.shape", shape, "has no timestep dimension", "pass (2B, K, …) with timestep_weight")
+        steps = policy_pred.shape[1]
+        _check_weight("timestep_weight", timestep_weight, policy_pred, ((steps,), (pairs, steps)))
+        timestep_weight = timestep_weight.expand(pairs, steps)
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.flatten(2) if stacked else tensor.flatten(1).unsqueeze(1)
+
+    loss, margin, policy_mse, reference_mse = preference_loss_op(
+        flat(policy_pred), flat(reference_pred), flat(target), pair_weight, timestep_weight, beta, utility, label_smoothing
+    )
+    if not stacked:
+        policy_mse, reference_mse = policy_mse.squeeze(1), reference_mse.squeeze(1)
+    return PreferenceLoss(loss, margin, policy_mse, reference_mse)
+
+
+def _check_predictions(policy_pred: Tensor, reference_pred: Tensor, target: Tensor | None) -> None:
+    for name, tensor in (("policy_pred", policy_pred), ("reference_pred", reference_pred), ("target", target)):
+        if tensor is None and name == "target":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise invalid(name, type(tensor).__name__, "must be a tensor", "pass the network's prediction")
+        if not tensor.is_floating_point():
+            raise invalid(f"{name}.dtype", tensor.dtype, "must be floating point", "pass float32, bfloat16 or float16")
+        if tensor.shape != policy_pred.shape:
+            shapes = f"differs from policy_pred's {tuple(policy_pred.shape)}"
+            raise invalid(f"{name}.shape", tuple(tensor.shape), shapes, "pass tensors of one shape, [winners; losers]")
+        if tensor.device != policy_pred.device:
+            where = f"differs from policy_pred's {policy_pred.device}"
+            raise invalid(f"{name}.device", str(tensor.device), where, f"move it with .to({str(policy_pred.device)!r})")
+        if tensor.requires_grad and name != "policy_pred" and torch.is_grad_enabled():
+            problem = "no gradient flows to it"
+            raise invalid(f"{name}.requires_grad", True, problem, f"compute it under torch.no_grad() or pass {name}.detach()")
+    shape = tuple(policy_pred.shape)
+    if policy_pred.ndim < 2:
+        raise invalid("policy_pred.shape", shape, "must have a batch and at least one more dimension", "pass (2B, …)")
+    if shape[0] == 0 or shape[0] % 2:
+        raise invalid("policy_pred.shape", shape, "must hold as many losers as winners", "stack [winners; losers] as (2B, …)")
+    if policy_pred.numel() == 0:
+        raise invalid("policy_pred.shape", shape, "has no elements", "pass predictions of at least one element per sample")
+
+
+def _check_beta(beta: float) -> None:
+    if isinstance(beta, Tensor) or not isinstance(beta, (int, float)):
+        raise invalid("beta", beta, "must be a Python number", "pass beta=5000.0")
+    if not (math.isfinite(beta) and beta > 0):
+        raise invalid("beta", beta, "must be positive and finite", "published values are 2000 and 5000")
+
+
+def _check_weight(name: str, weight: Tensor, like: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    allowed = " or ".join(str(shape) for shape in shapes)
+    if not isinstance(weight, Tensor):
+        raise invalid(name, weight, "must be a tensor", f"pass a floating-point tensor of shape {allowed}")
+    if tuple(weight.shape) not in shapes:
+        raise invalid(f"{name}.shape", tuple(weight.shape), "does not fit the predictions", f"pass shape {allowed}")
+    if not weight.is_floating_point():
+        raise invalid(f"{name}.dtype", weight.dtype, "must be floating point", f"pass {name}.float()")
+    if weight.device != like.device:
+        raise invalid(f"{name}.device", str(weight.device), f"differs from {like.device}", "move it to the predictions' device")

@@ -1,0 +1,82 @@
+"""``fastinvdpo::preference_loss``: schema, fake kernels, backends and autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastinvdpo import _backend
+from fastinvdpo.ops.preference_loss import reference as _reference
+
+NAME = "preference_loss"
+_library = torch.library.Library("fastinvdpo", "FRAGMENT")
+_library.define(
+    "preference_loss(Tensor policy, Tensor reference, Tensor? target, Tensor? pair_weight, Tensor? timestep_weight, "
+    "float beta, str utility, float label_smoothing) -> (Tensor loss, Tensor margin, Tensor policy_mse, Tensor reference_mse)"
+)
+_library.define(
+    "preference_loss_backward(Tensor? grad_loss, Tensor? grad_margin, Tensor? grad_policy_mse, Tensor policy, Tensor target, "
+    "Tensor margin, Tensor? pair_weight, Tensor? timestep_weight, float beta, str utility, float label_smoothing) -> Tensor"
+)
+
+_FORWARD = {"reference": _reference.forward}
+_BACKWARD = {"reference": _reference.backward}
+
+
+@torch.library.impl(_library, "preference_loss", "CompositeExplicitAutograd")
+def _forward(policy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _FORWARD[_backend.choose(NAME, policy.device.type)](policy, *arguments)
+
+
+@torch.library.impl(_library, "preference_loss_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_loss: Tensor | None, grad_margin: Tensor | None, grad_policy_mse: Tensor | None, policy: Tensor, *arguments: Any
+) -> Tensor:
+    kernel = _BACKWARD[_backend.choose(NAME, policy.device.type)]
+    return kernel(grad_loss, grad_margin, grad_policy_mse, policy, *arguments)
+
+
+@torch.library.register_fake("fastinvdpo::preference_loss", lib=_library)
+def _forward_fake(
+    policy: Tensor, reference: Tensor, target: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _reference.accumulation_dtype(policy, reference, target)
+    samples, timesteps = policy.shape[:2]
+    return (
+        policy.new_empty((), dtype=dtype),
+        policy.new_empty((samples // 2,), dtype=dtype),
+        policy.new_empty((samples, timesteps), dtype=dtype),
+        policy.new_empty((samples, timesteps), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("fastinvdpo::preference_loss_backward", lib=_library)
+def _backward_fake(
+    grad_loss: Tensor | None, grad_margin: Tensor | None, grad_policy_mse: Tensor | None, policy: Tensor, *arguments: Any
+) -> Tensor:
+    return torch.empty_like(policy, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    policy, reference, target, pair_weight, timestep_weight, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(policy, reference if target is None else target, output[1], pair_weight, timestep_weight)
+
+
+def _autograd(
+    ctx: Any, grad_loss: Tensor | None, grad_margin: Tensor | None, grad_policy_mse: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if ctx.needs_input_grad[0] and not (grad_loss is None and grad_margin is None and grad_policy_mse is None):
+        gradient = torch.ops.fastinvdpo.preference_loss_backward(
+            grad_loss, grad_margin, grad_policy_mse, *ctx.saved_tensors, *ctx.settings
+        )
+    return gradient, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("fastinvdpo::preference_loss", _autograd, setup_context=_setup_context, lib=_library)
+
+preference_loss_op = torch.ops.fastinvdpo.preference_loss

@@ -1,0 +1,284 @@
+"""Where the noisy latents come from: forward noising, and DDIM inversion of a batch whose samples end at levels of their own.
+
+An inversion follows an :class:`InversionPlan`, the levels each sample visits. Plans live on the host, so walking one never
+waits for the device; samples that have arrived leave the batch, so each costs exactly its own number of network evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastinvdpo.errors import invalid
+from fastinvdpo.ops import affine_step
+from fastinvdpo.ops.affine_step import MAX_OUTPUTS
+from fastinvdpo.schedule import (
+    NoiseSchedule,
+    affine_coefficients,
+    ancestral_variance,
+    check_levels,
+    inversion_levels,
+    stack_coefficients,
+)
+
+Conditioning = Mapping[str, Tensor]
+"""What a network is told besides latents and time: every tensor has the samples as its leading dimension."""
+
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""``network(latents (n, …), timesteps int64 (n,), conditioning) -> prediction (n, …)``."""
+
+MODEL_TIMES = ("destination", "source")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The conditioning of a batch with its guidance: ``ε = ε_uncond + g·(ε_cond − ε_uncond)``; ``g = 1`` is one conditional call."""
+
+    conditional: Conditioning
+    unconditional: Conditioning | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale != 1 and self.unconditional is None:
+            remedy = "pass the embedding of the empty prompt as unconditional, or guidance_scale=1"
+            raise invalid("guidance_scale", self.guidance_scale, "needs unconditional conditioning", remedy)
+
+    def select(self, rows: Tensor) -> Prompt:
+        """The prompt of some samples: ``rows`` is an int64 index into the batch."""
+
+        def pick(conditioning: Conditioning) -> Conditioning:
+            return {name: tensor[rows.to(tensor.device)] for name, tensor in conditioning.items()}
+
+        unconditional = None if self.unconditional is None else pick(self.unconditional)
+        return Prompt(pick(self.conditional), unconditional, self.guidance_scale)
+
+    def repeat_interleave(self, repeats: int) -> Prompt:
+        """The prompt of a batch in which every sample occurs ``repeats`` times in a row."""
+        count = next(iter(self.conditional.values())).shape[0]
+        return self.select(torch.arange(count).repeat_interleave(repeats))
+
+
+def evaluate(network: Network, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> tuple[list[Tensor], list[float]]:
+    """Ask the network once for everything a guided prediction needs: ``(outputs, weights)`` with ``ε = Σ_j weights_j·outputs_j``."""
+    if prompt.guidance_scale == 1 or prompt.unconditional is None:
+        return [network(latents, timesteps, prompt.conditional)], [1.0]
+    both = {name: torch.cat([prompt.unconditional[name], prompt.conditional[name]]) for name in prompt.conditional}
+    prediction = network(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
+    return list(prediction.chunk(2)), [1.0 - prompt.guidance_scale, prompt.guidance_scale]
+
+
+def weighted_sum(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``Σ_j weights_j·outputs_j`` through ``affine_step``, differentiable; one output of weight 1 is returned as it is."""
+    first, *others = outputs
+    if not others and weights[0] == 1:
+        return first
+    for start in range(0, max(len(others), 1), MAX_OUTPUTS):
+        chunk = others[start : start + MAX_OUTPUTS]
+        scale = [1.0 if start else weights[0], *weights[1 + start : 1 + start + len(chunk)]]
+        columns = torch.tensor(scale, dtype=torch.float64).expand(first.shape[0], -1)
+        first = affine_step(first, chunk, stack_coefficients(first, *columns.unbind(1)))
+    return first
+
+
+def predict(network: Network, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> Tensor:
+    """The (guided) prediction ``(n, …)`` at ``latents``; differentiable in the network's parameters."""
+    return weighted_sum(*evaluate(network, latents, timesteps, prompt))
+
+
+@dataclass(frozen=True)
+class InversionPlan:
+    """The levels that every sample of a batch visits. All tensors are int64 on the host.
+
+    Attributes:
+        source, target: ``(n, S)``: step ``j`` takes sample ``i`` from level ``source[i, j]`` to ``target[i, j]``.
+        steps: ``(n,)``: the number of steps of each sample, at most S; entries beyond it are not used.
+        noise_lower, noise_upper: ``(n, S)``: the interval whose ancestral variance scales the noise added after the step.
+    """
+
+    source: Tensor
+    target: Tensor
+    steps: Tensor
+    noise_lower: Tensor
+    noise_upper: Tensor
+
+
+def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
+    """Every sample climbs the N-step grid and ends exactly at its own level: the last step is shortened.
+
+    ``levels`` is int64 ``(n,)`` on the host, in ``[0, T_train)``. A sample at level ``t`` makes one step to every grid level below
+    ``t`` and one to ``t``.
+    """
+    check_levels("levels", schedule, levels)
+    grid = inversion_levels(schedule, num_inference_steps)
+    steps = torch.searchsorted(grid, levels) + 1
+    highest = grid.new_full((1,), schedule.num_train_timesteps - 1)
+    target = torch.minimum(torch.cat([grid, highest]), levels.unsqueeze(1))
+    source = torch.cat([grid.new_full((1,), -1), grid]).expand(levels.numel(), -1)
+    width = int(steps.max()) if levels.numel() else 0
+    source, target = source[:, :width], target[:, :width]
+    return InversionPlan(source, target, steps, source, target)
+
+
+def plan_grid(schedule: NoiseSchedule, samples: int, num_inference_steps: int) -> InversionPlan:
+    """Every sample climbs the whole N-step grid, to its last level."""
+    target = inversion_levels(schedule, num_inference_steps).expand(samples, -1)
+    source = torch.cat([target.new_full((samples, 1), -1), target[:, :-1]], dim=1)
+    return InversionPlan(source, target, torch.full((samples,), num_inference_steps), source, target)
+
+
+def plan_released(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
+    """The grid of the released InPO and SmPO codes: the whole batch stops at the last grid level below the *first* sample's level.
+
+    The noise takes its variance from the interval above the one just crossed, as the released code does under current versions
+    of diffusers (its last interval, which lies partly above the schedule, is cut at the highest level).
+    """
+    check_levels("levels", schedule, levels)
+    grid = inversion_levels(schedule, num_inference_steps)
+    spacing = schedule.num_train_timesteps // num_inference_steps
+    target = grid[grid < levels[0]].expand(levels.numel(), -1)
+    source = torch.cat([torch.full((levels.numel(), 1), -1), target[:, :-1]], dim=1)[:, : target.shape[1]]
+    upper = (target + spacing).clamp(max=schedule.num_train_timesteps - 1)
+    return InversionPlan(source, target, torch.full((levels.numel(),), target.shape[1]), target, upper)
+
+
+class InversionStep(NamedTuple):
+    """One step of an inversion.
+
+    Attributes:
+        latents: ``(n, …)``, the whole batch after the step; samples that had arrived before are unchanged.
+        rows: int64 ``(m,)`` on the host, the samples that made the step.
+        source: ``(m, …)``, their latents before it.
+        outputs, weights: the step used the prediction ``Σ_j weights_j·outputs_j`` ``(m, …)``.
+    """
+
+    latents: Tensor
+    rows: Tensor
+    source: Tensor
+    outputs: list[Tensor]
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """How the steps of an inversion are made.
+
+    Attributes:
+        eta: after each step ``x += η·√V·z`` (DDIM-InPO, arXiv 2503.18454); no term is removed to compensate, as released.
+        renoise_iterations: K of ReNoise (arXiv 2403.14602): each step is repeated K times with the network asked at the
+            tentative destination, and uses the mean of all K + 1 predictions.
+        model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its "source".
+        seed, noise_offset: the key of the noise; step ``j`` draws with offset ``noise_offset + j``.
+    """
+
+    eta: float = 0.0
+    renoise_iterations: int = 0
+    model_time: str = "destination"
+    seed: int = 0
+    noise_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model_time not in MODEL_TIMES:
+            raise invalid("model_time", self.model_time, "is not known", f"use one of {MODEL_TIMES}")
+        if not 0 <= self.eta <= 1:
+            raise invalid("eta", self.eta, "out of range", "use a number from 0 (deterministic) to 1")
+        if isinstance(self.renoise_iterations, bool) or not isinstance(self.renoise_iterations, int):
+            raise invalid("renoise_iterations", self.renoise_iterations, "must be a whole number", "use 0 or 1")
+        if self.renoise_iterations < 0:
+            raise invalid("renoise_iterations", self.renoise_iterations, "is negative", "use 0 or 1")
+
+
+@torch.no_grad()
+def inversion_steps(
+    network: Network,
+    schedule: NoiseSchedule,
+    clean: Tensor,
+    plan: InversionPlan,
+    prompt: Prompt,
+    settings: InversionSettings = InversionSettings(),
+    *,
+    noise_index: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Iterator[InversionStep]:
+    """Walk ``clean`` latents ``(n, …)`` along ``plan``, one :class:`InversionStep` at a time, without gradient.
+
+    Args:
+        noise_index: int64 ``(n,)``, the noise stream of each sample when ``eta > 0`` (position in the batch when None).
+        noise: ``(S, n, …)``, the normal numbers to use instead of the counter-based ones.
+    """
+    device, latents = clean.device, clean
+    scale_out, scale_in = affine_coefficients(schedule, plan.source, plan.target)
+    noise_scale = settings.eta * ancestral_variance(schedule, plan.noise_lower, plan.noise_upper).sqrt()
+    times = (plan.target if settings.model_time == "destination" else plan.source.clamp(min=0)).to(device)
+    if noise_index is None:
+        noise_index = torch.arange(clean.shape[0], device=device)
+    rows = torch.arange(clean.shape[0])
+    for step in range(plan.target.shape[1]):
+        running = (plan.steps > step).nonzero().squeeze(1)
+        if running.numel() != rows.numel() or step == 0:
+            rows, active = running, prompt if running.numel() == clean.shape[0] else prompt.select(running)
+            rows_on_device = rows.to(device)
+        everyone = rows.numel() == clean.shape[0]
+        source = latents if everyone else latents[rows_on_device]
+        a, b = scale_out[rows, step], scale_in[rows, step]
+        target, outputs = source, []
+        for iteration in range(1, settings.renoise_iterations + 2):
+            predictions, guidance = evaluate(network, target, times[rows_on_device, step], active)
+            outputs = outputs + predictions
+            weights = [weight / iteration for weight in guidance] * iteration
+            target = _step(source, outputs, weights, a, b)
+        if settings.eta:
+            target = _add_step_noise(target, noise_scale[rows, step], settings, step, noise_index[rows_on_device], noise, rows)
+        latents = target if everyone else latents.index_copy(0, rows_on_device, target)
+        yield InversionStep(latents, rows, source, outputs, weights)
+
+
+def _step(source: Tensor, outputs: list[Tensor], weights: list[float], a: Tensor, b: Tensor) -> Tensor:
+    if len(outputs) > MAX_OUTPUTS:
+        outputs, weights = [weighted_sum(outputs, weights)], [1.0]
+    return affine_step(source, outputs, stack_coefficients(source, a, *(b * weight for weight in weights)))
+
+
+def _add_step_noise(
+    latents: Tensor,
+    scale: Tensor,
+    settings: InversionSettings,
+    step: int,
+    noise_index: Tensor,
+    noise: Tensor | None,
+    rows: Tensor,
+) -> Tensor:
+    one = torch.ones_like(scale)
+    if noise is not None:
+        given = noise[step, rows.to(noise.device)].to(latents.device)
+        return affine_step(latents, [given], stack_coefficients(latents, one, scale))
+    return affine_step(
+        latents,
+        [],
+        stack_coefficients(latents, one),
+        noise_scale=stack_coefficients(latents, scale).squeeze(1),
+        noise_index=noise_index,
+        seed=settings.seed,
+        offset=settings.noise_offset + step,
+    )
+
+
+def invert(
+    network: Network,
+    schedule: NoiseSchedule,
+    clean: Tensor,
+    plan: InversionPlan,
+    prompt: Prompt,
+    settings: InversionSettings = InversionSettings(),
+    *,
+    noise_index: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The latents ``(n, …)`` at the end of ``plan``; arguments as :func:`inversion_steps`."""
+    latents = clean
+    for step in inversion_steps(network, schedule, clean, plan, prompt, settings, noise_index=noise_index, noise=noise):
+        latents = step.latents
+    return latents
