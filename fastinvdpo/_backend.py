@@ -1,0 +1,125 @@
+"""Which backend runs an op: what exists, what was asked for, what was chosen and why.
+
+Asked for, strongest first: ``with use_backend(name)``; the environment variable ``FASTINVDPO_BACKEND``, read at every call; ``auto``.
+Nothing is decided at import and nothing here initialises CUDA. Ops call :func:`choose` inside their kernels, which a compiler does
+not look into, so a choice changes without recompiling.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fastinvdpo.errors import invalid
+
+VARIABLE = "FASTINVDPO_BACKEND"
+BACKENDS = ("cuda", "triton", "native", "reference")
+"""Every backend's name, in the order in which ``auto`` tries them."""
+
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "affine_step": ("reference",),
+    "preference_loss": ("reference",),
+}
+"""The backends that have a kernel for each op."""
+
+_DEVICES = {"cuda": "cuda", "triton": "cuda", "native": "cpu"}  # the reference runs wherever PyTorch does
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The backend that runs an op, and the reason why each better one was passed over."""
+
+    backend: str
+    skipped: dict[str, str]
+
+
+@dataclass(eq=False)
+class _Request:
+    backend: str
+
+
+_here: ContextVar[_Request | None] = ContextVar("fastinvdpo_backend", default=None)
+# Autograd runs the backward of CUDA tensors in threads of its own, which inherit no context variable. A thread that made no choice
+# therefore follows the choice entered last anywhere in the process, so that a backward runs where its forward ran.
+_entered: list[_Request] = []
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops called inside the block on one backend: ``auto``, ``reference``, ``native``, ``triton`` or ``cuda``.
+
+    Blocks nest, and threads with blocks of their own do not disturb each other. An op that the backend cannot run raises when called.
+
+    Raises:
+        InvalidInput: ``name`` is not a backend.
+    """
+    _check_name("name", name)
+    request = _Request(name)
+    token = _here.set(request)
+    _entered.append(request)
+    try:
+        yield
+    finally:
+        _entered.remove(request)
+        _here.reset(token)
+
+
+def choose(op: str, device_type: str) -> str:
+    """The backend that runs ``op`` (a key of :data:`IMPLEMENTED`) on tensors of ``device_type`` ("cpu", "cuda", ...) now.
+
+    Raises:
+        InvalidInput: ``FASTINVDPO_BACKEND`` is not a backend, or the backend asked for by name cannot run the op there.
+    """
+    asked_by, name = requested()
+    return _select(op, device_type, asked_by, name).backend
+
+
+def explain(op: str, device_type: str) -> Selection:
+    """As :func:`choose`, with the reasons against the backends that ``auto`` passed over; for ``fastinvdpo doctor``."""
+    asked_by, name = requested()
+    return _select(op, device_type, asked_by, name)
+
+
+def requested() -> tuple[str, str]:
+    """Who asks and for what: ``("use_backend", "reference")``, ``("FASTINVDPO_BACKEND", "triton")`` or ``("default", "auto")``."""
+    for request in (_here.get(), *_entered[-1:]):
+        if request is not None:
+            return "use_backend", request.backend
+    name = os.environ.get(VARIABLE, "")
+    return (VARIABLE, name) if name else ("default", "auto")
+
+
+def unavailable(op: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors of ``device_type``; None when it can."""
+    if backend not in IMPLEMENTED[op]:
+        return f"this version has no {backend} kernel for {op}"
+    device = _DEVICES.get(backend, device_type)
+    if device != device_type:
+        return f"{backend} kernels run on {device} tensors, not on {device_type} tensors"
+    return None
+
+
+@lru_cache(maxsize=None)
+def _select(op: str, device_type: str, asked_by: str, name: str) -> Selection:
+    _check_name(asked_by, name)
+    if name != "auto":
+        reason = unavailable(op, name, device_type)
+        if reason is not None:
+            raise invalid(asked_by, name, reason, "choose auto or reference, which run everywhere")
+        return Selection(name, {})
+    skipped: dict[str, str] = {}
+    for backend in BACKENDS:
+        reason = unavailable(op, backend, device_type)
+        if reason is None:
+            return Selection(backend, skipped)
+        skipped[backend] = reason
+    raise AssertionError(f"{op} has no reference backend")
+
+
+def _check_name(asked_by: str, name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise invalid(asked_by, name, "is not a backend", f"use one of auto, {', '.join(sorted(BACKENDS))}")
