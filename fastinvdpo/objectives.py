@@ -20,6 +20,7 @@ from fastinvdpo.losses import PICKSCORE_RANGE, PreferenceLoss, preference_loss, 
 from fastinvdpo.ops import philox
 from fastinvdpo.schedule import NoiseSchedule, add_noise, predicted_clean_and_noise, prediction_target, recover_noise
 from fastinvdpo.trajectories import (
+    Conditioning,
     InversionSettings,
     Network,
     Prompt,
@@ -265,8 +266,11 @@ class InversionDPO:
         return self.variant != "distance-policy"
 
     @torch.no_grad()
-    def reference_trajectory(self, reference: Network, latents: Tensor, prompt: Prompt) -> Tensor:
+    def reference_trajectory(
+        self, reference: Network, latents: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
+    ) -> Tensor:
         """The chain of ``latents`` ``(n, …)`` as the objective needs it: ``(n, N, …)``; for ``step`` ``(n, 2N, …)``, latents, then targets."""
+        prompt = Prompt(conditioning, unconditional, self.guidance_scale)
         plan = plan_grid(self.schedule, latents.shape[0], self.num_inference_steps)
         settings = InversionSettings(model_time=self.model_time)
         states, targets = [], []
@@ -286,7 +290,7 @@ class InversionDPO:
         prompt, chain = batch.prompt(self.guidance_scale), batch.trajectory
         if chain is None:
             inverting = reference if self.trajectory_is_cacheable else policy
-            chain = self.reference_trajectory(inverting, batch.latents, prompt)
+            chain = self.reference_trajectory(inverting, batch.latents, batch.conditioning, batch.unconditional)
         positions, weight = self._sample_positions(batch, seed)
         rows = torch.arange(2 * batch.pairs, device=chain.device).unsqueeze(1)
         where = positions.repeat(2, 1).to(chain.device)

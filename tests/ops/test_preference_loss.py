@@ -1,0 +1,232 @@
+"""``preference_loss``: against the definition in float64, as an op, and its symmetries."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import fastinvdpo
+from fastinvdpo.ops.preference_loss import UTILITIES
+from fastinvdpo.ops.preference_loss.op import preference_loss_op
+from tests.cases import predictions
+
+SMOOTHING = {name: 0.1 if item.smoothed else 0.0 for name, item in UTILITIES.items()}
+
+
+def by_definition(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    beta: float,
+    rho: Tensor | float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """z, from the two squared errors and not from the product form."""
+    if weight is None:
+        policy, reference, target = (tensor.unsqueeze(1) for tensor in (policy, reference, target))
+        weight = torch.ones(1, dtype=policy.dtype)
+    difference = ((policy - target) ** 2).flatten(2).mean(-1) - ((reference - target) ** 2).flatten(2).mean(-1)
+    winner, loser = difference.chunk(2)
+    return -beta / 2 * rho * (weight * (winner - loser)).sum(-1)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(7,), (4, 8, 8), (3, 2, 5, 3)])
+def test_margin_and_errors_by_definition(pairs: int, shape: tuple[int, ...]) -> None:
+    policy, reference, target = predictions(pairs, shape, gap=0.1)
+    rho = torch.linspace(-1, 2, pairs, dtype=torch.float64)
+    result = fastinvdpo.preference_loss(policy, reference, target, beta=50.0, pair_weight=rho)
+    z = by_definition(policy, reference, target, 50.0, rho)
+    torch.testing.assert_close(result.margin, z, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(result.loss, -logsigmoid(z).mean(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(result.policy_mse, (policy - target).square().flatten(1).mean(1))
+    torch.testing.assert_close(result.reference_mse, (reference - target).square().flatten(1).mean(1))
+    assert float(result.implicit_accuracy) == pytest.approx(float((z > 0).double().mean() + 0.5 * (z == 0).double().mean()))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_timesteps(shared: bool) -> None:
+    policy, reference, target = predictions(3, (5, 4, 2, 2), gap=0.1)
+    weight = torch.rand(5, dtype=torch.float64) if shared else torch.rand(3, 5, dtype=torch.float64)
+    result = fastinvdpo.preference_loss(policy, reference, target, beta=20.0, timestep_weight=weight)
+    torch.testing.assert_close(result.margin, by_definition(policy, reference, target, 20.0, weight=weight), rtol=1e-11, atol=1e-11)
+    assert result.policy_mse.shape == result.reference_mse.shape == (6, 5)
+
+
+def test_reference_as_target() -> None:
+    policy, reference, _ = predictions(3, gap=0.1)
+    result = fastinvdpo.preference_loss(policy, reference, None, beta=20.0, pair_weight=-torch.ones(3))
+    distance = (policy - reference).square().flatten(1).mean(1)
+    torch.testing.assert_close(result.margin, 10.0 * (distance[:3] - distance[3:]))
+    torch.testing.assert_close(result.policy_mse, distance)
+    assert not result.reference_mse.any()
+
+
+Z = torch.linspace(-6, 6, 97, dtype=torch.float64)
+FORMULAS = {
+    "sigmoid": lambda z, e, b: -torch.log(torch.sigmoid(z)),
+    "cdpo": lambda z, e, b: -(1 - e) * torch.log(torch.sigmoid(z)) - e * torch.log(torch.sigmoid(-z)),
+    "robust": lambda z, e, b: (-(1 - e) * torch.log(torch.sigmoid(z)) + e * torch.log(torch.sigmoid(-z))) / (1 - 2 * e),
+    "hinge": lambda z, e, b: torch.maximum(torch.zeros_like(z), 1 - z),
+    "ipo": lambda z, e, b: (z / b - 1 / (2 * b)) ** 2,
+}
+
+
+@pytest.mark.parametrize("utility", FORMULAS)
+def test_utility_by_formula(utility: str) -> None:
+    ours = UTILITIES[utility].value(Z, 3.0, SMOOTHING[utility])
+    torch.testing.assert_close(ours, FORMULAS[utility](Z, SMOOTHING[utility], 3.0), rtol=1e-12, atol=1e-12)
+
+
+def test_linear_utility_has_the_published_slope() -> None:
+    slope = UTILITIES["linear"].slope(Z, 1.0, 0.0)
+    torch.testing.assert_close(slope, -(0.5 - 0.4 * Z).clamp(0.01, 0.99))
+    assert float(UTILITIES["linear"].value(torch.zeros(1), 1.0, 0.0)) == 0
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_slope_is_the_derivative(utility: str) -> None:
+    z = (Z + 0.01234).requires_grad_()  # away from the kinks
+    UTILITIES[utility].value(z, 3.0, SMOOTHING[utility]).sum().backward()
+    torch.testing.assert_close(UTILITIES[utility].slope(z.detach(), 3.0, SMOOTHING[utility]), z.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("z", [-1e4, 1e4])
+def test_extreme_margins_stay_finite(utility: str, z: float) -> None:
+    value = torch.tensor([z])
+    assert UTILITIES[utility].value(value, 5000.0, SMOOTHING[utility]).isfinite()
+    assert UTILITIES[utility].slope(value, 5000.0, SMOOTHING[utility]).isfinite()
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("target_free", [False, True])
+def test_gradcheck(utility: str, target_free: bool) -> None:
+    """Numerical against analytical gradient of everything that carries one."""
+    policy, reference, target = predictions(2, (3, 2, 2), gap=0.3)
+    weight, rho = torch.rand(2, 3, dtype=torch.float64), torch.tensor([0.7, -1.2], dtype=torch.float64)
+
+    def outputs(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result = fastinvdpo.preference_loss(
+            p,
+            reference,
+            None if target_free else target,
+            beta=2.0,
+            pair_weight=rho,
+            timestep_weight=weight,
+            utility=utility,
+            label_smoothing=SMOOTHING[utility],
+        )
+        return result.loss, result.margin, result.policy_mse
+
+    assert torch.autograd.gradcheck(outputs, policy.requires_grad_())
+
+
+def test_swapping_winner_and_loser_flips_the_margin() -> None:
+    policy, reference, target = predictions(4)
+
+    def swap(tensor: Tensor) -> Tensor:
+        return tensor.roll(4, 0)
+
+    there = fastinvdpo.preference_loss(policy, reference, target, beta=5000.0)
+    back = fastinvdpo.preference_loss(swap(policy), swap(reference), swap(target), beta=5000.0)
+    assert torch.equal(there.margin, -back.margin)
+    assert float(there.implicit_accuracy) == 1 - float(back.implicit_accuracy)
+
+
+def test_policy_equal_to_reference() -> None:
+    """The loss is exactly ln 2, and the gradient still points somewhere: only the target-free form loses it."""
+    policy, _, target = predictions(3)
+    policy.requires_grad_()
+    result = fastinvdpo.preference_loss(policy, policy.detach(), target, beta=5000.0)
+    assert float(result.loss.detach()) == math.log(2) and not result.margin.any()
+    assert float(result.implicit_accuracy) == 0.5
+    result.loss.backward()
+    assert policy.grad.norm() > 0
+    policy.grad = None
+    fastinvdpo.preference_loss(policy, policy.detach(), None, beta=5000.0).loss.backward()
+    assert not policy.grad.any()
+
+
+def test_each_pair_stands_alone() -> None:
+    policy, reference, target = predictions(4)
+    together = fastinvdpo.preference_loss(policy, reference, target, beta=5000.0).margin
+    for pair in range(4):
+        rows = [pair, pair + 4]
+        alone = fastinvdpo.preference_loss(policy[rows], reference[rows], target[rows], beta=5000.0).margin
+        torch.testing.assert_close(alone, together[pair : pair + 1], rtol=1e-12, atol=1e-12)
+
+
+def test_float32_keeps_the_signal_of_a_small_difference() -> None:
+    """Policy − reference of about 1e-3 at β = 5000: at most 1e-4 relative in z, where subtracting two means loses it."""
+    policy, reference, target = (tensor.float() for tensor in predictions(8, (4, 64, 64), gap=1e-3))
+    exact = by_definition(policy.double(), reference.double(), target.double(), 5000.0)
+    ours = fastinvdpo.preference_loss(policy, reference, target, beta=5000.0).margin
+    assert float(((ours - exact).abs() / exact.abs()).max()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_cost_nothing_beyond_their_rounding(dtype: torch.dtype) -> None:
+    policy, reference, target = predictions(4, (4, 32, 32), gap=0.05, dtype=dtype)
+    exact = by_definition(policy.double(), reference.double(), target.double(), 5000.0)
+    result = fastinvdpo.preference_loss(policy, reference.float(), target, beta=5000.0)
+    assert result.loss.dtype == torch.float32
+    torch.testing.assert_close(result.margin.double(), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_in_the_dtype_of_the_policy(dtype: torch.dtype) -> None:
+    policy, reference, target = predictions(3, gap=0.05)
+    exact = policy.to(dtype).double().requires_grad_()
+    rounded = (reference.to(dtype).double(), target.to(dtype).double())
+    fastinvdpo.preference_loss(exact, *rounded, beta=100.0).loss.backward()
+    ours = policy.to(dtype).requires_grad_()
+    fastinvdpo.preference_loss(ours, reference.to(dtype), target.to(dtype), beta=100.0).loss.backward()
+    assert ours.grad.dtype == dtype and ours.grad.shape == ours.shape
+    # One rounding of the result, and float32 arithmetic before it.
+    error = (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert float(error) < max(torch.finfo(dtype).eps, 1e-5)
+
+
+def test_strided_inputs() -> None:
+    policy, reference, target = predictions(3)
+    expected = fastinvdpo.preference_loss(policy, reference, target, beta=10.0).margin
+    strided = [tensor.to(memory_format=torch.channels_last) for tensor in (policy, reference, target)]
+    torch.testing.assert_close(fastinvdpo.preference_loss(*strided, beta=10.0).margin, expected)
+
+
+@pytest.mark.parametrize("target_free", [False, True])
+def test_opcheck(target_free: bool) -> None:
+    policy, reference, target = (tensor.flatten(2) for tensor in predictions(2, (3, 2, 2), dtype=torch.float32))
+    rho, weight = torch.rand(2), torch.rand(2, 3)
+    arguments = (policy.requires_grad_(), reference, None if target_free else target, rho, weight, 100.0, "cdpo", 0.1)
+    torch.library.opcheck(preference_loss_op.default, arguments)
+
+
+def test_compiles_without_graph_break() -> None:
+    policy, reference, target = predictions(2, dtype=torch.float32)
+
+    def loss(p: Tensor) -> Tensor:
+        return fastinvdpo.preference_loss(p * 1.5, reference, target, beta=10.0).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours, eager = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+    compiled(ours).backward()
+    loss(eager).backward()
+    torch.testing.assert_close(ours.grad, eager.grad)
+
+
+def test_gradients_of_an_expanded_kind() -> None:
+    """`margin.sum()` sends back an expanded gradient, and `loss` alone leaves the others out."""
+    policy, reference, target = predictions(3, gap=0.1)
+    policy.requires_grad_()
+    result = fastinvdpo.preference_loss(policy, reference, target, beta=4.0)
+    (gradient,) = torch.autograd.grad(result.margin.sum() + result.policy_mse.mean(), policy)
+    plain = policy.detach().requires_grad_()
+    z = by_definition(plain, reference, target, 4.0)
+    (expected,) = torch.autograd.grad(z.sum() + (plain - target).square().mean(), plain)
+    torch.testing.assert_close(gradient, expected)

@@ -1,0 +1,192 @@
+"""Inversion of ragged batches: levels, network evaluations, noise, guidance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastinvdpo.schedule import affine_coefficients, ancestral_variance, recover_noise
+from fastinvdpo.trajectories import (
+    InversionSettings,
+    Prompt,
+    inversion_steps,
+    invert,
+    plan_grid,
+    plan_inversion,
+    plan_released,
+    predict,
+    weighted_sum,
+)
+from tests.cases import sd_schedule, toy_network
+
+SCHEDULE = sd_schedule()
+
+
+def batch(n: int, seed: int = 0) -> tuple[Tensor, Prompt]:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(n, 4, 8, 8, generator=generator, dtype=torch.float64)
+    told = {"prompt": torch.randn(n, generator=generator, dtype=torch.float64)}
+    return latents, Prompt(told, {"prompt": torch.zeros(n, dtype=torch.float64)})
+
+
+class Counting:
+    """A network that remembers how many samples it was asked for, and at which times."""
+
+    def __init__(self) -> None:
+        self.network, self.samples, self.times = toy_network(), 0, []
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        self.samples += latents.shape[0]
+        self.times.append(timesteps.tolist())
+        return self.network(latents, timesteps, conditioning)
+
+
+def test_plan_ends_exactly_at_every_level() -> None:
+    levels = torch.tensor([0, 1, 2, 100, 101, 102, 417, 901, 950, 999])
+    plan = plan_inversion(SCHEDULE, levels, 10)
+    grid = [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
+    for row, level in enumerate(levels.tolist()):
+        visited = [g for g in grid if g < level] + [level]
+        assert int(plan.steps[row]) == len(visited)
+        assert plan.target[row, : len(visited)].tolist() == visited
+        assert plan.source[row, : len(visited)].tolist() == [-1, *visited[:-1]]
+
+
+def test_every_sample_costs_its_own_steps() -> None:
+    levels = torch.tensor([0, 1, 150, 150, 999, 417])
+    latents, prompt = batch(6)
+    network = Counting()
+    plan = plan_inversion(SCHEDULE, levels, 10)
+    invert(network, SCHEDULE, latents, plan, prompt)
+    assert network.samples == int(plan.steps.sum()) == 1 + 1 + 3 + 3 + 11 + 6
+    network = Counting()
+    invert(network, SCHEDULE, latents, plan, prompt, InversionSettings(renoise_iterations=1))
+    assert network.samples == 2 * int(plan.steps.sum())
+
+
+@pytest.mark.parametrize("settings", [InversionSettings(), InversionSettings(eta=0.3, seed=5), InversionSettings(renoise_iterations=2)])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_batch_equals_its_samples_one_by_one(settings: InversionSettings, guidance_scale: float) -> None:
+    levels, index = torch.tensor([700, 3, 250, 999, 0]), torch.tensor([40, 41, 7, 8, 9])
+    latents, prompt = batch(5)
+    prompt = Prompt(prompt.conditional, prompt.unconditional, guidance_scale)
+    network = toy_network()
+    together = invert(network, SCHEDULE, latents, plan_inversion(SCHEDULE, levels, 10), prompt, settings, noise_index=index)
+    for row in range(5):
+        one = torch.tensor([row])
+        alone = invert(
+            network,
+            SCHEDULE,
+            latents[one],
+            plan_inversion(SCHEDULE, levels[one], 10),
+            prompt.select(one),
+            settings,
+            noise_index=index[one],
+        )
+        assert torch.equal(alone, together[one])
+
+
+def test_recovered_noise_holds_the_true_noise() -> None:
+    """A network that knows the noise, a pair at level 50: the share of the noise that the recovered target holds.
+
+    The corrected inversion keeps all but what the clean end at ᾱ_0 stands for; the released one, which stops at level 1, loses most.
+    """
+    clean, noise = torch.randn(2, 1, 4, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    told, levels = Prompt({"prompt": torch.zeros(1)}), torch.tensor([50])
+    both = torch.stack([clean.flatten(), noise.flatten()], dim=1)
+
+    def share(plan_of) -> float:
+        x = invert(lambda x, t, c: noise, SCHEDULE, clean, plan_of(SCHEDULE, levels, 10), told)
+        recovered = recover_noise(SCHEDULE, x, clean, levels)
+        return float(torch.linalg.lstsq(both, recovered.flatten().unsqueeze(1)).solution[1])
+
+    signal, deviation = SCHEDULE.rates(torch.tensor([-1, 1, 50]))
+    corrected = float((deviation[2] - signal[2] * deviation[0] / signal[0]) / deviation[2])
+    released = float((deviation[1] - signal[1] * deviation[0] / signal[0]) / deviation[2])
+    assert share(plan_inversion) == pytest.approx(corrected) and corrected > 0.85
+    assert share(plan_released) == pytest.approx(released) and released < 0.1
+
+
+def test_weighted_sum() -> None:
+    outputs = [torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(11)]
+    weights = torch.randn(11, dtype=torch.float64)
+    expected = sum(weight * output for weight, output in zip(weights, outputs, strict=True))
+    ours = weighted_sum(outputs, weights.tolist())
+    torch.testing.assert_close(ours, expected)
+    ours.sum().backward()
+    for weight, output in zip(weights, outputs, strict=True):
+        torch.testing.assert_close(output.grad, weight.expand_as(output))
+    assert weighted_sum(outputs[:1], [1.0]) is outputs[0]
+
+
+def test_guidance() -> None:
+    latents, prompt = batch(3)
+    times, network = torch.tensor([5, 500, 900]), Counting()
+    unconditional = network.network(latents, times, prompt.unconditional)
+    conditional = network.network(latents, times, prompt.conditional)
+    guided = predict(network, latents, times, Prompt(prompt.conditional, prompt.unconditional, 3.0))
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional))
+    assert network.samples == 6 and len(network.times) == 1
+    assert torch.equal(predict(network, latents, times, Prompt(prompt.conditional)), conditional)
+
+
+def test_model_time() -> None:
+    latents, prompt = batch(1)
+    for name, expected in (("destination", [[1], [251], [300]]), ("source", [[0], [1], [251]])):
+        network = Counting()
+        plan = plan_inversion(SCHEDULE, torch.tensor([300]), 4)
+        invert(network, SCHEDULE, latents, plan, prompt, InversionSettings(model_time=name))
+        assert network.times == expected
+
+
+def test_renoise_averages_all_predictions() -> None:
+    latents, prompt = batch(2)
+    network, plan = toy_network(), plan_grid(SCHEDULE, 2, 3)
+    walk = inversion_steps(network, SCHEDULE, latents, plan, prompt, InversionSettings(renoise_iterations=2))
+    first = next(iter(walk))
+    a, b = (value.view(-1, 1, 1, 1) for value in affine_coefficients(SCHEDULE, plan.source[:, 0], plan.target[:, 0]))
+    time, outputs, x = plan.target[:, 0], [], latents
+    for _ in range(3):
+        outputs.append(network(x, time, prompt.conditional))
+        x = a * latents + b * sum(outputs) / len(outputs)
+    torch.testing.assert_close(first.latents, x)
+
+
+def test_step_noise_has_the_variance_of_the_interval_it_crossed() -> None:
+    clean = torch.zeros(2, 4, 32, 32, dtype=torch.float64)
+    told = Prompt({"prompt": torch.zeros(2)})
+    plan = plan_inversion(SCHEDULE, torch.tensor([1, 1]), 10)
+    settings = InversionSettings(eta=0.5, seed=1)
+    x = invert(lambda x, t, c: torch.zeros_like(x), SCHEDULE, clean, plan, told, settings, noise_index=torch.tensor([3, 3]))
+    deviation = 0.5 * float(ancestral_variance(SCHEDULE, torch.tensor([-1]), torch.tensor([1])).sqrt())
+    assert float(x[0].std()) == pytest.approx(deviation, rel=0.05)
+    assert torch.equal(x[0], x[1])
+
+
+def test_no_gradient_flows_through_an_inversion() -> None:
+    latents, prompt = batch(2)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    network = toy_network()
+    plan = plan_grid(SCHEDULE, 2, 2)
+    x = invert(lambda x, t, c: weight * network(x, t, c), SCHEDULE, latents, plan, prompt)
+    assert not x.requires_grad and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_fine_inversion_and_sampling_return_to_the_start(prediction_type: str) -> None:
+    """Up a fine grid and down again with the network asked at each end: ten times the steps, less than a third of the error."""
+    schedule = sd_schedule(prediction_type=prediction_type)
+    latents, prompt = batch(2)
+    network = toy_network(scale=0.2)
+    errors = []
+    for steps in (20, 200):
+        plan = plan_grid(schedule, 2, steps)
+        x = invert(network, schedule, latents, plan, prompt)
+        for j in reversed(range(1, steps)):
+            a, b = affine_coefficients(schedule, plan.target[:, j], plan.source[:, j])
+            o = network(x, plan.target[:, j], prompt.conditional)
+            x = a.view(-1, 1, 1, 1) * x + b.view(-1, 1, 1, 1) * o
+        first = invert(network, schedule, latents, plan_inversion(schedule, plan.target[:, 0], steps), prompt)
+        errors.append(float((x - first).norm() / first.norm()))
+    assert errors[1] < errors[0] / 3
