@@ -1,8 +1,8 @@
 """Which backend runs an op: what exists, what was asked for, what was chosen and why.
 
-Asked for, strongest first: ``with use_backend(name)``; the environment variable ``FASTINVDPO_BACKEND``, read at every call; ``auto``.
-Nothing is decided at import and nothing here initialises CUDA. Ops call :func:`choose` inside their kernels, which a compiler does
-not look into, so a choice changes without recompiling.
+Asked for, strongest first: ``with use_backend(name)``; the environment variable ``FASTINVDPO_BACKEND``, read at every
+call; ``auto``. Nothing is decided at import and nothing here initialises CUDA. Ops call :func:`choose` inside their
+kernels, which a compiler does not look into, so a choice changes without recompiling.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from fastinvdpo.errors import invalid
 
@@ -43,8 +43,8 @@ class _Request:
 
 
 _here: ContextVar[_Request | None] = ContextVar("fastinvdpo_backend", default=None)
-# Autograd runs the backward of CUDA tensors in threads of its own, which inherit no context variable. A thread that made no choice
-# therefore follows the choice entered last anywhere in the process, so that a backward runs where its forward ran.
+# Autograd runs the backward of CUDA tensors in threads of its own, which inherit no context variable. A thread that
+# made no choice therefore follows the choice entered last in the process: a backward runs where its forward ran.
 _entered: list[_Request] = []
 
 
@@ -52,7 +52,8 @@ _entered: list[_Request] = []
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops called inside the block on one backend: ``auto``, ``reference``, ``native``, ``triton`` or ``cuda``.
 
-    Blocks nest, and threads with blocks of their own do not disturb each other. An op that the backend cannot run raises when called.
+    Blocks nest; threads with blocks of their own do not disturb each other. Calling an op that the backend cannot run
+    raises.
 
     Raises:
         InvalidInput: ``name`` is not a backend.
@@ -69,7 +70,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(op: str, device_type: str) -> str:
-    """The backend that runs ``op`` (a key of :data:`IMPLEMENTED`) on tensors of ``device_type`` ("cpu", "cuda", ...) now.
+    """The backend that runs ``op``, a key of :data:`IMPLEMENTED`, on tensors of ``device_type`` ("cpu", "cuda", ...).
 
     Raises:
         InvalidInput: ``FASTINVDPO_BACKEND`` is not a backend, or the backend asked for by name cannot run the op there.
@@ -85,7 +86,7 @@ def explain(op: str, device_type: str) -> Selection:
 
 
 def requested() -> tuple[str, str]:
-    """Who asks and for what: ``("use_backend", "reference")``, ``("FASTINVDPO_BACKEND", "triton")`` or ``("default", "auto")``."""
+    """Who asks for what: ``("use_backend", name)``, ``("FASTINVDPO_BACKEND", name)`` or ``("default", "auto")``."""
     for request in (_here.get(), *_entered[-1:]):
         if request is not None:
             return "use_backend", request.backend
@@ -103,7 +104,7 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _select(op: str, device_type: str, asked_by: str, name: str) -> Selection:
     _check_name(asked_by, name)
     if name != "auto":

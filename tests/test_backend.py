@@ -14,11 +14,6 @@ from fastinvdpo.errors import InvalidInput
 OPS = sorted(_backend.IMPLEMENTED)
 
 
-@pytest.fixture(autouse=True)
-def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_backend.VARIABLE, raising=False)
-
-
 @pytest.fixture
 def triton_exists(monkeypatch: pytest.MonkeyPatch):
     """As if affine_step had a Triton kernel."""

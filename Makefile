@@ -1,0 +1,47 @@
+# Each target does its own set-up. An active environment is used as it is when it has everything; otherwise .venv is made once.
+# PYTHON: the interpreter; TORCH: the PyTorch requirement, installed before anything could resolve another build of it;
+# ENVIRONMENT=own: make .venv whatever is active; JOBS: test processes; ARGS: more arguments for the demo or for pytest.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ENVIRONMENT ?= any
+JOBS ?= 2
+ARGS ?=
+
+.PHONY: help demo test check
+
+help:
+	@echo "make demo   align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
+	@echo "make test   the test suite: JOBS=2 ARGS='-k schedule'"
+	@echo "make check  ruff and mypy"
+
+ifeq ($(ENVIRONMENT),any)
+  ACTIVE := $(shell $(PYTHON) .ci/suitable.py . >/dev/null 2>&1 && echo yes)
+endif
+
+ifeq ($(ACTIVE),yes)
+  RUN := $(PYTHON)
+else
+  RUN := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+endif
+
+$(VENV)/.ready: pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade 'setuptools>=77' wheel
+	$(VENV)/bin/python -m pip install --quiet '$(TORCH)'
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[train,dev]'
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m fastinvdpo.cli demo $(ARGS)
+
+# One thread for each test process: two processes with all threads each would fight for the cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(ARGS)
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy

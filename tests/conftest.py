@@ -1,0 +1,28 @@
+"""What every test starts from: one thread, known seeds, no network, no backend chosen from outside."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Read by huggingface_hub and matplotlib when they are imported, so before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+from fastinvdpo._backend import VARIABLE
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    monkeypatch.delenv(VARIABLE, raising=False)
