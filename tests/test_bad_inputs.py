@@ -1,0 +1,147 @@
+"""Bad input ends in an error that names the argument, shows the value and says what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastinvdpo
+from fastinvdpo import DDIMInverseScheduler, InvalidInput, NoiseSchedule, build_objective
+from fastinvdpo.losses import preference_probability, smoothed_pair_weight
+from fastinvdpo.objectives import PairBatch
+from fastinvdpo.ops import philox
+from fastinvdpo.schedule import inversion_levels
+from fastinvdpo.trajectories import InversionSettings, Prompt, plan_inversion
+from tests.cases import SD_SCHEDULER, sd_schedule
+
+X = torch.zeros(4, 2, 3)
+SCHEDULE = sd_schedule()
+
+
+def loss(policy: Any = X, reference: Any = X, target: Any = X, beta: Any = 10.0, **options: Any) -> Callable[[], object]:
+    return lambda: fastinvdpo.preference_loss(policy, reference, target, beta=beta, **options)
+
+
+def step(sample: Any = X, outputs: Any = (X,), table: Any = torch.zeros(4, 2), **options: Any) -> Callable[[], object]:
+    return lambda: fastinvdpo.affine_step(sample, outputs, table, **options)
+
+
+def objective(method: str = "inpo", **options: Any) -> Callable[[], object]:
+    return lambda: build_objective(method, SCHEDULE, **options)
+
+
+def call(method: str, **changes: Any) -> Callable[[], object]:
+    batch = {
+        "latents": torch.zeros(4, 1, 2, 2),
+        "conditioning": {"prompt": torch.zeros(4)},
+        "draw": torch.arange(2),
+        **changes,
+    }
+    return lambda: build_objective(method, SCHEDULE)(lambda x, t, c: x, lambda x, t, c: x, PairBatch(**batch), seed=0)
+
+
+def stepped(level: int) -> Callable[[], object]:
+    scheduler = DDIMInverseScheduler.from_config(SD_SCHEDULER)
+    scheduler.set_timesteps(10)
+    return lambda: scheduler.step(X, level, X)
+
+
+# (name of the case, what is called, what the message must name)
+CASES: list[tuple[str, Callable[[], object], str]] = [
+    ("odd batch", loss(*[torch.zeros(3, 2)] * 3), "policy_pred.shape = (3, 2)"),
+    ("empty batch", loss(*[torch.zeros(0, 2)] * 3), "policy_pred.shape = (0, 2)"),
+    ("no elements", loss(*[torch.zeros(2, 0)] * 3), "policy_pred.shape = (2, 0)"),
+    ("one dimension", loss(*[torch.zeros(2)] * 3), "policy_pred.shape = (2,)"),
+    ("reference of another shape", loss(reference=torch.zeros(4, 3, 2)), "reference_pred.shape = (4, 3, 2)"),
+    ("target of another shape", loss(target=torch.zeros(4, 2, 1)), "target.shape = (4, 2, 1)"),
+    ("integer predictions", loss(*[X.long()] * 3), "policy_pred.dtype = torch.int64"),
+    ("integer target", loss(target=X.int()), "target.dtype = torch.int32"),
+    ("a list for a tensor", loss(reference=[1.0]), "reference_pred = 'list'"),
+    ("no reference", loss(reference=None), "reference_pred = 'NoneType'"),
+    ("reference elsewhere", loss(reference=X.to("meta")), "reference_pred.device = 'meta'"),
+    ("target with gradient", loss(target=X.clone().requires_grad_()), "target.requires_grad = True"),
+    ("beta zero", loss(beta=0.0), "beta = 0.0"),
+    ("beta negative", loss(beta=-5), "beta = -5"),
+    ("beta not a number", loss(beta=math.nan), "beta = nan"),
+    ("beta infinite", loss(beta=math.inf), "beta = inf"),
+    ("beta as text", loss(beta="5000"), "beta = '5000'"),
+    ("beta as a tensor", loss(beta=torch.ones(1)), "beta = tensor"),
+    ("weight per sample, not per pair", loss(pair_weight=torch.ones(4)), "pair_weight.shape = (4,)"),
+    ("integer weight", loss(pair_weight=torch.ones(2).int()), "pair_weight.dtype = torch.int32"),
+    ("weight as a number", loss(pair_weight=2.0), "pair_weight = 2.0"),
+    ("weight elsewhere", loss(pair_weight=torch.ones(2, device="meta")), "pair_weight.device = 'meta'"),
+    ("timestep weight of another length", loss(timestep_weight=torch.ones(3)), "timestep_weight.shape = (3,)"),
+    ("timestep weight without timesteps", loss(*[torch.zeros(4, 2)] * 3, timestep_weight=torch.ones(2)), "policy_pred.shape = (4, 2)"),
+    ("unknown utility", loss(utility="logistic"), "utility = 'logistic'"),
+    ("smoothing of one half", loss(utility="robust", label_smoothing=0.5), "label_smoothing = 0.5"),
+    ("smoothing that is not used", loss(label_smoothing=0.1), "label_smoothing = 0.1"),
+    ("five outputs", step(outputs=[X] * 5, table=torch.zeros(4, 6)), "outputs = '5 tensors'"),
+    ("output of another shape", step(outputs=[torch.zeros(4, 3, 2)]), "outputs[0].shape = (4, 3, 2)"),
+    ("integer sample", step(sample=X.long()), "sample = torch.int64"),
+    ("integer output", step(outputs=[X.long()]), "outputs[0] = torch.int64"),
+    ("sample without batch", step(sample=torch.zeros(()), outputs=[]), "sample.shape = ()"),
+    ("coefficients of one sample", step(table=torch.zeros(1, 2)), "coefficients.shape = (1, 2)"),
+    ("integer coefficients", step(table=torch.zeros(4, 2).long()), "coefficients.dtype = torch.int64"),
+    ("active as numbers", step(active=torch.ones(4)), "active.dtype = torch.float32"),
+    ("noise index without noise", step(noise_index=torch.arange(4)), "noise_index"),
+    ("noise index as floats", step(noise_scale=torch.ones(4), noise_index=torch.ones(4)), "noise_index.dtype = torch.float32"),
+    ("negative seed", step(noise_scale=torch.ones(4), seed=-1), "seed = -1"),
+    ("offset of 33 bits", lambda: philox.normal(0, 2**32, torch.arange(1), (2,)), "offset = 4294967296"),
+    ("alphas out of range", lambda: NoiseSchedule(torch.tensor([0.5, 1.5])), "alphas_cumprod = [0.5, 1.5]"),
+    ("alphas that increase", lambda: NoiseSchedule(torch.tensor([0.1, 0.9])), "alphas_cumprod"),
+    ("integer alphas", lambda: NoiseSchedule(torch.tensor([1, 0])), "alphas_cumprod = (2,)"),
+    ("unknown prediction type", lambda: sd_schedule(prediction_type="eps"), "prediction_type = 'eps'"),
+    ("unknown beta schedule", lambda: sd_schedule(beta_schedule="cosine"), "beta_schedule = 'cosine'"),
+    ("betas above one", lambda: sd_schedule(beta_end=1.2), "betas = "),
+    ("offset beyond the schedule", lambda: sd_schedule(steps_offset=1000), "steps_offset = 1000"),
+    ("no steps", lambda: inversion_levels(SCHEDULE, 0), "num_inference_steps = 0"),
+    ("more steps than levels", lambda: inversion_levels(SCHEDULE, 1001), "num_inference_steps = 1001"),
+    ("half a step", lambda: inversion_levels(SCHEDULE, 2.5), "num_inference_steps = 2.5"),  # type: ignore[arg-type]
+    ("level beyond the schedule", lambda: plan_inversion(SCHEDULE, torch.tensor([1000]), 10), "levels = [1000, 1000]"),
+    ("levels as floats", lambda: plan_inversion(SCHEDULE, torch.tensor([1.0]), 10), "levels = torch.float32"),
+    ("unknown model time", lambda: InversionSettings(model_time="target"), "model_time = 'target'"),
+    ("eta above one", lambda: InversionSettings(eta=1.5), "eta = 1.5"),
+    ("negative renoise", lambda: InversionSettings(renoise_iterations=-1), "renoise_iterations = -1"),
+    ("guidance without the empty prompt", lambda: Prompt({}, None, 2.0), "guidance_scale = 2.0"),
+    ("unknown method", objective("dpo"), "method = 'dpo'"),
+    ("unknown option", objective("diffusion-dpo", eta=0.1), "eta = 0.1"),
+    ("unknown compatibility", objective(compat="old"), "compat = 'old'"),
+    ("unknown variant", objective("inversion-dpo", variant="chain"), "variant = 'chain'"),
+    ("corrected variant of the released code", objective("inversion-dpo", variant="step", compat="released"), "variant = 'step'"),
+    ("more sampled timesteps than steps", objective("inversion-dpo", timesteps_per_step=81), "timesteps_per_step = 81"),
+    ("negative guidance", objective("inversion-dpo", guidance_scale=-1.0), "guidance_scale = -1.0"),
+    ("score range of zero", objective("smpo", score_range=0.0), "score_range = 0.0"),
+    ("negative preference scale", objective("smpo", preference_scale=-1.0), "preference_scale = -1.0"),
+    ("scores of different lengths", lambda: preference_probability(torch.ones(2), torch.ones(3)), "loser_scores.shape = (3,)"),
+    ("scale that is not a number", lambda: smoothed_pair_weight(torch.ones(2), math.nan), "preference_scale = nan"),
+    ("smpo without scores", call("smpo"), "batch.scores = None"),
+    ("inversion-dpo without the empty prompt", call("inversion-dpo"), "guidance_scale = 2.0"),
+    ("odd batch of latents", call("inpo", latents=torch.zeros(3, 1, 2, 2)), "batch.latents.shape = (3, 1, 2, 2)"),
+    ("draws of another length", call("inpo", draw=torch.arange(4)), "batch.draw"),
+    ("prompts of another length", call("inpo", conditioning={"prompt": torch.zeros(2)}), "batch.conditioning['prompt'].shape = (2,)"),
+    ("scheduler without timesteps", lambda: DDIMInverseScheduler().step(X, 1, X), "num_inference_steps = None"),
+    ("scheduler beyond its levels", stepped(1000), "timestep = 1000"),
+    ("scheduler with an unknown setting", lambda: DDIMInverseScheduler(beta="x"), "beta = 'x'"),
+    ("scheduler with unknown spacing", lambda: DDIMInverseScheduler(timestep_spacing="even"), "timestep_spacing = 'even'"),
+    ("scheduler from a number", lambda: DDIMInverseScheduler.from_config(3), "config = 'int'"),
+    ("unknown backend", lambda: fastinvdpo.use_backend("gpu").__enter__(), "name = 'gpu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "names"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_error_names_argument_value_and_remedy(bad: Callable[[], object], names: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        bad()
+    message = str(caught.value)
+    assert message.startswith(names), message
+    assert "Remedy: " in message
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    with fastinvdpo.use_backend("cuda"), pytest.raises(InvalidInput, match="cuda") as caught:
+        fastinvdpo.preference_loss(X, X, X, beta=1.0)
+    assert "Remedy: " in str(caught.value)
