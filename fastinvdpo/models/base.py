@@ -184,6 +184,15 @@ def cast_inputs(
     return latents.to(dtype), cast
 
 
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``module`` with its weights as ``dtype``.
+
+    Used after loading, because the keyword that asks for a dtype while loading differs between versions of diffusers.
+    """
+    stored = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    return module if stored <= {dtype} else module.to(dtype)
+
+
 def check_conditioning(conditioning: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Raise ``InvalidInput`` when the conditioning lacks one of the named tensors."""
     for name in names:

@@ -21,6 +21,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import (
     DiffusionModel,
     cast_inputs,
+    cast_weights,
     check_conditioning,
     check_images,
     check_latents,
@@ -72,7 +73,10 @@ class DigitsModel(DiffusionModel):
         config_file = root / "scheduler" / "scheduler_config.json"
         if not config_file.is_file():
             raise invalid("model.path", str(path), f"holds no {config_file.relative_to(root)}", _MODEL_REMEDY)
-        network = _load_unet(Path(unet_init) if unet_init is not None else root, variant, dtype)
+        if unet_init is None:
+            network = _load_unet("model.path", root, variant, dtype)
+        else:
+            network = _load_unet("model.unet_init", Path(unet_init), None, dtype)
         return cls(network, json.loads(config_file.read_text()))
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
@@ -121,24 +125,22 @@ class DigitsModel(DiffusionModel):
 _MODEL_REMEDY = "name a directory with unet/ and scheduler/, such as one the demo or a training run wrote"
 
 
-def _load_unet(root: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
+def _load_unet(argument: str, root: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """The UNet in ``root/unet``, or in ``root`` itself when that is a UNet directory."""
     diffusers = require("diffusers", extra="train", purpose="loading a digits model")
     folder = root / "unet" if (root / "unet").is_dir() else root
     if not (folder / "config.json").is_file():
-        raise invalid("model.path", str(root), "holds no unet/config.json", _MODEL_REMEDY)
+        raise invalid(argument, str(root), "holds no unet/config.json", _MODEL_REMEDY)
     try:
         network: nn.Module = diffusers.UNet2DConditionModel.from_pretrained(
-            folder, variant=variant, torch_dtype=dtype, use_safetensors=True
+            folder, variant=variant, use_safetensors=True
         )
     except OSError as error:
-        raise invalid("model.path", str(folder), f"cannot be loaded ({error})", _MODEL_REMEDY) from error
+        raise invalid(argument, str(folder), f"cannot be loaded ({error})", _MODEL_REMEDY) from error
     channels = network.config["in_channels"]  # type: ignore[index]
     if channels != 1:
-        raise invalid(
-            "model.path", str(folder), f"its UNet has {channels} input channels, digits have 1", _MODEL_REMEDY
-        )
-    return network
+        raise invalid(argument, str(folder), f"its UNet has {channels} input channels, digits have 1", _MODEL_REMEDY)
+    return cast_weights(network, dtype)
 
 
 def _grey_pixels(image: Image) -> Tensor:

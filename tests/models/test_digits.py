@@ -1,0 +1,202 @@
+"""The digits family: pixels and latents, prompts, loading and saving."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.models import DiffusionModel, load_model
+from tests.models import tiny
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def model(directory: Path) -> DiffusionModel:
+    return load_model("digits", directory)
+
+
+def pictures(count: int = 4) -> list[Image.Image]:
+    values = torch.randint(0, 256, (count, 64), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return [Image.frombytes("L", (8, 8), bytes(row.tolist())) for row in values]
+
+
+def test_every_pixel_value_survives_the_round_trip(model: DiffusionModel) -> None:
+    images = [Image.frombytes("L", (8, 8), bytes(range(start, start + 64))) for start in range(0, 256, 64)]
+    latents = model.encode_images(images)
+    assert latents.shape == (4, *model.latent_shape)
+    assert latents.dtype == torch.float32
+    assert latents.flatten()[[0, -1]].tolist() == [-1.0, 1.0]
+    assert [image.tobytes() for image in model.decode_latents(latents)] == [image.tobytes() for image in images]
+
+
+def test_latents_keep_rows_and_columns(model: DiffusionModel) -> None:
+    image = Image.new("L", (8, 8))
+    image.putpixel((5, 2), 255)  # column 5, row 2
+    latents = model.encode_images([image])
+    assert latents[0, 0, 2, 5] == 1.0
+    assert (latents == 1.0).sum() == 1
+
+
+def test_values_outside_the_range_are_clipped(model: DiffusionModel) -> None:
+    image = model.decode_latents(torch.tensor([-3.0, 3.0]).repeat(32).reshape(1, 1, 8, 8))[0]
+    assert image.tobytes() == bytes([0, 255] * 32)
+
+
+def test_predict_uses_prompt_and_time(model: DiffusionModel) -> None:
+    latents = model.encode_images(pictures(2))[:1].repeat(3, 1, 1, 1)
+    conditioning = model.encode_prompts(["a handwritten three", "", "a handwritten three"])
+    assert conditioning["encoder_hidden_states"].shape == (3, 4, 32)
+    assert not conditioning["encoder_hidden_states"][1].any()
+    one, empty, later = model.predict(model.network, latents, torch.tensor([10, 10, 700]), conditioning)
+    assert one.shape == model.latent_shape
+    assert not torch.allclose(one, empty)
+    assert not torch.allclose(one, later)
+
+
+def test_predict_accepts_a_half_precision_network(directory: Path) -> None:
+    full, half = load_model("digits", directory), load_model("digits", directory, dtype=torch.bfloat16)
+    latents, conditioning = full.encode_images(pictures(2)), full.encode_prompts(["a", "b"])
+    expected = full.predict(full.network, latents, torch.tensor([5, 500]), conditioning)
+    got = half.predict(half.network, latents, torch.tensor([5, 500]), conditioning)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_predict_looks_through_wrappers_only_for_the_dtype(model: DiffusionModel) -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return self.module(*args, **kwargs)
+
+    latents, conditioning = model.encode_images(pictures(1)), model.encode_prompts(["a"])
+    plain = model.predict(model.network, latents, torch.tensor([7]), conditioning)
+    assert torch.equal(model.predict(Wrapped(model.network), latents, torch.tensor([7]), conditioning), plain)
+
+
+def test_half_precision_files_become_float32(tmp_path: Path) -> None:
+    model = load_model("digits", tiny.write_digits(tmp_path, half=True))
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.float32}
+    rounded = tiny.digits_unet().half().float()
+    for got, expected in zip(model.network.parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_saved_model_loads_with_the_given_weights(model: DiffusionModel, tmp_path: Path) -> None:
+    other = tiny.digits_unet()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.25
+    model.save(tmp_path / "out", network=other)
+    again = load_model("digits", tmp_path / "out")
+    for got, expected in zip(again.network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(got, expected)
+    assert again.scheduler_config == model.scheduler_config
+    assert torch.equal(again.schedule.alphas_cumprod, model.schedule.alphas_cumprod)
+    assert sorted(file.suffix for file in (tmp_path / "out" / "unet").iterdir()) == [".json", ".safetensors"]
+
+
+def test_saving_refuses_unmerged_adapters(model: DiffusionModel, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    network = tiny.digits_unet()
+    network.add_adapter(peft.LoraConfig(r=2, target_modules=list(model.default_lora_targets)))
+    with pytest.raises(InvalidInput, match="LoRA layers that are not merged"):
+        model.save(tmp_path, network=network)
+
+
+def test_unet_init_replaces_the_weights(directory: Path, tmp_path: Path) -> None:
+    other = tiny.digits_unet()
+    with torch.no_grad():
+        other.conv_in.weight.fill_(0.5)
+    other.save_pretrained(tmp_path / "plain", safe_serialization=True)
+    other.save_pretrained(tmp_path / "nested" / "unet", safe_serialization=True)
+    for place in ("plain", "nested"):
+        model = load_model("digits", directory, unet_init=tmp_path / place)
+        assert torch.equal(model.network.conv_in.weight, other.conv_in.weight)
+
+
+def test_schedule_is_the_checkpoints_in_double_precision(model: DiffusionModel, directory: Path) -> None:
+    config = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())
+    assert model.schedule.alphas_cumprod.dtype == torch.float64
+    betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    torch.testing.assert_close(model.schedule.alphas_cumprod, (1 - betas).cumprod(0), rtol=1e-12, atol=0)
+    assert (model.schedule.steps_offset, model.schedule.set_alpha_to_one) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], r"images = \[\]: is empty"),
+        ([Image.new("L", (8, 8)), Image.new("L", (9, 8))], r"images\[1\].size = \(9, 8\): digit models need 8x8"),
+        (["three.png"], r"images\[0\] = 'three.png': is not a PIL image"),
+    ],
+)
+def test_bad_images(model: DiffusionModel, images: list[object], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        model.encode_images(images)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.zeros(1, 4, 8, 8), "wrong shape or dtype"),
+        (torch.zeros(8, 8), "wrong shape or dtype"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.int64), "wrong shape or dtype"),
+        (torch.full((1, 1, 8, 8), float("nan")), "NaN"),
+    ],
+)
+def test_bad_latents(model: DiffusionModel, latents: torch.Tensor, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        model.decode_latents(latents)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [("three", "is one string"), ([], "is empty"), (["a", None], r"prompts\[1\] = None")]
+)
+def test_bad_prompts(model: DiffusionModel, prompts: object, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        model.encode_prompts(prompts)  # type: ignore[arg-type]
+
+
+def test_missing_conditioning_is_named(model: DiffusionModel) -> None:
+    with pytest.raises(InvalidInput, match="lacks 'encoder_hidden_states'"):
+        model.predict(model.network, torch.zeros(1, 1, 8, 8), torch.tensor([1]), {"text": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "nowhere"}, "model.path = 'nowhere': holds no scheduler"),
+        ({"path": ""}, "model.path = '': is empty"),
+        ({"revision": "main"}, "model.revision = 'main'"),
+        ({"unet_init": "nowhere"}, "model.unet_init = 'nowhere': holds no unet"),
+        ({"family": "gan"}, "model.family = 'gan'.*digits, stable-diffusion"),
+        ({"dtype": torch.int8}, "dtype = torch.int8"),
+    ],
+)
+def test_bad_loads(directory: Path, change: dict[str, object], message: str) -> None:
+    arguments = {"family": "digits", "path": directory, **change}
+    with pytest.raises(InvalidInput, match=message):
+        load_model(**arguments)  # type: ignore[arg-type]
+
+
+def test_wrong_unets_are_refused(tmp_path: Path) -> None:
+    colour = tiny.write_digits(tmp_path / "colour", in_channels=3, out_channels=3)
+    with pytest.raises(InvalidInput, match="3 input channels"):
+        load_model("digits", colour)
+    pickled = tiny.write_digits(tmp_path / "pickled")
+    (pickled / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tiny.digits_unet().state_dict(), pickled / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(InvalidInput, match=r"cannot be loaded.*Remedy"):
+        load_model("digits", pickled)

@@ -1,0 +1,125 @@
+"""Checkpoints of the real diffusers and transformers classes at tiny widths, written where a test wants them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tests.cases import SD_SCHEDULER
+
+TOKENS = 12  # length that prompts are padded to
+
+
+def digits_unet(**changes: Any) -> UNet2DConditionModel:
+    """The demo's UNet, narrower."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 32,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def write_digits(directory: Path, *, half: bool = False, **unet: Any) -> Path:
+    network = digits_unet(**unet)
+    (network.half() if half else network).save_pretrained(directory / "unet", safe_serialization=True)
+    (directory / "scheduler").mkdir()
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD_SCHEDULER))
+    return directory
+
+
+def tokenizer() -> CLIPTokenizer:
+    """Every letter is a token of its own, inside a word and at its end."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
+
+
+def text_encoder(width: int, projected: bool = False) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def vae(**changes: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        **{
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "latent_channels": 4,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+            **changes,
+        }
+    )
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    return digits_unet(**{"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, **changes})
+
+
+def sd_pipeline(*, prediction_type: str = "epsilon", **parts: Any) -> StableDiffusionPipeline:
+    """SD 1.x and 2.x at 16 x 16 pixels, latents 4 x 8 x 8."""
+    torch.manual_seed(1)
+    own = {
+        "vae": vae(),
+        "text_encoder": text_encoder(16),
+        "tokenizer": tokenizer(),
+        "unet": unet(),
+        "scheduler": DDIMScheduler(**{**SD_SCHEDULER, "prediction_type": prediction_type}),
+    }
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**{**own, **parts}, **none)
+
+
+def sdxl_pipeline(*, force_zeros: bool = True, **parts: Any) -> StableDiffusionXLPipeline:
+    """SDXL at 16 x 16 pixels: two text encoders (16 + 24 wide), pooled 24, six time ids of 4 numbers each."""
+    torch.manual_seed(2)
+    added = {
+        "cross_attention_dim": 40,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 24 + 6 * 4,
+    }
+    own = {
+        "vae": vae(force_upcast=True),
+        "text_encoder": text_encoder(16),
+        "text_encoder_2": text_encoder(24, projected=True),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+        "unet": unet(**added),
+        "scheduler": EulerDiscreteScheduler.from_config(SD_SCHEDULER),
+    }
+    return StableDiffusionXLPipeline(**{**own, **parts}, force_zeros_for_empty_prompt=force_zeros)
