@@ -1,0 +1,7 @@
+"""Training: configuration, one loop for all methods, checkpoints that resume bit for bit."""
+
+from fastinvdpo.trainer.config import TrainConfig
+from fastinvdpo.trainer.config_files import load_config, presets, to_yaml
+from fastinvdpo.trainer.loop import TrainResult, train, train_model
+
+__all__ = ["TrainConfig", "TrainResult", "load_config", "presets", "to_yaml", "train", "train_model"]

@@ -1,0 +1,75 @@
+"""Files and directories that are there completely or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY, DISCARDED = ".writing-", ".discarded-"
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside ``target`` to write into; it takes the name ``target`` once everything is on the
+    disk.
+
+    An older ``target`` is replaced. After an error nothing remains of the attempt.
+    """
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    discard(target)
+    temporary.rename(target)
+    _sync(target.parent)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary path beside ``target`` to write; it takes the name ``target`` once its content is on the disk."""
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(target)
+    _sync(target.parent)
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory; it loses its name first, so a half-deleted one is never taken for a whole one."""
+    if not directory.exists():
+        return
+    renamed = directory.with_name(f"{DISCARDED}{directory.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    directory.rename(renamed)
+    shutil.rmtree(renamed)
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted in ``folder``."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith((TEMPORARY, DISCARDED)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,217 @@
+"""The training configuration: every key, its type, its default, and the combinations that cannot work.
+
+Nothing is loaded here; ``TrainConfig.from_mapping`` raises :class:`fastinvdpo.errors.InvalidInput` that names key,
+value and remedy for every mistake at once. Reading YAML files, presets and ``key=value`` overrides is in
+``config_files.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastinvdpo.trainer.config_checks import check_combinations
+from fastinvdpo.trainer.config_errors import explain
+
+Utility: TypeAlias = Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "linear"]
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and values of another type are errors, a whole number passes as a float."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+
+
+class MethodConfig(Section):
+    """Options that all methods share: strength of the tie to the reference, utility, and released or corrected form."""
+
+    name: str
+    beta: Positive
+    utility: Utility = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    compat: Literal["released"] | None = None
+
+    def objective_options(self) -> dict[str, Any]:
+        """Keyword arguments for ``fastinvdpo.objectives.build_objective``."""
+        return self.model_dump(exclude={"name"})
+
+
+class DiffusionDPOConfig(MethodConfig):
+    name: Literal["diffusion-dpo"]
+    beta: Positive = 5000.0
+
+
+class InversionConfig(MethodConfig):
+    """Options of every method that inverts: steps of the grid, and the timestep handed to the network."""
+
+    num_inference_steps: Count
+    model_time: Literal["destination", "source"] = "destination"
+
+
+class InPOConfig(InversionConfig):
+    name: Literal["inpo"]
+    beta: Positive = 2000.0
+    num_inference_steps: Count = 10
+    eta: Share = 0.1
+
+
+class SmPOConfig(InversionConfig):
+    name: Literal["smpo"]
+    beta: Positive = 2000.0
+    num_inference_steps: Count = 5
+    renoise_iterations: Count = 1
+    preference_scale: Positive = 10.0
+    score_range: Positive = 0.16658
+
+
+class InversionDPOConfig(InversionConfig):
+    name: Literal["inversion-dpo"]
+    beta: Positive = 2000.0
+    num_inference_steps: Count = 80
+    variant: Literal["endpoint", "step", "distance", "distance-policy"] = "endpoint"
+    guidance_scale: NonNegative = 2.0
+    timesteps_per_step: Count | None = None
+
+
+class LoraSection(Section):
+    """Low-rank adapters on the named modules; without names, on the family's attention projections."""
+
+    rank: Count = 8
+    alpha: Positive = 8.0
+    target_modules: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+
+
+class ModelSection(Section):
+    family: Literal["digits", "stable-diffusion"]
+    path: NonEmpty
+    unet_init: NonEmpty | None = None
+    revision: NonEmpty | None = None
+    variant: NonEmpty | None = None
+    lora: LoraSection | None = None
+    init_perturbation: Share = 0.0
+
+
+class DataSection(Section):
+    """The pairs. ``cache_gib``: host memory for latents and prompt embeddings that are the same at every visit."""
+
+    path: NonEmpty
+    columns: dict[str, NonEmpty] = {}
+    ties: Literal["drop", "error"] = "drop"
+    resolution: Count | None = None
+    random_flip: bool = False
+    center_crop: bool = True
+    relabel_by_score: bool = False
+    max_broken: Annotated[int, Field(ge=0)] = 0
+    caption_dropout: Share = 0.0
+    cache_gib: NonNegative = 2.0
+
+
+class OptimizerSection(Section):
+    """``scale_lr``: multiply the learning rate by the pairs per optimiser step, over all processes."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    learning_rate: Positive = 1.0e-8
+    scale_lr: bool = False
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Positive = 1.0e-8
+    weight_decay: NonNegative = 0.01
+    max_grad_norm: Positive | None = 1.0
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+
+
+class TrainingSection(Section):
+    """``batch_size`` counts pairs per micro-batch and process."""
+
+    steps: Count = 2000
+    batch_size: Count = 1
+    gradient_accumulation_steps: Count = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    cache_trajectories: bool = False
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+
+
+class OutputSection(Section):
+    directory: NonEmpty
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
+    tensorboard: bool = True
+
+
+AnyMethod: TypeAlias = Annotated[
+    DiffusionDPOConfig | InPOConfig | SmPOConfig | InversionDPOConfig, Field(discriminator="name")
+]
+METHODS: dict[str, type[MethodConfig]] = {
+    "diffusion-dpo": DiffusionDPOConfig,
+    "inpo": InPOConfig,
+    "smpo": SmPOConfig,
+    "inversion-dpo": InversionDPOConfig,
+}
+
+
+class TrainConfig(Section):
+    """One training run. Build it with :meth:`from_mapping`, which explains mistakes."""
+
+    method: AnyMethod
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    output: OutputSection
+
+    sections: ClassVar[dict[str, type[Section]]] = {
+        "model": ModelSection,
+        "model.lora": LoraSection,
+        "data": DataSection,
+        "optimizer": OptimizerSection,
+        "training": TrainingSection,
+        "output": OutputSection,
+    }
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> TrainConfig:
+        """Validate a nested mapping, as a YAML file holds it.
+
+        Raises:
+            InvalidInput: one line per mistake: unknown key (with the closest known one), wrong type, value out of
+                range, missing key, or keys that cannot be combined.
+        """
+        try:
+            config = cls.model_validate(dict(mapping))
+        except ValidationError as error:
+            raise explain(error, known_keys) from None
+        check_combinations(config)
+        return config
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved configuration as plain numbers, strings, lists and dictionaries."""
+        return self.model_dump(mode="python")
+
+    def effective_batch(self, processes: int = 1) -> int:
+        """Pairs per optimiser step over all processes."""
+        return self.training.batch_size * self.training.gradient_accumulation_steps * processes
+
+
+def known_keys(path: tuple[str, ...]) -> list[str]:
+    """Keys that may stand in the section ``path`` of a configuration; ``("method", NAME)`` for a method's options."""
+    if not path:
+        return list(TrainConfig.model_fields)
+    if path[0] == "method":
+        models = [METHODS[path[1]]] if len(path) > 1 and path[1] in METHODS else list(METHODS.values())
+        return sorted({key for model in models for key in model.model_fields})
+    section = TrainConfig.sections.get(".".join(path))
+    return list(section.model_fields) if section else []

@@ -1,0 +1,160 @@
+"""Combinations of configuration values that are valid one by one and cannot work together."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastinvdpo.errors import InvalidInput, invalid
+
+if TYPE_CHECKING:
+    from fastinvdpo.trainer.config import InversionDPOConfig, TrainConfig
+
+STANDARD_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
+DISTANCE_VARIANTS = ("distance", "distance-policy")
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """Raise one ``InvalidInput`` with a line for each impossible combination."""
+    problems = [*_method(config), *_model(config), *_data(config), *_optimizer(config), *_training(config)]
+    if problems:
+        raise InvalidInput("\n".join(str(problem) for problem in problems))
+
+
+def runs_on_cpu() -> bool:
+    """Whether accelerate will place a run on the CPU; asks for the device without touching it."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return forced or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def _method(config: TrainConfig) -> Iterator[InvalidInput]:
+    method = config.method
+    smoothed = method.utility in ("cdpo", "robust")
+    if method.label_smoothing > 0 and not smoothed:
+        yield invalid(
+            "method.label_smoothing",
+            method.label_smoothing,
+            f"has no meaning for utility {method.utility!r}",
+            "set it to 0, or choose utility cdpo or robust",
+        )
+    if smoothed and method.label_smoothing == 0:
+        yield invalid(
+            "method.label_smoothing",
+            0.0,
+            f"makes utility {method.utility!r} the same as sigmoid",
+            "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid",
+        )
+    if method.name == "inversion-dpo":
+        yield from _inversion_dpo(config, method)
+
+
+def _inversion_dpo(config: TrainConfig, method: InversionDPOConfig) -> Iterator[InvalidInput]:
+    if method.compat == "released" and method.variant != "distance":
+        yield invalid(
+            "method.variant",
+            method.variant,
+            "is not what the released code computes, as compat asks for",
+            "set method.variant to distance, or method.compat to null",
+        )
+    sampled = method.timesteps_per_step
+    if sampled is not None and sampled > method.num_inference_steps:
+        yield invalid(
+            "method.timesteps_per_step",
+            sampled,
+            f"exceeds method.num_inference_steps = {method.num_inference_steps}",
+            "lower it, or set it to null to score every level",
+        )
+    if method.variant in DISTANCE_VARIANTS and config.model.init_perturbation == 0:
+        yield invalid(
+            "model.init_perturbation",
+            0.0,
+            f"starts policy = reference, where the gradient of variant {method.variant!r} is exactly zero",
+            "set it to 0.01, or choose variant endpoint, whose gradient has a determined direction",
+        )
+
+
+def _model(config: TrainConfig) -> Iterator[InvalidInput]:
+    model = config.model
+    if model.family == "digits" and model.revision is not None:
+        yield invalid(
+            "model.revision", model.revision, "names a hub revision; digits models are directories", "set it to null"
+        )
+
+
+def _data(config: TrainConfig) -> Iterator[InvalidInput]:
+    data = config.data
+    for name in data.columns:
+        if name not in STANDARD_COLUMNS:
+            yield invalid(
+                f"data.columns.{name}",
+                data.columns[name],
+                "does not translate a column that is read",
+                f"use the names {', '.join(STANDARD_COLUMNS)} on the left, your file's names on the right",
+            )
+    one_score = ("score_0" in data.columns) != ("score_1" in data.columns)
+    if one_score:
+        yield invalid("data.columns", data.columns, "names the score of one side only", "name both score_0 and score_1")
+    if not data.center_crop and data.resolution is None:
+        yield invalid(
+            "data.center_crop", False, "asks for a random crop of unknown size", "set data.resolution as well"
+        )
+    if data.caption_dropout == 1:
+        yield invalid("data.caption_dropout", 1.0, "drops every caption", "choose a share below 1, such as 0.1")
+
+
+def _optimizer(config: TrainConfig) -> Iterator[InvalidInput]:
+    optimizer, steps = config.optimizer, config.training.steps
+    if optimizer.lr_scheduler == "constant":
+        if optimizer.warmup_steps > 0 and "warmup_steps" in optimizer.model_fields_set:
+            yield invalid(
+                "optimizer.warmup_steps",
+                optimizer.warmup_steps,
+                "is ignored by lr_scheduler constant",
+                "set it to 0, or choose constant_with_warmup",
+            )
+    elif optimizer.warmup_steps > steps:
+        yield invalid(
+            "optimizer.warmup_steps",
+            optimizer.warmup_steps,
+            f"exceeds training.steps = {steps}",
+            "lower it, or train longer",
+        )
+    if optimizer.name == "adamw8bit" and runs_on_cpu():
+        yield invalid("optimizer.name", "adamw8bit", "needs a GPU, and none is in use", "choose adamw")
+
+
+def _training(config: TrainConfig) -> Iterator[InvalidInput]:
+    training, data = config.training, config.data
+    if training.mixed_precision == "fp16" and runs_on_cpu():
+        yield invalid("training.mixed_precision", "fp16", "needs a GPU, and none is in use", "choose no or bf16")
+    directory = Path(config.output.directory)
+    if directory.exists() and not directory.is_dir():
+        yield invalid("output.directory", str(directory), "is a file", "name a directory")
+    if not math.isfinite(config.optimizer.learning_rate * config.effective_batch()):
+        yield invalid("optimizer.learning_rate", config.optimizer.learning_rate, "overflows", "lower it")
+    if not training.cache_trajectories:
+        return
+    key = "training.cache_trajectories"
+    if config.method.name != "inversion-dpo":
+        yield invalid(key, True, f"means nothing for method {config.method.name!r}", "set it to false")
+    elif config.method.variant == "distance-policy":
+        yield invalid(
+            key,
+            True,
+            "cannot be used with variant distance-policy, whose trajectory changes with the policy",
+            "set it to false, or choose variant endpoint",
+        )
+    moving = {
+        "data.random_flip": data.random_flip,
+        "data.center_crop = false": not data.center_crop,
+        "data.caption_dropout": data.caption_dropout > 0,
+    }
+    for name, used in moving.items():
+        if used:
+            problem = f"needs the same latents and captions at every visit, and {name} changes them"
+            yield invalid(key, True, problem, f"drop {name}")

@@ -1,0 +1,76 @@
+"""Turns pydantic's error list into one message in the project's form: key, value, problem, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastinvdpo.errors import InvalidInput, invalid
+
+KnownKeys = Callable[[tuple[str, ...]], list[str]]
+
+_TYPE_REMEDIES = {
+    "float_type": "write a number, such as 0.5 or 1.0e-8",
+    "int_type": "write a whole number",
+    "bool_type": "write true or false",
+    "string_type": "write text, in quotes if it looks like a number",
+    "list_type": "write a list, such as [to_q, to_k]",
+    "dict_type": "write a mapping of key: value pairs",
+    "model_type": "write a mapping of key: value pairs",
+    "model_attributes_type": "write a mapping of key: value pairs",
+}
+
+
+def explain(error: ValidationError, known_keys: KnownKeys) -> InvalidInput:
+    """All mistakes that pydantic found, as one :class:`InvalidInput` with one line each."""
+    lines = [_line(dict(mistake), known_keys) for mistake in error.errors(include_url=False)]
+    return InvalidInput("\n".join(dict.fromkeys(lines)))
+
+
+def _line(mistake: dict[str, Any], known_keys: KnownKeys) -> str:
+    location = tuple(str(part) for part in mistake["loc"])
+    kind, value, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
+    key = ".".join(_without_tag(location))
+    if kind == "extra_forbidden":
+        return _unknown(location, value, known_keys)
+    if kind == "missing":
+        return str(invalid(key, None, "is missing and has no default", f"add it, for example {key}=..."))
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        names = context.get("expected_tags", "'diffusion-dpo', 'inpo', 'smpo', 'inversion-dpo'")
+        name = value.get("name") if isinstance(value, dict) else value
+        problem = "names no known method" if name is not None else "is missing and has no default"
+        return str(invalid("method.name", name, problem, f"choose one of {names}"))
+    if kind == "literal_error":
+        return str(invalid(key, value, "is not a possible value", f"choose one of {context['expected']}"))
+    return str(invalid(key, value, _problem(mistake["msg"]), _TYPE_REMEDIES.get(kind, "choose a value in that range")))
+
+
+def _without_tag(location: tuple[str, ...]) -> tuple[str, ...]:
+    """Pydantic puts the method's name between "method" and the key; the user wrote "method.key"."""
+    return ("method", *location[2:]) if len(location) > 2 and location[0] == "method" else location
+
+
+def _unknown(location: tuple[str, ...], value: Any, known_keys: KnownKeys) -> str:
+    *section, name = location
+    known = known_keys(tuple(section))
+    key = ".".join(_without_tag(location))
+    if section[:1] == ["method"] and name in known_keys(("method",)):
+        problem = f"is an option of another method, not of {section[1]!r}"
+        return str(invalid(key, value, problem, f"remove it; options here: {', '.join(known)}"))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    prefix = ".".join(_without_tag(location)[:-1])
+    elsewhere = [top for top in known_keys(()) if name in known_keys((top,)) and top != prefix]
+    if close:
+        remedy = f"did you mean {prefix + '.' if prefix else ''}{close[0]}?"
+    elif elsewhere:
+        remedy = f"did you mean {elsewhere[0]}.{name}?"
+    else:
+        remedy = f"remove it; known keys here: {', '.join(known)}"
+    return str(invalid(key, value, "is not a known key", remedy)).replace("?.", "?")
+
+
+def _problem(message: str) -> str:
+    return message[:1].lower() + message[1:].rstrip(".")

@@ -1,0 +1,31 @@
+"""The result of a run: the trained model in its family's own format, and with LoRA the adapter beside it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastinvdpo.trainer.atomic import atomic_directory
+from fastinvdpo.trainer.ema import EMA
+from fastinvdpo.trainer.networks import Networks, merged_copy, save_adapter
+
+if TYPE_CHECKING:
+    from fastinvdpo.models import DiffusionModel
+
+
+def export_model(model: DiffusionModel, networks: Networks, ema: EMA | None, directory: Path) -> Path:
+    """Write ``directory/model``, which ``load_model`` reads, and return it.
+
+    With EMA the averaged weights are written. With LoRA the model has the adapter merged into its weights, and
+    ``directory/adapter`` holds it in peft's format. Both directories appear complete or not at all.
+    """
+    network = networks.policy_module
+    with nullcontext() if ema is None else ema.applied():
+        if networks.reference_module is None:
+            with atomic_directory(directory / "adapter") as temporary:
+                save_adapter(network, temporary)
+            network = merged_copy(network)
+        with atomic_directory(directory / "model") as temporary:
+            model.save(temporary, network=network)
+    return directory / "model"

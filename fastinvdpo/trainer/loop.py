@@ -1,0 +1,376 @@
+"""The training loop: one for all methods, for full fine-tuning and for LoRA."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import NonFiniteLoss, invalid
+from fastinvdpo.objectives import InversionDPO, build_objective
+from fastinvdpo.trainer.atomic import clean_leftovers
+from fastinvdpo.trainer.batches import BatchBuilder, Pairs
+from fastinvdpo.trainer.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    check_versions,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fastinvdpo.trainer.config import TrainConfig
+from fastinvdpo.trainer.draws import DrawOrder
+from fastinvdpo.trainer.ema import EMA
+from fastinvdpo.trainer.export import export_model
+from fastinvdpo.trainer.metrics import MetricSums, names
+from fastinvdpo.trainer.networks import Networks, perturb
+from fastinvdpo.trainer.nonfinite import FiniteGuard, report_gradient, report_loss
+from fastinvdpo.trainer.random_state import random_state, set_random_state
+from fastinvdpo.trainer.reporting import Reporter
+from fastinvdpo.trainer.step import TrainingState, build_optimizer, training_step
+from fastinvdpo.trainer.trajectory_cache import TrajectoryCache, distinct_items, fingerprint, inverter, tensors_digest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fastinvdpo.models import DiffusionModel
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        directory: the output directory; model_directory: the trained model, for ``load_model``.
+        steps: optimiser steps made, over all attempts of the run.
+        network_evaluations: samples sent through a network, over all attempts and processes, with those of cached
+            trajectories.
+        seconds: wall time of all attempts, without the part of a killed one after its last checkpoint.
+        history: the rows of history.jsonl.
+    """
+
+    directory: Path
+    model_directory: Path
+    steps: int
+    network_evaluations: int
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+def train(config: TrainConfig, *, resume: str | Path = "auto", progress: bool = True) -> TrainResult:
+    """Train as configured: open the data, load the model, run the loop, write the model.
+
+    Args:
+        resume: ``"auto"`` continues from the newest complete checkpoint of ``output.directory`` if there is one,
+            ``"never"`` starts and refuses a directory that has checkpoints, anything else is the path of a checkpoint.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        InvalidInput: configuration, data, model and checkpoint do not fit together.
+        MissingExtra: a package of the ``train`` extra is missing.
+        NonFiniteLoss: a loss or gradient was not finite; the last good checkpoint is kept.
+    """
+    for package in ("accelerate", "diffusers"):
+        require(package, extra="train", purpose="training")
+    from fastinvdpo.data import PairDataset
+    from fastinvdpo.models import load_model
+
+    data, source = config.data, config.model
+    dataset = PairDataset(
+        data.path,
+        columns=data.columns,
+        ties=data.ties,
+        resolution=data.resolution,
+        random_flip=data.random_flip,
+        center_crop=data.center_crop,
+        relabel_by_score=data.relabel_by_score,
+        seed=config.training.seed,
+        max_broken=data.max_broken,
+    )
+    check_dataset(config, dataset)
+    model = load_model(
+        source.family, source.path, unet_init=source.unet_init, revision=source.revision, variant=source.variant
+    )
+    return train_model(config, model, dataset, resume=resume, progress=progress)
+
+
+def check_dataset(config: TrainConfig, dataset: Pairs) -> None:
+    """Raise ``InvalidInput`` when the method needs what the data set lacks."""
+    if config.method.name == "smpo" and not dataset.has_scores:
+        remedy = "add columns score_0 and score_1, or name yours in data.columns"
+        raise invalid("method.name", "smpo", f"weighs pairs by scores, and {config.data.path} has none", remedy)
+
+
+def train_model(
+    config: TrainConfig, model: DiffusionModel, dataset: Pairs, *, resume: str | Path = "auto", progress: bool = True
+) -> TrainResult:
+    """As :func:`train`, with a model and a data set that are already there. The model's network is trained in place."""
+    run = _Run(config, model, dataset, resume, progress)
+    try:
+        return run.run()
+    finally:
+        run.close()
+
+
+class _Run:
+    """The parts of one run, and the order in which they are used."""
+
+    def __init__(
+        self, config: TrainConfig, model: DiffusionModel, dataset: Pairs, resume: str | Path, progress: bool
+    ) -> None:
+        self._began = time.perf_counter()
+        self.config, self.model = config, model
+        self.directory = Path(config.output.directory)
+        self.checkpoints = self.directory / "checkpoints"
+        training = config.training
+        check_dataset(config, dataset)
+        found = find_checkpoint(resume, self.checkpoints)
+        self.accelerator = _accelerator(training.mixed_precision, training.seed)
+        self.order = DrawOrder(
+            len(dataset),
+            training.seed,
+            training.batch_size,
+            training.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
+        self._identity = {"effective batch": self.order.effective_batch, "pairs in the data set": len(dataset)}
+        # Refuse another run's checkpoint before anything is computed.
+        stored = None if found is None else load_checkpoint(found)
+        if stored is not None:
+            check_same_run(stored.meta, config.as_dict(), self._identity)
+        self._last_checkpoint = found
+        self.first_step = 0 if stored is None else int(stored.meta["step"])
+        self._seconds_before = 0.0 if stored is None else float(stored.meta["seconds"])
+        self._evaluations_before: dict[str, int] = {} if stored is None else stored.meta["network_evaluations"]
+        method = config.method
+        self.objective = build_objective(method.name, model.schedule, **method.objective_options())
+        guidance = method.guidance_scale if method.name == "inversion-dpo" else 1.0
+        self._prepare_directory()
+        self.reporter = Reporter(
+            self.directory,
+            first_step=self.first_step,
+            total_steps=training.steps,
+            tensorboard=config.output.tensorboard,
+            progress=progress and self.accelerator.is_local_main_process,
+            active=self.accelerator.is_main_process,
+        )
+        model.to(self.accelerator.device)
+        self.builder = BatchBuilder(
+            model,
+            dataset,
+            self.order,
+            with_unconditional=guidance != 1,
+            caption_dropout=config.data.caption_dropout,
+            cache_gib=config.data.cache_gib,
+            num_workers=training.num_workers,
+        )
+        weights = tensors_digest(model.network.state_dict()) if training.cache_trajectories else ""
+        self.state = self._build_state()
+        if training.cache_trajectories:
+            self._cache_trajectories(weights)
+        if stored is not None:
+            self._restore(stored)
+
+    def run(self) -> TrainResult:
+        """Train from the first step that is missing, and write the model."""
+        config, training = self.config, self.config.training
+        requests = (
+            self.order.micro_batch(step, micro)
+            for step in range(self.first_step, training.steps)
+            for micro in range(training.gradient_accumulation_steps)
+        )
+        batches = self.builder.batches(requests)
+        self._logged_at, self._logged_step = time.perf_counter(), self.first_step
+        for step in range(self.first_step + 1, training.steps + 1):
+            training_step(
+                self.state,
+                self.objective,
+                islice(batches, training.gradient_accumulation_steps),
+                self.accelerator,
+                accumulation=training.gradient_accumulation_steps,
+                max_grad_norm=config.optimizer.max_grad_norm,
+                seed=training.seed,
+            )
+            self.reporter.step()
+            last = step == training.steps
+            if step == 1 or last or step % config.output.log_every == 0:
+                self._log(step)
+            if last or step % config.output.checkpoint_every == 0:
+                self._save(step)
+        return self._finish()
+
+    def close(self) -> None:
+        """Stop threads, files and the progress bar, after an error as well."""
+        self.builder.close()
+        self.reporter.close()
+
+    def _prepare_directory(self) -> None:
+        if self.accelerator.is_main_process:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(self.checkpoints)
+            clean_leftovers(self.directory)
+        self.accelerator.wait_for_everyone()
+
+    def _build_state(self) -> TrainingState:
+        config, training = self.config, self.config.training
+        networks = Networks(self.model, lora=config.model.lora, gradient_checkpointing=training.gradient_checkpointing)
+        networks.policy_module.to(self.accelerator.device)
+        if config.model.init_perturbation > 0:
+            perturb(networks.policy_module, config.model.init_perturbation, training.seed)
+        named = networks.trainable()
+        parameters = list(named.values())
+        # The schedule watches the optimiser's step method, which accelerate replaces afterwards.
+        optimizer, scheduler = build_optimizer(config.optimizer, parameters, self.order.effective_batch, training.steps)
+        networks.prepare(self.accelerator)
+        ema = None if training.ema_decay is None else EMA(named, training.ema_decay)
+        device = self.accelerator.device
+        prepared = self.accelerator.prepare_optimizer(optimizer)
+        return TrainingState(networks, prepared, scheduler, parameters, ema, MetricSums(device), FiniteGuard(device))
+
+    def _cache_trajectories(self, weights: str) -> None:
+        assert isinstance(self.objective, InversionDPO)  # the configuration was checked
+        accelerator, chunk = self.accelerator, 2 * self.config.training.batch_size
+        items = distinct_items(list(self.builder.every_pair(self.config.training.batch_size)))
+        options = self.config.method.objective_options()
+        probe = self.builder.embed([items[0][0]], [items[0][1].geometry])
+        key = fingerprint(weights, self.model.scheduler_config, options, items, probe)
+        cache = TrajectoryCache(self.directory / "trajectories", key, chunk, self.reporter.say)
+        invert = inverter(self.objective, self.state.networks.reference, self.builder, accelerator.device)
+        cache.compute(items, invert, rank=accelerator.process_index, processes=accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        cache.open(items)
+        self.builder.trajectory_of = cache.lookup
+
+    def _restore(self, stored: Checkpoint) -> None:
+        state = self.state
+        check_versions(stored.meta, self.reporter.say)
+        with torch.no_grad():
+            for name, parameter in state.networks.trainable().items():
+                parameter.copy_(stored.trainable[name])
+        if state.ema is not None and stored.ema is not None:
+            state.ema.load(stored.ema)
+        state.optimizer.load_state_dict(stored.state["optimizer"])
+        state.scheduler.load_state_dict(stored.state["scheduler"])
+        state.metrics.load_state_dict(stored.state["metrics"])
+        if self.accelerator.scaler is not None and stored.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(stored.state["scaler"])
+        generators = stored.state["random"]
+        if self.accelerator.process_index < len(generators):
+            set_random_state(generators[self.accelerator.process_index])
+        self.reporter.say(f"Resuming after step {self.first_step}.")
+
+    def _check_finite(self, step: int) -> None:
+        """Raise if a step since the last look met something that is not finite."""
+        accelerator, guard = self.accelerator, self.state.guard
+        several = accelerator.num_processes > 1
+        found = float(accelerator.reduce(guard.found.clone(), "sum")) if several else float(guard.found)
+        if not found:
+            return
+        kept = "No checkpoint was due yet."
+        if self._last_checkpoint is not None:
+            kept = f"The last good checkpoint is {self._last_checkpoint}."
+        raised = guard.raised()
+        if raised is None:
+            raise NonFiniteLoss(f"Another process met a loss that is not finite, up to step {step}. {kept}")
+        kind, draw = raised
+        at = draw // self.order.effective_batch + 1
+        if kind == "gradient":
+            micros = range(self.config.training.gradient_accumulation_steps)
+            draws = [draw for micro in micros for draw in self.order.micro_batch(at - 1, micro)]
+            report_gradient(step=at, rows=[self.builder.row(draw) for draw in draws], kept=kept)
+        batch = self.builder.build(range(draw, draw + 1))
+        networks = self.state.networks
+        with torch.no_grad():
+            out = self.objective(networks.policy, networks.reference, batch, seed=self.config.training.seed)
+        report_loss(batch, out, step=at, row=self.builder.row(draw), kept=kept)
+
+    def _log(self, step: int) -> None:
+        self._check_finite(step)
+        means = self.state.metrics.device_means()
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(means, "mean")
+        self.state.metrics.clear()
+        row: dict[str, Any] = {"step": step, **dict(zip(names(), means.tolist(), strict=True))}
+        now = time.perf_counter()
+        pairs = (step - self._logged_step) * self.order.effective_batch
+        row["learning_rate"] = self.state.learning_rate
+        for kind, count in self._evaluations().items():
+            row[f"network_evaluations_{kind}"] = count
+        row["pairs_per_second"] = pairs / (now - self._logged_at)
+        row["seconds"] = self._seconds()
+        self._logged_at, self._logged_step = now, step
+        self.reporter.row(row)
+
+    def _save(self, step: int) -> None:
+        self._check_finite(step)
+        state, accelerator = self.state, self.accelerator
+        evaluations = self._evaluations()
+        generators = [random_state()]
+        if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            generators = gather_object(generators)
+        if accelerator.is_main_process:
+            checkpoint = Checkpoint(
+                trainable={name: parameter.data for name, parameter in state.networks.trainable().items()},
+                ema=None if state.ema is None else state.ema.averages,
+                state={
+                    "optimizer": state.optimizer.state_dict(),
+                    "scheduler": state.scheduler.state_dict(),
+                    "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+                    "metrics": state.metrics.state_dict(),
+                    "random": generators,
+                },
+                meta={
+                    "format": 1,
+                    "config": self.config.as_dict(),
+                    "run": self._identity,
+                    "next_draw": step * self.order.effective_batch,
+                    "network_evaluations": evaluations,
+                    "seconds": self._seconds(),
+                },
+            )
+            keep = self.config.output.keep_checkpoints
+            self._last_checkpoint = save_checkpoint(self.checkpoints, step, checkpoint, keep)
+        accelerator.wait_for_everyone()
+
+    def _finish(self) -> TrainResult:
+        evaluations = self._evaluations()
+        if self.accelerator.is_main_process:
+            self.accelerator.unwrap_model(self.state.networks.wrapped, keep_fp32_wrapper=False)
+            export_model(self.model, self.state.networks, self.state.ema, self.directory)
+        self.accelerator.wait_for_everyone()
+        return TrainResult(
+            directory=self.directory,
+            model_directory=self.directory / "model",
+            steps=max(self.first_step, self.config.training.steps),
+            network_evaluations=sum(evaluations.values()),
+            seconds=self._seconds(),
+            history=self.reporter.rows,
+        )
+
+    def _evaluations(self) -> dict[str, int]:
+        """Network evaluations with and without gradient, over all attempts of the run and all processes."""
+        counts = dict(self.state.networks.evaluations)
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor(list(counts.values()), device=self.accelerator.device)
+            counts = dict(zip(counts, self.accelerator.reduce(own, "sum").tolist(), strict=True))
+        return {kind: count + self._evaluations_before.get(kind, 0) for kind, count in counts.items()}
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
+
+
+def _accelerator(mixed_precision: str, seed: int) -> Accelerator:
+    """A fresh accelerator. Its state is shared in the process, and an earlier run may have had another precision."""
+    accelerate = require("accelerate", extra="train", purpose="training")
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator: Accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
+    accelerate.utils.set_seed(seed)
+    return accelerator

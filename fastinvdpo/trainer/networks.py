@@ -1,0 +1,204 @@
+"""Policy and reference from one model: full fine-tuning beside a frozen copy, or adapters that can be switched off.
+
+Both are kept in the same precision: the signal is the small difference between their predictions, and a reference with
+rounded weights would add the rounding to it. Both are in evaluation mode: dropout would put noise into that difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import invalid
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.trainer.config import LoraSection
+
+
+class Networks:
+    """The network that is trained and the one it is compared with.
+
+    Attributes:
+        policy_module: the trained network, with adapters inside when ``lora`` is given.
+        reference_module: the frozen copy, or None when the reference is the policy with its adapters off.
+        evaluations: counts of network evaluations (one sample through one network), with and without gradient.
+    """
+
+    def __init__(self, model: DiffusionModel, *, lora: LoraSection | None, gradient_checkpointing: bool) -> None:
+        self._model = model
+        network = model.network.eval()
+        self.reference_module: nn.Module | None = None
+        if lora is None:
+            self.reference_module = copy.deepcopy(network).requires_grad_(False)
+            network.requires_grad_(True)
+        else:
+            add_lora(network, lora, model.default_lora_targets)
+        if gradient_checkpointing:
+            _checkpoint_activations(network)
+        self.policy_module = network
+        self._wrapped: nn.Module = network
+        self._accelerator: Accelerator | None = None
+        self.evaluations = {"with_gradient": 0, "without_gradient": 0}
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Let accelerate wrap the policy for its device, process group and precision."""
+        self._wrapped = accelerator.prepare_model(self.policy_module)
+        self._accelerator = accelerator
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The policy as accelerate wrapped it; gradients of several processes meet there."""
+        return self._wrapped
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters of the policy by name."""
+        return {name: p for name, p in self.policy_module.named_parameters() if p.requires_grad}
+
+    def policy(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Prediction of the policy; with gradient where gradients are enabled."""
+        if torch.is_grad_enabled():
+            return self._predict("with_gradient", self._wrapped, latents, timesteps, conditioning)
+        # An inversion needs no gradient, so it must not enter a wrapper that prepares to exchange gradients.
+        return self._predict("without_gradient", self.policy_module, latents, timesteps, conditioning)
+
+    @torch.no_grad()
+    def reference(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Prediction of the reference, never with gradient."""
+        if self.reference_module is not None:
+            return self._predict("without_gradient", self.reference_module, latents, timesteps, conditioning)
+        with adapters_disabled(self.policy_module):
+            return self._predict("without_gradient", self.policy_module, latents, timesteps, conditioning)
+
+    def _predict(
+        self, kind: str, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        self.evaluations[kind] += latents.shape[0]
+        if self._accelerator is None or self._accelerator.mixed_precision == "no":
+            return self._model.predict(network, latents, timesteps, conditioning)
+        with self._accelerator.autocast():
+            prediction = self._model.predict(network, latents, timesteps, conditioning)
+        # The objective's own arithmetic stays in the latents' type (float32).
+        return prediction.to(latents.dtype)
+
+
+def add_lora(network: nn.Module, lora: LoraSection, default_targets: tuple[str, ...]) -> None:
+    """Put LoRA layers into ``network`` in place; only they are trainable afterwards.
+
+    Raises:
+        InvalidInput: a target names no module, or one that cannot carry an adapter.
+        MissingExtra: peft is not installed.
+    """
+    peft = require("peft", extra="train", purpose="training with LoRA")
+    targets = list(lora.target_modules or default_targets)
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if name and not name[-1].isdigit()})
+            raise invalid(
+                "model.lora.target_modules", target, "names no module of the network", f"choose among {leaves}"
+            )
+    network.requires_grad_(False)
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+    try:
+        peft.inject_adapter_in_model(settings, network)
+    except ValueError as error:
+        raise invalid(
+            "model.lora.target_modules",
+            targets,
+            f"cannot carry adapters ({error})",
+            "name linear or convolution layers",
+        ) from error
+
+
+@contextmanager
+def adapters_disabled(network: nn.Module) -> Iterator[None]:
+    """Inside, ``network`` computes what it did without adapters; afterwards they are back, also after an error."""
+    layers = _adapter_layers(network)
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network with adapters, in which they are folded into ordinary weights."""
+    tuners = require("peft.tuners.tuners_utils", extra="train", purpose="merging LoRA")
+    merged = copy.deepcopy(network)
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, tuners.BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(merged.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config
+    return merged.requires_grad_(False)
+
+
+def save_adapter(network: nn.Module, directory: Path) -> None:
+    """Write the adapter in peft's own format, which ``peft.PeftModel.from_pretrained(unet, directory)`` reads."""
+    peft = require("peft", extra="train", purpose="saving a LoRA adapter")
+    safetensors = require("safetensors.torch", extra="train", purpose="saving a LoRA adapter")
+    directory.mkdir(parents=True, exist_ok=True)
+    layers: Any = network
+    config = copy.copy(layers.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    weights = peft.get_peft_model_state_dict(network)
+    # PeftModel keeps the network below two wrappers, and its files carry that prefix.
+    renamed = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    safetensors.save_file(renamed, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def perturb(network: nn.Module, scale: float, seed: int) -> None:
+    """Move the trainable weights by random amounts of relative size ``scale``, so that policy ≠ reference.
+
+    Full fine-tuning: every tensor W gains ``scale·rms(W)·z``. LoRA, whose product B·A starts at zero: B is drawn so
+    that the update it makes to its layer has ``scale`` times the root mean square of that layer's weight.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if not any(".lora_" in name for name, _ in network.named_parameters()):
+        for parameter in network.parameters():
+            parameter.add_(_normal_like(parameter, generator), alpha=scale * _rms(parameter))
+        return
+    for layer in _adapter_layers(network):
+        for name, up in layer.lora_B.items():
+            down = layer.lora_A[name].weight
+            # Entries of B·A: rank·var(B)·mean(A²) is their variance.
+            size = layer.scaling[name] * math.sqrt(layer.r[name]) * _rms(down)
+            up.weight.add_(_normal_like(up.weight, generator), alpha=scale * _rms(layer.get_base_layer().weight) / size)
+
+
+def _normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device, tensor.dtype)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def _adapter_layers(network: nn.Module) -> list[Any]:
+    tuners = require("peft.tuners.tuners_utils", extra="train", purpose="training with LoRA")
+    return [module for module in network.modules() if isinstance(module, tuners.BaseTunerLayer)]
+
+
+def _checkpoint_activations(network: nn.Module) -> None:
+    enable: Any = getattr(network, "enable_gradient_checkpointing", None)
+    if enable is None:
+        remedy = "set training.gradient_checkpointing to false"
+        raise invalid("training.gradient_checkpointing", True, f"{type(network).__name__} does not support it", remedy)
+    enable()

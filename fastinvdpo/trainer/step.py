@@ -1,0 +1,122 @@
+"""One optimiser step, the same for every method: accumulate, clip, update, average; nothing waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastinvdpo._extras import require
+from fastinvdpo.objectives import Objective, PairBatch
+from fastinvdpo.trainer.ema import EMA
+from fastinvdpo.trainer.metrics import MetricSums
+from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.nonfinite import FiniteGuard
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fastinvdpo.trainer.config import OptimizerSection
+
+
+@dataclass
+class TrainingState:
+    """What an optimiser step changes.
+
+    Attributes:
+        optimizer: the optimiser as accelerate wrapped it.
+        scheduler: learning rate schedule, stepped once per optimiser step.
+        parameters: the trained weights.
+        learning_rate: of the step made last.
+    """
+
+    networks: Networks
+    optimizer: Any
+    scheduler: Any
+    parameters: list[nn.Parameter]
+    ema: EMA | None
+    metrics: MetricSums
+    guard: FiniteGuard
+    learning_rate: float = 0.0
+
+
+def training_step(
+    state: TrainingState,
+    objective: Objective,
+    batches: Iterable[PairBatch],
+    accelerator: Accelerator,
+    *,
+    accumulation: int,
+    max_grad_norm: float | None,
+    seed: int,
+) -> None:
+    """Take one optimiser step on ``accumulation`` micro-batches of equal size.
+
+    Their mean losses are averaged, so the step is that of one batch with all their pairs.
+    """
+    guard, wrapped = state.guard, state.networks.wrapped
+    first_draw = -1
+    for micro, batch in enumerate(batches):
+        draw = int(batch.draw[0])
+        first_draw = draw if micro == 0 else first_draw
+        # Processes exchange gradients once per optimiser step.
+        with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(wrapped):
+            out = objective(state.networks.policy, state.networks.reference, batch, seed=seed)
+            guard.watch(out, draw)
+            state.metrics.add(out)
+            loss = out.loss / accumulation
+            accelerator.backward(guard.poison(loss) if accelerator.scaler is not None else loss)
+    norm = accelerator.clip_grad_norm_(state.parameters, torch.inf if max_grad_norm is None else max_grad_norm)
+    state.metrics.add_step(norm)
+    _update(state, accelerator, norm, first_draw)
+    state.learning_rate = state.scheduler.get_last_lr()[0]
+    state.scheduler.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update()
+
+
+def _update(state: TrainingState, accelerator: Accelerator, norm: torch.Tensor, first_draw: int) -> None:
+    """Apply the gradient unless something was not finite."""
+    inner = state.optimizer.optimizer
+    if accelerator.scaler is not None:
+        state.optimizer.step()  # an overflow is the scaler's business: it skips the step and lowers its scale
+        return
+    state.guard.watch_gradient(norm, first_draw)
+    if inner.defaults.get("fused"):
+        inner.found_inf = state.guard.found
+        state.optimizer.step()
+    elif state.guard.raised() is None:
+        state.optimizer.step()
+
+
+def build_optimizer(
+    settings: OptimizerSection, parameters: list[nn.Parameter], effective_batch: int, steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimiser and its learning rate schedule (diffusers').
+
+    ``scale_lr`` multiplies the learning rate by ``effective_batch``, the pairs per optimiser step over all processes.
+    """
+    rate = settings.learning_rate * (effective_batch if settings.scale_lr else 1)
+    options: dict[str, Any] = {
+        "lr": rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    optimizer: torch.optim.Optimizer
+    if settings.name == "adamw8bit":
+        bitsandbytes = require("bitsandbytes", extra="bnb", purpose="optimizer.name = adamw8bit")
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
+    else:
+        # Fused: one pass over the weights, and it can hold an update back without asking the device (nonfinite.py).
+        optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+    optimization = require("diffusers.optimization", extra="train", purpose="learning rate schedules")
+    scheduler = optimization.get_scheduler(
+        settings.lr_scheduler, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
+    )
+    return optimizer, scheduler

@@ -1,0 +1,85 @@
+"""A small digits model and a small set of pairs, on disk, and configurations that use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from fastinvdpo.data import write_pairs
+from fastinvdpo.trainer import TrainConfig
+from tests.cases import SD_SCHEDULER
+
+WORDS = ("zero", "one", "two", "three")
+
+
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def write_model(directory: Path) -> Path:
+    unet().save_pretrained(directory / "unet", safe_serialization=True)
+    (directory / "scheduler").mkdir()
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD_SCHEDULER))
+    return directory
+
+
+def write_data(path: Path, *, pairs: int = 10, scores: bool = True) -> Path:
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(pairs):
+        images = [Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(2)]
+        row: dict[str, Any] = {
+            "jpg_0": images[0],
+            "jpg_1": images[1],
+            "label_0": i % 2,
+            "label_1": 1 - i % 2,
+            "caption": f"a {WORDS[i % len(WORDS)]}",
+        }
+        if scores:
+            row |= {"score_0": 0.2 + 0.01 * i, "score_1": 0.25}
+        rows.append(row)
+    write_pairs(path, rows)
+    return path
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "diffusion-dpo": {"name": "diffusion-dpo"},
+    "inpo": {"name": "inpo", "num_inference_steps": 3},
+    "smpo": {"name": "smpo", "num_inference_steps": 2},
+    "inversion-dpo": {"name": "inversion-dpo", "num_inference_steps": 3},
+}
+
+
+def mapping(root: Path, method: str = "diffusion-dpo", **sections: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of six steps of two pairs on the files in ``root``; ``sections`` are merged into it."""
+    base: dict[str, dict[str, Any]] = {
+        "method": {**METHODS[method], "beta": 500.0},
+        "model": {"family": "digits", "path": str(root / "model")},
+        "data": {"path": str(root / "pairs.parquet")},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "training": {"steps": 6, "batch_size": 2},
+        "output": {"directory": str(root / "run"), "checkpoint_every": 2, "log_every": 2, "tensorboard": False},
+    }
+    return {name: {**values, **sections.get(name, {})} for name, values in base.items()}
+
+
+def config(root: Path, method: str = "diffusion-dpo", **sections: dict[str, Any]) -> TrainConfig:
+    return TrainConfig.from_mapping(mapping(root, method, **sections))
