@@ -137,9 +137,10 @@ class PairDataset:
 
     def _side(self, row: int, side: int, caption: str, decisions: Decisions) -> tuple[Image, ImageGeometry, str]:
         name = f"jpg_{side}"
-        data = image_bytes(self._column(name)[row].as_py(), row, self._columns[name])
+        data = image_bytes(self._column(name)[row], row, self._columns[name])
         image, geometry = transform(decode(data, row, self._columns[name]), self.resolution, decisions)
-        key = hashlib.sha256(data + b"\0" + caption.encode())
+        key = hashlib.sha256(data)
+        key.update(b"\0" + caption.encode())
         if self.resolution is not None or decisions.flip:
             key.update(repr((self.resolution, decisions.flip, geometry)).encode())
         return image, geometry, key.hexdigest()
@@ -215,7 +216,7 @@ class PairDataset:
 
     def _probe(self, row: int, name: str) -> tuple[int, int]:
         column = self._columns[name]
-        data = image_bytes(self._column(name)[row].as_py(), row, column)
+        data = image_bytes(self._column(name)[row], row, column)
         if self.max_broken == 0:
             return probe(data, row, column)
         image = decode(data, row, column)

@@ -220,7 +220,7 @@ def test_unet_init_and_variant(directories: dict[str, Path], tmp_path: Path) -> 
     tiny.sd_pipeline().to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     half = load_model("stable-diffusion", tmp_path / "half", variant="fp16")
     assert {parameter.dtype for parameter in half.network.parameters()} == {torch.float32}
-    with pytest.raises(InvalidInput, match="model.path"):
+    with pytest.raises(InvalidInput, match=r"model\.path"):
         load_model("stable-diffusion", tmp_path / "half", variant="fp8")
 
 
@@ -238,7 +238,7 @@ def test_parts_that_do_not_fit_are_refused(directories: dict[str, Path], tmp_pat
 
 def test_only_safetensors_are_read(tmp_path: Path) -> None:
     tiny.sd_pipeline().save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    with pytest.raises(InvalidInput, match="model.path.*cannot be loaded"):
+    with pytest.raises(InvalidInput, match=r"model\.path.*cannot be loaded"):
         load_model("stable-diffusion", tmp_path / "pickled")
 
 
