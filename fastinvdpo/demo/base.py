@@ -59,9 +59,10 @@ def train_base(
 ) -> Path:
     """Train a base model on the 1,497 training scans and save it in fp16 to ``directory``; returns the directory.
 
-    ``captions`` is ``"clean"`` or ``"noisy"`` (42 % of the captions name another digit, so that without guidance the model draws
-    the prompted digit about half of the time). Noise prediction at uniform timesteps, AdamW under a one-cycle schedule; the exponential
-    average of the weights is what is kept. ``report(step, loss)`` is called after every hundredth step.
+    ``captions`` is ``"clean"`` or ``"noisy"`` (42 % of the captions name another digit, so that without guidance
+    the model draws the prompted digit about half of the time). Noise prediction at uniform timesteps, AdamW under a
+    one-cycle schedule; the exponential average of the weights is what is kept. ``report(step, loss)`` is called
+    after every hundredth step.
     """
     if captions not in CAPTION_NOISE:
         raise invalid(
@@ -81,7 +82,6 @@ def train_base(
     scheduler = diffusers.DDIMScheduler(**SCHEDULER)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=0.0)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    running = float("nan")
     for step in range(1, steps + 1):
         index = torch.randint(len(images), (batch_size,), generator=generator)
         timesteps = torch.randint(SCHEDULER["num_train_timesteps"], (batch_size,), generator=generator)
@@ -97,16 +97,16 @@ def train_base(
         one_cycle.step()
         average.update_parameters(unet)
         if report is not None and step % 100 == 0:
-            running = loss.item()
-            report(step, running)
+            report(step, loss.item())
     directory = Path(directory)
-    average.module.half().save_pretrained(directory / "unet", safe_serialization=True)
+    kept_unet: Any = average.module
+    kept_unet.half().save_pretrained(directory / "unet", safe_serialization=True)
     scheduler.save_pretrained(directory / "scheduler")
     return directory
 
 
 def _captions(labels: np.ndarray, noise: float, seed: int) -> list[str]:
-    """One caption an image; a share ``noise`` of them, fixed for the whole training, names one of the nine other digits."""
+    """One caption an image, the same for the whole training; a share ``noise`` of them names one of the nine others."""
     random = np.random.RandomState(seed)
     wrong = random.rand(len(labels)) < noise
     shift = random.randint(1, 10, size=len(labels))

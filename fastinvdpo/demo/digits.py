@@ -49,10 +49,10 @@ def load_splits() -> tuple[Digits, Digits]:
 
 
 def slant(images: np.ndarray) -> np.ndarray:
-    """How far each image (n, 8, 8) leans to the right: horizontal shift per row going up, from second moments of the ink.
+    """How far each image (n, 8, 8) leans to the right: columns per row going up, from second moments of the ink.
 
-    With ink as mass and rows counted downwards, this is ``-mu_11 / mu_02``, the slope of the regression of column on row;
-    0 for upright strokes and for an image that has no vertical extent.
+    With ink as mass and rows counted downwards, this is ``-mu_11 / mu_02``, the slope of the regression of column
+    on row; 0 for upright strokes and for an image that has no vertical extent.
     """
     ink = np.asarray(images, dtype=np.float64) / 255
     rows, columns = np.mgrid[: ink.shape[1], : ink.shape[2]].astype(np.float64)
@@ -69,7 +69,7 @@ def boldness(images: np.ndarray) -> np.ndarray:
 
 
 def scores(preference: str, images: np.ndarray, labels: np.ndarray, prompted: np.ndarray) -> np.ndarray:
-    """Graded score of real images under a preference; ``digit`` gives 1 where the label is the prompted digit, else 0."""
+    """Graded score of images under a preference; ``digit`` gives 1 where the label is the prompted digit, else 0."""
     check_preference(preference)
     if preference == "slant":
         return slant(images)
@@ -81,15 +81,16 @@ def scores(preference: str, images: np.ndarray, labels: np.ndarray, prompted: np
 def make_pairs(digits: Digits, preference: str, count: int, seed: int, *, shuffle: bool = False) -> list[dict]:
     """Draw ``count`` preference pairs as rows of the schema jpg_0, jpg_1, label_0, label_1, caption, score_0, score_1.
 
-    ``slant`` and ``bold`` compare two scans of one digit; ``digit`` a scan of the prompted digit with one of another digit.
-    Which side wins is drawn as well, so that neither column is always the winner. ``shuffle`` is the control experiment: the
-    images and the multiset of score differences stay, and a coin decides which side is called the winner.
+    ``slant`` and ``bold`` compare two scans of one digit; ``digit`` a scan of the prompted digit with one of
+    another digit. Which side wins is drawn as well, so that neither column is always the winner. ``shuffle`` is the
+    control experiment: the images and the multiset of score differences stay, and a coin decides which side is
+    called the winner.
     """
     check_preference(preference)
     if count < 1:
         raise invalid("count", count, "must be positive", "ask for at least one pair")
     random = np.random.RandomState(seed)
-    rows = []
+    rows: list[dict] = []
     while len(rows) < count:
         first = random.randint(len(digits.labels))
         digit = digits.labels[first]

@@ -15,7 +15,7 @@ from fastinvdpo.evaluation.metrics import accuracy, frechet_distance
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge found in ``n`` pictures: rewards float64 ``(n,)``, share of prompted digits, distance to real scans."""
+    """What the judge found in ``n`` pictures: rewards ``(n,)``, share of prompted digits, distance to real scans."""
 
     rewards: np.ndarray
     accuracy: float
@@ -29,7 +29,8 @@ class Verdict:
 class Judge:
     """A support-vector classifier of real training scans, and the statistics of the same scans.
 
-    It never sees a generated picture, and ``held_out_accuracy`` says how well it reads real scans that it was not trained on.
+    It never sees a generated picture, and ``held_out_accuracy`` says how well it reads real scans that it was not
+    trained on.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,8 @@ class Judge:
     def judge(self, preference: str, images: np.ndarray, prompted: Sequence[int] | np.ndarray) -> Verdict:
         """Reward of every picture under the preference, and the two measures of quality.
 
-        ``slant`` and ``bold`` are measured on the picture itself; ``digit`` is 1 where the classifier reads the prompted digit, else 0.
+        ``slant`` and ``bold`` are measured on the picture itself; ``digit`` is 1 where the classifier reads the
+        prompted digit, else 0.
         """
         prompted = np.asarray(prompted)
         found = self.read(images)

@@ -29,8 +29,8 @@ class Interval:
 def wilson_interval(successes: float, trials: int) -> Interval:
     """Wilson's score interval of a proportion (1927); unlike the normal one it stays sound at 0 and 1.
 
-    ``successes`` may hold halves (ties): a half-won trial varies less than the binomial allows, so the interval is then too wide
-    rather than too narrow.
+    ``successes`` may hold halves (ties): a half-won trial varies less than the binomial allows, so the interval is
+    then too wide rather than too narrow.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise invalid(
@@ -47,7 +47,7 @@ def wilson_interval(successes: float, trials: int) -> Interval:
 
 
 def win_rate(after: ArrayLike, before: ArrayLike) -> Interval:
-    """Share of samples whose reward rose from ``before`` to ``after`` ``(n,)``, paired by position; a tie counts half."""
+    """Share of samples whose reward is higher ``after`` than ``before``, both ``(n,)``; a tie counts half."""
     new, old = _finite("after", after), _finite("before", before)
     if new.ndim != 1 or new.shape != old.shape or new.size == 0:
         raise invalid("after", (new.shape, old.shape), "is not paired with before", "pass two vectors of one length")
@@ -68,8 +68,8 @@ def accuracy(predicted: ArrayLike, expected: ArrayLike) -> float:
 def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
     """Fréchet distance of the normal distributions fitted to two sets of features, ``(n, d)`` and ``(m, d)``.
 
-    ``|mu_1 − mu_2|² + tr(S_1 + S_2 − 2 (S_1^½ S_2 S_1^½)^½)`` (Dowson and Landau, 1982), the formula of FID. It depends on the number
-    of samples, so compare values only for equal n and m.
+    ``|mu_1 − mu_2|² + tr(S_1 + S_2 − 2 (S_1^½ S_2 S_1^½)^½)`` (Dowson and Landau, 1982), the formula of FID. It
+    depends on the number of samples, so compare values only for equal n and m.
     """
     a, b = _finite("first", first), _finite("second", second)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:

@@ -14,6 +14,9 @@ from fastinvdpo.ops import affine_step, philox
 from fastinvdpo.schedule import affine_coefficients, inversion_levels, stack_coefficients
 from fastinvdpo.trajectories import Prompt, evaluate
 
+# Keeps the initial noise apart from the random streams of training under the same seed.
+STREAM_SAMPLING = 1 << 20
+
 
 @torch.no_grad()
 def sample(
@@ -28,9 +31,10 @@ def sample(
 ) -> Tensor:
     """Latents ``(n, *model.latent_shape)``, float32, that ``network`` draws for ``n`` prompts.
 
-    The grid is that of the inversion (diffusers' "leading" spacing) walked downwards, from standard normal noise at its top
-    level to the clean end. The noise of a prompt depends on ``seed`` and its place in the list alone, not on the batch it
-    travels in. Guidance ``ε_uncond + g·(ε_cond − ε_uncond)`` doubles the network evaluations; ``guidance_scale = 1`` is none.
+    The grid is that of the inversion (diffusers' "leading" spacing) walked downwards, from standard normal noise at
+    its top level to the clean end. The noise of a prompt depends on ``seed`` and its place in the list alone, not
+    on the batch it travels in. Guidance ``ε_uncond + g·(ε_cond − ε_uncond)`` doubles the network evaluations;
+    ``guidance_scale = 1`` is none.
 
     Raises InvalidInput for no prompts, or a step count, batch size or guidance scale that means nothing.
     """
@@ -51,7 +55,7 @@ def sample(
             batch = prompts[start : start + batch_size]
             prompt = _prompt(model, batch, guidance_scale)
             places = torch.arange(start, start + len(batch), device=model.device)
-            noise = philox.normal(seed, 0, places, model.latent_shape)
+            noise = philox.normal(seed, STREAM_SAMPLING, places, model.latent_shape)
             parts.append(_descend(model, network, noise, prompt, levels))
     finally:
         network.train(was_training)

@@ -1,0 +1,119 @@
+"""What a person looks at afterwards: a table, a before/after picture grid, training curves, a JSON summary.
+
+Files appear under their names only when they are complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import invalid
+from fastinvdpo.trainer.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_DPI = 120
+_BEFORE, _AFTER = "tab:gray", "tab:blue"
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Write ``summary`` as indented JSON. Raises InvalidInput for NaN or infinity, which JSON does not know."""
+    target = Path(path)
+    try:
+        text = json.dumps(summary, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise invalid("summary", dict(summary), f"cannot be written as JSON ({error})", "leave the value out") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as partial:
+        partial.write_text(text + "\n")
+    return target
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table to standard output: first column left-aligned, the others right-aligned."""
+    console = require("rich.console", extra="train", purpose="printing the report").Console(highlight=False)
+    table = require("rich.table", extra="train", purpose="printing the report").Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def save_grid(
+    path: str | Path,
+    before: Sequence[Image],
+    after: Sequence[Image],
+    captions: Sequence[str],
+    *,
+    columns: int = 10,
+    title: str = "",
+) -> Path:
+    """A picture of pairs: above what the base model drew, below what the aligned one drew from the same noise.
+
+    ``before``, ``after`` and ``captions`` have one length; ``columns`` of them make a band of two rows.
+    """
+    if not len(before) == len(after) == len(captions) > 0:
+        sizes = (len(before), len(after), len(captions))
+        raise invalid("after", sizes, "is not paired with before and captions", "pass one of each per picture")
+    bands = -(-len(before) // columns)
+    figure = _figure((0.8 * columns + 0.6, 2.0 * bands + 0.4))
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, (old, new, caption) in enumerate(zip(before, after, captions, strict=True)):
+        band, column = divmod(place, columns)
+        for row, image, label in ((2 * band, old, "before"), (2 * band + 1, new, "after")):
+            axis = axes[row, column]
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            if column == 0:
+                axis.text(-0.15, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=7)
+        axes[2 * band, column].set_title(caption, fontsize=7, pad=2)
+    figure.suptitle(title, fontsize=9)
+    return _save_figure(figure, path)
+
+
+def save_curves(
+    path: str | Path,
+    history: Sequence[Mapping[str, Any]],
+    rewards: tuple[Sequence[float], Sequence[float]],
+    *,
+    keys: Sequence[str] = ("loss", "implicit_accuracy", "margin"),
+    title: str = "",
+) -> Path:
+    """Curves over the optimiser steps of ``history``, and histograms of the samples' rewards (before, after)."""
+    if not history:
+        raise invalid("history", history, "is empty", "pass the history of a training run")
+    figure = _figure((3.2 * (len(keys) + 1), 2.8))
+    *curves, last = figure.subplots(1, len(keys) + 1)
+    steps = [row["step"] for row in history]
+    for axis, key in zip(curves, keys, strict=True):
+        axis.plot(steps, [row[key] for row in history], color=_AFTER, linewidth=1)
+        axis.set(xlabel="optimiser step", title=key.replace("_", " "))
+    low, high = (bound(bound(side) for side in rewards) for bound in (min, max))
+    bins = [low + (high - low) * place / 30 for place in range(31)] if high > low else 30
+    for side, label, colour in zip(rewards, ("before", "after"), (_BEFORE, _AFTER), strict=True):
+        last.hist(side, bins=bins, alpha=0.6, label=label, color=colour)
+    last.set(xlabel="reward", ylabel="samples", title="reward of the samples")
+    last.legend()
+    figure.suptitle(title, fontsize=9)
+    return _save_figure(figure, path)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    """A figure of ``size`` inches that needs no display and touches none of matplotlib's global state."""
+    module = require("matplotlib.figure", extra="train", purpose="drawing the report")
+    return module.Figure(figsize=size, layout="constrained")
+
+
+def _save_figure(figure: Any, path: str | Path) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as partial:
+        figure.savefig(partial, format="png", dpi=_DPI)
+    return target
