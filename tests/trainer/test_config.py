@@ -1,0 +1,259 @@
+"""Configuration: every mistake is an InvalidInput that names key, value and remedy; presets hold the published numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.trainer import TrainConfig, load_config, presets, to_yaml
+from fastinvdpo.trainer.config_files import parse_yaml
+from tests.trainer.tiny import mapping
+
+MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unknown section": ("diffusion-dpo", {"trainig.steps": 3}, r"trainig = .*not a known key.*did you mean training\?"),
+    "unknown key": ("diffusion-dpo", {"training.step": 3}, r"training\.step = 3: .*did you mean training\.steps\?"),
+    "key of another section": (
+        "diffusion-dpo",
+        {"training.learning_rate": 1e-4},
+        r"training\.learning_rate = 0\.0001.*did you mean optimizer\.learning_rate\?",
+    ),
+    "unknown key without a neighbour": ("diffusion-dpo", {"output.zzz": 1}, r"output\.zzz = 1.*known keys here: directory"),
+    "unknown lora key": ("diffusion-dpo", {"model.lora": {"rnk": 4}}, r"model\.lora\.rnk = 4.*model\.lora\.rank"),
+    "option of another method": ("diffusion-dpo", {"method.eta": 0.1}, r"method\.eta = 0\.1: is an option of another"),
+    "misspelt option": ("inpo", {"method.betta": 1.0}, r"method\.betta = 1\.0.*did you mean method\.beta\?"),
+    "unknown method": ("inpo", {"method.name": "ipno"}, r"method\.name = 'ipno'.*'inpo'"),
+    "no method name": ("inpo", {"method": {"beta": 3.0}}, r"method\.name = None: is missing"),
+    "method is text": ("inpo", {"method": "inpo"}, r"method = 'inpo'.*mapping"),
+    "text for a number": ("inpo", {"training.steps": "ten"}, r"training\.steps = 'ten'.*whole number"),
+    "fraction for a count": ("inpo", {"training.steps": 2.5}, r"training\.steps = 2\.5"),
+    "bool for a count": ("inpo", {"training.steps": True}, r"training\.steps = True.*whole number"),
+    "number for text": ("inpo", {"model.path": 3}, r"model\.path = 3.*write text"),
+    "text for a bool": ("inpo", {"data.random_flip": "yes"}, r"data\.random_flip = 'yes'.*true or false"),
+    "missing path": ("inpo", {"data.path": None}, r"data\.path = None"),
+    "zero steps": ("inpo", {"training.steps": 0}, r"training\.steps = 0: .*greater than or equal to 1"),
+    "zero batch": ("inpo", {"training.batch_size": 0}, r"training\.batch_size = 0"),
+    "zero accumulation": ("inpo", {"training.gradient_accumulation_steps": 0}, r"gradient_accumulation_steps = 0"),
+    "negative beta": ("inpo", {"method.beta": -1.0}, r"method\.beta = -1\.0: .*greater than 0"),
+    "infinite beta": ("inpo", {"method.beta": float("inf")}, r"method\.beta = inf: .*finite"),
+    "nan learning rate": ("inpo", {"optimizer.learning_rate": float("nan")}, r"optimizer\.learning_rate = nan"),
+    "ema decay of one": ("inpo", {"training.ema_decay": 1.0}, r"training\.ema_decay = 1\.0: .*less than 1"),
+    "negative seed": ("inpo", {"training.seed": -1}, r"training\.seed = -1"),
+    "unknown precision": ("inpo", {"training.mixed_precision": "fp8"}, r"mixed_precision = 'fp8'.*'no', 'bf16' or 'fp16'"),
+    "unknown utility": ("inpo", {"method.utility": "sigmod"}, r"method\.utility = 'sigmod'.*'sigmoid'"),
+    "unknown family": ("inpo", {"model.family": "sd"}, r"model\.family = 'sd'.*'stable-diffusion'"),
+    "unknown scheduler": ("inpo", {"optimizer.lr_scheduler": "cos"}, r"lr_scheduler = 'cos'.*'cosine'"),
+    "keep no checkpoint": ("inpo", {"output.keep_checkpoints": 0}, r"output\.keep_checkpoints = 0"),
+    "eta above one": ("inpo", {"method.eta": 2.0}, r"method\.eta = 2\.0"),
+    "rank zero": ("inpo", {"model.lora": {"rank": 0}}, r"model\.lora\.rank = 0"),
+    "no lora targets": ("inpo", {"model.lora": {"target_modules": []}}, r"model\.lora\.target_modules = \[\]"),
+    "warm-up longer than the run": ("inpo", {"optimizer.warmup_steps": 7}, r"warmup_steps = 7: exceeds training\.steps = 6"),
+    "warm-up of a constant rate": (
+        "inpo",
+        {"optimizer.lr_scheduler": "constant"},
+        r"optimizer\.warmup_steps = 2: is ignored by lr_scheduler constant",
+    ),
+    "smoothing without its utility": ("inpo", {"method.label_smoothing": 0.1}, r"label_smoothing = 0\.1: .*'sigmoid'"),
+    "cdpo without smoothing": ("inpo", {"method.utility": "cdpo"}, r"label_smoothing = 0\.0: .*same as sigmoid"),
+    "fp16 on a CPU": ("inpo", {"training.mixed_precision": "fp16"}, r"mixed_precision = 'fp16': needs a GPU"),
+    "8-bit optimiser on a CPU": ("inpo", {"optimizer.name": "adamw8bit"}, r"optimizer\.name = 'adamw8bit': needs a GPU"),
+    "cache with another method": ("inpo", {"training.cache_trajectories": True}, r"cache_trajectories = True: .*'inpo'"),
+    "cache with flips": (
+        "inversion-dpo",
+        {"training.cache_trajectories": True, "data.random_flip": True},
+        r"cache_trajectories = True: .*random_flip",
+    ),
+    "cache with random crops": (
+        "inversion-dpo",
+        {"training.cache_trajectories": True, "data.center_crop": False, "data.resolution": 8},
+        r"cache_trajectories = True: .*center_crop",
+    ),
+    "cache with caption dropout": (
+        "inversion-dpo",
+        {"training.cache_trajectories": True, "data.caption_dropout": 0.1},
+        r"cache_trajectories = True: .*caption_dropout",
+    ),
+    "cache of the policy's own chain": (
+        "inversion-dpo",
+        {"training.cache_trajectories": True, "method.variant": "distance-policy", "model.init_perturbation": 0.01},
+        r"cache_trajectories = True: .*distance-policy",
+    ),
+    "distance without perturbation": (
+        "inversion-dpo",
+        {"method.variant": "distance"},
+        r"model\.init_perturbation = 0\.0: .*exactly zero",
+    ),
+    "released code of another variant": (
+        "inversion-dpo",
+        {"method.compat": "released"},
+        r"method\.variant = 'endpoint': .*released code",
+    ),
+    "more timesteps than levels": (
+        "inversion-dpo",
+        {"method.timesteps_per_step": 4},
+        r"timesteps_per_step = 4: exceeds method\.num_inference_steps = 3",
+    ),
+    "negative guidance": ("inversion-dpo", {"method.guidance_scale": -1.0}, r"method\.guidance_scale = -1\.0"),
+    "revision of a directory": ("inpo", {"model.revision": "main"}, r"model\.revision = 'main'"),
+    "unknown column": ("smpo", {"data.columns": {"winner": "a"}}, r"data\.columns\.winner = 'a'.*jpg_0"),
+    "score of one side": ("smpo", {"data.columns": {"score_0": "a"}}, r"data\.columns = .*both score_0 and score_1"),
+    "crop of unknown size": ("inpo", {"data.center_crop": False}, r"data\.center_crop = False: .*data\.resolution"),
+    "every caption dropped": ("inpo", {"data.caption_dropout": 1.0}, r"data\.caption_dropout = 1\.0"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_names_key_value_and_remedy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    method, changes, message = MISTAKES[name]
+    values = mapping(tmp_path, method)
+    for key, value in changes.items():
+        section, _, option = key.partition(".")
+        if option:
+            values.setdefault(section, {})[option] = value
+        else:
+            values[section] = value
+    with pytest.raises(InvalidInput, match=message) as caught:
+        TrainConfig.from_mapping(values)
+    assert "Remedy: " in str(caught.value)
+
+
+def test_the_base_of_the_table_is_valid(tmp_path: Path) -> None:
+    for method in ("diffusion-dpo", "inpo", "smpo", "inversion-dpo"):
+        assert TrainConfig.from_mapping(mapping(tmp_path, method)).method.name == method
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    values = mapping(tmp_path, training={"steps": 0, "stepz": 1}, optimizer={"learning_rate": "fast"})
+    with pytest.raises(InvalidInput) as caught:
+        TrainConfig.from_mapping(values)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_output_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InvalidInput, match=r"output\.directory = .*is a file"):
+        TrainConfig.from_mapping(mapping(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-8", 1e-8),
+        ("1.0e-8", 1e-8),
+        ("2E+3", 2000.0),
+        (".5", 0.5),
+        ("-1", -1),
+        ("010", 10),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("1.2.3", "1.2.3"),
+        ("'1e-8'", "1e-8"),
+    ],
+)
+def test_yaml_values(text: str, value: object) -> None:
+    parsed = parse_yaml(text, "test")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+MINIMAL = "method: {name: inpo}\nmodel: {family: digits, path: m}\ndata: {path: p}\noutput: {directory: %s}\n"
+
+
+def test_overrides_win_and_create_sections(tmp_path: Path) -> None:
+    path = _write(tmp_path / "c.yaml", MINIMAL % tmp_path)
+    changes = ["optimizer.learning_rate=1e-5", "training.mixed_precision=no", "model.lora.rank=4", "method.eta=0"]
+    config = load_config(path, changes)
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.training.mixed_precision == "no"
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 4
+    assert config.method.objective_options()["eta"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps", r"override = 'training\.steps': is not of the form"),
+        ("=3", r"override = '=3'"),
+        ("training..steps=3", r"is not of the form"),
+        ("model.path.x=3", r"model\.path\.x = '3': sets a key below model\.path"),
+        ("model.lora={rank: 4", r"model\.lora = .*not valid YAML"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
+    path = _write(tmp_path / "c.yaml", MINIMAL % tmp_path)
+    with pytest.raises(InvalidInput, match=message):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- a\n- b", "not a mapping of sections"), ("", "method = None: is missing")],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        load_config(_write(tmp_path / "c.yaml", text))
+
+
+def test_missing_file_and_unknown_preset(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"config = .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(InvalidInput, match=r"preset = 'inpo-sd14'.*did you mean inpo-sd15"):
+        load_config(preset="inpo-sd14")
+
+
+def test_resolved_configuration_reads_back_to_itself(tmp_path: Path) -> None:
+    config = TrainConfig.from_mapping(mapping(tmp_path, "smpo", model={"lora": {"rank": 4}}))
+    assert load_config(_write(tmp_path / "resolved.yaml", to_yaml(config))) == config
+
+
+# Method and base model: beta, inversion steps, optimiser steps, warm-up, effective batch.
+PUBLISHED: dict[str, tuple[float, int | None, int, int, int]] = {
+    "diffusion-dpo-sd15": (5000, None, 2000, 500, 2048),
+    "diffusion-dpo-sdxl": (5000, None, 2000, 200, 2048),
+    "inpo-sd15": (2000, 10, 400, 200, 1024),
+    "inpo-sdxl": (5000, 10, 400, 200, 1024),
+    "smpo-sd15": (2000, 5, 200, 100, 1024),
+    "smpo-sdxl": (5000, 10, 200, 100, 1024),
+    "inversion-dpo-sdxl": (2000, 80, 2000, 1000, 1),
+}
+
+
+def test_every_preset_is_in_the_table() -> None:
+    assert presets() == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_hold_the_published_numbers(name: str) -> None:
+    config = load_config(overrides=["data.path=pairs.parquet"], preset=name)
+    options = config.method.objective_options()
+    steps, warmup = config.training.steps, config.optimizer.warmup_steps
+    found = (options["beta"], options.get("num_inference_steps"), steps, warmup, config.effective_batch())
+    assert found == PUBLISHED[name]
+    assert config.optimizer.learning_rate == 1e-8
+    assert config.optimizer.scale_lr
+    assert re.match(r"(.*)-(sd15|sdxl)$", name).group(1) == config.method.name  # type: ignore[union-attr]
+
+
+def test_a_preset_needs_the_data() -> None:
+    with pytest.raises(InvalidInput, match=r"data\.path = None: is missing"):
+        load_config(preset="inpo-sd15")
+
+
+def test_another_method_replaces_the_options_of_a_preset(tmp_path: Path) -> None:
+    path = _write(tmp_path / "c.yaml", "method: {name: diffusion-dpo, beta: 7}\ndata: {path: p}\n")
+    config = load_config(path, preset="inpo-sd15")
+    assert config.method.objective_options()["beta"] == 7
+    assert config.training.steps == 400
