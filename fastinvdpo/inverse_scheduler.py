@@ -49,7 +49,9 @@ class _Config(dict[str, Any]):
 
 
 class DDIMInverseOutput:
-    """The result of a step: ``prev_sample`` (diffusers' name for the noisier latent) and ``pred_original_sample``, computed when read."""
+    """The result of a step: ``prev_sample`` (diffusers' name for the noisier latent) and ``pred_original_sample``,
+    computed when read.
+    """
 
     def __init__(self, scheduler: DDIMInverseScheduler, model_output: Tensor, level: int, sample: Tensor) -> None:
         self._scheduler, self._model_output, self._level, self._sample = scheduler, model_output, level, sample
@@ -63,8 +65,8 @@ class DDIMInverseOutput:
 class DDIMInverseScheduler:
     """DDIM inversion (arXiv 2010.02502, appendix F) with the configuration and calls of diffusers' class of that name.
 
-    Differs from it in precision only: the coefficients of a step are computed in float64 and rounded once, and half-precision
-    latents are advanced in float32 arithmetic.
+    Differs from it in precision only: the coefficients of a step are computed in float64 and rounded once, and
+    half-precision latents are advanced in float32 arithmetic.
     """
 
     order = 1
@@ -73,10 +75,14 @@ class DDIMInverseScheduler:
     def __init__(self, **config: Any) -> None:
         for name in config:
             if name not in DEFAULTS:
-                raise invalid(name, config[name], "is not a setting of this scheduler", f"use some of {', '.join(DEFAULTS)}")
+                raise invalid(
+                    name, config[name], "is not a setting of this scheduler", f"use some of {', '.join(DEFAULTS)}"
+                )
         self.config = _Config({**DEFAULTS, **config})
         if self.config.timestep_spacing not in ("leading", "trailing"):
-            raise invalid("timestep_spacing", self.config.timestep_spacing, "is not supported", "use leading or trailing")
+            raise invalid(
+                "timestep_spacing", self.config.timestep_spacing, "is not supported", "use leading or trailing"
+            )
         self.schedule = NoiseSchedule.from_config(self.config)
         self.alphas_cumprod = self.schedule.alphas_cumprod.float()
         self.num_inference_steps: int | None = None
@@ -84,7 +90,9 @@ class DDIMInverseScheduler:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | Any, **overrides: Any) -> DDIMInverseScheduler:
-        """From the configuration of any diffusers scheduler (``pipe.scheduler.config``); entries of no use here are ignored."""
+        """From the configuration of any diffusers scheduler (``pipe.scheduler.config``); entries of no use here are
+        ignored.
+        """
         entries = config if isinstance(config, Mapping) else getattr(config, "config", None)
         if not isinstance(entries, Mapping):
             raise invalid("config", type(config).__name__, "must be a scheduler configuration", "pass scheduler.config")

@@ -1,7 +1,8 @@
 """The published methods: each is one composition of trajectory, target, weights and utility.
 
-:func:`build_objective` makes an objective by the method's name; calling it on a batch of pairs gives a loss to differentiate.
-Every random draw is keyed by the run's seed and the pair's number in the run, never by its place in a batch.
+:func:`build_objective` makes an objective by the method's name; calling it on a batch of pairs gives a loss to
+differentiate. Every random draw is keyed by the run's seed and the pair's number in the run, never by its place in a
+batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.losses import PICKSCORE_RANGE, PreferenceLoss, preference_loss, preference_probability, smoothed_pair_weight
+from fastinvdpo.losses import (
+    PICKSCORE_RANGE,
+    PreferenceLoss,
+    preference_loss,
+    preference_probability,
+    smoothed_pair_weight,
+)
 from fastinvdpo.ops import philox
 from fastinvdpo.schedule import NoiseSchedule, add_noise, predicted_clean_and_noise, prediction_target, recover_noise
 from fastinvdpo.trajectories import (
@@ -47,7 +54,8 @@ class PairBatch:
         draw: int64 ``(B,)`` on the host: the number of each pair's draw in the whole run. It keys all random numbers.
         unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
         scores: preference scores ``(2B,)``; needed by SmPO.
-        trajectory: what :meth:`InversionDPO.reference_trajectory` gave for these latents, ``(2B, …)``; computed when None.
+        trajectory: what :meth:`InversionDPO.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
+            None.
     """
 
     latents: Tensor
@@ -80,7 +88,9 @@ class Draws:
 
 @dataclass(frozen=True)
 class ObjectiveOutput(PreferenceLoss):
-    """The loss with what it was computed from: timesteps ``(2B,)`` or ``(2B, K)`` on the host, the others ``(2B, …)`` or ``(2B, K, …)``."""
+    """The loss with what it was computed from: timesteps ``(2B,)`` or ``(2B, K)`` on the host, the others ``(2B, …)``
+    or ``(2B, K, …)``.
+    """
 
     timesteps: Tensor
     noisy_latents: Tensor
@@ -156,7 +166,9 @@ def inpo(
     compat: str | None = None,
     **preference: Any,
 ) -> SingleTimestepObjective:
-    """DDIM-InPO (arXiv 2503.18454): the policy inverts each latent to the pair's timestep, with a little noise per step."""
+    """DDIM-InPO (arXiv 2503.18454): the policy inverts each latent to the pair's timestep, with a little noise per
+    step.
+    """
     settings = InversionSettings(eta=eta, model_time=model_time, noise_offset=STREAM_INVERSION)
     trajectory = _inversion(schedule, num_inference_steps, settings, compat)
     return SingleTimestepObjective(schedule, _preference(2000.0, preference), trajectory)
@@ -173,14 +185,17 @@ def smpo(
     compat: str | None = None,
     **preference: Any,
 ) -> SingleTimestepObjective:
-    """SmPO-Diffusion (arXiv 2506.02698): the policy inverts with ReNoise; pairs weigh by the strength of their preference."""
+    """SmPO-Diffusion (arXiv 2506.02698): the policy inverts with ReNoise; pairs weigh by the strength of their
+    preference.
+    """
     settings = InversionSettings(renoise_iterations=renoise_iterations, model_time=model_time)
     trajectory = _inversion(schedule, num_inference_steps, settings, compat)
 
     def pair_weight(batch: PairBatch) -> Tensor:
         if batch.scores is None:
             raise invalid("batch.scores", None, "SmPO weighs pairs by their scores", "give the data score columns")
-        probability = preference_probability(*batch.scores.chunk(2), score_range)
+        winner, loser = batch.scores.chunk(2)
+        probability = preference_probability(winner, loser, score_range)
         return smoothed_pair_weight(probability, preference_scale)
 
     # Fail now, not at the first batch.
@@ -222,10 +237,10 @@ VARIANTS = ("endpoint", "step", "distance", "distance-policy")
 class InversionDPO:
     """Inversion-DPO (arXiv 2507.11554): the policy is scored along a whole inverted chain, which is treated as data.
 
-    Variants: ``endpoint`` scores against the noise that leads from ``x_0`` to each latent of the chain; ``step`` against the
-    noise that the inversion itself used to arrive there; ``distance`` and ``distance-policy`` measure the distance between policy and
-    reference at the inversion's own inputs, as the released code does (chain inverted by the reference) or as its derivation
-    reads (by the policy).
+    Variants: ``endpoint`` scores against the noise that leads from ``x_0`` to each latent of the chain; ``step``
+    against the noise that the inversion itself used to arrive there; ``distance`` and ``distance-policy`` measure the
+    distance between policy and reference at the inversion's own inputs, as the released code does (chain inverted by
+    the reference) or as its derivation reads (by the policy).
     """
 
     schedule: NoiseSchedule
@@ -249,10 +264,11 @@ class InversionDPO:
             raise invalid("guidance_scale", self.guidance_scale, "must not be negative", "the published value is 2")
         if self.scores_distance:
             warnings.warn(
-                f"variant {self.variant!r} scores the squared distance between policy and reference. That distance does not tell a "
-                "move towards the winners from the opposite move, its gradient is exactly zero while policy = reference, and "
-                "its loss falls either way: the result's direction depends on the initial perturbation. It is meant for "
-                "comparison with the released code; use variant 'endpoint' to align a model.",
+                f"variant {self.variant!r} scores the squared distance between policy and reference. That distance "
+                "does not tell a move towards the winners from the opposite move, its gradient is exactly zero while "
+                "policy = reference, and its loss falls either way: the result's direction depends on the initial "
+                "perturbation. It is meant for comparison with the released code; use variant 'endpoint' to align a "
+                "model.",
                 stacklevel=2,
             )
 
@@ -269,7 +285,9 @@ class InversionDPO:
     def reference_trajectory(
         self, reference: Network, latents: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
     ) -> Tensor:
-        """The chain of ``latents`` ``(n, …)`` as the objective needs it: ``(n, N, …)``; for ``step`` ``(n, 2N, …)``, latents, then targets."""
+        """The chain of ``latents`` ``(n, …)`` as the objective needs it: ``(n, N, …)``; for ``step`` ``(n, 2N, …)``,
+        latents, then targets.
+        """
         prompt = Prompt(conditioning, unconditional, self.guidance_scale)
         plan = plan_grid(self.schedule, latents.shape[0], self.num_inference_steps)
         settings = InversionSettings(model_time=self.model_time)
@@ -324,8 +342,8 @@ class InversionDPO:
     def _sample_positions(self, batch: PairBatch, seed: int) -> tuple[Tensor, Tensor]:
         """Which positions of the chain each pair is scored at, int64 ``(B, K)``, and their weights, float64 ``(B, K)``.
 
-        All N with weight 1/N, or one drawn from each of k equal strata of the chain, with weight 1/k: the sum over the drawn
-        positions is an unbiased estimate of the mean over the chain.
+        All N with weight 1/N, or one drawn from each of k equal strata of the chain, with weight 1/k: the sum over the
+        drawn positions is an unbiased estimate of the mean over the chain.
         """
         n, k = self.num_inference_steps, self.timesteps_per_step
         if k is None or k == n:
@@ -359,7 +377,9 @@ def inversion_dpo(
     compat: str | None = None,
     **preference: Any,
 ) -> InversionDPO:
-    """Inversion-DPO; see :class:`InversionDPO`. The variant is ``endpoint``, or ``distance`` with ``compat="released"``."""
+    """Inversion-DPO; see :class:`InversionDPO`. The variant is ``endpoint``, or ``distance`` with
+    ``compat="released"``.
+    """
     if compat and variant not in (None, "distance"):
         raise invalid("variant", variant, "the released code has the variant 'distance' only", "drop variant or compat")
     variant = variant or ("distance" if compat else "endpoint")
@@ -407,7 +427,9 @@ def _preference(default_beta: float, options: dict[str, Any]) -> Preference:
     known = {field.name for field in dataclasses.fields(Preference)}
     for name, value in options.items():
         if name not in known:
-            raise invalid(name, value, "is not an option of this method", f"the common options are {', '.join(sorted(known))}")
+            raise invalid(
+                name, value, "is not an option of this method", f"the common options are {', '.join(sorted(known))}"
+            )
     preference = Preference(**{"beta": default_beta, **options})
     one = torch.zeros(2, 1)
     preference_loss(one, one, None, **vars(preference))  # fail now, not at the first batch
@@ -423,4 +445,6 @@ def _check_batch(batch: PairBatch) -> None:
         raise invalid("batch.draw", shown, "must be int64 of one number per pair", f"pass shape ({samples // 2},)")
     for name, tensor in batch.conditioning.items():
         if tensor.shape[0] != samples:
-            raise invalid(f"batch.conditioning[{name!r}].shape", tuple(tensor.shape), "must have 2B rows", f"pass {samples} rows")
+            raise invalid(
+                f"batch.conditioning[{name!r}].shape", tuple(tensor.shape), "must have 2B rows", f"pass {samples} rows"
+            )

@@ -1,8 +1,8 @@
 """Noise schedules, levels, grids and affine coefficients. Pure functions of the schedule; no network, no randomness.
 
-A *level* is an index into the training schedule, ``0 … T_train − 1``; level ``-1`` is the clean end below it. At level ``t`` a
-latent is ``x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε``. Every deterministic step between two levels is affine in the latent and the
-network's output (DDIM, arXiv 2010.02502, equation 12), and this module computes its two coefficients.
+A *level* is an index into the training schedule, ``0 … T_train − 1``; level ``-1`` is the clean end below it. At level
+``t`` a latent is ``x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε``. Every deterministic step between two levels is affine in the
+latent and the network's output (DDIM, arXiv 2010.02502, equation 12), and this module computes its two coefficients.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class NoiseSchedule:
         alphas_cumprod: ``ᾱ_t``, float64 ``(T_train,)`` on the CPU, values in [0, 1], non-increasing.
         prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         steps_offset: the first level of an inversion grid (diffusers' "leading" spacing).
-        set_alpha_to_one: what level ``-1`` means: ``ᾱ = 1`` when true, ``ᾱ_0`` when false (as Stable Diffusion is shipped).
-        released_precision: hold ``ᾱ`` rounded to float32, and its roots too where a step uses them, as the released codes do.
+        set_alpha_to_one: what level ``-1`` means: ``ᾱ = 1`` when true, ``ᾱ_0`` when false (as Stable Diffusion is
+            shipped).
+        released_precision: hold ``ᾱ`` rounded to float32, and its roots too where a step uses them, as the released
+            codes do.
         config: the scheduler configuration this schedule was read from, if any.
     """
 
@@ -47,7 +49,9 @@ class NoiseSchedule:
         table = self.alphas_cumprod
         if not isinstance(table, Tensor) or table.ndim != 1 or table.numel() < 1 or not table.is_floating_point():
             shown = tuple(table.shape) if isinstance(table, Tensor) else table
-            raise invalid("alphas_cumprod", shown, "must be a floating-point tensor of shape (T_train,)", "pass ᾱ_t per level")
+            raise invalid(
+                "alphas_cumprod", shown, "must be a floating-point tensor of shape (T_train,)", "pass ᾱ_t per level"
+            )
         table = table.detach().to("cpu", torch.float64)
         in_range = bool(((table >= 0) & (table <= 1)).all()) and bool((table[1:] <= table[:-1]).all())
         if not in_range:
@@ -87,7 +91,9 @@ class NoiseSchedule:
         return self.alphas_cumprod.numel()
 
     def rates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """``(√ᾱ, √(1 − ᾱ))`` at int64 ``levels`` (any shape, ``-1`` for the clean end): two float64 tensors of that shape."""
+        """``(√ᾱ, √(1 − ᾱ))`` at int64 ``levels`` (any shape, ``-1`` for the clean end): two float64 tensors of that
+        shape.
+        """
         signal, noise = self._tables(levels.device)
         return signal[levels + 1], noise[levels + 1]
 
@@ -124,7 +130,9 @@ def _alphas_cumprod(config: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
         known = "linear, scaled_linear or squaredcos_cap_v2"
         raise invalid("beta_schedule", kind, "is not known", f"use {known}, or give trained_betas")
     if not bool(((betas >= 0) & (betas < 1)).all()):
-        raise invalid("betas", [float(betas[0]), float(betas[-1])], "must lie in [0, 1)", "check beta_start and beta_end")
+        raise invalid(
+            "betas", [float(betas[0]), float(betas[-1])], "must lie in [0, 1)", "check beta_start and beta_end"
+        )
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     if config.get("rescale_betas_zero_snr"):
         root = alphas_cumprod.sqrt()
@@ -140,13 +148,17 @@ def inversion_levels(schedule: NoiseSchedule, num_inference_steps: int) -> Tenso
     """
     steps = schedule.num_train_timesteps
     if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= steps:
-        raise invalid("num_inference_steps", num_inference_steps, "out of range", f"use a whole number from 1 to {steps}")
+        raise invalid(
+            "num_inference_steps", num_inference_steps, "out of range", f"use a whole number from 1 to {steps}"
+        )
     levels = torch.arange(num_inference_steps) * (steps // num_inference_steps) + schedule.steps_offset
     return levels.clamp_(max=steps - 1)
 
 
 def check_levels(name: str, schedule: NoiseSchedule, levels: Tensor, lowest: int = 0) -> None:
-    """Raise unless ``levels`` are int64 within ``[lowest, T_train)``. Reads device memory: call it on host tensors only."""
+    """Raise unless ``levels`` are int64 within ``[lowest, T_train)``. Reads device memory: call it on host tensors
+    only.
+    """
     if levels.dtype != torch.int64:
         raise invalid(name, levels.dtype, "must be int64 levels", f"pass {name}.long()")
     if levels.numel() and not (lowest <= int(levels.min()) and int(levels.max()) < schedule.num_train_timesteps):
@@ -158,8 +170,8 @@ def check_levels(name: str, schedule: NoiseSchedule, levels: Tensor, lowest: int
 def affine_coefficients(schedule: NoiseSchedule, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """``(A, B)`` of the deterministic DDIM step ``x_t = A·x_s + B·o`` from level ``source`` to level ``target``.
 
-    ``source`` and ``target`` are int64 levels of one shape (``-1``: the clean end), in either order; the results are float64 of
-    that shape. With signal ``a = √ᾱ`` and noise ``b = √(1 − ᾱ)``, the two rates of a level:
+    ``source`` and ``target`` are int64 levels of one shape (``-1``: the clean end), in either order; the results are
+    float64 of that shape. With signal ``a = √ᾱ`` and noise ``b = √(1 − ᾱ)``, the two rates of a level:
 
     ============= ======================= ===========================
     prediction    A                       B
@@ -169,8 +181,8 @@ def affine_coefficients(schedule: NoiseSchedule, source: Tensor, target: Tensor)
     sample        ``b_t / b_s``           ``a_t − a_s·b_t / b_s``
     ============= ======================= ===========================
 
-    An epsilon step cannot leave a level with ``ᾱ = 0`` (zero terminal SNR), nor a sample step one with ``ᾱ = 1``: there the
-    coefficients are not finite.
+    An epsilon step cannot leave a level with ``ᾱ = 0`` (zero terminal SNR), nor a sample step one with ``ᾱ = 1``: there
+    the coefficients are not finite.
     """
     rates = _float32_rates if schedule.released_precision else NoiseSchedule.rates
     a_s, b_s = rates(schedule, source)
@@ -191,7 +203,9 @@ def _float32_rates(schedule: NoiseSchedule, levels: Tensor) -> tuple[Tensor, Ten
 
 
 def ancestral_variance(schedule: NoiseSchedule, lower: Tensor, upper: Tensor) -> Tensor:
-    """``V = (1−ᾱ_g)/(1−ᾱ_{g'}) · (1−ᾱ_{g'}/ᾱ_g)`` of the interval ``lower`` g → ``upper`` g' (DDIM, equation 16 at η = 1), float64."""
+    """``V = (1−ᾱ_g)/(1−ᾱ_{g'}) · (1−ᾱ_{g'}/ᾱ_g)`` of the interval ``lower`` g → ``upper`` g' (DDIM, equation 16 at η =
+    1), float64.
+    """
     below, above = schedule.alpha_bar(lower), schedule.alpha_bar(upper)
     return ((1 - below) / (1 - above) * (1 - above / below)).clamp(min=0)
 
@@ -199,7 +213,9 @@ def ancestral_variance(schedule: NoiseSchedule, lower: Tensor, upper: Tensor) ->
 def predicted_clean_and_noise(
     schedule: NoiseSchedule, latents: Tensor, prediction: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``(x̂_0, ε̂)`` that a network's ``prediction`` at ``latents`` of int64 ``levels`` ``(n,)`` stands for; shapes of ``latents``."""
+    """``(x̂_0, ε̂)`` that a network's ``prediction`` at ``latents`` of int64 ``levels`` ``(n,)`` stands for; shapes of
+    ``latents``.
+    """
     a, b = schedule.rates(levels.to(latents.device))
     if schedule.prediction_type == "epsilon":
         return combine(latents, 1 / a, prediction, -b / a), prediction
@@ -221,7 +237,9 @@ def recover_noise(schedule: NoiseSchedule, noisy: Tensor, clean: Tensor, levels:
 
 
 def prediction_target(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """What a perfect network predicts: ``ε``, ``v = √ᾱ·ε − √(1 − ᾱ)·x_0`` or ``x_0``, by the schedule's prediction type."""
+    """What a perfect network predicts: ``ε``, ``v = √ᾱ·ε − √(1 − ᾱ)·x_0`` or ``x_0``, by the schedule's prediction
+    type.
+    """
     if schedule.prediction_type == "epsilon":
         return noise
     if schedule.prediction_type == "sample":
@@ -236,6 +254,8 @@ def combine(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Te
 
 
 def stack_coefficients(sample: Tensor, *columns: Tensor) -> Tensor:
-    """The float64 columns ``(n,)`` as the table that ``affine_step`` takes: float32, or float64 for a float64 ``sample``."""
+    """The float64 columns ``(n,)`` as the table that ``affine_step`` takes: float32, or float64 for a float64
+    ``sample``.
+    """
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     return torch.stack(columns, dim=1).to(sample.device, dtype)

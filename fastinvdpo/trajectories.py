@@ -1,7 +1,9 @@
-"""Where the noisy latents come from: forward noising, and DDIM inversion of a batch whose samples end at levels of their own.
+"""Where the noisy latents come from: forward noising, and DDIM inversion of a batch whose samples end at levels of
+their own.
 
-An inversion follows an :class:`InversionPlan`, the levels each sample visits. Plans live on the host, so walking one never
-waits for the device; samples that have arrived leave the batch, so each costs exactly its own number of network evaluations.
+An inversion follows an :class:`InversionPlan`, the levels each sample visits. Plans live on the host, so walking one
+never waits for the device; samples that have arrived leave the batch, so each costs exactly its own number of network
+evaluations.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ MODEL_TIMES = ("destination", "source")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The conditioning of a batch with its guidance: ``ε = ε_uncond + g·(ε_cond − ε_uncond)``; ``g = 1`` is one conditional call."""
+    """The conditioning of a batch with its guidance: ``ε = ε_uncond + g·(ε_cond − ε_uncond)``; ``g = 1`` is one
+    conditional call.
+    """
 
     conditional: Conditioning
     unconditional: Conditioning | None = None
@@ -63,7 +67,9 @@ class Prompt:
 
 
 def evaluate(network: Network, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> tuple[list[Tensor], list[float]]:
-    """Ask the network once for everything a guided prediction needs: ``(outputs, weights)`` with ``ε = Σ_j weights_j·outputs_j``."""
+    """Ask the network once for everything a guided prediction needs: ``(outputs, weights)`` with ``ε = Σ_j
+    weights_j·outputs_j``.
+    """
     if prompt.guidance_scale == 1 or prompt.unconditional is None:
         return [network(latents, timesteps, prompt.conditional)], [1.0]
     both = {name: torch.cat([prompt.unconditional[name], prompt.conditional[name]]) for name in prompt.conditional}
@@ -96,7 +102,8 @@ class InversionPlan:
     Attributes:
         source, target: ``(n, S)``: step ``j`` takes sample ``i`` from level ``source[i, j]`` to ``target[i, j]``.
         steps: ``(n,)``: the number of steps of each sample, at most S; entries beyond it are not used.
-        noise_lower, noise_upper: ``(n, S)``: the interval whose ancestral variance scales the noise added after the step.
+        noise_lower, noise_upper: ``(n, S)``: the interval whose ancestral variance scales the noise added after the
+            step.
     """
 
     source: Tensor
@@ -109,8 +116,8 @@ class InversionPlan:
 def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
     """Every sample climbs the N-step grid and ends exactly at its own level: the last step is shortened.
 
-    ``levels`` is int64 ``(n,)`` on the host, in ``[0, T_train)``. A sample at level ``t`` makes one step to every grid level below
-    ``t`` and one to ``t``.
+    ``levels`` is int64 ``(n,)`` on the host, in ``[0, T_train)``. A sample at level ``t`` makes one step to every grid
+    level below ``t`` and one to ``t``.
     """
     check_levels("levels", schedule, levels)
     grid = inversion_levels(schedule, num_inference_steps)
@@ -131,10 +138,11 @@ def plan_grid(schedule: NoiseSchedule, samples: int, num_inference_steps: int) -
 
 
 def plan_released(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
-    """The grid of the released InPO and SmPO codes: the whole batch stops at the last grid level below the *first* sample's level.
+    """The grid of the released InPO and SmPO codes: the whole batch stops at the last grid level below the *first*
+    sample's level.
 
-    The noise takes its variance from the interval above the one just crossed, as the released code does under current versions
-    of diffusers (its last interval, which lies partly above the schedule, is cut at the highest level).
+    The noise takes its variance from the interval above the one just crossed, as the released code does under current
+    versions of diffusers (its last interval, which lies partly above the schedule, is cut at the highest level).
     """
     check_levels("levels", schedule, levels)
     grid = inversion_levels(schedule, num_inference_steps)
@@ -167,10 +175,12 @@ class InversionSettings:
     """How the steps of an inversion are made.
 
     Attributes:
-        eta: after each step ``x += η·√V·z`` (DDIM-InPO, arXiv 2503.18454); no term is removed to compensate, as released.
+        eta: after each step ``x += η·√V·z`` (DDIM-InPO, arXiv 2503.18454); no term is removed to compensate, as
+            released.
         renoise_iterations: K of ReNoise (arXiv 2403.14602): each step is repeated K times with the network asked at the
             tentative destination, and uses the mean of all K + 1 predictions.
-        model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its "source".
+        model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its
+            "source".
         seed, noise_offset: the key of the noise; step ``j`` draws with offset ``noise_offset + j``.
     """
 
@@ -224,14 +234,17 @@ def inversion_steps(
         everyone = rows.numel() == clean.shape[0]
         source = latents if everyone else latents[rows_on_device]
         a, b = scale_out[rows, step], scale_in[rows, step]
-        target, outputs = source, []
+        target = source
+        outputs: list[Tensor] = []
         for iteration in range(1, settings.renoise_iterations + 2):
             predictions, guidance = evaluate(network, target, times[rows_on_device, step], active)
             outputs = outputs + predictions
             weights = [weight / iteration for weight in guidance] * iteration
             target = _step(source, outputs, weights, a, b)
         if settings.eta:
-            target = _add_step_noise(target, noise_scale[rows, step], settings, step, noise_index[rows_on_device], noise, rows)
+            target = _add_step_noise(
+                target, noise_scale[rows, step], settings, step, noise_index[rows_on_device], noise, rows
+            )
         latents = target if everyone else latents.index_copy(0, rows_on_device, target)
         yield InversionStep(latents, rows, source, outputs, weights)
 

@@ -31,9 +31,16 @@ def sd_schedule(**changes: object) -> NoiseSchedule:
 
 
 def predictions(
-    pairs: int = 3, shape: tuple[int, ...] = (4, 8, 8), *, gap: float = 1e-3, seed: int = 0, dtype: torch.dtype = torch.float64
+    pairs: int = 3,
+    shape: tuple[int, ...] = (4, 8, 8),
+    *,
+    gap: float = 1e-3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(policy, reference, target)``, ``(2B, *shape)``: predictions that miss the target by about 1 and differ by about ``gap``."""
+    """``(policy, reference, target)``, ``(2B, *shape)``: predictions that miss the target by about 1 and differ by
+    about ``gap``.
+    """
     generator = torch.Generator().manual_seed(seed)
     target, error, difference = torch.randn(3, 2 * pairs, *shape, generator=generator, dtype=torch.float64)
     reference = target + error
@@ -44,7 +51,9 @@ def toy_network(
     scale: float = 0.7, seed: int = 0, channels: int = 4
 ) -> Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]:
     """A smooth nonlinear network that depends on latents, time and prompt; sample by sample the same in any batch."""
-    mixing = torch.randn(channels, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / channels
+    mixing = (
+        torch.randn(channels, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / channels
+    )
 
     def network(latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         # Elementwise sums in a fixed order, so that the result of a sample cannot depend on its batch.

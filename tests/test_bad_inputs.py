@@ -20,13 +20,16 @@ from tests.cases import SD_SCHEDULER, sd_schedule
 
 X = torch.zeros(4, 2, 3)
 SCHEDULE = sd_schedule()
+TABLE = torch.zeros(4, 2)
 
 
-def loss(policy: Any = X, reference: Any = X, target: Any = X, beta: Any = 10.0, **options: Any) -> Callable[[], object]:
+def loss(
+    policy: Any = X, reference: Any = X, target: Any = X, beta: Any = 10.0, **options: Any
+) -> Callable[[], object]:
     return lambda: fastinvdpo.preference_loss(policy, reference, target, beta=beta, **options)
 
 
-def step(sample: Any = X, outputs: Any = (X,), table: Any = torch.zeros(4, 2), **options: Any) -> Callable[[], object]:
+def step(sample: Any = X, outputs: Any = (X,), table: Any = TABLE, **options: Any) -> Callable[[], object]:
     return lambda: fastinvdpo.affine_step(sample, outputs, table, **options)
 
 
@@ -50,6 +53,7 @@ def stepped(level: int) -> Callable[[], object]:
     return lambda: scheduler.step(X, level, X)
 
 
+# ruff: noqa: E501
 # (name of the case, what is called, what the message must name)
 CASES: list[tuple[str, Callable[[], object], str]] = [
     ("odd batch", loss(*[torch.zeros(3, 2)] * 3), "policy_pred.shape = (3, 2)"),

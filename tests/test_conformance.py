@@ -1,7 +1,7 @@
 """Our objectives with ``compat="released"`` against values recorded from the released research codes.
 
-Bounds are those of tests/golden/README.md: what is left between two float64 runs of the same arithmetic, the scalars that the
-released codes hold in float32, and, for float32, the error of float32 itself.
+Bounds are those of tests/golden/README.md: what is left between two float64 runs of the same arithmetic, the scalars
+that the released codes hold in float32, and, for float32, the error of float32 itself.
 """
 
 from __future__ import annotations
@@ -107,11 +107,15 @@ def run(name: str, dtype: torch.dtype = torch.float64, *, float64_schedule: bool
     if method in ("inpo", "smpo"):
         options["num_inference_steps"] = settings["ninv"]
     if method == "smpo":
-        # The probabilities are recorded inputs, and κ is published to five digits only: the scores that give exactly these.
+        # The probabilities are recorded inputs, and κ is published to five digits only: the scores that give exactly
+        # these.
         difference = PICKSCORE_RANGE * torch.logit(tensors["in.probs"].double())
         scores = torch.cat([difference, torch.zeros(pairs)]).to(dtype)
     if method == "inversion-dpo":
-        options |= {"num_inference_steps": settings["num_inference_steps"], "guidance_scale": settings["guidance_scale"]}
+        options |= {
+            "num_inference_steps": settings["num_inference_steps"],
+            "guidance_scale": settings["guidance_scale"],
+        }
         unconditional = {key: value if key == "time_ids" else torch.zeros_like(value) for key, value in told.items()}
     batch = PairBatch(
         latents=torch.cat([tensors["in.latents_win"], tensors["in.latents_lose"]]).to(dtype),
@@ -267,7 +271,9 @@ def test_values_along_the_inversion_dpo_chain() -> None:
             output.noisy_latents[row].repeat_interleave(2, 0),
             plan.target[0].repeat_interleave(2),
             {
-                key: torch.stack([result.batch.unconditional[key][row], value[row]]).repeat(count, *[1] * (value.ndim - 1))
+                key: torch.stack([result.batch.unconditional[key][row], value[row]]).repeat(
+                    count, *[1] * (value.ndim - 1)
+                )
                 for key, value in result.batch.conditioning.items()
             },
         ).unflatten(0, (count, 2))

@@ -44,7 +44,10 @@ def select(batch: PairBatch, chosen: list[int]) -> PairBatch:
             return None
         return {key: item[rows] for key, item in value.items()} if isinstance(value, dict) else value[rows]
 
-    fields = {name: pick(getattr(batch, name)) for name in ("latents", "conditioning", "unconditional", "scores", "trajectory")}
+    fields = {
+        name: pick(getattr(batch, name))
+        for name in ("latents", "conditioning", "unconditional", "scores", "trajectory")
+    }
     return PairBatch(**fields, draw=batch.draw[chosen])
 
 
@@ -52,7 +55,9 @@ class Policy:
     """A toy network with one differentiable parameter, off the reference by a little."""
 
     def __init__(self, gap: float = 1e-2) -> None:
-        self.weight = torch.ones(4, 1, 1, dtype=torch.float64) + gap * torch.arange(4.0, dtype=torch.float64).view(4, 1, 1)
+        self.weight = torch.ones(4, 1, 1, dtype=torch.float64) + gap * torch.arange(4.0, dtype=torch.float64).view(
+            4, 1, 1
+        )
         self.weight.requires_grad_()
         self.network = toy_network()
 
@@ -72,7 +77,9 @@ def test_a_batch_equals_its_pairs_one_by_one(method: str, prediction_type: str) 
     together = objective(policy, REFERENCE, batch, seed=3)
     together.loss.backward()
     gradient, policy.weight.grad = policy.weight.grad, None
-    assert len({tuple(row) for row in together.timesteps.view(8, -1)[:4].tolist()}) == (1 if method == "inversion-dpo" else 4)
+    assert len({tuple(row) for row in together.timesteps.view(8, -1)[:4].tolist()}) == (
+        1 if method == "inversion-dpo" else 4
+    )
     for pair in range(4):
         alone = objective(policy, REFERENCE, select(batch, [pair]), seed=3)
         (alone.loss / 4).backward()
@@ -120,16 +127,22 @@ def test_distance_cannot_tell_a_move_from_its_opposite() -> None:
     """To leading order z is even in the displacement of the policy; `endpoint` is odd."""
     batch = pairs()
     for variant, sign in (("distance", 1), ("endpoint", -1)):
-        objective = build_objective("inversion-dpo", SCHEDULE, variant=variant, num_inference_steps=5, guidance_scale=1.0)
+        objective = build_objective(
+            "inversion-dpo", SCHEDULE, variant=variant, num_inference_steps=5, guidance_scale=1.0
+        )
         forth, back = (objective(Policy(gap), REFERENCE, batch, seed=0).margin for gap in (1e-5, -1e-5))
         torch.testing.assert_close(forth, sign * back, rtol=1e-2, atol=0)
 
 
 def test_step_variant_vanishes_on_a_fine_chain() -> None:
-    """Exact inversion makes the reference perfect on its own trajectory, so its error against `step`'s targets falls with N."""
+    """Exact inversion makes the reference perfect on its own trajectory, so its error against `step`'s targets falls
+    with N.
+    """
     errors = []
     for steps in (5, 50):
-        objective = build_objective("inversion-dpo", SCHEDULE, variant="step", num_inference_steps=steps, guidance_scale=1.0)
+        objective = build_objective(
+            "inversion-dpo", SCHEDULE, variant="step", num_inference_steps=steps, guidance_scale=1.0
+        )
         errors.append(float(objective(Policy(), REFERENCE, pairs(), seed=0).reference_mse[:, 1:].mean()))
     assert errors[1] < errors[0] / 10
 

@@ -23,7 +23,9 @@ from tests.cases import sd_schedule
 LEVELS = st.integers(0, 999)
 
 
-def step(schedule: NoiseSchedule, latents: torch.Tensor, output: torch.Tensor, source: int, target: int) -> torch.Tensor:
+def step(
+    schedule: NoiseSchedule, latents: torch.Tensor, output: torch.Tensor, source: int, target: int
+) -> torch.Tensor:
     a, b = affine_coefficients(schedule, torch.tensor([source]), torch.tensor([target]))
     return a * latents + b * output
 
@@ -33,8 +35,8 @@ def step(schedule: NoiseSchedule, latents: torch.Tensor, output: torch.Tensor, s
 def test_a_step_and_its_return_cancel(source: int, target: int, prediction_type: str, seed: int) -> None:
     """With the same prediction of (x_0, ε) on both ends, any two levels, all prediction types.
 
-    An epsilon or x_0 network's output means the same at both ends; a v output depends on the level it is given for, so the way back
-    uses the v of the same (x_0, ε).
+    An epsilon or x_0 network's output means the same at both ends; a v output depends on the level it is given for, so
+    the way back uses the v of the same (x_0, ε).
     """
     schedule = sd_schedule(prediction_type=prediction_type)
     latents, output = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -105,9 +107,11 @@ def test_grid_and_clean_end() -> None:
 
 def test_released_precision_rounds_the_table() -> None:
     released = sd_schedule().released()
-    assert released.released_precision and torch.equal(released.alphas_cumprod, released.alphas_cumprod.float().double())
+    assert released.released_precision and torch.equal(
+        released.alphas_cumprod, released.alphas_cumprod.float().double()
+    )
     torch.testing.assert_close(released.alphas_cumprod, sd_schedule().alphas_cumprod, rtol=1e-5, atol=0)
-    a, b = affine_coefficients(released, torch.tensor([101]), torch.tensor([201]))
+    a, _ = affine_coefficients(released, torch.tensor([101]), torch.tensor([201]))
     alpha = released.alphas_cumprod.float()
     root = (alpha[201].double().sqrt().float().double(), alpha[101].double().sqrt().float().double())
     assert float(a) == float(root[0] / root[1])

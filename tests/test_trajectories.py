@@ -65,14 +65,18 @@ def test_every_sample_costs_its_own_steps() -> None:
     assert network.samples == 2 * int(plan.steps.sum())
 
 
-@pytest.mark.parametrize("settings", [InversionSettings(), InversionSettings(eta=0.3, seed=5), InversionSettings(renoise_iterations=2)])
+@pytest.mark.parametrize(
+    "settings", [InversionSettings(), InversionSettings(eta=0.3, seed=5), InversionSettings(renoise_iterations=2)]
+)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_a_batch_equals_its_samples_one_by_one(settings: InversionSettings, guidance_scale: float) -> None:
     levels, index = torch.tensor([700, 3, 250, 999, 0]), torch.tensor([40, 41, 7, 8, 9])
     latents, prompt = batch(5)
     prompt = Prompt(prompt.conditional, prompt.unconditional, guidance_scale)
     network = toy_network()
-    together = invert(network, SCHEDULE, latents, plan_inversion(SCHEDULE, levels, 10), prompt, settings, noise_index=index)
+    together = invert(
+        network, SCHEDULE, latents, plan_inversion(SCHEDULE, levels, 10), prompt, settings, noise_index=index
+    )
     for row in range(5):
         one = torch.tensor([row])
         alone = invert(
@@ -90,7 +94,8 @@ def test_a_batch_equals_its_samples_one_by_one(settings: InversionSettings, guid
 def test_recovered_noise_holds_the_true_noise() -> None:
     """A network that knows the noise, a pair at level 50: the share of the noise that the recovered target holds.
 
-    The corrected inversion keeps all but what the clean end at ᾱ_0 stands for; the released one, which stops at level 1, loses most.
+    The corrected inversion keeps all but what the clean end at ᾱ_0 stands for; the released one, which stops at level
+    1, loses most.
     """
     clean, noise = torch.randn(2, 1, 4, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     told, levels = Prompt({"prompt": torch.zeros(1)}), torch.tensor([50])
@@ -158,7 +163,9 @@ def test_step_noise_has_the_variance_of_the_interval_it_crossed() -> None:
     told = Prompt({"prompt": torch.zeros(2)})
     plan = plan_inversion(SCHEDULE, torch.tensor([1, 1]), 10)
     settings = InversionSettings(eta=0.5, seed=1)
-    x = invert(lambda x, t, c: torch.zeros_like(x), SCHEDULE, clean, plan, told, settings, noise_index=torch.tensor([3, 3]))
+    x = invert(
+        lambda x, t, c: torch.zeros_like(x), SCHEDULE, clean, plan, told, settings, noise_index=torch.tensor([3, 3])
+    )
     deviation = 0.5 * float(ancestral_variance(SCHEDULE, torch.tensor([-1]), torch.tensor([1])).sqrt())
     assert float(x[0].std()) == pytest.approx(deviation, rel=0.05)
     assert torch.equal(x[0], x[1])
@@ -175,7 +182,9 @@ def test_no_gradient_flows_through_an_inversion() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_fine_inversion_and_sampling_return_to_the_start(prediction_type: str) -> None:
-    """Up a fine grid and down again with the network asked at each end: ten times the steps, less than a third of the error."""
+    """Up a fine grid and down again with the network asked at each end: ten times the steps, less than a third of the
+    error.
+    """
     schedule = sd_schedule(prediction_type=prediction_type)
     latents, prompt = batch(2)
     network = toy_network(scale=0.2)

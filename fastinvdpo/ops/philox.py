@@ -4,8 +4,8 @@ Element ``e`` of a sample is lane ``e % 4`` of the Philox block with
 
     counter = (e // 4, offset, index & 0xFFFFFFFF, index >> 32)        key = (seed & 0xFFFFFFFF, seed >> 32)
 
-so a number depends on (seed, offset, index, e) alone: not on the batch a sample travels in, the device, or what was drawn
-before. Nothing is stored between calls, hence nothing has to be restored when a run resumes.
+so a number depends on (seed, offset, index, e) alone: not on the batch a sample travels in, the device, or what was
+drawn before. Nothing is stored between calls, hence nothing has to be restored when a run resumes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _MASK = 0xFFFFFFFF
 
 
 def blocks(seed: int, offset: int, index: Tensor, count: int) -> Tensor:
-    """The first ``count`` Philox blocks of every stream: int64 ``(n, count, 4)`` holding uint32 values, for ``index`` int64 ``(n,)``."""
+    """The first ``count`` Philox blocks of every stream: int64 ``(n, count, 4)`` holding uint32 values, for ``index``
+    int64 ``(n,)``.
+    """
     check_key(seed, offset)
     block = torch.arange(count, device=index.device)
     shape = (index.numel(), count)
@@ -46,10 +48,11 @@ def blocks(seed: int, offset: int, index: Tensor, count: int) -> Tensor:
 
 
 def normal(seed: int, offset: int, index: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers ``(n, *shape)`` for the streams ``index`` int64 ``(n,)``; equal indices give equal numbers.
+    """Standard normal numbers ``(n, *shape)`` for the streams ``index`` int64 ``(n,)``; equal indices give equal
+    numbers.
 
-    Box-Muller on pairs of 23-bit uniforms ``(⌊x / 2⁹⌋ + ½)·2⁻²³``, which float32 holds exactly, so that a float32 backend
-    differs only by the rounding of its logarithm, root and sine.
+    Box-Muller on pairs of 23-bit uniforms ``(⌊x / 2⁹⌋ + ½)·2⁻²³``, which float32 holds exactly, so that a float32
+    backend differs only by the rounding of its logarithm, root and sine.
     """
     size = math.prod(shape)
     bits = blocks(seed, offset, index, -(-size // 4))

@@ -45,7 +45,9 @@ def test_margin_and_errors_by_definition(pairs: int, shape: tuple[int, ...]) -> 
     torch.testing.assert_close(result.loss, -logsigmoid(z).mean(), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(result.policy_mse, (policy - target).square().flatten(1).mean(1))
     torch.testing.assert_close(result.reference_mse, (reference - target).square().flatten(1).mean(1))
-    assert float(result.implicit_accuracy) == pytest.approx(float((z > 0).double().mean() + 0.5 * (z == 0).double().mean()))
+    assert float(result.implicit_accuracy) == pytest.approx(
+        float((z > 0).double().mean() + 0.5 * (z == 0).double().mean())
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -53,7 +55,9 @@ def test_timesteps(shared: bool) -> None:
     policy, reference, target = predictions(3, (5, 4, 2, 2), gap=0.1)
     weight = torch.rand(5, dtype=torch.float64) if shared else torch.rand(3, 5, dtype=torch.float64)
     result = fastinvdpo.preference_loss(policy, reference, target, beta=20.0, timestep_weight=weight)
-    torch.testing.assert_close(result.margin, by_definition(policy, reference, target, 20.0, weight=weight), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        result.margin, by_definition(policy, reference, target, 20.0, weight=weight), rtol=1e-11, atol=1e-11
+    )
     assert result.policy_mse.shape == result.reference_mse.shape == (6, 5)
 
 
@@ -92,7 +96,9 @@ def test_linear_utility_has_the_published_slope() -> None:
 def test_slope_is_the_derivative(utility: str) -> None:
     z = (Z + 0.01234).requires_grad_()  # away from the kinks
     UTILITIES[utility].value(z, 3.0, SMOOTHING[utility]).sum().backward()
-    torch.testing.assert_close(UTILITIES[utility].slope(z.detach(), 3.0, SMOOTHING[utility]), z.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        UTILITIES[utility].slope(z.detach(), 3.0, SMOOTHING[utility]), z.grad, rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("utility", UTILITIES)
@@ -196,12 +202,19 @@ def test_strided_inputs() -> None:
     policy, reference, target = predictions(3)
     expected = fastinvdpo.preference_loss(policy, reference, target, beta=10.0).margin
     strided = [tensor.to(memory_format=torch.channels_last) for tensor in (policy, reference, target)]
-    torch.testing.assert_close(fastinvdpo.preference_loss(*strided, beta=10.0).margin, expected)
+    result = fastinvdpo.preference_loss(strided[0].requires_grad_(), *strided[1:], beta=10.0)
+    torch.testing.assert_close(result.margin, expected)
+    result.loss.backward()
+    assert strided[0].grad.is_contiguous(memory_format=torch.channels_last)
+    mixed = fastinvdpo.preference_loss(
+        policy, strided[1], target.flip(3).flip(3).transpose(1, 2).contiguous().transpose(1, 2), beta=10.0
+    )
+    torch.testing.assert_close(mixed.margin, expected)
 
 
 @pytest.mark.parametrize("target_free", [False, True])
 def test_opcheck(target_free: bool) -> None:
-    policy, reference, target = (tensor.flatten(2) for tensor in predictions(2, (3, 2, 2), dtype=torch.float32))
+    policy, reference, target = predictions(2, (3, 2, 2), dtype=torch.float32)
     rho, weight = torch.rand(2), torch.rand(2, 3)
     arguments = (policy.requires_grad_(), reference, None if target_free else target, rho, weight, 100.0, "cdpo", 0.1)
     torch.library.opcheck(preference_loss_op.default, arguments)

@@ -26,10 +26,12 @@ def affine_step(
     seed: int = 0,
     offset: int = 0,
 ) -> Tensor:
-    """``y_i = a_i·x_i + Σ_j b_ij·o_ij + s_i·z_i``: one DDIM step in either direction, guided or not, with or without noise.
+    """``y_i = a_i·x_i + Σ_j b_ij·o_ij + s_i·z_i``: one DDIM step in either direction, guided or not, with or without
+    noise.
 
-    The arithmetic is float32 whatever the storage (float64 when ``sample`` or an output is float64). Differentiable in ``sample``
-    and ``outputs``. Coefficients: :func:`fastinvdpo.schedule.affine_coefficients` (DDIM, arXiv 2010.02502, equation 12).
+    The arithmetic is float32 whatever the storage (float64 when ``sample`` or an output is float64). Differentiable in
+    ``sample`` and ``outputs``. Coefficients: :func:`fastinvdpo.schedule.affine_coefficients` (DDIM, arXiv 2010.02502,
+    equation 12).
 
     Args:
         sample: ``x``, ``(n, …)``, any floating dtype.
@@ -37,8 +39,8 @@ def affine_step(
         coefficients: ``(n, 1 + len(outputs))``, float32 or float64: ``a_i`` first, then ``b_ij``.
         active: bool ``(n,)``; a sample whose entry is False is returned as it is, bit for bit.
         noise_scale: ``s``, ``(n,)``; no noise when None.
-        noise_index: int64 ``(n,)``, the stream each sample draws ``z`` from: equal indices draw equal noise (winner and loser of
-            a pair, say). The position in the batch when None.
+        noise_index: int64 ``(n,)``, the stream each sample draws ``z`` from: equal indices draw equal noise (winner and
+            loser of a pair, say). The position in the batch when None.
         seed, offset: the key and the step counter of the noise (:mod:`fastinvdpo.ops.philox`), 63 and 32 bits.
 
     Returns:
@@ -58,7 +60,9 @@ def affine_step(
         philox.check_key(seed, offset)
     if noise_index is not None:
         if noise_scale is None:
-            raise invalid("noise_index", "a tensor", "has no effect without noise_scale", "pass noise_scale, or drop it")
+            raise invalid(
+                "noise_index", "a tensor", "has no effect without noise_scale", "pass noise_scale, or drop it"
+            )
         _check_table("noise_index", noise_index, sample, (n,), kind="int64")
     return affine_step_op(sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset)
 
@@ -66,11 +70,15 @@ def affine_step(
 def _check_tensors(sample: Tensor, outputs: list[Tensor]) -> None:
     if not isinstance(sample, Tensor) or not sample.is_floating_point():
         shown = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
-        raise invalid("sample", shown, "must be a floating-point tensor", "pass latents in float32, bfloat16 or float16")
+        raise invalid(
+            "sample", shown, "must be a floating-point tensor", "pass latents in float32, bfloat16 or float16"
+        )
     if sample.ndim < 1:
         raise invalid("sample.shape", tuple(sample.shape), "has no batch dimension", "pass (n, …)")
     if len(outputs) > MAX_OUTPUTS:
-        raise invalid("outputs", f"{len(outputs)} tensors", f"at most {MAX_OUTPUTS} are supported", "split the step in two")
+        raise invalid(
+            "outputs", f"{len(outputs)} tensors", f"at most {MAX_OUTPUTS} are supported", "split the step in two"
+        )
     for position, output in enumerate(outputs):
         name = f"outputs[{position}]"
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -84,7 +92,9 @@ def _check_tensors(sample: Tensor, outputs: list[Tensor]) -> None:
             raise invalid(f"{name}.device", str(output.device), where, "move it to the sample's device")
 
 
-def _check_table(name: str, table: Tensor, sample: Tensor, shape: tuple[int, ...], kind: str = "floating point") -> None:
+def _check_table(
+    name: str, table: Tensor, sample: Tensor, shape: tuple[int, ...], kind: str = "floating point"
+) -> None:
     if not isinstance(table, Tensor):
         raise invalid(name, table, "must be a tensor", f"pass a {kind} tensor of shape {shape}")
     if tuple(table.shape) != shape:

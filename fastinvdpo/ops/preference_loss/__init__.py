@@ -50,18 +50,21 @@ def preference_loss(
 ) -> PreferenceLoss:
     """The preference loss of a batch of pairs, from the predictions of the policy and of the reference.
 
-    With ``m`` the mean over a sample's elements, per sample ``Δ = m((p − r)·(p + r − 2τ)) = m((p − τ)²) − m((r − τ)²)``, and per pair
+    With ``m`` the mean over a sample's elements, per sample
+    ``Δ = m((p − r)·(p + r − 2τ)) = m((p − τ)²) − m((r − τ)²)``, and per pair
 
         z_i = −(β/2)·ρ_i·Σ_k w_ik·(Δ_winner − Δ_loser)           loss = mean_i u(z_i)
 
-    (Diffusion-DPO, arXiv 2311.12908, equation 14, with its ``βT`` written ``β/2``, as its released code has it.) ``Δ`` is
-    computed in the product form with float32 accumulation: the difference of the two means would lose the signal in half precision.
+    (Diffusion-DPO, arXiv 2311.12908, equation 14, with its ``βT`` written ``β/2``, as its released code has it.) ``Δ``
+    is computed in the product form with float32 accumulation: the difference of the two means would lose the signal in
+    half precision.
 
     Args:
         policy_pred: ``p``, stacked [winners; losers], ``(2B, …)``, or ``(2B, K, …)`` for K timesteps per pair, which
             ``timestep_weight`` announces. float64, float32, bfloat16 or float16.
         reference_pred: ``r``, same shape; its dtype may differ.
-        target: ``τ``, same shape, or None: the reference is itself the target, ``Δ = m((p − r)²)`` (Inversion-DPO as released).
+        target: ``τ``, same shape, or None: the reference is itself the target, ``Δ = m((p − r)²)`` (Inversion-DPO as
+            released).
         beta: ``β > 0``, the strength of the tie to the reference.
         pair_weight: ``ρ``, ``(B,)``, any sign; 1 when None.
         timestep_weight: ``w``, ``(K,)`` or ``(B, K)``. Required for K timesteps per pair: ``1/K`` for their mean.
@@ -72,8 +75,8 @@ def preference_loss(
         A :class:`PreferenceLoss`. Gradients flow from ``loss``, ``margin`` and ``policy_mse`` to ``policy_pred`` alone.
 
     Raises:
-        InvalidInput: an argument has the wrong type, shape, dtype, device or value, or a tensor other than ``policy_pred``
-            requires a gradient.
+        InvalidInput: an argument has the wrong type, shape, dtype, device or value, or a tensor other than
+            ``policy_pred`` requires a gradient.
     """
     _check_predictions(policy_pred, reference_pred, target)
     _check_beta(beta)
@@ -81,26 +84,28 @@ def preference_loss(
     pairs = policy_pred.shape[0] // 2
     if pair_weight is not None:
         _check_weight("pair_weight", pair_weight, policy_pred, ((pairs,),))
-    stacked = timestep_weight is not None
     if timestep_weight is not None:
         if policy_pred.ndim < 3:
             shape = tuple(policy_pred.shape)
-            raise invalid("policy_pred.shape", shape, "has no timestep dimension", "pass (2B, K, …) with timestep_weight")
+            raise invalid(
+                "policy_pred.shape", shape, "has no timestep dimension", "pass (2B, K, …) with timestep_weight"
+            )
         steps = policy_pred.shape[1]
         _check_weight("timestep_weight", timestep_weight, policy_pred, ((steps,), (pairs, steps)))
         timestep_weight = timestep_weight.expand(pairs, steps)
 
-    def flat(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.flatten(2) if stacked else tensor.flatten(1).unsqueeze(1)
-
-    loss, margin, policy_mse, reference_mse = preference_loss_op(
-        flat(policy_pred), flat(reference_pred), flat(target), pair_weight, timestep_weight, beta, utility, label_smoothing
+    return PreferenceLoss(
+        *preference_loss_op(
+            policy_pred,
+            reference_pred,
+            target,
+            pair_weight,
+            timestep_weight,
+            float(beta),
+            utility,
+            float(label_smoothing),
+        )
     )
-    if not stacked:
-        policy_mse, reference_mse = policy_mse.squeeze(1), reference_mse.squeeze(1)
-    return PreferenceLoss(loss, margin, policy_mse, reference_mse)
 
 
 def _check_predictions(policy_pred: Tensor, reference_pred: Tensor, target: Tensor | None) -> None:
@@ -119,14 +124,20 @@ def _check_predictions(policy_pred: Tensor, reference_pred: Tensor, target: Tens
             raise invalid(f"{name}.device", str(tensor.device), where, f"move it with .to({str(policy_pred.device)!r})")
         if tensor.requires_grad and name != "policy_pred" and torch.is_grad_enabled():
             problem = "no gradient flows to it"
-            raise invalid(f"{name}.requires_grad", True, problem, f"compute it under torch.no_grad() or pass {name}.detach()")
+            raise invalid(
+                f"{name}.requires_grad", True, problem, f"compute it under torch.no_grad() or pass {name}.detach()"
+            )
     shape = tuple(policy_pred.shape)
     if policy_pred.ndim < 2:
         raise invalid("policy_pred.shape", shape, "must have a batch and at least one more dimension", "pass (2B, …)")
     if shape[0] == 0 or shape[0] % 2:
-        raise invalid("policy_pred.shape", shape, "must hold as many losers as winners", "stack [winners; losers] as (2B, …)")
+        raise invalid(
+            "policy_pred.shape", shape, "must hold as many losers as winners", "stack [winners; losers] as (2B, …)"
+        )
     if policy_pred.numel() == 0:
-        raise invalid("policy_pred.shape", shape, "has no elements", "pass predictions of at least one element per sample")
+        raise invalid(
+            "policy_pred.shape", shape, "has no elements", "pass predictions of at least one element per sample"
+        )
 
 
 def _check_beta(beta: float) -> None:
@@ -145,4 +156,6 @@ def _check_weight(name: str, weight: Tensor, like: Tensor, shapes: tuple[tuple[i
     if not weight.is_floating_point():
         raise invalid(f"{name}.dtype", weight.dtype, "must be floating point", f"pass {name}.float()")
     if weight.device != like.device:
-        raise invalid(f"{name}.device", str(weight.device), f"differs from {like.device}", "move it to the predictions' device")
+        raise invalid(
+            f"{name}.device", str(weight.device), f"differs from {like.device}", "move it to the predictions' device"
+        )

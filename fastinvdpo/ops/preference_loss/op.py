@@ -14,11 +14,13 @@ NAME = "preference_loss"
 _library = torch.library.Library("fastinvdpo", "FRAGMENT")
 _library.define(
     "preference_loss(Tensor policy, Tensor reference, Tensor? target, Tensor? pair_weight, Tensor? timestep_weight, "
-    "float beta, str utility, float label_smoothing) -> (Tensor loss, Tensor margin, Tensor policy_mse, Tensor reference_mse)"
+    "float beta, str utility, float label_smoothing) "
+    "-> (Tensor loss, Tensor margin, Tensor policy_mse, Tensor reference_mse)"
 )
 _library.define(
-    "preference_loss_backward(Tensor? grad_loss, Tensor? grad_margin, Tensor? grad_policy_mse, Tensor policy, Tensor target, "
-    "Tensor margin, Tensor? pair_weight, Tensor? timestep_weight, float beta, str utility, float label_smoothing) -> Tensor"
+    "preference_loss_backward(Tensor? grad_loss, Tensor? grad_margin, Tensor? grad_policy_mse, Tensor policy, "
+    "Tensor target, Tensor margin, Tensor? pair_weight, Tensor? timestep_weight, float beta, str utility, "
+    "float label_smoothing) -> Tensor"
 )
 
 _FORWARD = {"reference": _reference.forward}
@@ -32,7 +34,11 @@ def _forward(policy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
 
 @torch.library.impl(_library, "preference_loss_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_loss: Tensor | None, grad_margin: Tensor | None, grad_policy_mse: Tensor | None, policy: Tensor, *arguments: Any
+    grad_loss: Tensor | None,
+    grad_margin: Tensor | None,
+    grad_policy_mse: Tensor | None,
+    policy: Tensor,
+    *arguments: Any,
 ) -> Tensor:
     kernel = _BACKWARD[_backend.choose(NAME, policy.device.type)]
     return kernel(grad_loss, grad_margin, grad_policy_mse, policy, *arguments)
@@ -40,23 +46,29 @@ def _backward(
 
 @torch.library.register_fake("fastinvdpo::preference_loss", lib=_library)
 def _forward_fake(
-    policy: Tensor, reference: Tensor, target: Tensor | None, *arguments: Any
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor | None,
+    pair_weight: Tensor | None,
+    timestep_weight: Tensor | None,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _reference.accumulation_dtype(policy, reference, target)
-    samples, timesteps = policy.shape[:2]
-    return (
-        policy.new_empty((), dtype=dtype),
-        policy.new_empty((samples // 2,), dtype=dtype),
-        policy.new_empty((samples, timesteps), dtype=dtype),
-        policy.new_empty((samples, timesteps), dtype=dtype),
-    )
+    errors = policy.shape[: 1 if timestep_weight is None else 2]
+    shapes = ((), (policy.shape[0] // 2,), errors, errors)
+    loss, margin, policy_mse, reference_mse = (policy.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, margin, policy_mse, reference_mse
 
 
 @torch.library.register_fake("fastinvdpo::preference_loss_backward", lib=_library)
 def _backward_fake(
-    grad_loss: Tensor | None, grad_margin: Tensor | None, grad_policy_mse: Tensor | None, policy: Tensor, *arguments: Any
+    grad_loss: Tensor | None,
+    grad_margin: Tensor | None,
+    grad_policy_mse: Tensor | None,
+    policy: Tensor,
+    *arguments: Any,
 ) -> Tensor:
-    return torch.empty_like(policy, memory_format=torch.contiguous_format)
+    return torch.empty_like(policy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,6 +1,8 @@
-"""The pair objective in plain PyTorch (Diffusion-DPO, arXiv 2311.12908, equation 14, batched), float32 accumulation, no dispatch.
+"""The pair objective in plain PyTorch (Diffusion-DPO, arXiv 2311.12908, equation 14, batched), float32 accumulation, no
+dispatch.
 
-Shapes: ``policy``, ``reference``, ``target`` are ``(2B, K, n)``, [winners; losers]; ``pair_weight`` ``(B,)``; ``timestep_weight`` ``(B, K)``.
+Shapes: ``policy``, ``reference``, ``target`` are ``(2B, …)``, [winners; losers], with ``pair_weight`` ``(B,)``; or,
+with ``timestep_weight`` ``(B, K)``, ``(2B, K, …)``.
 """
 
 from __future__ import annotations
@@ -21,21 +23,26 @@ def forward(
     utility: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss (), margin (B,), policy_mse (2B, K), reference_mse (2B, K))``; ``target=None``: the reference is the target."""
+    """``(loss (), margin (B,), policy_mse, reference_mse)``, the errors ``(2B,)`` or ``(2B, K)``; ``target=None``: it
+    is the reference.
+    """
     dtype = accumulation_dtype(policy, reference, target)
-    p, r = policy.to(dtype), reference.to(dtype)
-    tau = r if target is None else target.to(dtype)
+    batch_dims = 1 if timestep_weight is None else 2
+    p, r = (tensor.to(dtype).flatten(batch_dims) for tensor in (policy, reference))
+    tau = r if target is None else target.to(dtype).flatten(batch_dims)
     policy_mse = (p - tau).square().mean(-1)
     reference_mse = (r - tau).square().mean(-1)
     # The difference of the two, without subtracting two nearly equal means.
     delta = ((p - r) * ((p - tau) + (r - tau))).mean(-1)
     winner, loser = delta.chunk(2)
-    margin = (pair_scale(beta, pair_weight, timestep_weight, winner) * (winner - loser)).sum(-1)
+    margin = pair_scale(beta, pair_weight, timestep_weight, winner) * (winner - loser)
+    if timestep_weight is not None:
+        margin = margin.sum(1)
     loss = UTILITIES[utility].value(margin, beta, label_smoothing).mean()
     return loss, margin, policy_mse, reference_mse
 
 
-def backward(
+def backward(  # noqa: PLR0913 - the op's schema
     grad_loss: Tensor | None,
     grad_margin: Tensor | None,
     grad_policy_mse: Tensor | None,
@@ -48,27 +55,31 @@ def backward(
     utility: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The gradient with respect to ``policy``, in its shape and dtype: ``2(p − τ)/n`` times one scalar per sample and timestep."""
-    dtype = margin.dtype
+    """The gradient with respect to ``policy``, in its shape, dtype and layout: ``2(p − τ)/n`` times one scalar per
+    sample and timestep.
+    """
+    dtype, batch_dims = margin.dtype, 1 if timestep_weight is None else 2
     grad_z = torch.zeros_like(margin)
     if grad_loss is not None:
         grad_z = grad_loss * UTILITIES[utility].slope(margin, beta, label_smoothing) / margin.numel()
     if grad_margin is not None:
         grad_z = grad_z + grad_margin
-    per_sample = torch.zeros(policy.shape[:2], dtype=dtype, device=policy.device)
-    winner = grad_z.unsqueeze(-1) * pair_scale(beta, pair_weight, timestep_weight, per_sample.chunk(2)[0])
+    per_pair = grad_z if timestep_weight is None else grad_z.unsqueeze(1).expand_as(timestep_weight)
+    winner = per_pair * pair_scale(beta, pair_weight, timestep_weight, per_pair)
     per_sample = torch.cat([winner, -winner])
     if grad_policy_mse is not None:
         per_sample = per_sample + grad_policy_mse
-    scale = per_sample * (2 / policy.shape[-1])
-    return (scale.unsqueeze(-1) * (policy.to(dtype) - target.to(dtype))).to(policy.dtype)
+    scale = per_sample * (2 * per_sample.numel() / policy.numel())
+    scale = scale.view(*scale.shape, *[1] * (policy.ndim - batch_dims))
+    return torch.empty_like(policy).copy_(scale * (policy.to(dtype) - target.to(dtype)))
 
 
 def pair_scale(beta: float, pair_weight: Tensor | None, timestep_weight: Tensor | None, like: Tensor) -> Tensor:
-    """``−(β/2)·ρ_i·w_ik`` as ``(B, K)`` in the shape and dtype of ``like``."""
+    """``−(β/2)·ρ_i·w_ik`` in the shape, ``(B,)`` or ``(B, K)``, and dtype of ``like``."""
     scale = torch.full_like(like, -0.5 * beta)
     if pair_weight is not None:
-        scale = scale * pair_weight.to(like.dtype).unsqueeze(-1)
+        rho = pair_weight.to(like.dtype)
+        scale = scale * (rho if timestep_weight is None else rho.unsqueeze(1))
     if timestep_weight is not None:
         scale = scale * timestep_weight.to(like.dtype)
     return scale

@@ -57,7 +57,9 @@ def check_utility(utility: str, label_smoothing: float) -> None:
     if utility not in UTILITIES:
         raise invalid("utility", utility, "is not known", f"use one of {', '.join(UTILITIES)}")
     if not 0 <= label_smoothing < 0.5:
-        raise invalid("label_smoothing", label_smoothing, "out of range", "use a probability of at least 0 and below 0.5")
+        raise invalid(
+            "label_smoothing", label_smoothing, "out of range", "use a probability of at least 0 and below 0.5"
+        )
     if label_smoothing and not UTILITIES[utility].smoothed:
         smoothed = ", ".join(name for name, item in UTILITIES.items() if item.smoothed)
         remedy = f"use one of the utilities {smoothed}, or label_smoothing=0"
