@@ -183,7 +183,7 @@ def None_inverts(latents: Tensor, timesteps: Tensor, conditioning: dict[str, Ten
 
 
 def test_sampled_timesteps_estimate_the_margin_without_bias() -> None:
-    """The mean over every choice of one position per stratum is the full sum; a position is drawn with probability k/N."""
+    """Over many draws the mean margin is that of the full chain, and every draw takes one position per stratum."""
     n, k = 6, 2
     schedule, batch, policy = SCHEDULE, pairs(1), Policy(gap=0.1)
     full = InversionDPO(schedule, Preference(10.0), "endpoint", n, 1.0)(policy, REFERENCE, batch, seed=0)

@@ -70,7 +70,7 @@ def uniform(seed: int, offset: int, index: Tensor) -> Tensor:
 
 
 def integers(seed: int, offset: int, index: Tensor, high: int | Tensor) -> Tensor:
-    """One whole number in ``[0, high)`` per stream, int64 ``(n,)``; ``high`` at most 2³¹, one number or one per stream."""
+    """One whole number in ``[0, high)`` per stream, int64 ``(n,)``; ``high``: at most 2³¹, or one for each stream."""
     return (uniform(seed, offset, index) * high).long()
 
 
