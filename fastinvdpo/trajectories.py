@@ -78,7 +78,7 @@ def evaluate(network: Network, latents: Tensor, timesteps: Tensor, prompt: Promp
 
 
 def weighted_sum(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``Σ_j weights_j·outputs_j`` through ``affine_step``, differentiable; one output of weight 1 is returned itself."""
+    """``Σ_j weights_j·outputs_j`` through ``affine_step``, differentiable; one output of weight 1 is returned."""
     first, *others = outputs
     if not others and weights[0] == 1:
         return first
