@@ -29,14 +29,6 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
 _DEVICES = {"cuda": "cuda", "triton": "cuda", "native": "cpu"}  # the reference runs wherever PyTorch does
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The backend that runs an op, and the reason why each better one was passed over."""
-
-    backend: str
-    skipped: dict[str, str]
-
-
 @dataclass(eq=False)
 class _Request:
     backend: str
@@ -76,12 +68,6 @@ def choose(op: str, device_type: str) -> str:
         InvalidInput: ``FASTINVDPO_BACKEND`` is not a backend, or the backend asked for by name cannot run the op there.
     """
     asked_by, name = requested()
-    return _select(op, device_type, asked_by, name).backend
-
-
-def explain(op: str, device_type: str) -> Selection:
-    """As :func:`choose`, with the reasons against the backends that ``auto`` passed over; for ``fastinvdpo doctor``."""
-    asked_by, name = requested()
     return _select(op, device_type, asked_by, name)
 
 
@@ -105,20 +91,14 @@ def unavailable(op: str, backend: str, device_type: str) -> str | None:
 
 
 @cache
-def _select(op: str, device_type: str, asked_by: str, name: str) -> Selection:
+def _select(op: str, device_type: str, asked_by: str, name: str) -> str:
     _check_name(asked_by, name)
-    if name != "auto":
-        reason = unavailable(op, name, device_type)
-        if reason is not None:
-            raise invalid(asked_by, name, reason, "choose auto or reference, which run everywhere")
-        return Selection(name, {})
-    skipped: dict[str, str] = {}
-    for backend in BACKENDS:
-        reason = unavailable(op, backend, device_type)
-        if reason is None:
-            return Selection(backend, skipped)
-        skipped[backend] = reason
-    raise AssertionError(f"{op} has no reference backend")
+    if name == "auto":
+        return next(backend for backend in BACKENDS if unavailable(op, backend, device_type) is None)
+    reason = unavailable(op, name, device_type)
+    if reason is not None:
+        raise invalid(asked_by, name, reason, "choose auto or reference, which run everywhere")
+    return name
 
 
 def _check_name(asked_by: str, name: str) -> None:

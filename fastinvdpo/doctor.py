@@ -1,0 +1,216 @@
+"""``fastinvdpo doctor``: what is installed, which devices and backends there are, and whether the ops compute right.
+
+Needs torch alone, so that it can tell what else is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastinvdpo
+from fastinvdpo import _backend
+from fastinvdpo.errors import InvalidInput
+
+# The packages of each extra in pyproject.toml.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "accelerate",
+        "datasets",
+        "diffusers",
+        "matplotlib",
+        "numpy",
+        "peft",
+        "pillow",
+        "pyarrow",
+        "pydantic",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "scikit-learn",
+        "scipy",
+        "tensorboard",
+        "transformers",
+        "typer",
+    ),
+    "xformers": ("xformers",),
+    "bnb": ("bitsandbytes",),
+}
+_ROUNDING = 2.0**-24  # the unit roundoff of float32
+
+
+def report() -> dict[str, Any]:
+    """Everything the doctor finds, made of what JSON can hold.
+
+    Keys: ``fastinvdpo``, ``python``, ``platform``, ``torch`` and ``triton`` (versions; None when absent), ``extras``
+    (extra -> package -> version or None), ``devices``, ``cuda`` (available, and the reason when not),
+    ``backend_request``, ``backends`` (op -> device type -> the one chosen and why each of the others is not available),
+    ``checks`` (each op on each device against float64) and ``healthy``. Looking for devices initialises CUDA where
+    there is any.
+    """
+    devices, cuda = _devices()
+    device_types = sorted({device["type"] for device in devices})
+    checks = [_run_check(op, device["name"]) for device in devices for op in sorted(_CHECKS)]
+    asked_by, asked_for = _backend.requested()
+    return {
+        "fastinvdpo": fastinvdpo.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "devices": devices,
+        "cuda": cuda,
+        "backend_request": {"backend": asked_for, "by": asked_by},
+        "backends": {op: {kind: _backends(op, kind) for kind in device_types} for op in sorted(_backend.IMPLEMENTED)},
+        "checks": checks,
+        "healthy": all(check["passed"] for check in checks),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    lines = [
+        f"fastinvdpo {report['fastinvdpo']}, Python {report['python']}, torch {report['torch']}, "
+        f"triton {report['triton'] or 'not installed'}",
+        report["platform"],
+        "",
+        "Devices",
+    ]
+    lines += [f"  {device['name']}: {device['description']}" for device in report["devices"]]
+    if not report["cuda"]["available"]:
+        lines.append(f"  no CUDA device: {report['cuda']['reason']}")
+    lines += ["", "Extras"]
+    for extra, packages in report["extras"].items():
+        missing = [name for name, version in packages.items() if version is None]
+        remedy = f"missing {', '.join(missing)}: pip install 'fastinvdpo[{extra}]'" if missing else "complete"
+        lines.append(f"  {extra}: {remedy}")
+        found = [f"{name} {version}" for name, version in packages.items() if version is not None]
+        if found:
+            lines.append(f"    {', '.join(found)}")
+    request = report["backend_request"]
+    lines += ["", f"Backends ({request['backend']}, by {request['by']})"]
+    for op, kinds in report["backends"].items():
+        for kind, found in kinds.items():
+            lines.append(f"  {op} on {kind}: {found['chosen'] or 'none: ' + found['error']}")
+            lines += [f"    not {backend}: {reason}" for backend, reason in found["unavailable"].items()]
+    lines += ["", "Checks against float64"]
+    for check in report["checks"]:
+        outcome = check["error"] or f"error {check['deviation']:.1e}, allowed {check['allowed']:.1e}"
+        lines.append(f"  {'ok' if check['passed'] else 'FAILED'}  {check['op']} on {check['device']}: {outcome}")
+    lines += ["", "Healthy." if report["healthy"] else "Not healthy: a check failed."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: prints the report; exit status 1 when a check failed, 2 for bad usage."""
+    parser = argparse.ArgumentParser(prog="fastinvdpo doctor", description="What is installed and what works.")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args(argv)
+    found = report()
+    print(json.dumps(found, indent=2, allow_nan=False) if arguments.json else render(found))
+    return 0 if found["healthy"] else 1
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    devices = [{"name": "cpu", "type": "cpu", "description": cpu}]
+    if torch.version.cuda is None and torch.version.hip is None:
+        return devices, {"available": False, "reason": f"torch {torch.__version__} was built without CUDA"}
+    if not torch.cuda.is_available():
+        reason = f"torch was built for CUDA {torch.version.cuda}, but finds no usable GPU or driver"
+        return devices, {"available": False, "reason": reason}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        description = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+        devices.append({"name": f"cuda:{index}", "type": "cuda", "description": description})
+    return devices, {"available": True, "reason": None}
+
+
+def _backends(op: str, device_type: str) -> dict[str, Any]:
+    reasons = {backend: _backend.unavailable(op, backend, device_type) for backend in _backend.BACKENDS}
+    unavailable = {backend: reason for backend, reason in reasons.items() if reason is not None}
+    try:
+        return {"chosen": _backend.choose(op, device_type), "error": None, "unavailable": unavailable}
+    except InvalidInput as error:
+        return {"chosen": None, "error": str(error), "unavailable": unavailable}
+
+
+def _run_check(op: str, device: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"op": op, "device": device, "passed": False, "error": None}
+    try:
+        deviation, allowed = _CHECKS[op](torch.device(device))
+    except Exception as error:  # whatever the op, its backend or the driver raises is the finding
+        return {**result, "deviation": None, "allowed": None, "error": f"{type(error).__name__}: {error}"}
+    passed = math.isfinite(deviation) and deviation <= allowed
+    # JSON has no NaN or infinity.
+    shown = deviation if math.isfinite(deviation) else None
+    failure = None if math.isfinite(deviation) else f"the result holds {deviation}"
+    return {**result, "passed": passed, "deviation": shown, "allowed": allowed, "error": failure}
+
+
+def _numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _check_affine_step(device: torch.device) -> tuple[float, float]:
+    """Largest error of ``a·x + b·o + c·p`` in float32, relative to ``|a·x| + |b·o| + |c·p|``, and the one allowed."""
+    tensors = [_numbers(3, 4, 8, 8, seed=seed) for seed in range(3)]
+    coefficients = _numbers(3, 3, seed=3)
+    sample, *outputs = (tensor.to(device) for tensor in tensors)
+    result = fastinvdpo.affine_step(sample, outputs, coefficients.to(device)).cpu().double()
+    terms = [coefficients[:, j].double().view(3, 1, 1, 1) * tensor.double() for j, tensor in enumerate(tensors)]
+    deviation = (result - sum(terms)).abs() / sum(term.abs() for term in terms)
+    # Three products and two sums: at most three roundings touch a term.
+    return deviation.max().item(), 4 * _ROUNDING
+
+
+def _check_preference_loss(device: torch.device) -> tuple[float, float]:
+    """Largest relative error of the loss and its gradient in float32, and the one allowed."""
+    pairs, size, beta = 3, 64, 2.0
+    policy, reference, target = (_numbers(2 * pairs, size, seed=seed) for seed in range(3))
+    leaf = policy.to(device).requires_grad_()
+    with torch.enable_grad():
+        loss = fastinvdpo.preference_loss(leaf, reference.to(device), target.to(device), beta=beta).loss
+        (gradient,) = torch.autograd.grad(loss, leaf)
+
+    p, r, t = policy.double(), reference.double(), target.double()
+    difference = (p - t).square().mean(1) - (r - t).square().mean(1)
+    margin = -beta / 2 * (difference[:pairs] - difference[pairs:])
+    expected_loss = torch.nn.functional.softplus(-margin).mean()
+    sign = torch.tensor([1.0] * pairs + [-1.0] * pairs, dtype=torch.float64)
+    slope = -torch.sigmoid(-margin).repeat(2) / pairs * (-beta / 2) * sign
+    expected_gradient = slope[:, None] * 2 * (p - t) / size
+    loss_deviation = (loss.detach().cpu().double() - expected_loss).abs() / expected_loss
+    gradient_deviation = (gradient.cpu().double() - expected_gradient).norm() / expected_gradient.norm()
+    # A sum over a sample may round once for each of its elements; the terms of a margin add up to a few units here.
+    return torch.stack([loss_deviation, gradient_deviation]).max().item(), 4 * size * _ROUNDING
+
+
+_CHECKS: dict[str, Callable[[torch.device], tuple[float, float]]] = {
+    "affine_step": _check_affine_step,
+    "preference_loss": _check_preference_loss,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

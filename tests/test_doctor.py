@@ -1,0 +1,137 @@
+"""The doctor: what it reports, that it notices wrong results, that it needs torch alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastinvdpo
+from fastinvdpo import _backend, doctor
+from tests.layout import optional_dependencies
+
+
+def test_report_is_complete_and_fits_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["fastinvdpo"] == fastinvdpo.__version__
+    assert report["torch"] == torch.__version__
+    assert report["python"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
+    assert report["devices"][0]["type"] == "cpu"
+    assert report["cuda"]["available"] or report["cuda"]["reason"]
+    for op in _backend.IMPLEMENTED:
+        found = report["backends"][op]["cpu"]
+        assert found["chosen"] not in found["unavailable"]
+        assert {found["chosen"], *found["unavailable"]} == set(_backend.BACKENDS)
+        assert all(found["unavailable"].values())
+    assert {(check["op"], check["device"]) for check in report["checks"]} >= {
+        (op, "cpu") for op in _backend.IMPLEMENTED
+    }
+    assert report["healthy"] is True
+
+
+def test_every_op_has_a_check() -> None:
+    assert set(doctor._CHECKS) == set(_backend.IMPLEMENTED)
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    declared = optional_dependencies()
+    del declared["dev"]
+    assert {extra: set(names) for extra, names in doctor.EXTRAS.items()} == declared
+
+
+def test_text_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in text
+    for op in _backend.IMPLEMENTED:
+        assert f"{op} on cpu: {_backend.choose(op, 'cpu')}" in text
+        assert f"ok  {op} on cpu: error" in text
+    assert text.endswith("Healthy.\n")
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("peft", "xformers") else "1.0")
+    report = doctor.report()
+    assert report["extras"]["train"]["peft"] is None
+    text = doctor.render(report)
+    assert "train: missing peft: pip install 'fastinvdpo[train]'" in text
+    assert "xformers: missing xformers: pip install 'fastinvdpo[xformers]'" in text
+
+
+@pytest.mark.parametrize("wrong", [1e-5, float("nan")])
+def test_a_wrong_result_is_noticed(
+    wrong: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fastinvdpo.affine_step
+    monkeypatch.setattr(fastinvdpo, "affine_step", lambda *arguments: right(*arguments) + wrong)
+    assert doctor.main(["--json"]) == 1
+    checks = {check["op"]: check["passed"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks == {"affine_step": False, "preference_loss": True}
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_a_wrong_gradient_is_noticed(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fastinvdpo.preference_loss
+
+    def scaled(policy: torch.Tensor, *arguments, **options):
+        # The value of policy, exactly, with its gradient multiplied by ``wrong``.
+        return right(policy.detach() + (policy - policy.detach()) * wrong, *arguments, **options)
+
+    monkeypatch.setattr(fastinvdpo, "preference_loss", scaled)
+    assert [check["passed"] for check in doctor.report()["checks"] if check["op"] == "preference_loss"] == [False]
+
+
+def test_a_choice_that_cannot_run_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(_backend.VARIABLE, "native")
+    assert doctor.main([]) == 1
+    text = capsys.readouterr().out
+    assert "affine_step on cpu: none: FASTINVDPO_BACKEND = 'native': this version has no native kernel" in text
+    assert text.endswith("Not healthy: a check failed.\n")
+
+
+def test_bad_usage_is_refused() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        doctor.main(["--jsno"])
+    assert exit_.value.code == 2
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused!r}:
+            raise ModuleNotFoundError(name + " is not installed, says the test", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from fastinvdpo.cli import main
+sys.exit(main(["doctor", "--json"]))
+"""
+
+
+def test_the_command_works_with_torch_alone() -> None:
+    refused = {
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "pydantic",
+        "typer",
+        "rich",
+        "yaml",
+        "PIL",
+    }
+    refused |= {"pyarrow", "sklearn", "scipy", "matplotlib", "tensorboard", "safetensors", "triton", "numpy"}
+    code = WITHOUT_EXTRAS.format(refused=refused)
+    root = Path(fastinvdpo.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["healthy"] is True

@@ -1,0 +1,329 @@
+"""The rules of the house: where things live, who may import whom, what is installed and what an import costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastinvdpo
+from fastinvdpo import _backend
+from tests.layout import PACKAGE, ROOT, Import, imports, modules, optional_dependencies, pyproject
+
+# From the bottom up: a room may import from itself and from the rooms of lower numbers.
+LAYERS = {
+    "errors": 0,
+    "_extras": 1,
+    "_backend": 1,
+    "_native": 1,
+    "ops": 2,
+    "schedule": 3,
+    "losses": 3,
+    "trajectories": 4,
+    "inverse_scheduler": 4,
+    "objectives": 5,
+    "data": 5.1,  # stands beside objectives; knows no model
+    "models": 5.2,  # stands beside objectives; knows the geometry of the pictures it asks for
+    "": 6,  # fastinvdpo/__init__.py, and what is imported from it
+    "trainer": 7,
+    "evaluation": 8,
+    "demo": 9,
+    "doctor": 10,
+    "commands": 11,
+    "cli": 12,
+}
+BESIDE_OBJECTIVES = {"data", "models"}
+ABOVE = {"trainer", "evaluation", "demo", "commands", "doctor", "cli"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+
+
+def room_of(path: Path) -> str:
+    """``ops`` for fastinvdpo/ops/philox.py, ``cli`` for fastinvdpo/cli.py, ``""`` for fastinvdpo/__init__.py."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def forbidden(found: Import) -> bool:
+    """Whether a module of the package imports upwards, or across from a room to the one beside it."""
+    here, there = room_of(found.where), found.module.split(".")[1] if "." in found.module else ""
+    if here == "":  # re-exports only, and nothing that needs an extra
+        return there in BESIDE_OBJECTIVES | ABOVE
+    if {here, there} & BESIDE_OBJECTIVES and {here, there} & {"objectives", "trajectories", "inverse_scheduler"}:
+        return True
+    return here != there and LAYERS[there] >= LAYERS[here]
+
+
+def run_python(code: str, *arguments: str, cwd: Path = ROOT) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# One op, one name
+
+
+def op_names() -> set[str]:
+    return {folder.name for folder in (PACKAGE / "ops").iterdir() if folder.is_dir() and any(folder.glob("*.py"))}
+
+
+def test_every_op_has_its_rooms() -> None:
+    assert op_names() == set(_backend.IMPLEMENTED) == {"affine_step", "preference_loss"}
+    rooms = [
+        room
+        for op in sorted(op_names())
+        for room in (
+            *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", "op")),
+            f"tests/ops/test_{op}.py",
+        )
+    ]
+    if any((ROOT / "benchmarks").glob("bench_*.py")):
+        rooms += [f"benchmarks/bench_{op}.py" for op in sorted(op_names())]
+    assert [room for room in rooms if not (ROOT / room).is_file()] == []
+
+
+def test_every_kernel_belongs_to_an_op() -> None:
+    kernels = [
+        *(ROOT / "csrc").glob("*.cpp"),
+        *(ROOT / "csrc").glob("*.cu"),
+        *(ROOT / "kernels/triton").glob("[!_]*.py"),
+    ]
+    assert {path.stem for path in kernels} - {"module"} <= op_names()
+
+
+@pytest.mark.parametrize("op", sorted(_backend.IMPLEMENTED))
+def test_every_op_is_registered_with_a_fake_and_a_backward(op: str) -> None:
+    import torch
+
+    for name in (op, f"{op}_backward"):
+        overload = getattr(torch.ops.fastinvdpo, name).default
+        assert torch._library.simple_registry.singleton.find(overload.name()).fake_impl.kernel is not None
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastinvdpo::{op}", "Autograd")
+
+
+# Imports go down only
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {room_of(path) for path in PACKAGE.rglob("*.py")} <= set(LAYERS)
+
+
+def test_imports_go_down_only() -> None:
+    inside = [found for path in PACKAGE.rglob("*.py") for found in imports(path) if found.top == "fastinvdpo"]
+    assert len(inside) > 20
+    assert [str(found) for found in inside if forbidden(found)] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "wrong"),
+    [
+        ("schedule.py", "from fastinvdpo.trajectories import invert", True),
+        ("schedule.py", "from .trajectories import invert", True),
+        ("schedule.py", "def f():\n    import fastinvdpo.trainer.loop", True),
+        ("ops/philox.py", "from fastinvdpo import schedule", True),
+        ("ops/philox.py", "from .. import schedule", True),
+        ("objectives.py", "from fastinvdpo import PairBatch", True),
+        ("objectives.py", "from fastinvdpo.models import load_model", True),
+        ("models/base.py", "from fastinvdpo.objectives import PairBatch", True),
+        ("data/pairs.py", "from fastinvdpo.models.base import DiffusionModel", True),
+        ("__init__.py", "from fastinvdpo.models import load_model", True),
+        ("trainer/loop.py", "from fastinvdpo.evaluation import sampling", True),
+        ("trajectories.py", "from fastinvdpo import schedule", False),
+        ("trainer/loop.py", "from fastinvdpo import PairBatch, build_objective", False),
+        ("ops/affine_step/op.py", "from . import reference", False),
+        ("models/base.py", "from fastinvdpo.schedule import NoiseSchedule", False),
+    ],
+)
+def test_the_rule_itself(file: str, line: str, wrong: bool) -> None:
+    assert any(forbidden(found) for found in imports(PACKAGE / file, line)) == wrong
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    found = [item for path in (ROOT / "kernels").rglob("*.py") for item in imports(path)]
+    assert [
+        str(item) for item in found if item.top == "fastinvdpo" and not item.module.startswith("fastinvdpo._triton")
+    ] == []
+
+
+def test_below_the_models_there_is_torch_alone() -> None:
+    """Nothing there knows a file format, a progress bar or a process group."""
+    allowed = {"fastinvdpo", "torch"} | (
+        sys.stdlib_module_names - {"json", "pickle", "sqlite3", "csv", "zipfile", "io"}
+    )
+    core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_OBJECTIVES | ABOVE]
+    found = [item for path in core for item in imports(path)]
+    wrong = [item for item in found if item.top not in allowed or item.module.startswith("torch.distributed")]
+    # The drop-in for diffusers' class also loads as that one does: scheduler_config.json, or the hub through diffusers.
+    loading = {("inverse_scheduler.py", "json"), ("inverse_scheduler.py", "diffusers")}
+    wrong = [item for item in wrong if (item.where.name, item.top) not in loading]
+    assert [str(item) for item in wrong] == []
+
+
+def test_models_and_data_know_no_progress_bar_and_no_process_group() -> None:
+    found = [item for path in PACKAGE.rglob("*.py") if room_of(path) in BESIDE_OBJECTIVES for item in imports(path)]
+    assert found
+    wrong = [item for item in found if item.top in {"tqdm", "rich", "accelerate", "tensorboard"}]
+    wrong += [item for item in found if item.module.startswith(("torch.distributed", "torch.utils.tensorboard"))]
+    assert [str(item) for item in wrong] == []
+
+
+# Dependencies
+
+
+def test_everything_imported_is_declared() -> None:
+    declared = {IMPORT_NAMES.get(name, name) for name in set().union(*optional_dependencies().values())}
+    known = declared | {"fastinvdpo", "torch", "triton"} | sys.stdlib_module_names
+    assert [str(found) for path in modules() for found in imports(path) if found.top not in known] == []
+
+
+def test_torch_is_the_only_dependency_without_an_extra() -> None:
+    assert pyproject()["project"]["dependencies"] == ["torch>=2.10"]
+
+
+def test_importing_fastinvdpo_imports_torch_alone_and_leaves_cuda_alone() -> None:
+    code = """
+import json, sys
+import torch
+def refuse(*arguments, **options):
+    raise AssertionError("import fastinvdpo looked at CUDA")
+torch.cuda._lazy_init = torch.cuda.init = torch.cuda.is_available = torch.cuda.device_count = refuse
+before = set(sys.modules)
+import fastinvdpo
+print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+    new = set(json.loads(run_python(code)))
+    assert "fastinvdpo" in new
+    assert new - sys.stdlib_module_names <= {"fastinvdpo", "torch"}
+
+
+REFUSE = """
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[2].split(","):
+            raise ModuleNotFoundError(name + " is not installed, says the test", name=name)
+sys.meta_path.insert(0, Refuse())
+import fastinvdpo
+from fastinvdpo.errors import MissingExtra
+"""
+
+
+def test_every_module_without_its_extra_imports_or_says_which_one() -> None:
+    # commands.py is private to cli.py, which asks for typer first; the next test is about that.
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "commands.py"]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    missing = [IMPORT_NAMES.get(name, name) for name in optional_dependencies()["train"]]
+    code = """
+for name in sys.argv[1].split(","):
+    try:
+        importlib.import_module(name.removesuffix(".__init__"))
+    except MissingExtra as error:
+        assert "pip install 'fastinvdpo[train]'" in str(error), error
+        print("said so:", name)
+    except ModuleNotFoundError as error:
+        print("bare:", name, error)
+"""
+    lines = run_python(REFUSE + code, ",".join(sorted(names)), ",".join(missing)).splitlines()
+    assert [line for line in lines if line.startswith("bare:")] == []
+    assert lines  # the refusal works: some module does need its extra
+
+
+def test_the_command_line_without_its_extra_says_so() -> None:
+    code = """
+from fastinvdpo.cli import main
+sys.exit(main(["demo"]) - 2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE + code, "", "typer"], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'typer'" in done.stderr and "pip install 'fastinvdpo[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_loading_a_model_without_diffusers_names_the_extra() -> None:
+    code = """
+from fastinvdpo.demo.base import WEIGHTS
+from fastinvdpo.models import load_model
+try:
+    load_model("digits", WEIGHTS / "clean")
+except MissingExtra as error:
+    assert "'diffusers'" in str(error) and "pip install 'fastinvdpo[train]'" in str(error), error
+else:
+    raise AssertionError("a model was loaded without diffusers")
+"""
+    run_python(REFUSE + code, "", "diffusers")
+
+
+# Packaging
+
+
+def test_versions_agree() -> None:
+    assert fastinvdpo.__version__ == pyproject()["project"]["version"]
+    assert f"## {fastinvdpo.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} | {path.parent for path in (ROOT / "tests").rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads: building in the checkout would leave its traces there."""
+    copy = tmp_path_factory.mktemp("house") / "sources"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("fastinvdpo", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return copy
+
+
+def build_wheel(sources: Path, target: Path) -> set[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(target), str(sources)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = target.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(sources: Path, tmp_path: Path) -> None:
+    names = build_wheel(sources, tmp_path)
+    dist_info = f"fastinvdpo-{fastinvdpo.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"fastinvdpo", dist_info}
+    assert f"{dist_info}/licenses/LICENSE" in names
+    assert {name for name in names if name.endswith(".py")} == {
+        path.relative_to(sources).as_posix() for path in (sources / "fastinvdpo").rglob("*.py")
+    }
+    data = [
+        *(PACKAGE / "presets").glob("*"),
+        *(path for path in (PACKAGE / "demo/weights").rglob("*") if path.is_file()),
+    ]
+    assert {path.suffix for path in data} == {".yaml", ".json", ".safetensors"}
+    assert {path.relative_to(ROOT).as_posix() for path in data} <= names
+
+
+def test_triton_kernels_are_installed_inside_the_package(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources, tmp_path / "sources")
+    folder = tmp_path / "sources/kernels/triton"
+    folder.mkdir(exist_ok=True)
+    for name in ("__init__.py", "_common.py"):
+        (folder / name).touch()
+    names = build_wheel(tmp_path / "sources", tmp_path)
+    assert {"fastinvdpo/_triton/__init__.py", "fastinvdpo/_triton/_common.py"} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fastinvdpo"}
