@@ -68,18 +68,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def mapping(root: Path, method: str = "diffusion-dpo", **sections: dict[str, Any]) -> dict[str, Any]:
+def mapping(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A configuration of six steps of two pairs on the files in ``root``; ``sections`` are merged into it."""
     base: dict[str, dict[str, Any]] = {
-        "method": {**METHODS[method], "beta": 500.0},
+        "method": {**METHODS[name], "beta": 500.0},
         "model": {"family": "digits", "path": str(root / "model")},
         "data": {"path": str(root / "pairs.parquet")},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "training": {"steps": 6, "batch_size": 2},
         "output": {"directory": str(root / "run"), "checkpoint_every": 2, "log_every": 2, "tensorboard": False},
     }
-    return {name: {**values, **sections.get(name, {})} for name, values in base.items()}
+    return {section: {**values, **sections.get(section, {})} for section, values in base.items()}
 
 
-def config(root: Path, method: str = "diffusion-dpo", **sections: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.from_mapping(mapping(root, method, **sections))
+def config(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, Any]) -> TrainConfig:
+    return TrainConfig.from_mapping(mapping(root, name, **sections))

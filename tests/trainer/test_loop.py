@@ -1,0 +1,240 @@
+"""Invariants of training: what a step computes does not depend on how its pairs are dealt out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastinvdpo.data import PairDataset
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.models import load_model
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.trainer import TrainResult, train, train_model
+from fastinvdpo.trainer import loop as loop_module
+from tests.trainer import tiny
+
+
+class DoubleModel(DigitsModel):
+    """The digits model with everything in float64."""
+
+    def encode_images(self, images: Sequence[Any]) -> Tensor:
+        return super().encode_images(images).double()
+
+    def encode_prompts(self, prompts: Sequence[str], **geometry: Any) -> dict[str, Tensor]:
+        return {name: value.double() for name, value in super().encode_prompts(prompts, **geometry).items()}
+
+
+def _weights(result: TrainResult) -> dict[str, Tensor]:
+    return load_file(result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_micro_batches_equal_one_batch_in_float64(workspace: Path, method: str) -> None:
+    results = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        model = DoubleModel.load(workspace / "model", dtype=torch.float64)
+        config = tiny.config(
+            workspace,
+            method,
+            data={"caption_dropout": 0.3},
+            training={"batch_size": batch, "gradient_accumulation_steps": accumulation, "steps": 4},
+            output={"directory": str(workspace / f"run-{batch}")},
+        )
+        results.append(train_model(config, model, PairDataset(workspace / "pairs.parquet"), progress=False))
+    start = tiny.unet().state_dict()
+    one = _weights(results[0])
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4
+    for result in results[1:]:
+        assert result.network_evaluations == results[0].network_evaluations
+        for name, value in _weights(result).items():
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-11)
+        for row, expected in zip(result.history, results[0].history, strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+            assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_first_loss_is_ln_2(workspace: Path, method: str, lora: dict[str, Any] | None) -> None:
+    config = tiny.config(workspace, method, model={"lora": lora}, training={"steps": 1}, optimizer={"warmup_steps": 0})
+    first = train(config, progress=False).history[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == 0
+    assert first["implicit_accuracy"] == 0.5
+    assert first["policy_mse_winner"] == first["reference_mse_winner"] > 0
+    assert first["policy_mse_loser"] == first["reference_mse_loser"] > 0
+    assert first["gradient_norm"] > 0
+
+
+def test_distance_starts_from_a_perturbation_and_warns(workspace: Path) -> None:
+    changes: dict[str, Any] = {"method": {"variant": "distance"}, "model": {"init_perturbation": 0.05}}
+    with pytest.warns(UserWarning, match="direction depends on the initial perturbation"):
+        result = train(tiny.config(workspace, "inversion-dpo", training={"steps": 2}, **changes), progress=False)
+    assert result.history[0]["gradient_norm"] > 0
+    assert result.history[0]["policy_mse_winner"] > 0
+
+
+def test_network_evaluations_are_counted(workspace: Path) -> None:
+    config = tiny.config(workspace, "inversion-dpo", training={"steps": 2})
+    row = train(config, progress=False).history[-1]
+    samples, levels, guided = 2 * 2 * 2, 3, 2
+    assert row["network_evaluations_with_gradient"] == samples * levels * guided
+    # The reference inverts, then scores.
+    assert row["network_evaluations_without_gradient"] == 2 * samples * levels * guided
+
+
+def test_scale_lr_multiplies_by_the_pairs_per_step(workspace: Path) -> None:
+    changes: dict[str, Any] = {
+        "optimizer": {"learning_rate": 1e-5, "scale_lr": True, "warmup_steps": 0},
+        "training": {"batch_size": 3, "gradient_accumulation_steps": 2, "steps": 1},
+    }
+    assert train(tiny.config(workspace, **changes), progress=False).history[0]["learning_rate"] == pytest.approx(6e-5)
+
+
+def test_warm_up(workspace: Path) -> None:
+    config = tiny.config(
+        workspace, training={"steps": 6}, optimizer={"learning_rate": 1.0e-4, "warmup_steps": 4}, output={"log_every": 1}
+    )
+    rates = [row["learning_rate"] for row in train(config, progress=False).history]
+    assert rates == pytest.approx([0.0, 0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4])
+
+
+def test_clipping_bounds_the_step_but_not_the_reported_norm(workspace: Path) -> None:
+    norms = []
+    for limit in (1e-3, None):
+        name = str(workspace / f"run-{limit}")
+        config = tiny.config(
+            workspace,
+            optimizer={"max_grad_norm": limit, "warmup_steps": 0, "epsilon": 1.0, "learning_rate": 1.0},
+            training={"steps": 1},
+            output={"directory": name},
+        )
+        result = train(config, progress=False)
+        norms.append(result.history[0]["gradient_norm"])
+        start = tiny.unet().state_dict()
+        moved = math.sqrt(sum(float((value - start[key] * 0.99).square().sum()) for key, value in _weights(result).items()))
+        # Adam with epsilon far above the gradient moves by lr·g, after weight decay by one per cent.
+        assert (moved < 2e-3) == (limit is not None)
+    assert norms[0] == pytest.approx(norms[1])
+    assert norms[0] > 1
+
+
+def test_ema_is_what_is_written(workspace: Path) -> None:
+    decay, steps = 0.5, 3
+    config = tiny.config(
+        workspace,
+        training={"steps": steps, "ema_decay": decay},
+        optimizer={"warmup_steps": 0},
+        output={"checkpoint_every": 1, "keep_checkpoints": steps},
+    )
+    result = train(config, progress=False)
+    expected = {name: value.clone() for name, value in tiny.unet().state_dict().items()}
+    for step in range(1, steps + 1):
+        weights = load_file(result.directory / "checkpoints" / f"step-{step:08d}" / "trainable.safetensors")
+        for name, value in weights.items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+    for name, value in _weights(result).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(value, weights[name]) or torch.equal(weights[name], tiny.unet().state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"num_workers": 2}},
+        {"data": {"cache_gib": 0.0}},
+        {"training": {"gradient_checkpointing": True}},
+    ],
+    ids=["workers", "no cache", "checkpointing"],
+)
+def test_options_that_change_no_bit(workspace: Path, changes: dict[str, Any]) -> None:
+    plain = train(tiny.config(workspace, data={"caption_dropout": 0.3}), progress=False)
+    sections = {**changes, "data": {"caption_dropout": 0.3, **changes.get("data", {})}}
+    other = {"directory": str(workspace / "other")}
+    changed = train(tiny.config(workspace, **sections, output=other), progress=False)
+    for name, value in _weights(changed).items():
+        assert torch.equal(value, _weights(plain)[name])
+
+
+def test_bf16_stays_near_float32_and_keeps_float32_weights(workspace: Path) -> None:
+    plain = train(tiny.config(workspace), progress=False)
+    other = {"directory": str(workspace / "bf16")}
+    result = train(tiny.config(workspace, training={"mixed_precision": "bf16"}, output=other), progress=False)
+    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert result.history[0]["policy_mse_winner"] == pytest.approx(plain.history[0]["policy_mse_winner"], rel=2e-2)
+    assert result.history[0]["policy_mse_winner"] != plain.history[0]["policy_mse_winner"]
+    assert {value.dtype for value in _weights(result).values()} == {torch.float32}
+    load_model("digits", result.model_directory)
+
+
+def test_history_and_tensorboard_hold_every_metric(workspace: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(tiny.config(workspace, output={"tensorboard": True}), progress=False)
+    rows = [json.loads(line) for line in (result.directory / "history.jsonl").read_text().splitlines()]
+    assert rows == result.history
+    assert [row["step"] for row in rows] == [1, 2, 4, 6]
+    events = EventAccumulator(str(result.directory / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in rows[0] if name != "step"}
+    assert set(rows[0]) == {
+        "step", "loss", "margin", "implicit_accuracy", "policy_mse_winner", "policy_mse_loser", "reference_mse_winner",
+        "reference_mse_loser", "gradient_norm", "learning_rate", "network_evaluations_with_gradient",
+        "network_evaluations_without_gradient", "pairs_per_second", "seconds",
+    }  # fmt: skip
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows]
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts the numbers that the host fetched from tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_number_from_the_device(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the number of the first draw, a host tensor, once per micro-batch."""
+    reads: list[int] = []
+    step = loop_module.training_step
+
+    def counted(state: Any, objective: Any, *arguments: Any, **options: Any) -> None:
+        # The objective computes on the host where to invert to; that is not what is counted here.
+        def uncounted(*inputs: Any, **keywords: Any) -> Any:
+            before = counter.count
+            output = objective(*inputs, **keywords)
+            counter.count = before
+            return output
+
+        with ScalarReads() as counter:
+            step(state, uncounted, *arguments, **options)
+        reads.append(counter.count)
+
+    monkeypatch.setattr(loop_module, "training_step", counted)
+    accumulation = 2
+    train(
+        tiny.config(workspace, training={"gradient_accumulation_steps": accumulation, "ema_decay": 0.9}), progress=False
+    )
+    assert reads == [accumulation] * 6
+
+
+def test_smpo_needs_scores_before_the_model_is_loaded(workspace: Path) -> None:
+    tiny.write_data(workspace / "pairs.parquet", scores=False)
+    config = tiny.config(workspace, "smpo", model={"path": str(workspace / "no model here")})
+    with pytest.raises(InvalidInput, match=r"method\.name = 'smpo': weighs pairs by scores, and .* has none"):
+        train(config, progress=False)

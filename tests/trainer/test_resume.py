@@ -1,0 +1,208 @@
+"""A run killed with SIGKILL in the middle of a step and resumed ends with the same bits as an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.trainer import train
+from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from tests.trainer import tiny
+
+# Kills itself at the n-th prediction of a network, or trains to the end, as often as it is asked.
+SCRIPT = """
+import json, os, signal, sys
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.trainer import TrainConfig, train
+
+predict, count = DigitsModel.predict, 0
+runs, fatal = json.loads(sys.argv[1]), int(sys.argv[2])
+
+def counted(self, *arguments):
+    global count
+    count += 1
+    if count == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return predict(self, *arguments)
+
+DigitsModel.predict = counted
+for run in runs:
+    train(TrainConfig.from_mapping(run), progress=False)
+"""
+
+
+def _train_elsewhere(runs: list[dict[str, Any]], fatal: int = 0) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(runs), str(fatal)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, env=environment, cwd=root, timeout=300).returncode
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2.0}], ids=["full", "lora"])
+def test_killed_and_resumed_equals_uninterrupted(workspace: Path, lora: dict[str, Any] | None) -> None:
+    # Two micro-batches a step, caption dropout, EMA, a log interval that a checkpoint cuts in two.
+    def run(name: str) -> dict[str, Any]:
+        return tiny.mapping(
+            workspace,
+            model={"lora": lora},
+            data={"caption_dropout": 0.3},
+            training={"gradient_accumulation_steps": 2, "ema_decay": 0.9},
+            optimizer={"lr_scheduler": "constant_with_warmup"},
+            output={"directory": str(workspace / name), "log_every": 3},
+        )
+
+    # Two predictions per micro-batch: number 19 is the policy's in the second micro-batch of step 5.
+    assert _train_elsewhere([run("killed")], fatal=19) == -signal.SIGKILL
+    assert [path.name for path in complete_checkpoints(workspace / "killed" / "checkpoints")] == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    assert not (workspace / "killed" / "model").exists()
+    assert _train_elsewhere([run("killed"), run("whole")]) == 0
+
+    killed, whole = (load_checkpoint(workspace / name / "checkpoints" / "step-00000006") for name in ("killed", "whole"))
+    before = load_checkpoint(workspace / "killed" / "checkpoints" / "step-00000004")
+    assert killed.ema is not None
+    assert whole.ema is not None
+    _assert_same(killed.trainable, whole.trainable)
+    _assert_same(killed.ema, whole.ema)
+    _assert_same(killed.state, whole.state)
+    assert any(not torch.equal(before.trainable[name], value) for name, value in whole.trainable.items())
+    files = ["model/unet/diffusion_pytorch_model.safetensors"] + ["adapter/adapter_model.safetensors"] * (lora is not None)
+    for file in files:
+        _assert_same(load_file(workspace / "killed" / file), load_file(workspace / "whole" / file))
+    assert _history(workspace / "killed") == _history(workspace / "whole")
+
+
+def _assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            _assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            _assert_same(a, b)
+    else:
+        assert one == other
+
+
+def _history(directory: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3, 6]
+    timings = ("seconds", "pairs_per_second")
+    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
+
+
+def _weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_more_steps_and_another_micro_batch_continue_a_run(workspace: Path) -> None:
+    config = tiny.config(workspace, training={"steps": 2, "batch_size": 4, "gradient_accumulation_steps": 1})
+    assert train(config, progress=False).steps == 2
+    more = tiny.config(workspace, training={"steps": 4, "batch_size": 2, "gradient_accumulation_steps": 2})
+    result = train(more, progress=False)
+    assert [row["step"] for row in result.history] == [1, 2, 4]
+    assert result.network_evaluations == 4 * 4 * 2 * 2
+    elsewhere = {"directory": str(workspace / "once")}
+    once = tiny.config(workspace, training={"steps": 4, "batch_size": 4}, output=elsewhere)
+    train(once, progress=False)
+    # Adam divides by the size of the gradient, so that rounding of one part in 1e7 becomes a part of a step of 1e-3.
+    for name, value in _weights(workspace / "once").items():
+        torch.testing.assert_close(_weights(workspace / "run")[name], value, rtol=0, atol=2e-4)
+
+
+def test_a_finished_run_is_returned_as_it_is(workspace: Path) -> None:
+    config = tiny.config(workspace)
+    first = train(config, progress=False)
+    again = train(config, progress=False)
+    assert again.steps == first.steps == 6
+    assert again.network_evaluations == first.network_evaluations
+    assert again.history == first.history
+
+
+def test_another_configuration_is_refused_by_name(workspace: Path) -> None:
+    train(tiny.config(workspace, training={"steps": 2}), progress=False)
+    changes: dict[str, dict[str, Any]] = {
+        "method": {"beta": 400.0},
+        "optimizer": {"learning_rate": 1e-4},
+        "model": {"lora": {"rank": 2}},
+        "training": {"steps": 6, "batch_size": 3},
+    }
+    with pytest.raises(InvalidInput) as caught:
+        train(tiny.config(workspace, **changes), progress=False)
+    message = str(caught.value)
+    for part in (
+        "method.beta (500.0 there, 400.0 here)",
+        "optimizer.learning_rate (0.001 there, 0.0001 here)",
+        "model.lora (None there, absent here)",
+        "model.lora.rank (absent there, 2 here)",
+        "effective batch (2 there, 3 here)",
+    ):
+        assert part in message
+    assert "training.steps" not in message
+    assert "training.batch_size" not in message
+
+
+def test_another_data_set_is_refused(workspace: Path) -> None:
+    train(tiny.config(workspace, training={"steps": 2}), progress=False)
+    tiny.write_data(workspace / "pairs.parquet", pairs=12)
+    with pytest.raises(InvalidInput, match=r"pairs in the data set \(10 there, 12 here\)"):
+        train(tiny.config(workspace), progress=False)
+
+
+def test_never_refuses_a_directory_with_checkpoints(workspace: Path) -> None:
+    config = tiny.config(workspace, training={"steps": 2})
+    train(config, resume="never", progress=False)
+    with pytest.raises(InvalidInput, match=r"resume = 'never': .*holds checkpoints"):
+        train(config, resume="never", progress=False)
+
+
+def test_auto_takes_the_newest_undamaged_checkpoint(workspace: Path) -> None:
+    config = tiny.config(workspace)
+    train(config, progress=False)
+    checkpoints = workspace / "run" / "checkpoints"
+    final = load_checkpoint(checkpoints / "step-00000006").trainable
+    with (checkpoints / "step-00000006" / "state.pt").open("r+b") as file:
+        file.truncate(100)
+    (checkpoints / ".writing-step-00000008").mkdir()
+    with pytest.warns(UserWarning, match=r"step-00000006 is not used: state\.pt has 100 bytes"):
+        train(config, progress=False)
+    _assert_same(load_checkpoint(checkpoints / "step-00000006").trainable, final)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_only_damaged_checkpoints_are_an_error(workspace: Path) -> None:
+    config = tiny.config(workspace, training={"steps": 2})
+    train(config, progress=False)
+    (workspace / "run" / "checkpoints" / "step-00000002" / "meta.json").unlink()
+    with (
+        pytest.warns(UserWarning, match=r"meta\.json cannot be read"),
+        pytest.raises(InvalidInput, match="all 1 checkpoints in .* are damaged"),
+    ):
+        train(config, progress=False)
+
+
+def test_a_named_checkpoint_is_continued_and_a_wrong_name_refused(workspace: Path) -> None:
+    train(tiny.config(workspace), progress=False)
+    checkpoint = workspace / "run" / "checkpoints" / "step-00000004"
+    branch = tiny.config(workspace, output={"directory": str(workspace / "branch")})
+    train(branch, resume=checkpoint, progress=False)
+    _assert_same(_weights(workspace / "branch"), _weights(workspace / "run"))
+    with pytest.raises(InvalidInput, match=r"resume = .*nothing.*meta\.json cannot be read"):
+        train(branch, resume=str(workspace / "nothing"), progress=False)
