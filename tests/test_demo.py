@@ -1,0 +1,321 @@
+"""The demo: its data, its text encoder, its shipped base models, and a tiny run of everything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+import torch
+
+from fastinvdpo.data import PairDataset, write_pairs
+from fastinvdpo.demo import base, digits, run
+from fastinvdpo.demo.judge import Judge
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.models import load_model
+from fastinvdpo.models.digits_text import embed_prompts, word_vector
+from fastinvdpo.trainer import load_config, to_yaml
+
+Splits: TypeAlias = tuple[digits.Digits, digits.Digits]
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return digits.load_splits()
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge()
+
+
+# --- text encoder ---
+
+
+def test_word_vectors_are_sums_of_uniform_integers_of_the_hash() -> None:
+    digest = hashlib.sha256(b"three:1").digest()
+    uniforms = [int.from_bytes(digest[i : i + 2], "little") for i in range(0, 24, 2)]
+    assert word_vector("three")[1] == sum(uniform - 65535 / 2 for uniform in uniforms) / 65536
+    assert word_vector("three")[0] == 1.6139068603515625
+
+
+def test_word_vectors_look_normal() -> None:
+    numbers = np.array([word_vector(f"word{i}") for i in range(300)])
+    assert abs(numbers.mean()) < 0.05
+    assert abs(numbers.std() - 1) < 0.02
+    assert abs((numbers**3).mean()) < 0.1
+
+
+def test_prompts_become_padded_and_cut_rows_of_word_vectors() -> None:
+    embedded = embed_prompts(["", "A handwritten three", "one two three four five"])
+    assert embedded.shape == (3, 4, 32)
+    assert embedded.dtype == torch.float32
+    assert not embedded[0].any()
+    assert embedded[1, 2].tolist() == list(word_vector("three"))
+    assert not embedded[1, 3].any()
+    assert embedded[2, 3].tolist() == list(word_vector("four"))
+    assert torch.equal(embedded[1:2], embed_prompts(["a  handwritten\tTHREE"]))
+
+
+@pytest.mark.parametrize("prompts", ["a handwritten three", ["fine", None]])
+def test_prompts_must_be_a_list_of_strings(prompts: Any) -> None:
+    with pytest.raises(InvalidInput, match="prompts"):
+        embed_prompts(prompts)
+
+
+# --- digits and preferences ---
+
+
+def test_split_is_the_same_everywhere(splits: Splits) -> None:
+    found = [hashlib.sha256(part.images.tobytes() + part.labels.tobytes()).hexdigest()[:16] for part in splits]
+    assert found == ["26d20a1da569b0c5", "efe39e17b739b9fe"]
+    train, held_out = splits
+    assert (len(train.labels), len(held_out.labels)) == (1497, 300)
+
+
+def test_split_holds_every_scan_once(splits: Splits) -> None:
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    rounded = np.round(scans.images * 255 / 16).astype(np.uint8)
+    train, held_out = splits
+    images = np.concatenate([train.images, held_out.images])
+    labels = np.concatenate([train.labels, held_out.labels])
+    assert labelled(images, labels) == labelled(rounded, scans.target)
+
+
+def labelled(images: np.ndarray, labels: np.ndarray) -> list[tuple[bytes, int]]:
+    return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def stroke(*cells: tuple[int, int]) -> np.ndarray:
+    image = np.zeros((1, 8, 8), dtype=np.uint8)
+    for row, column in cells:
+        image[0, row, column] = 255
+    return image
+
+
+def test_slant_is_the_slope_of_a_stroke() -> None:
+    # One column to the right for every row up: slope 1. A column for two rows: about a half.
+    assert digits.slant(stroke(*((row, 7 - row) for row in range(8)))) == pytest.approx(1)
+    assert digits.slant(stroke(*((row, (7 - row) // 2) for row in range(8)))) == pytest.approx(0.5, abs=0.03)
+    assert digits.slant(stroke(*((row, 3) for row in range(8)))) == pytest.approx(0)
+
+
+def test_slant_of_a_mirror_image_is_opposite(splits: Splits) -> None:
+    images = splits[1].images
+    np.testing.assert_allclose(digits.slant(images[:, :, ::-1]), -digits.slant(images), atol=1e-12)
+
+
+@pytest.mark.parametrize("image", [stroke(), stroke((3, 1), (3, 2), (3, 6))])
+def test_slant_of_paper_and_of_a_flat_stroke_is_zero(image: np.ndarray) -> None:
+    assert digits.slant(image) == 0
+
+
+def test_boldness_is_the_share_of_ink() -> None:
+    assert digits.boldness(stroke(*((row, column) for row in range(4) for column in range(8)))) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("preference", digits.PREFERENCES)
+def test_pairs_follow_the_preference(preference: str, splits: Splits, tmp_path: Path) -> None:
+    rows = digits.make_pairs(splits[0], preference, 200, seed=3)
+    assert rows == digits.make_pairs(splits[0], preference, 200, seed=3)
+    assert rows != digits.make_pairs(splits[0], preference, 200, seed=4)
+    assert 70 < sum(row["label_0"] for row in rows) < 130
+    write_pairs(tmp_path / "pairs.parquet", rows)
+    pairs = PairDataset(tmp_path / "pairs.parquet")
+    assert len(pairs) == 200
+    known = dict(labelled(splits[0].images, splits[0].labels))
+    for pair in (pairs[place] for place in range(200)):
+        winner, loser = np.asarray(pair.winner), np.asarray(pair.loser)
+        # PNG keeps the pixels, so every picture is one of the training scans.
+        labels = known[winner.tobytes()], known[loser.tobytes()]
+        prompted = digits.NAMES.index(pair.caption.removeprefix("a handwritten "))
+        assert labels[0] == prompted
+        assert (labels[1] == prompted) == (preference != "digit")
+        if preference == "digit":
+            assert (pair.winner_score, pair.loser_score) == (1.0, 0.0)
+        else:
+            measure = digits.slant if preference == "slant" else digits.boldness
+            assert pair.winner_score == measure(winner[None])[0] > pair.loser_score == measure(loser[None])[0]
+
+
+@pytest.mark.parametrize("preference", digits.PREFERENCES)
+def test_shuffled_pairs_tell_nothing(preference: str, splits: Splits) -> None:
+    real = digits.make_pairs(splits[0], preference, 400, seed=0)
+    shuffled = digits.make_pairs(splits[0], preference, 400, seed=0, shuffle=True)
+    score_of = {row[f"jpg_{side}"]: row[f"score_{side}"] for row in real for side in (0, 1)}
+    assert all(row["label_0"] == (row["score_0"] > row["score_1"]) for row in shuffled)
+    if preference == "digit":
+        prompt_wins = [
+            digits.NAMES[label] in row["caption"] for row in shuffled for label in [label_of_winner(row, splits[0])]
+        ]
+        assert 0.42 < np.mean(prompt_wins) < 0.58
+        return
+    measure = digits.slant if preference == "slant" else digits.boldness
+    right = [
+        (measure(pixels(row["jpg_0"])) > measure(pixels(row["jpg_1"])))[0] == bool(row["label_0"]) for row in shuffled
+    ]
+    assert 0.42 < np.mean(right) < 0.58
+    assert len(score_of) > 300
+
+
+def pixels(encoded: bytes) -> np.ndarray:
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(encoded)))[None]
+
+
+def label_of_winner(row: dict, train: digits.Digits) -> int:
+    winner = pixels(row["jpg_0" if row["label_0"] else "jpg_1"])
+    return int(train.labels[(train.images == winner).all((1, 2))][0])
+
+
+def test_score_range_spans_both_sides() -> None:
+    rows = [{"score_0": 0.5, "score_1": -1.0}, {"score_0": 0.0, "score_1": 2.0}]
+    assert digits.score_range(rows) == 3.0
+
+
+@pytest.mark.parametrize(("preference", "count", "argument"), [("tilt", 5, "preference"), ("slant", 0, "count")])
+def test_impossible_pairs(preference: str, count: int, argument: str, splits: Splits) -> None:
+    with pytest.raises(InvalidInput, match=argument):
+        digits.make_pairs(splits[0], preference, count, seed=0)
+
+
+# --- judge and base models ---
+
+
+def test_judge_reads_real_scans(judge: Judge, splits: Splits) -> None:
+    assert judge.held_out_accuracy >= 0.98
+    held_out = splits[1]
+    verdict = judge.judge("digit", held_out.images, held_out.labels)
+    assert verdict.accuracy == judge.held_out_accuracy == verdict.rewards.mean()
+    wrong = judge.judge("digit", held_out.images, (held_out.labels + 1) % 10)
+    assert wrong.accuracy <= 0.02
+    noise = np.random.RandomState(0).randint(0, 256, (300, 8, 8)).astype(np.uint8)
+    assert judge.judge("slant", noise, held_out.labels).frechet > 10 * verdict.frechet
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("clean", 0.95, 1.0), ("noisy", 0.35, 0.65)])
+def test_shipped_base_models(name: str, low: float, high: float, judge: Judge, splits: Splits) -> None:
+    directory = base.WEIGHTS / name
+    assert sum(file.stat().st_size for file in directory.rglob("*.safetensors")) < 2_100_000
+    model = load_model("digits", directory)
+    assert sum(parameter.numel() for parameter in model.network.parameters()) == 983_713
+    assert all(model.scheduler_config[key] == value for key, value in base.SCHEDULER.items())
+    drawn = run.as_array(run.draw_images(directory, splits[1].prompts[:120], seed=11))
+    assert low <= judge.judge("digit", drawn, splits[1].labels[:120]).accuracy <= high
+
+
+def test_base_training_reduces_the_loss_and_saves_half_precision(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    losses: list[float] = []
+    base.train_base("noisy", tmp_path, steps=100, batch_size=8, report=lambda step, loss: losses.append(loss))
+    assert len(losses) == 1
+    # An untrained network predicts no noise at all: a loss of 1.
+    assert losses[0] < 0.8
+    weights = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert load_model("digits", tmp_path).network.dtype == torch.float32
+
+
+def test_noisy_captions_name_another_digit(splits: Splits) -> None:
+    labels = splits[0].labels
+    captions = base._captions(labels, 0.42, 0)
+    right = [caption == digits.prompt_of(label) for caption, label in zip(captions, labels, strict=True)]
+    assert np.mean(right) == pytest.approx(0.58, abs=0.03)
+    assert base._captions(labels, 0.0, 0) == splits[0].prompts
+
+
+def test_unknown_base_model(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="captions"):
+        base.train_base("dirty", tmp_path)
+
+
+# --- the run ---
+
+
+@pytest.mark.parametrize("method", run.METHODS)
+@pytest.mark.parametrize("preference", digits.PREFERENCES)
+def test_configuration_survives_its_file(method: str, preference: str, tmp_path: Path) -> None:
+    config = run.build_config(method, preference, 1, None, tmp_path, base.WEIGHTS / "clean", 0.7)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.method.beta == (200 if preference == "digit" else 1000)
+    assert config.training.steps == {"slant": 200, "bold": 100, "digit": 300}[preference]
+    assert config.training.cache_trajectories == (method == "inversion-dpo")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("method", "ppo"), ("preference", "tilt"), ("steps", 0), ("control", "none"), ("output", __file__)],
+)
+def test_bad_arguments_are_refused_before_any_work(argument: str, value: Any, tmp_path: Path) -> None:
+    arguments = {"output": tmp_path / "demo", "progress": False, argument: value}
+    with pytest.raises(InvalidInput, match=argument):
+        run.run_demo(**arguments)
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("method", run.METHODS)
+def test_a_tiny_demo_leaves_everything(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "PAIRS", 40)
+    monkeypatch.setattr(run, "NUM_INFERENCE_STEPS", 2)
+    summary = run.run_demo(method=method, steps=2, seed=5, output=tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert {key: summary[key] for key in ("method", "preference", "seed", "steps", "status")} == {
+        "method": method, "preference": "slant", "seed": 5, "steps": 2, "status": "ok",
+    }  # fmt: skip
+    for side in ("before", "after"):
+        assert set(summary[side]) == {"accuracy", "reward", "frechet"}
+    assert summary["before"] != summary["after"]
+    assert set(summary["win_rate"]) == {"mean", "ci_low", "ci_high"}
+    assert 0 < summary["seconds_training"] < summary["seconds"]
+    # Two steps of 32 pairs, policy and reference on both sides; the methods that invert need more.
+    forward_only = 2 * 32 * 2 * 2
+    assert (summary["network_evaluations"] > forward_only) == (method != "diffusion-dpo")
+    assert summary["network_evaluations"] >= forward_only
+    for name in ("before_after.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert load_model("digits", tmp_path / "training" / "model").family == "digits"
+    printed = capsys.readouterr().out
+    assert "win rate" in printed
+    assert f"{summary['network_evaluations']:,}" in printed
+
+
+def test_a_second_demo_replaces_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PAIRS", 40)
+    monkeypatch.setattr(run, "NUM_INFERENCE_STEPS", 2)
+    # Warm-up starts from zero: the first step alone would change nothing.
+    common = {"steps": 2, "output": tmp_path, "progress": False}
+    control = run.run_demo(control="shuffle", **common)
+    real = run.run_demo(**common)
+    assert (control["control"], real["control"]) == ("shuffle", None)
+    assert control["before"] == real["before"]
+    assert control["after"] != real["after"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == real
+
+
+def test_a_retrained_base_model_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = base.WEIGHTS / "noisy"
+    calls = []
+
+    def quick(name: str, directory: Path, **options: Any) -> Path:
+        calls.append((name, directory))
+        load_model("digits", shipped).save(directory)
+        return directory
+
+    monkeypatch.setattr(base, "train_base", quick)
+    monkeypatch.setattr(run, "PAIRS", 40)
+    monkeypatch.setattr(run, "NUM_INFERENCE_STEPS", 2)
+    run.run_demo(preference="digit", steps=1, output=tmp_path, train_base=True, progress=False)
+    assert calls == [("noisy", tmp_path / "base")]
+    assert load_config(tmp_path / "config.yaml").model.path == str(tmp_path / "base")

@@ -1,0 +1,250 @@
+"""Sampling, statistics and reports, each against an independent computation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastinvdpo.demo.base import SCHEDULER, WEIGHTS
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.evaluation import metrics, report
+from fastinvdpo.evaluation.sampling import STREAM_SAMPLING, sample
+from fastinvdpo.models import DiffusionModel, load_model
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.ops import philox
+from fastinvdpo.schedule import inversion_levels
+
+PROMPTS = ["a handwritten three", "a handwritten seven", "", "a handwritten zero", "a handwritten one"]
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    return load_model("digits", WEIGHTS / "clean")
+
+
+# --- sampling ---
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_sampling_equals_diffusers_ddim(model: DiffusionModel, guidance_scale: float) -> None:
+    from diffusers import DDIMScheduler
+
+    ours = sample(model, model.network, PROMPTS, num_inference_steps=10, guidance_scale=guidance_scale, seed=4)
+    scheduler = DDIMScheduler(**SCHEDULER)
+    scheduler.set_timesteps(10)
+    latents = philox.normal(4, STREAM_SAMPLING, torch.arange(len(PROMPTS)), model.latent_shape)
+    conditional, unconditional = model.encode_prompts(PROMPTS), model.encode_prompts([""] * len(PROMPTS))
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            times = timestep.expand(len(PROMPTS))
+            noise = model.predict(model.network, latents, times, conditional)
+            if guidance_scale != 1:
+                empty = model.predict(model.network, latents, times, unconditional)
+                noise = empty + guidance_scale * (noise - empty)
+            latents = scheduler.step(noise, timestep, latents).prev_sample
+    torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch(model: DiffusionModel) -> None:
+    whole = sample(model, model.network, PROMPTS, num_inference_steps=4, seed=1)
+    split = sample(model, model.network, PROMPTS, num_inference_steps=4, seed=1, batch_size=2)
+    torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-5)
+    other = sample(model, model.network, PROMPTS, num_inference_steps=4, seed=2)
+    assert (whole - other).abs().mean() > 0.1
+
+
+class Oracle(nn.Module):
+    """Predicts what leads to one known picture, in any prediction type, and counts the samples it is asked for."""
+
+    def __init__(self, schedule: Any, clean: Tensor, fail: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.schedule, self.clean, self.fail = schedule, clean, fail
+        self.asked: list[int] = []
+
+    def forward(self, latents: Tensor, timesteps: Tensor, **options: Any) -> tuple[Tensor]:
+        if self.fail or self.training:
+            raise RuntimeError("asked while failing or in training mode")
+        self.asked.append(len(latents))
+        signal, noise = (rate.float().view(-1, 1, 1, 1) for rate in self.schedule.rates(timesteps))
+        epsilon = (latents - signal * self.clean) / noise
+        if self.schedule.prediction_type == "epsilon":
+            return (epsilon,)
+        if self.schedule.prediction_type == "v_prediction":
+            return (signal * epsilon - noise * self.clean,)
+        return (self.clean.expand_as(latents),)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_an_oracle_is_followed_to_its_picture(prediction_type: str) -> None:
+    configuration = {**SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": True}
+    clean = torch.linspace(-1, 1, 64).view(1, 8, 8)
+    model = DigitsModel(nn.Identity(), configuration)
+    oracle = Oracle(model.schedule, clean).eval()
+    model.network = oracle
+    drawn = sample(model, oracle, PROMPTS, num_inference_steps=7, guidance_scale=2.0, batch_size=3)
+    torch.testing.assert_close(drawn, clean.expand(5, 1, 8, 8), rtol=1e-5, atol=2e-5)
+    assert sum(oracle.asked) == 5 * 7 * 2
+    assert len(inversion_levels(model.schedule, 7)) == 7
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored_even_after_an_error(training: bool) -> None:
+    model = DigitsModel(nn.Identity(), SCHEDULER)
+    for fail in (False, True):
+        oracle = Oracle(model.schedule, torch.zeros(1, 8, 8), fail).train(training)
+        model.network = oracle
+        if fail:
+            with pytest.raises(RuntimeError):
+                sample(model, oracle, PROMPTS, num_inference_steps=2)
+        else:
+            sample(model, oracle, PROMPTS, num_inference_steps=2)
+        assert oracle.training is training
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("prompts", []),
+        ("batch_size", 0),
+        ("num_inference_steps", 0),
+        ("guidance_scale", -1.0),
+        ("guidance_scale", float("nan")),
+    ],
+)
+def test_bad_sampling_arguments(model: DiffusionModel, argument: str, value: Any) -> None:
+    arguments = {"prompts": PROMPTS, argument: value}
+    with pytest.raises(InvalidInput, match=argument):
+        sample(model, model.network, **arguments)
+
+
+# --- metrics ---
+
+
+@pytest.mark.parametrize(("wins", "trials"), [(0, 7), (7, 7), (300, 300), (1, 300), (150, 300), (271, 300)])
+def test_wilson_interval_equals_scipy(wins: int, trials: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(wins, trials).proportion_ci(0.95, method="wilson")
+    found = metrics.wilson_interval(wins, trials)
+    assert (found.ci_low, found.ci_high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert found.mean == wins / trials
+    assert 0 <= found.ci_low <= found.mean <= found.ci_high <= 1
+
+
+def test_wilson_interval_covers_the_truth() -> None:
+    random = np.random.RandomState(0)
+    found = [metrics.wilson_interval(int(wins), 300) for wins in random.binomial(300, 0.9, size=2000)]
+    covered = np.mean([interval.ci_low <= 0.9 <= interval.ci_high for interval in found])
+    assert 0.93 < covered < 0.97
+
+
+def test_win_rate_counts_ties_half_and_is_antisymmetric() -> None:
+    before, after = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 1.0, 1.0, 4.0])
+    assert metrics.win_rate(after, before).mean == (2 + 0.5) / 4
+    there, back = metrics.win_rate(after, before), metrics.win_rate(before, after)
+    assert (there.mean, there.ci_low, there.ci_high) == pytest.approx(
+        (1 - back.mean, 1 - back.ci_high, 1 - back.ci_low)
+    )
+    assert metrics.win_rate(before, before).mean == 0.5
+
+
+def test_accuracy() -> None:
+    assert metrics.accuracy([1, 2, 3, 4], [1, 0, 3, 0]) == 0.5
+
+
+def test_frechet_distance_of_known_distributions() -> None:
+    features = np.random.RandomState(0).randn(500, 6) @ np.diag([1, 2, 3, 1, 0.5, 0])
+    assert metrics.frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    shift = np.array([1.0, 0, 0, 2, 0, 0])
+    assert metrics.frechet_distance(features, features + shift) == pytest.approx(5, abs=1e-6)
+    # In one dimension: the squared difference of the means plus that of the standard deviations.
+    line = features[:, :1]
+    expected = (3 * line.std(ddof=1) - line.std(ddof=1)) ** 2 + (2 * line.mean()) ** 2
+    assert metrics.frechet_distance(3 * line, line) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_equals_the_matrix_root() -> None:
+    from scipy.linalg import sqrtm
+
+    random = np.random.RandomState(1)
+    a, b = random.randn(80, 5) @ random.randn(5, 5), random.randn(60, 5) @ random.randn(5, 5) + 1
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = np.trace(sqrtm(first @ second)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second) - 2 * cross
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: metrics.wilson_interval(3, 0), "successes"),
+        (lambda: metrics.wilson_interval(4, 3), "successes"),
+        (lambda: metrics.win_rate([1.0, 2.0], [1.0]), "after"),
+        (lambda: metrics.win_rate([], []), "after"),
+        (lambda: metrics.win_rate([float("nan")], [1.0]), "after"),
+        (lambda: metrics.accuracy([1, 2], [1]), "predicted"),
+        (lambda: metrics.frechet_distance(np.zeros((4, 3)), np.zeros((4, 2))), "first"),
+        (lambda: metrics.frechet_distance(np.zeros((1, 3)), np.zeros((4, 3))), "first"),
+        (lambda: metrics.frechet_distance(np.zeros((4, 3)), np.full((4, 3), np.inf)), "second"),
+    ],
+)
+def test_bad_statistics(call: Any, argument: str) -> None:
+    with pytest.raises(InvalidInput, match=argument):
+        call()
+
+
+# --- report ---
+
+
+def test_a_summary_that_is_no_json_leaves_the_old_one(tmp_path: Path) -> None:
+    path = report.write_summary(tmp_path / "new" / "summary.json", {"seed": 1})
+    assert json.loads(path.read_text()) == {"seed": 1}
+    with pytest.raises(InvalidInput, match="summary"):
+        report.write_summary(path, {"seed": float("nan")})
+    assert json.loads(path.read_text()) == {"seed": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
+
+
+def grey(value: int) -> Image.Image:
+    return Image.new("L", (8, 8), value)
+
+
+def test_grid_shows_before_above_after(tmp_path: Path) -> None:
+    path = report.save_grid(
+        tmp_path / "grid.png", [grey(0)] * 3, [grey(200)] * 3, ["a", "b", "c"], columns=2, title="t"
+    )
+    shown = np.asarray(Image.open(path).convert("L")).astype(int)
+    rows_of = {value: np.flatnonzero((shown == value).sum(1) > shown.shape[1] // 4) for value in (0, 200)}
+    assert len(rows_of[0]) > 20
+    assert len(rows_of[200]) > 20
+    assert rows_of[0][0] < rows_of[200][0]
+
+
+def test_grid_needs_pairs(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="after"):
+        report.save_grid(tmp_path / "grid.png", [grey(0)], [], ["a"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rewards", [([0.0, 1.0], [1.0, 2.0]), ([0.5, 0.5], [0.5, 0.5])])
+def test_curves_are_a_picture(rewards: tuple[list[float], list[float]], tmp_path: Path) -> None:
+    history = [{"step": step, "loss": 1 / step, "implicit_accuracy": 0.5, "margin": step / 9} for step in range(1, 9)]
+    path = report.save_curves(tmp_path / "curves.png", history, rewards, title="t")
+    assert np.asarray(Image.open(path).convert("L")).std() > 5
+    with pytest.raises(InvalidInput, match="history"):
+        report.save_curves(path, [], rewards)
+
+
+def test_table_prints_every_cell(capsys: pytest.CaptureFixture) -> None:
+    report.print_table("Result", ["", "before", "after"], [["accuracy", "0.51", "0.90"], ["reward", "1", "2"]])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("Result", "before", "accuracy", "0.51", "0.90", "reward"))
