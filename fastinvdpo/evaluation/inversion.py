@@ -1,0 +1,331 @@
+"""Invert images to noise and sample them back: how well a model's own DDIM path is followed in both directions.
+
+Inversion (DDIM, arXiv 2010.02502, section 4.3; ReNoise, arXiv 2403.14602) is what inversion-based preference
+optimisation rests on: where the reconstruction is poor, the latents it trains on are not those the model would have
+sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastinvdpo._extras import require
+from fastinvdpo.data.pairs import PairDataset
+from fastinvdpo.data.tables import parquet_files
+from fastinvdpo.data.transforms import Decisions, transform
+from fastinvdpo.errors import invalid
+from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts, load_model
+from fastinvdpo.trajectories import Conditioning, InversionPlan, InversionSettings, Prompt, invert, plan_grid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_TILE = 128  # smallest side of a picture in the overview, in pixels
+_INPUTS = "pass image files, or one parquet file or directory of parquet shards"
+_COLUMNS = ("original", "inverted noise", "reconstruction")
+
+
+@dataclass(frozen=True)
+class InversionResult:
+    """What :func:`invert_images` found for ``n`` images.
+
+    Attributes:
+        clean_latents, latents, reconstructed_latents: float32 ``(n, C, h, w)``: the encoded images, the noise that they
+            were inverted to, and what sampling from that noise gives.
+        prompts: the prompt of each image.
+        originals, reconstructions: pictures, in the colour mode of the model.
+        latent_mse: ``(n,)`` mean squared error of the latents; the error of inversion alone.
+        mse: ``(n,)`` mean squared error of the pixels on a scale of 0 to 1; the VAE's own error is part of it.
+        psnr: ``(n,)`` ``-10 log10(mse)`` in dB, infinite for equal pictures.
+        network_evaluations: samples that passed the network.
+    """
+
+    clean_latents: Tensor
+    latents: Tensor
+    reconstructed_latents: Tensor
+    prompts: list[str]
+    originals: list[Image]
+    reconstructions: list[Image]
+    latent_mse: Tensor
+    mse: Tensor
+    psnr: Tensor
+    network_evaluations: int
+
+
+@torch.no_grad()
+def invert_images(
+    model: DiffusionModel,
+    images: Sequence[Image],
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    renoise_iterations: int = 0,
+    batch_size: int = 8,
+) -> InversionResult:
+    """Invert images along the whole N-step grid to its last level, and sample back down the same grid.
+
+    Args:
+        images: ``n`` pictures of one size that the model accepts.
+        prompts: one prompt for each image, or a single one for all of them.
+        num_inference_steps: N, from 1 to the schedule's number of levels; the error falls as N grows.
+        guidance_scale: used in both directions; 1 is one conditional call a step, anything else two.
+        renoise_iterations: K of ReNoise for the way up.
+        batch_size: images that pass the network at once.
+
+    Raises:
+        InvalidInput: an argument out of range, as many prompts as fit neither case, or unusable images.
+    """
+    check_images(images)
+    _check_numbers(num_inference_steps, guidance_scale, renoise_iterations, batch_size)
+    texts = _one_per_image(prompts, len(images))
+    # Made here for its own check of the step count, before any image is encoded.
+    plan_grid(model.schedule, 1, num_inference_steps)
+    settings = InversionSettings(renoise_iterations=renoise_iterations)
+    counter = _CountingNetwork(model)
+    was_training = model.network.training
+    model.network.eval()
+    try:
+        parts = []
+        for start in range(0, len(images), batch_size):
+            clean = model.encode_images(images[start : start + batch_size])
+            prompt = _prompt(model, texts[start : start + batch_size], guidance_scale)
+            parts.append((clean, *_there_and_back(counter, clean, prompt, settings, num_inference_steps)))
+    finally:
+        model.network.train(was_training)
+    clean, latents, reconstructed = (torch.cat(column) for column in zip(*parts, strict=True))
+    pictures = model.decode_latents(reconstructed)
+    originals = [image.convert(picture.mode) for image, picture in zip(images, pictures, strict=True)]
+    mse = torch.stack([_pixel_mse(a, b) for a, b in zip(originals, pictures, strict=True)])
+    return InversionResult(
+        clean_latents=clean,
+        latents=latents,
+        reconstructed_latents=reconstructed,
+        prompts=texts,
+        originals=originals,
+        reconstructions=pictures,
+        latent_mse=(reconstructed - clean).square().flatten(1).mean(1).cpu(),
+        mse=mse,
+        psnr=-10.0 * mse.log10(),
+        network_evaluations=counter.evaluations,
+    )
+
+
+def picture_of(model: DiffusionModel, result: InversionResult) -> Image:
+    """One row an image: original, inverted noise (decoded as if it were a picture), reconstruction."""
+    image_module = require("PIL.Image", extra="train", purpose="drawing the inversion overview")
+    draw_module = require("PIL.ImageDraw", extra="train", purpose="drawing the inversion overview")
+    rows = list(zip(result.originals, model.decode_latents(result.latents), result.reconstructions, strict=True))
+    width, height = rows[0][0].size
+    scale = max(1, math.ceil(_TILE / min(width, height)))
+    width, height, margin, header = width * scale, height * scale, 8, 20
+    sheet = image_module.new(
+        "RGB", (3 * (width + margin) + margin, header + len(rows) * (height + margin) + margin), "white"
+    )
+    draw = draw_module.Draw(sheet)
+    for column, title in enumerate(_COLUMNS):
+        draw.text((margin + column * (width + margin), margin // 2), title, fill="black")
+        for line, row in enumerate(rows):
+            # Whole pixels stay whole: an 8x8 digit must not look smooth.
+            tile = row[column].convert("RGB").resize((width, height), image_module.Resampling.NEAREST)
+            sheet.paste(tile, (margin + column * (width + margin), header + margin + line * (height + margin)))
+    return sheet
+
+
+def run_invert(
+    family: str,
+    path: str | Path,
+    inputs: Sequence[str | Path],
+    *,
+    output: str | Path,
+    prompts: Sequence[str] | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    renoise_iterations: int = 0,
+    batch_size: int = 8,
+    max_images: int = 16,
+) -> dict[str, Any]:
+    """Invert image files, or the images of a pair set, and write what came out into the directory ``output``.
+
+    Written are ``latents.safetensors`` (``clean``, ``inverted``, ``reconstructed``), ``invert.png`` and
+    ``report.json``, whose content is returned. Images are resized to the model's resolution and cropped in the middle.
+
+    Args:
+        family, path: the model, as for :func:`fastinvdpo.models.load_model`.
+        inputs: image files, or a single parquet file or directory of shards; the first ``max_images`` are used.
+        prompts: one for all images or one each; without them captions of the pair set, or the empty prompt.
+
+    Raises:
+        InvalidInput: any argument that cannot be used; image files are read before the model is loaded.
+    """
+    _check_numbers(num_inference_steps, guidance_scale, renoise_iterations, batch_size)
+    if not _is_count(max_images):
+        raise invalid("max_images", max_images, "is not a positive whole number", "pass 16, say")
+    root = Path(output)
+    if root.exists() and not root.is_dir():
+        raise invalid("output", str(output), "is a file", "name a directory")
+    pair_set = _pair_set(inputs)
+    named = [] if pair_set else _open_files(inputs, max_images)
+    texts = None if prompts is None else check_prompts(prompts)
+    if texts is not None and not pair_set:
+        texts = _one_per_image(texts, len(named))
+    model = load_model(family, path)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    side = min(model.image_size)
+    captions = [""]
+    if pair_set:
+        named, captions = _of_pair_set(pair_set, side, max_images)
+    images = [transform(image, side, Decisions())[0] for _, image in named]
+    result = invert_images(
+        model,
+        images,
+        captions if texts is None else texts,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        renoise_iterations=renoise_iterations,
+        batch_size=batch_size,
+    )
+    report = {
+        "model": {"family": family, "path": str(path), "prediction_type": model.schedule.prediction_type},
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "renoise_iterations": renoise_iterations,
+        "network_evaluations": result.network_evaluations,
+        "mean": {"latent_mse": float(result.latent_mse.mean()), "mse": float(result.mse.mean())},
+        "images": _image_reports([name for name, _ in named], result),
+    }
+    _write(root, model, result, report)
+    return report
+
+
+class _CountingNetwork:
+    """The model's network as trajectories call it, counting the samples that pass."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model, self.evaluations = model, 0
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        self.evaluations += latents.shape[0]
+        return self.model.predict(self.model.network, latents, timesteps, conditioning)
+
+
+def _there_and_back(
+    network: _CountingNetwork, clean: Tensor, prompt: Prompt, settings: InversionSettings, num_inference_steps: int
+) -> tuple[Tensor, Tensor]:
+    """``(latents at the last level, latents after sampling from them)``.
+
+    The way back is the same plan reversed. There the network is asked at the level it leaves, which on the way up was
+    the level it went to: both directions use the same model times.
+    """
+    schedule = network.model.schedule
+    up = plan_grid(schedule, clean.shape[0], num_inference_steps)
+    columns = (up.target, up.source, up.noise_lower, up.noise_upper)
+    source, target, lower, upper = (levels.flip(1) for levels in columns)
+    down = InversionPlan(source, target, up.steps, lower, upper)
+    noise = invert(network, schedule, clean, up, prompt, settings)
+    return noise, invert(network, schedule, noise, down, prompt, InversionSettings(model_time="source"))
+
+
+def _prompt(model: DiffusionModel, texts: Sequence[str], guidance_scale: float) -> Prompt:
+    unconditional = None if guidance_scale == 1 else model.encode_prompts([""] * len(texts))
+    return Prompt(model.encode_prompts(texts), unconditional, guidance_scale)
+
+
+def _one_per_image(prompts: Sequence[str], count: int) -> list[str]:
+    texts = check_prompts(prompts)
+    if len(texts) not in (1, count):
+        raise invalid(
+            "prompts", texts, f"are {len(texts)} for {count} images", "pass one for each image, or a single one"
+        )
+    return texts * count if len(texts) == 1 else texts
+
+
+def _check_numbers(num_inference_steps: int, guidance_scale: float, renoise_iterations: int, batch_size: int) -> None:
+    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if not _is_count(value):
+            raise invalid(name, value, "is not a positive whole number", "pass 1 or more")
+    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale) or guidance_scale < 0:
+        raise invalid(
+            "guidance_scale", guidance_scale, "is not a finite number of at least 0", "pass 1 for no guidance"
+        )
+    if renoise_iterations != 0 and not _is_count(renoise_iterations):
+        raise invalid("renoise_iterations", renoise_iterations, "is not a whole number of at least 0", "pass 0 or 1")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _pixel_mse(first: Image, second: Image) -> Tensor:
+    pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in (first, second)]
+    return ((pixels[0].double() - pixels[1].double()) / 255.0).square().mean()
+
+
+def _open_files(inputs: Sequence[str | Path], max_images: int) -> list[tuple[str, Image]]:
+    """``[(name, picture)]`` of the first ``max_images`` files; every one of them must be an image."""
+    image_module = require("PIL.Image", extra="train", purpose="reading images")
+    pictures = []
+    for number, file in enumerate(inputs[:max_images]):
+        try:
+            with image_module.open(file) as opened:
+                opened.load()
+                pictures.append((str(file), opened.copy() if opened.mode == "L" else opened.convert("RGB")))
+        except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+            raise invalid(f"inputs[{number}]", str(file), f"is not a readable image ({error})", _INPUTS) from error
+    return pictures
+
+
+def _pair_set(inputs: Sequence[str | Path]) -> Path | None:
+    """The parquet file or directory named by ``inputs``, or ``None`` when they are image files."""
+    if isinstance(inputs, str | Path) or len(inputs) == 0:
+        raise invalid("inputs", inputs, "is not a list with at least one path", _INPUTS)
+    sets = [Path(path) for path in inputs if Path(path).suffix == ".parquet" or Path(path).is_dir()]
+    if sets and len(inputs) > 1:
+        raise invalid("inputs", [str(path) for path in inputs], "mixes a pair set with other paths", _INPUTS)
+    if sets:
+        parquet_files(sets[0])
+    return sets[0] if sets else None
+
+
+def _of_pair_set(path: Path, side: int, max_images: int) -> tuple[list[tuple[str, Image]], list[str]]:
+    """``([(name, picture)], captions)``: winner and loser of the first pairs."""
+    dataset = PairDataset(path, resolution=side)
+    named: list[tuple[str, Image]] = []
+    captions: list[str] = []
+    for i in range(min(len(dataset), math.ceil(max_images / 2))):
+        pair = dataset[i]
+        named += [(f"row {pair.row}, winner", pair.winner), (f"row {pair.row}, loser", pair.loser)]
+        captions += [pair.caption] * 2
+    return named[:max_images], captions[:max_images]
+
+
+def _image_reports(names: Sequence[str], result: InversionResult) -> list[dict[str, Any]]:
+    columns = (result.latent_mse.tolist(), result.mse.tolist(), result.psnr.tolist())
+    return [
+        # JSON has no infinity: a picture that came back unchanged has no PSNR.
+        {"image": name, "prompt": text, "latent_mse": latent, "mse": mse, "psnr": psnr if math.isfinite(psnr) else None}
+        for name, text, latent, mse, psnr in zip(names, result.prompts, *columns, strict=True)
+    ]
+
+
+def _write(root: Path, model: DiffusionModel, result: InversionResult, report: dict[str, Any]) -> None:
+    safetensors = require("safetensors.torch", extra="train", purpose="writing latents")
+    root.mkdir(parents=True, exist_ok=True)
+    latents = {
+        "clean": result.clean_latents,
+        "inverted": result.latents,
+        "reconstructed": result.reconstructed_latents,
+    }
+    stored = {name: tensor.cpu().contiguous() for name, tensor in latents.items()}
+    safetensors.save_file(stored, root / "latents.safetensors")
+    picture_of(model, result).save(root / "invert.png")
+    (root / "report.json").write_text(json.dumps(report, indent=2) + "\n")
