@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 when training met a loss that is not finite.
+    """Run a command. Returns 0; 2 for a mistake of the user's; 1 when training met a loss that is not finite.
 
     Args:
         argv: arguments without the program's name; those of the process when None.
@@ -45,7 +46,15 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning without the place in the source that raised it, which says nothing to a user of the command."""
     print(f"warning: {message}", file=sys.stderr)
 
 

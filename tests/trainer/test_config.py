@@ -1,4 +1,4 @@
-"""Configuration: every mistake is an InvalidInput that names key, value and remedy; presets hold the published numbers."""
+"""Configuration: every mistake is an error naming key, value and remedy; presets hold the published numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"training.learning_rate": 1e-4},
         r"training\.learning_rate = 0\.0001.*did you mean optimizer\.learning_rate\?",
     ),
-    "unknown key without a neighbour": ("diffusion-dpo", {"output.zzz": 1}, r"output\.zzz = 1.*known keys here: directory"),
+    "unknown key without a neighbour": (
+        "diffusion-dpo",
+        {"output.zzz": 1},
+        r"output\.zzz = 1.*known keys here: directory",
+    ),
     "unknown lora key": ("diffusion-dpo", {"model.lora": {"rnk": 4}}, r"model\.lora\.rnk = 4.*model\.lora\.rank"),
     "option of another method": ("diffusion-dpo", {"method.eta": 0.1}, r"method\.eta = 0\.1: is an option of another"),
     "misspelt option": ("inpo", {"method.betta": 1.0}, r"method\.betta = 1\.0.*did you mean method\.beta\?"),
@@ -42,7 +46,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "nan learning rate": ("inpo", {"optimizer.learning_rate": float("nan")}, r"optimizer\.learning_rate = nan"),
     "ema decay of one": ("inpo", {"training.ema_decay": 1.0}, r"training\.ema_decay = 1\.0: .*less than 1"),
     "negative seed": ("inpo", {"training.seed": -1}, r"training\.seed = -1"),
-    "unknown precision": ("inpo", {"training.mixed_precision": "fp8"}, r"mixed_precision = 'fp8'.*'no', 'bf16' or 'fp16'"),
+    "unknown precision": (
+        "inpo",
+        {"training.mixed_precision": "fp8"},
+        r"mixed_precision = 'fp8'.*'no', 'bf16' or 'fp16'",
+    ),
     "unknown utility": ("inpo", {"method.utility": "sigmod"}, r"method\.utility = 'sigmod'.*'sigmoid'"),
     "unknown family": ("inpo", {"model.family": "sd"}, r"model\.family = 'sd'.*'stable-diffusion'"),
     "unknown scheduler": ("inpo", {"optimizer.lr_scheduler": "cos"}, r"lr_scheduler = 'cos'.*'cosine'"),
@@ -50,7 +58,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "eta above one": ("inpo", {"method.eta": 2.0}, r"method\.eta = 2\.0"),
     "rank zero": ("inpo", {"model.lora": {"rank": 0}}, r"model\.lora\.rank = 0"),
     "no lora targets": ("inpo", {"model.lora": {"target_modules": []}}, r"model\.lora\.target_modules = \[\]"),
-    "warm-up longer than the run": ("inpo", {"optimizer.warmup_steps": 7}, r"warmup_steps = 7: exceeds training\.steps = 6"),
+    "warm-up longer than the run": (
+        "inpo",
+        {"optimizer.warmup_steps": 7},
+        r"warmup_steps = 7: exceeds training\.steps = 6",
+    ),
     "warm-up of a constant rate": (
         "inpo",
         {"optimizer.lr_scheduler": "constant"},
@@ -59,8 +71,16 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "smoothing without its utility": ("inpo", {"method.label_smoothing": 0.1}, r"label_smoothing = 0\.1: .*'sigmoid'"),
     "cdpo without smoothing": ("inpo", {"method.utility": "cdpo"}, r"label_smoothing = 0\.0: .*same as sigmoid"),
     "fp16 on a CPU": ("inpo", {"training.mixed_precision": "fp16"}, r"mixed_precision = 'fp16': needs a GPU"),
-    "8-bit optimiser on a CPU": ("inpo", {"optimizer.name": "adamw8bit"}, r"optimizer\.name = 'adamw8bit': needs a GPU"),
-    "cache with another method": ("inpo", {"training.cache_trajectories": True}, r"cache_trajectories = True: .*'inpo'"),
+    "8-bit optimiser on a CPU": (
+        "inpo",
+        {"optimizer.name": "adamw8bit"},
+        r"optimizer\.name = 'adamw8bit': needs a GPU",
+    ),
+    "cache with another method": (
+        "inpo",
+        {"training.cache_trajectories": True},
+        r"cache_trajectories = True: .*'inpo'",
+    ),
     "cache with flips": (
         "inversion-dpo",
         {"training.cache_trajectories": True, "data.random_flip": True},

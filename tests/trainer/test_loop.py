@@ -103,7 +103,10 @@ def test_scale_lr_multiplies_by_the_pairs_per_step(workspace: Path) -> None:
 
 def test_warm_up(workspace: Path) -> None:
     config = tiny.config(
-        workspace, training={"steps": 6}, optimizer={"learning_rate": 1.0e-4, "warmup_steps": 4}, output={"log_every": 1}
+        workspace,
+        training={"steps": 6},
+        optimizer={"learning_rate": 1.0e-4, "warmup_steps": 4},
+        output={"log_every": 1},
     )
     rates = [row["learning_rate"] for row in train(config, progress=False).history]
     assert rates == pytest.approx([0.0, 0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4])
@@ -122,7 +125,9 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(workspace: Path) -> 
         result = train(config, progress=False)
         norms.append(result.history[0]["gradient_norm"])
         start = tiny.unet().state_dict()
-        moved = math.sqrt(sum(float((value - start[key] * 0.99).square().sum()) for key, value in _weights(result).items()))
+        moved = math.sqrt(
+            sum(float((value - start[key] * 0.99).square().sum()) for key, value in _weights(result).items())
+        )
         # Adam with epsilon far above the gradient moves by lr·g, after weight decay by one per cent.
         assert (moved < 2e-3) == (limit is not None)
     assert norms[0] == pytest.approx(norms[1])

@@ -127,9 +127,7 @@ def test_bad_lora_targets(model: DigitsModel, targets: list[str], message: str) 
 
 
 @pytest.mark.parametrize("targets", [None, ["to_q", "conv1", "proj_in"]], ids=["attention", "convolutions"])
-def test_merged_copy_predicts_what_the_adapter_does(
-    model: DigitsModel, inputs: Any, targets: list[str] | None
-) -> None:
+def test_merged_copy_predicts_what_the_adapter_does(model: DigitsModel, inputs: Any, targets: list[str] | None) -> None:
     networks = Networks(model, lora=LORA.model_copy(update={"target_modules": targets}), gradient_checkpointing=False)
     _shake(networks.policy_module)
     before = {name: value.clone() for name, value in networks.policy_module.state_dict().items()}

@@ -70,7 +70,9 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path, lora: dict[str
     assert not (workspace / "killed" / "model").exists()
     assert _train_elsewhere([run("killed"), run("whole")]) == 0
 
-    killed, whole = (load_checkpoint(workspace / name / "checkpoints" / "step-00000006") for name in ("killed", "whole"))
+    killed, whole = (
+        load_checkpoint(workspace / name / "checkpoints" / "step-00000006") for name in ("killed", "whole")
+    )
     before = load_checkpoint(workspace / "killed" / "checkpoints" / "step-00000004")
     assert killed.ema is not None
     assert whole.ema is not None
@@ -78,7 +80,9 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path, lora: dict[str
     _assert_same(killed.ema, whole.ema)
     _assert_same(killed.state, whole.state)
     assert any(not torch.equal(before.trainable[name], value) for name, value in whole.trainable.items())
-    files = ["model/unet/diffusion_pytorch_model.safetensors"] + ["adapter/adapter_model.safetensors"] * (lora is not None)
+    files = ["model/unet/diffusion_pytorch_model.safetensors"] + ["adapter/adapter_model.safetensors"] * (
+        lora is not None
+    )
     for file in files:
         _assert_same(load_file(workspace / "killed" / file), load_file(workspace / "whole" / file))
     assert _history(workspace / "killed") == _history(workspace / "whole")
@@ -193,7 +197,7 @@ def test_only_damaged_checkpoints_are_an_error(workspace: Path) -> None:
     (workspace / "run" / "checkpoints" / "step-00000002" / "meta.json").unlink()
     with (
         pytest.warns(UserWarning, match=r"meta\.json cannot be read"),
-        pytest.raises(InvalidInput, match="all 1 checkpoints in .* are damaged"),
+        pytest.raises(InvalidInput, match=r"all 1 checkpoints in .* are damaged"),
     ):
         train(config, progress=False)
 
