@@ -58,6 +58,9 @@ def load_pipeline(
     diffusers = require("diffusers", extra="train", purpose="loading a Stable Diffusion model")
     require("transformers", extra="train", purpose="loading a Stable Diffusion model")
     source = location("model.path", path)
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        remedy = f"{_NOT_FOUND}; a model of the demo is of the family digits"
+        raise invalid("model.path", source, "holds no model_index.json", remedy)
     with _readable_errors("model.path", source):
         index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     name = index.get("_class_name")

@@ -173,7 +173,7 @@ class StableDiffusionModel(DiffusionModel):
         config = self.pipeline.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
-            shift, spread = (torch.tensor(v, device=self.device).reshape(1, -1, 1, 1) for v in (mean, std))
+            shift, spread = (torch.tensor(v, device=self.pipeline.vae.device).reshape(1, -1, 1, 1) for v in (mean, std))
             return shift, config["scaling_factor"] / spread
         return config.get("shift_factor") or 0.0, config["scaling_factor"]
 

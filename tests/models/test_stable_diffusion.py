@@ -251,7 +251,7 @@ def test_paths_that_cannot_be_loaded(directories: dict[str, Path], tmp_path: Pat
     cases = {
         tmp_path / "missing": "does not exist",
         tmp_path / "model.safetensors": "is a single file",
-        tmp_path / "empty": "cannot be loaded",
+        tmp_path / "empty": "holds no model_index.json",
         tmp_path / "other": "is a FluxPipeline",
         "nobody/no-such-model": "cannot be loaded",
     }
