@@ -1,0 +1,145 @@
+"""Directories that are there completely or not at all, checkpoints that are kept or deleted, order of the draws."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastinvdpo.trainer.atomic import atomic_directory, atomic_file, clean_leftovers
+from fastinvdpo.trainer.checkpoint import (
+    Checkpoint,
+    check_versions,
+    complete_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    versions,
+)
+from fastinvdpo.trainer.draws import DrawOrder, drops_caption
+from fastinvdpo.trainer.random_state import random_state, set_random_state
+from fastinvdpo.trainer.reporting import read_history
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    with pytest.raises(RuntimeError), atomic_directory(target) as temporary:
+        (temporary / "half").write_text("")
+        assert not target.exists()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("first", "second"):
+        with atomic_directory(target) as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "file").write_text(content)
+        assert (target / "sub" / "file").read_text() == content
+        assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_keeps_its_old_content_after_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_leftovers_of_a_killed_process_are_cleaned(tmp_path: Path) -> None:
+    (tmp_path / ".writing-step-00000002").mkdir()
+    (tmp_path / ".discarded-step-00000001").mkdir()
+    (tmp_path / ".writing-history.jsonl").write_text("")
+    (tmp_path / "step-00000001").mkdir()
+    clean_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def _checkpoint(value: float, ema: bool = False) -> Checkpoint:
+    weights = {"weight": torch.full((2, 3), value, dtype=torch.bfloat16)}
+    return Checkpoint(weights, weights if ema else None, {"random": [random_state()]}, {"config": {}, "run": {}})
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 10, 100):
+        save_checkpoint(tmp_path, step, _checkpoint(step), keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000010", "step-00000100"]
+    assert find_checkpoint("auto", tmp_path) == tmp_path / "step-00000100"
+    assert find_checkpoint("auto", tmp_path / "other") is None
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_checkpoint_reads_back_as_it_was(tmp_path: Path, ema: bool) -> None:
+    stored = load_checkpoint(save_checkpoint(tmp_path, 3, _checkpoint(0.5, ema), keep=1))
+    assert stored.meta["step"] == 3
+    assert stored.meta["versions"] == versions()
+    assert stored.trainable["weight"].dtype == torch.bfloat16
+    assert torch.equal(stored.trainable["weight"], torch.full((2, 3), 0.5, dtype=torch.bfloat16))
+    assert (stored.ema is not None) == ema
+
+
+def test_changed_libraries_are_told(tmp_path: Path) -> None:
+    meta = load_checkpoint(save_checkpoint(tmp_path, 3, _checkpoint(0.5), keep=1)).meta
+    told: list[str] = []
+    check_versions(meta, told.append)
+    assert told == []
+    check_versions({**meta, "versions": {**meta["versions"], "torch": "1.0"}}, told.append)
+    assert len(told) == 1
+    assert f"torch 1.0 → {versions()['torch']}" in told[0]
+
+
+def test_random_generators_continue_where_they_were(tmp_path: Path) -> None:
+    import random
+
+    def draw() -> list[Any]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
+
+    random.gauss(0, 1)  # leaves a second number in store
+    np.random.randn()
+    state = load_checkpoint(save_checkpoint(tmp_path, 1, _checkpoint(0.0), keep=1)).state["random"][0]
+    expected = draw()
+    assert draw() != expected
+    set_random_state(state)
+    assert draw() == expected
+
+
+def test_a_history_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_history(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert read_history(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "processes"), [(12, 1, 1), (3, 4, 1), (2, 2, 3), (1, 3, 4)])
+def test_a_step_has_the_same_draws_however_they_are_dealt(batch: int, accumulation: int, processes: int) -> None:
+    for step in (0, 1, 7):
+        draws = [
+            draw
+            for rank in range(processes)
+            for micro in range(accumulation)
+            for draw in DrawOrder(10, 0, batch, accumulation, processes, rank).micro_batch(step, micro)
+        ]
+        assert sorted(draws) == list(range(12 * step, 12 * step + 12))
+
+
+def test_every_epoch_has_every_pair_once_in_another_order() -> None:
+    order = DrawOrder(pairs=50, seed=3, batch_size=4, accumulation=1)
+    epochs = [[order.pair_index(draw) for draw in range(50 * epoch, 50 * epoch + 50)] for epoch in range(3)]
+    for epoch in epochs:
+        assert Counter(epoch) == Counter(range(50))
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = DrawOrder(pairs=50, seed=3, batch_size=25, accumulation=2)
+    assert [again.pair_index(draw) for draw in range(50)] == epochs[0]
+    other = DrawOrder(pairs=50, seed=4, batch_size=4, accumulation=1)
+    assert [other.pair_index(draw) for draw in range(50)] != epochs[0]
+
+
+def test_caption_dropout_has_its_rate_and_depends_on_seed_and_draw_alone() -> None:
+    dropped = [drops_caption(0, draw, 0.3) for draw in range(4000)]
+    assert abs(np.mean(dropped) - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 4000)
+    assert dropped == [drops_caption(0, draw, 0.3) for draw in range(4000)]
+    assert dropped != [drops_caption(1, draw, 0.3) for draw in range(4000)]
+    assert not any(drops_caption(0, draw, 0.0) for draw in range(100))

@@ -1,0 +1,164 @@
+"""A loss that is not finite stops the run, is traced to its pair and timestep, and leaves the last good checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from torch import Tensor
+
+from fastinvdpo.data import PairDataset
+from fastinvdpo.errors import NonFiniteLoss
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.ops import philox
+from fastinvdpo.trainer import train_model
+from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from fastinvdpo.trainer.draws import DrawOrder, permutation
+from fastinvdpo.trainer.networks import Networks
+from tests.trainer import tiny
+
+# The pair of draw 5, so that two good steps of two pairs come before it.
+BAD_DRAW, BAD_STEP, SEED = 5, 3, 0
+BAD_ROW = int(permutation(SEED, 0, 10)[BAD_DRAW])
+
+
+class Broken(DigitsModel):
+    """A model that cannot cope with the pair in ``BAD_ROW``: its latents, or one network's prediction, are NaN."""
+
+    broken_stage = "policy prediction"
+    marker: Tensor
+
+    def encode_images(self, images: Sequence[Any]) -> Tensor:
+        latents = super().encode_images(images)
+        if self.broken_stage == "latents":
+            same = (latents == self.marker).flatten(1).all(1)
+            latents[same, 0, 3, 3] = float("nan")
+        return latents
+
+    def encode_prompts(self, prompts: Sequence[str], **geometry: Any) -> dict[str, Tensor]:
+        encoded = super().encode_prompts(prompts, **geometry)
+        # Carry the caption through the network, which alone knows which pair a sample belongs to.
+        encoded["bad"] = torch.tensor([prompt == "bad" for prompt in prompts])
+        return encoded
+
+    def predict(self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        prediction = super().predict(network, latents, timesteps, conditioning)
+        of_policy = next(network.parameters()).requires_grad
+        if self.broken_stage == ("policy prediction" if of_policy else "reference prediction"):
+            prediction = torch.where(conditioning["bad"].view(-1, 1, 1, 1), float("nan"), prediction)
+        return prediction
+
+
+@pytest.fixture
+def broken(workspace: Path) -> tuple[Broken, PairDataset]:
+    path = workspace / "pairs.parquet"
+    table = pyarrow.parquet.read_table(path)
+    captions = table.column("caption").to_pylist()
+    captions[BAD_ROW] = "bad"
+    index = table.schema.get_field_index("caption")
+    pyarrow.parquet.write_table(table.set_column(index, "caption", [captions]), path)
+    model, dataset = Broken.load(workspace / "model"), PairDataset(path)
+    assert isinstance(model, Broken)
+    model.marker = DigitsModel.encode_images(model, [dataset[BAD_ROW].winner])[0]
+    return model, dataset
+
+
+@pytest.mark.parametrize("stage", ["policy prediction", "reference prediction", "latents"])
+def test_the_message_names_pair_timestep_and_origin(
+    workspace: Path, broken: tuple[Broken, PairDataset], stage: str
+) -> None:
+    model, dataset = broken
+    model.broken_stage = stage
+    timestep = int(philox.integers(SEED, 0, torch.tensor([BAD_DRAW]), 1000))
+    config = tiny.config(workspace, output={"log_every": 100, "checkpoint_every": 100})
+    with pytest.raises(NonFiniteLoss) as caught:
+        train_model(config, model, dataset, progress=False)
+    message = str(caught.value)
+    pair = f"pair in data row {BAD_ROW} (draw {BAD_DRAW}), timestep {timestep}, first in the {stage} of the winner."
+    assert message.startswith(f"The loss of step {BAD_STEP} is not finite: {pair}")
+    assert "No checkpoint was due yet. Remedy:" in message
+    assert not (workspace / "run" / "model").exists()
+
+
+def test_one_bad_timestep_of_many_is_named(
+    workspace: Path, broken: tuple[Broken, PairDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, dataset = broken
+    model.broken_stage = "none"
+    plain: Callable[..., Tensor] = Broken.predict
+
+    def predict(self: Any, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        prediction = plain(self, network, latents, timesteps, conditioning)
+        bad = conditioning["bad"] & (timesteps == 334) & next(network.parameters()).requires_grad
+        return torch.where(bad.view(-1, 1, 1, 1), float("inf"), prediction)
+
+    monkeypatch.setattr(Broken, "predict", predict)
+    config = tiny.config(workspace, "inversion-dpo", method={"guidance_scale": 1.0})
+    with pytest.raises(NonFiniteLoss, match=rf"data row {BAD_ROW} .*timestep 334, first in the policy prediction"):
+        train_model(config, model, dataset, progress=False)
+
+
+def test_the_last_good_checkpoint_stays_and_no_bad_update_is_made(
+    workspace: Path, broken: tuple[Broken, PairDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final: dict[str, Any] = {}
+    collect = Networks.trainable
+
+    def remember(self: Networks) -> dict[str, Any]:
+        final["networks"] = self
+        return collect(self)
+
+    monkeypatch.setattr(Networks, "trainable", remember)
+    changes: dict[str, Any] = {"optimizer": {"warmup_steps": 0}, "training": {"steps": 20}}
+    # Looked at only at the checkpoint after step 20, when many steps have followed the bad one.
+    config = tiny.config(workspace, output={"log_every": 100, "checkpoint_every": BAD_STEP - 1}, **changes)
+    late = tiny.config(
+        workspace, output={"log_every": 100, "checkpoint_every": 100, "directory": str(workspace / "late")}, **changes
+    )
+    with pytest.raises(NonFiniteLoss, match=rf"The last good checkpoint is .*step-{BAD_STEP - 1:08d}\."):
+        train_model(config, *broken, progress=False)
+    (checkpoint,) = complete_checkpoints(workspace / "run" / "checkpoints")
+    good = load_checkpoint(checkpoint).trainable
+    assert all(torch.isfinite(value).all() for value in good.values())
+    with pytest.raises(NonFiniteLoss, match=f"The loss of step {BAD_STEP} is not finite"):
+        train_model(late, Broken.load(workspace / "model"), broken[1], progress=False)
+    held = {name: parameter.detach() for name, parameter in collect(final["networks"]).items()}
+    for name, value in good.items():
+        assert torch.equal(held[name], value)
+
+
+def test_a_gradient_that_is_not_finite_is_told_apart(
+    workspace: Path, broken: tuple[Broken, PairDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, dataset = broken
+    model.broken_stage = "none"
+
+    class FiniteWithBadGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradient: Tensor) -> Tensor:
+            return gradient[0] * float("inf")
+
+    plain: Callable[..., Tensor] = Broken.predict
+
+    def predict(self: Any, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        prediction = plain(self, network, latents, timesteps, conditioning)
+        if prediction.requires_grad and bool(conditioning["bad"].any()):
+            return FiniteWithBadGradient.apply(prediction)  # type: ignore[no-untyped-call, no-any-return]
+        return prediction
+
+    monkeypatch.setattr(Broken, "predict", predict)
+    order = DrawOrder(pairs=10, seed=0, batch_size=2, accumulation=1)
+    rows = ", ".join(str(order.pair_index(draw)) for draw in order.micro_batch(BAD_STEP - 1, 0))
+    expected = (
+        rf"The gradient of step {BAD_STEP} is not finite although its loss is; its pairs are in data rows {rows}\."
+    )
+    with pytest.raises(NonFiniteLoss, match=expected):
+        train_model(tiny.config(workspace), model, dataset, progress=False)
