@@ -1,1 +1,5 @@
 """Judging a model: deterministic sampling, inversion, statistics, reports."""
+
+from fastinvdpo._extras import require
+
+require("numpy", extra="train", purpose="evaluation")
