@@ -134,10 +134,13 @@ def check_same_run(meta: Mapping[str, Any], config: Mapping[str, Any], run: Mapp
     """
     before, now = _flat(meta["config"]), _flat(config)
     missing = object()
+    # A rate that falls towards the last step would have been another one from the start.
+    constant = str(now.get("optimizer.lr_scheduler", "constant")).startswith("constant")
+    free = _FREE if constant else tuple(key for key in _FREE if key != "training.steps")
     different = [
         f"{key} ({_shown(before.get(key, missing), missing)} there, {_shown(now.get(key, missing), missing)} here)"
         for key in sorted({*before, *now})
-        if not key.startswith(_FREE) and before.get(key, missing) != now.get(key, missing)
+        if not key.startswith(free) and before.get(key, missing) != now.get(key, missing)
     ]
     for key, value in run.items():
         if meta["run"].get(key) != value:

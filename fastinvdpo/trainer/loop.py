@@ -109,12 +109,8 @@ def check_dataset(config: TrainConfig, dataset: Pairs) -> None:
 def train_model(
     config: TrainConfig, model: DiffusionModel, dataset: Pairs, *, resume: str | Path = "auto", progress: bool = True
 ) -> TrainResult:
-    """As :func:`train`, with a model and a data set that are already there. The model's network is trained in place."""
-    run = _Run(config, model, dataset, resume, progress)
-    try:
-        return run.run()
-    finally:
-        run.close()
+    """As :func:`train`, with model and data set at hand. The model's network is trained in place."""
+    return _Run(config, model, dataset, resume, progress).run()
 
 
 class _Run:
@@ -127,35 +123,20 @@ class _Run:
         self.config, self.model = config, model
         self.directory = Path(config.output.directory)
         self.checkpoints = self.directory / "checkpoints"
-        training = config.training
         check_dataset(config, dataset)
         found = find_checkpoint(resume, self.checkpoints)
-        self.accelerator = _accelerator(training.mixed_precision, training.seed)
-        self.order = DrawOrder(
-            len(dataset),
-            training.seed,
-            training.batch_size,
-            training.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
+        self.accelerator = _accelerator(config.training.mixed_precision, config.training.seed)
+        self.order = self._deal(len(dataset))
         self._identity = {"effective batch": self.order.effective_batch, "pairs in the data set": len(dataset)}
-        # Refuse another run's checkpoint before anything is computed.
-        stored = None if found is None else load_checkpoint(found)
-        if stored is not None:
-            check_same_run(stored.meta, config.as_dict(), self._identity)
+        # Another run's checkpoint is refused before anything is computed or written.
+        self._stored = self._load(found)
         self._last_checkpoint = found
-        self.first_step = 0 if stored is None else int(stored.meta["step"])
-        self._seconds_before = 0.0 if stored is None else float(stored.meta["seconds"])
-        self._evaluations_before: dict[str, int] = {} if stored is None else stored.meta["network_evaluations"]
-        method = config.method
-        self.objective = build_objective(method.name, model.schedule, **method.objective_options())
-        guidance = method.guidance_scale if method.name == "inversion-dpo" else 1.0
+        self.objective = build_objective(config.method.name, model.schedule, **config.method.objective_options())
         self._prepare_directory()
         self.reporter = Reporter(
             self.directory,
             first_step=self.first_step,
-            total_steps=training.steps,
+            total_steps=config.training.steps,
             tensorboard=config.output.tensorboard,
             progress=progress and self.accelerator.is_local_main_process,
             active=self.accelerator.is_main_process,
@@ -165,20 +146,58 @@ class _Run:
             model,
             dataset,
             self.order,
-            with_unconditional=guidance != 1,
+            with_unconditional=isinstance(self.objective, InversionDPO) and self.objective.guidance_scale != 1,
             caption_dropout=config.data.caption_dropout,
             cache_gib=config.data.cache_gib,
-            num_workers=training.num_workers,
+            num_workers=config.training.num_workers,
         )
-        weights = tensors_digest(model.network.state_dict()) if training.cache_trajectories else ""
-        self.state = self._build_state()
-        if training.cache_trajectories:
-            self._cache_trajectories(weights)
-        if stored is not None:
-            self._restore(stored)
 
     def run(self) -> TrainResult:
         """Train from the first step that is missing, and write the model."""
+        try:
+            self.reporter.start()
+            self._set_up()
+            self._train()
+            return self._finish()
+        finally:
+            self.builder.close()
+            self.reporter.close()
+
+    def _deal(self, pairs: int) -> DrawOrder:
+        training, accelerator = self.config.training, self.accelerator
+        return DrawOrder(
+            pairs,
+            training.seed,
+            training.batch_size,
+            training.gradient_accumulation_steps,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+
+    def _load(self, path: Path | None) -> Checkpoint | None:
+        """The checkpoint to continue from, and what the run had done until then."""
+        self.first_step, self._seconds_before = 0, 0.0
+        self._evaluations_before: dict[str, int] = {}
+        if path is None:
+            return None
+        stored = load_checkpoint(path)
+        check_same_run(stored.meta, self.config.as_dict(), self._identity)
+        self.first_step, self._seconds_before = stored.meta["step"], stored.meta["seconds"]
+        self._evaluations_before = stored.meta["network_evaluations"]
+        return stored
+
+    def _set_up(self) -> None:
+        """Build what training changes, invert the data if asked to, and continue from the checkpoint."""
+        caching = self.config.training.cache_trajectories
+        base_weights = tensors_digest(self.model.network.state_dict()) if caching else ""
+        self.state = self._build_state()
+        if caching:
+            self._cache_trajectories(base_weights)
+        if self._stored is not None:
+            self._restore(self._stored)
+            self._stored = None  # its weights need not stay in memory
+
+    def _train(self) -> None:
         config, training = self.config, self.config.training
         requests = (
             self.order.micro_batch(step, micro)
@@ -203,12 +222,6 @@ class _Run:
                 self._log(step)
             if last or step % config.output.checkpoint_every == 0:
                 self._save(step)
-        return self._finish()
-
-    def close(self) -> None:
-        """Stop threads, files and the progress bar, after an error as well."""
-        self.builder.close()
-        self.reporter.close()
 
     def _prepare_directory(self) -> None:
         if self.accelerator.is_main_process:

@@ -44,8 +44,8 @@ class FiniteGuard:
         self._raise(_GRADIENT, ~torch.isfinite(norm), torch.full_like(self._draw, first_draw))
 
     def poison(self, loss: Tensor) -> Tensor:
-        """The loss, or NaN while the flag is up."""
-        return torch.where(self.found > 0, torch.full_like(loss, torch.nan), loss)
+        """The loss; while the flag is up NaN, with a gradient of NaN (a selection would have a gradient of zero)."""
+        return loss * torch.where(self.found > 0, torch.nan, 1.0)
 
     def raised(self) -> tuple[str, int] | None:
         """Ask the device: None, or ("loss" or "gradient", first bad draw)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.trainer.atomic import atomic_file
 
 HISTORY = "history.jsonl"
+_LOGGER = logging.getLogger("fastinvdpo.trainer")
 
 
 class Reporter:
@@ -47,7 +49,12 @@ class Reporter:
             module = require("torch.utils.tensorboard", extra="train", purpose="output.tensorboard")
             self._writer = module.SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         if progress:
-            self._start_bar(first_step, total_steps)
+            self._build_bar(first_step, total_steps)
+
+    def start(self) -> None:
+        """Show the bar."""
+        if self._bar is not None:
+            self._bar.start()
 
     def step(self) -> None:
         """One more step is done."""
@@ -72,9 +79,11 @@ class Reporter:
             )
 
     def say(self, message: str) -> None:
-        """Show a line above the bar, if there is one to show it to."""
+        """Show a line above the bar, or where there is none, log it."""
         if self._bar is not None:
             self._bar.console.print(message, highlight=False)
+        elif self._active:
+            _LOGGER.info(message)
 
     def close(self) -> None:
         """Finish the files and the bar; the run may have failed."""
@@ -83,7 +92,7 @@ class Reporter:
         if self._writer is not None:
             self._writer.close()
 
-    def _start_bar(self, first_step: int, total_steps: int) -> None:
+    def _build_bar(self, first_step: int, total_steps: int) -> None:
         rich_progress = require("rich.progress", extra="train", purpose="the progress bar")
         console = require("rich.console", extra="train", purpose="the progress bar").Console(stderr=True)
         self._bar = rich_progress.Progress(
@@ -98,7 +107,6 @@ class Reporter:
         )
         nan = float("nan")
         self._task = self._bar.add_task("", total=total_steps, completed=first_step, loss=nan, accuracy=nan, speed=nan)
-        self._bar.start()
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:

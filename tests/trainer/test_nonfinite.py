@@ -19,6 +19,7 @@ from fastinvdpo.trainer import train_model
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.draws import DrawOrder, permutation
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.nonfinite import FiniteGuard
 from tests.trainer import tiny
 
 # The pair of draw 5, so that two good steps of two pairs come before it.
@@ -102,9 +103,12 @@ def test_one_bad_timestep_of_many_is_named(
         train_model(config, model, dataset, progress=False)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 def test_the_last_good_checkpoint_stays_and_no_bad_update_is_made(
-    workspace: Path, broken: tuple[Broken, PairDataset], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, broken: tuple[Broken, PairDataset], monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, **options: adamw(*given, **{**options, "fused": fused}))
     final: dict[str, Any] = {}
     collect = Networks.trainable
 
@@ -162,3 +166,17 @@ def test_a_gradient_that_is_not_finite_is_told_apart(
     )
     with pytest.raises(NonFiniteLoss, match=expected):
         train_model(tiny.config(workspace), model, dataset, progress=False)
+
+
+def test_fp16_is_held_back_through_the_loss() -> None:
+    """The gradient scaler skips a step whose gradient is not finite; from the first bad pair on, every gradient is."""
+    guard = FiniteGuard(torch.device("cpu"))
+    weight = torch.ones((), requires_grad=True)
+    guard.poison(weight * 2).backward()
+    assert weight.grad == 2
+    guard.watch_gradient(torch.tensor(float("inf")), first_draw=4)
+    guard.watch_gradient(torch.tensor(1.0), first_draw=8)
+    assert guard.raised() == ("gradient", 4)
+    weight.grad = None
+    guard.poison(weight * 2).backward()
+    assert not torch.isfinite(weight.grad)

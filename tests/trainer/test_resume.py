@@ -163,6 +163,13 @@ def test_another_configuration_is_refused_by_name(workspace: Path) -> None:
     assert "training.batch_size" not in message
 
 
+def test_the_length_of_a_falling_rate_is_part_of_the_run(workspace: Path) -> None:
+    falling = {"lr_scheduler": "cosine"}
+    train(tiny.config(workspace, training={"steps": 2}, optimizer=falling), progress=False)
+    with pytest.raises(InvalidInput, match=r"different are training\.steps \(2 there, 4 here\)\. Remedy"):
+        train(tiny.config(workspace, training={"steps": 4}, optimizer=falling), progress=False)
+
+
 def test_another_data_set_is_refused(workspace: Path) -> None:
     train(tiny.config(workspace, training={"steps": 2}), progress=False)
     tiny.write_data(workspace / "pairs.parquet", pairs=12)

@@ -1,0 +1,73 @@
+"""Two processes that share a step compute what one process does, and either continues the other's run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fastinvdpo.trainer import TrainConfig, TrainResult, train
+from tests.trainer import tiny
+
+SCRIPT = """
+import json, sys
+from fastinvdpo.trainer import TrainConfig, train
+train(TrainConfig.from_mapping(json.loads(sys.argv[1])), progress=False)
+"""
+
+
+def _train_in_two_processes(run: dict[str, Any]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+        environment = {**os.environ, **shared, **own}
+        command = [sys.executable, "-c", SCRIPT, json.dumps(run)]
+        processes.append(subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2]))
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+
+
+def _weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_two_processes_equal_one(workspace: Path) -> None:
+    def run(name: str, steps: int, batch: int) -> dict[str, Any]:
+        return tiny.mapping(
+            workspace,
+            "inversion-dpo",
+            model={"lora": {"rank": 2}},
+            training={
+                "steps": steps,
+                "batch_size": batch,
+                "gradient_accumulation_steps": 2,
+                "cache_trajectories": True,
+            },
+            # Far from Adam's sign-like first steps, so that the order of a sum over processes stays rounding.
+            optimizer={"epsilon": 1.0, "learning_rate": 0.1, "warmup_steps": 1, "max_grad_norm": None},
+            output={"directory": str(workspace / name), "log_every": 1},
+        )
+
+    alone = train(TrainConfig.from_mapping(run("alone", 4, 2)), progress=False)
+    _train_in_two_processes(run("together", 2, 1))
+    together = train(TrainConfig.from_mapping(run("together", 4, 2)), progress=False)
+    # Each row holds the metrics of all processes, and the evaluations of both count.
+    keys = ("step", "loss", "margin", "policy_mse_winner", "gradient_norm", "network_evaluations_with_gradient")
+    for row, expected in zip(together.history, alone.history, strict=True):
+        one, other = (torch.tensor([values[key] for key in keys], dtype=torch.float64) for values in (row, expected))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert together.network_evaluations == alone.network_evaluations
+    start = tiny.unet().state_dict()
+    moved = max(float((value - start[name]).abs().max()) for name, value in _weights(alone).items())
+    for name, value in _weights(together).items():
+        torch.testing.assert_close(value, _weights(alone)[name], rtol=0, atol=1e-3 * moved)
