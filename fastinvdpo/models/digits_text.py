@@ -1,6 +1,7 @@
 """A text encoder of no parameters for the digits family: every word is a fixed vector computed from its SHA-256.
 
-The vectors come from integer arithmetic alone, so they are the same bits on every machine, and nothing has to be shipped.
+The vectors come from integer arithmetic alone, so they are the same bits on every machine, and nothing has to be
+shipped.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ EMBEDDING_DIM = 32
 def word_vector(word: str) -> tuple[float, ...]:
     """``EMBEDDING_DIM`` nearly normal numbers (mean 0, variance 1) that depend on the word alone.
 
-    Each number is the centred sum of twelve 16-bit uniform integers taken from one digest (Irwin-Hall). A logarithm or cosine,
-    as in Box-Muller, could differ in the last bit from one C library to another; sums of integers cannot.
+    Each number is the centred sum of twelve 16-bit uniform integers taken from one digest (Irwin-Hall). A logarithm or
+    cosine, as in Box-Muller, could differ in the last bit from one C library to another; sums of integers cannot.
     """
     return tuple(
         (sum(struct.unpack_from("<12H", hashlib.sha256(f"{word}:{index}".encode()).digest())) - 6 * 65535) / 65536
