@@ -1,0 +1,112 @@
+// The inner loops of affine_step. Included once per instruction set, inside its namespace and target region (see simd.h).
+
+#include "simd.h"
+
+static inline vf set_all(float value) { return value - (vf){}; }
+
+static inline vf select(vi32 mask, vf yes, vf no) { return (vf)(((vi32)yes & mask) | ((vi32)no & ~mask)); }
+
+static inline vf sqrt_lanes(vf v) {
+  vf root = {};
+  for (int lane = 0; lane < kLanes; ++lane) root[lane] = __builtin_sqrtf(v[lane]);
+  return root;
+}
+
+// ln(u) for u in (0, 1): u = m·2^e with m in [√½, √2), and a polynomial in m − 1 of relative error below 1e-7.
+static inline vf log_unit(vf u) {
+  vi32 bits = (vi32)u;
+  vi32 exponent = (bits >> 23) - 126;
+  vf m = (vf)((bits & 0x007fffff) | 0x3f000000);  // [½, 1)
+  const vi32 small = m < 0.70710678f;
+  exponent += small;  // a mask is −1 where it holds
+  m = select(small, m + m, m) - 1.0f;
+  vf poly = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  poly = poly * m + 1.1676998740e-1f;
+  poly = poly * m - 1.2420140846e-1f;
+  poly = poly * m + 1.4249322787e-1f;
+  poly = poly * m - 1.6668057665e-1f;
+  poly = poly * m + 2.0000714765e-1f;
+  poly = poly * m - 2.4999993993e-1f;
+  poly = poly * m + 3.3333331174e-1f;
+  const vf square = m * m, e = __builtin_convertvector(exponent, vf);
+  return (m * square * poly + e * -2.12194440e-4f) - 0.5f * square + m + e * 0.693359375f;
+}
+
+// cos(2πu) and sin(2πu) for u in (0, 1): the nearest quarter turn is split off exactly, the rest is at most π/4.
+static inline void sincos_turn(vf u, vf* cosine, vf* sine) {
+  const vi32 quarter = __builtin_convertvector(u * 4.0f + 0.5f, vi32);
+  const vf x = (u - __builtin_convertvector(quarter, vf) * 0.25f) * 6.28318530717958647692f;
+  const vf z = x * x;
+  const vf s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x;
+  const vf c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
+  const vi32 swap = -(quarter & 1);
+  const vf sc = select(swap, c, s), cc = select(swap, s, c);
+  const vi32 sine_sign = (quarter & 2) << 30, cosine_sign = ((quarter + 1) & 2) << 30;
+  *sine = (vf)((vi32)sc ^ sine_sign);
+  *cosine = (vf)((vi32)cc ^ cosine_sign);
+}
+
+typedef uint64_t vu64 __attribute__((vector_size(128)));
+
+// Philox for 16 neighbouring blocks: 64 normal numbers, in the order of the elements.
+static inline void normal_64(uint64_t seed, uint32_t offset, uint64_t index, uint32_t first_block, float* out) {
+  vu32 c0 = {}, c1 = offset - (vu32){}, c2 = (uint32_t)index - (vu32){}, c3 = (uint32_t)(index >> 32) - (vu32){};
+  for (int lane = 0; lane < kLanes; ++lane) c0[lane] = first_block + (uint32_t)lane;
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const vu64 p0 = __builtin_convertvector(c0, vu64) * 0xD2511F53u, p1 = __builtin_convertvector(c2, vu64) * 0xCD9E8D57u;
+    const vu32 h0 = __builtin_convertvector(p0 >> 32, vu32), h1 = __builtin_convertvector(p1 >> 32, vu32);
+    c0 = h1 ^ c1 ^ k0;
+    c1 = __builtin_convertvector(p1, vu32);
+    c2 = h0 ^ c3 ^ k1;
+    c3 = __builtin_convertvector(p0, vu32);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const float scale = 1.0f / 8388608.0f;
+  const vu32 words[4] = {c0, c1, c2, c3};
+  for (int half = 0; half < 2; ++half) {
+    const vf u = (__builtin_convertvector((vi32)(words[2 * half] >> 9), vf) + 0.5f) * scale;
+    const vf turn = (__builtin_convertvector((vi32)(words[2 * half + 1] >> 9), vf) + 0.5f) * scale;
+    const vf radius = sqrt_lanes(-2.0f * log_unit(u));
+    vf cosine, sine;
+    sincos_turn(turn, &cosine, &sine);
+    const vf x = radius * cosine, y = radius * sine;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      out[4 * lane + 2 * half] = x[lane];
+      out[4 * lane + 2 * half + 1] = y[lane];
+    }
+  }
+}
+
+static void step_chunk(const StepRow& row, int64_t begin, int64_t end) {
+  float sample[kBlock], wide[kMaxOutputs][kBlock], noise[kBlock];
+  const bool direct = row.sample_storage == Storage::kFloat32;
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = end - at < kBlock ? end - at : kBlock;
+    const float* x = widen(row.sample, row.sample_storage, at, count, sample);
+    const float* o[kMaxOutputs];
+    for (int j = 0; j < row.outputs; ++j) o[j] = widen(row.output[j], row.output_storage[j], at, count, wide[j]);
+    if (row.noisy) {
+      // Blocks start at multiples of 64 elements, so that they hold whole Philox blocks.
+      for (int64_t i = 0; i < count; i += 64) {
+        normal_64(row.seed, row.offset, row.index, static_cast<uint32_t>((at + i) / 4), noise + i);
+      }
+    }
+    float* y = direct ? static_cast<float*>(row.result) + at : sample;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      vf sum = row.coefficient[0] * load(x + i);
+      for (int j = 0; j < row.outputs; ++j) sum += row.coefficient[1 + j] * load(o[j] + i);
+      if (row.noisy) sum += row.noise_scale * load(noise + i);
+      store(y + i, sum);
+    }
+    for (; i < count; ++i) {
+      float sum = row.coefficient[0] * x[i];
+      for (int j = 0; j < row.outputs; ++j) sum += row.coefficient[1 + j] * o[j][i];
+      if (row.noisy) sum += row.noise_scale * noise[i];
+      y[i] = sum;
+    }
+    if (!direct) narrow(row.result, row.sample_storage, at, count, y);
+  }
+}

@@ -1,0 +1,214 @@
+// preference_loss on the CPU: one pass over the inputs forward, one backward. Work is cut into chunks of a fixed size, whose sums are
+// added in a fixed order, so that the result has the same bits for any number of threads.
+
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+#include "isa.h"
+#include "utilities.h"
+
+namespace fastinvdpo {
+namespace {
+
+constexpr int64_t kBlock = 1024;   // floats converted at a time: all buffers stay in the first-level cache
+constexpr int64_t kChunk = 16384;  // elements whose sums are added up before they meet those of other chunks
+constexpr int64_t kGrain = 2;      // chunks that are worth a thread
+
+struct ForwardRow {
+  const void *policy, *reference, *target;  // target: null when it is the reference
+  Storage policy_storage, reference_storage, target_storage;
+};
+
+struct BackwardRow {
+  const void *policy, *target;
+  void* gradient;
+  Storage policy_storage, target_storage;
+  float scale;
+};
+
+namespace baseline {
+#define FID_F16C 0
+#include "preference_loss_cpu.h"
+#undef FID_F16C
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#define FID_F16C 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#include "preference_loss_cpu.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512 {
+#include "preference_loss_cpu.h"
+}
+#pragma GCC pop_options
+#undef FID_F16C
+#endif
+
+// The batch as rows of n elements: one row per sample and timestep.
+struct Shape {
+  int64_t pairs, timesteps, rows, n, chunks;
+
+  Shape(const Tensor& policy, const std::optional<Tensor>& timestep_weight)
+      : pairs(policy.size(0) / 2),
+        timesteps(timestep_weight ? policy.size(1) : 1),
+        rows(2 * pairs * timesteps),
+        n(policy.numel() / rows),
+        chunks((n + kChunk - 1) / kChunk) {}
+};
+
+// Calls body(row, chunk, begin, end) for every chunk of every row, on all threads.
+template <class Body>
+void for_each_chunk(const Shape& shape, const Body& body) {
+  torch::stable::parallel_for(0, shape.rows * shape.chunks, kGrain, [&](int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t row = task / shape.chunks, chunk = task % shape.chunks;
+      body(row, chunk, chunk * kChunk, std::min((chunk + 1) * kChunk, shape.n));
+    }
+  });
+}
+
+const char* row_of(const Tensor& tensor, Storage storage, int64_t row, int64_t n) {
+  return static_cast<const char*>(tensor.const_data_ptr()) + row * n * bytes_of(storage);
+}
+
+// −(β/2)·ρ_i·w_ik
+float pair_scale(double beta, const float* pair_weight, const float* timestep_weight, const Shape& s, int64_t i, int64_t k) {
+  float scale = static_cast<float>(-0.5 * beta);
+  if (pair_weight != nullptr) scale *= pair_weight[i];
+  if (timestep_weight != nullptr) scale *= timestep_weight[i * s.timesteps + k];
+  return scale;
+}
+
+const float* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
+}
+
+void check_weights(const Shape& s, const std::optional<Tensor>& pair_weight, const std::optional<Tensor>& timestep_weight) {
+  STD_TORCH_CHECK(!pair_weight || is_float32_vector(*pair_weight, s.pairs), "pair_weight: float32 (B,) expected");
+  STD_TORCH_CHECK(!timestep_weight || is_float32_vector(*timestep_weight, s.pairs * s.timesteps),
+                  "timestep_weight: contiguous float32 (B, K) expected");
+}
+
+// The inputs share one dense layout in which samples (and timesteps) come first; the caller has seen to that.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor policy, Tensor reference, std::optional<Tensor> target, std::optional<Tensor> pair_weight,
+    std::optional<Tensor> timestep_weight, double beta, int64_t utility, double label_smoothing) {
+  const Shape s(policy, timestep_weight);
+  check_weights(s, pair_weight, timestep_weight);
+  STD_TORCH_CHECK(reference.numel() == policy.numel() && (!target || target->numel() == policy.numel()), "shapes differ");
+  const Storage policy_storage = storage_of(policy, "policy"), reference_storage = storage_of(reference, "reference");
+  const Storage target_storage = target ? storage_of(*target, "target") : reference_storage;
+  std::vector<double> partial(static_cast<size_t>(s.rows * s.chunks * 3), 0.0);
+  const auto kernel = FID_FOR_THIS_CPU(forward_chunk);
+  for_each_chunk(s, [&](int64_t row, int64_t chunk, int64_t begin, int64_t end) {
+    const ForwardRow pointers{row_of(policy, policy_storage, row, s.n),
+                              row_of(reference, reference_storage, row, s.n),
+                              target ? row_of(*target, target_storage, row, s.n) : nullptr,
+                              policy_storage,
+                              reference_storage,
+                              target_storage};
+    kernel(pointers, begin, end, &partial[static_cast<size_t>((row * s.chunks + chunk) * 3)]);
+  });
+
+  std::vector<int64_t> errors = {2 * s.pairs};
+  if (timestep_weight) errors.push_back(s.timesteps);
+  Tensor loss = torch::stable::new_empty(policy, {}, ScalarType::Float);
+  Tensor margin = torch::stable::new_empty(policy, {s.pairs}, ScalarType::Float);
+  Tensor policy_mse = torch::stable::new_empty(policy, errors, ScalarType::Float);
+  Tensor reference_mse = torch::stable::new_empty(policy, errors, ScalarType::Float);
+  float* z = static_cast<float*>(margin.mutable_data_ptr());
+  float* pe = static_cast<float*>(policy_mse.mutable_data_ptr());
+  float* re = static_cast<float*>(reference_mse.mutable_data_ptr());
+  const double inverse = 1.0 / static_cast<double>(s.n);
+  std::vector<double> delta(static_cast<size_t>(s.rows));
+  for (int64_t row = 0; row < s.rows; ++row) {
+    double sums[3] = {};
+    for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
+      for (int j = 0; j < 3; ++j) sums[j] += partial[static_cast<size_t>((row * s.chunks + chunk) * 3 + j)];
+    }
+    delta[static_cast<size_t>(row)] = sums[0] * inverse;
+    pe[row] = static_cast<float>(sums[1] * inverse);
+    re[row] = static_cast<float>(sums[2] * inverse);
+  }
+  const float *rho = data_or_null(pair_weight), *weight = data_or_null(timestep_weight);
+  double total = 0;
+  for (int64_t i = 0; i < s.pairs; ++i) {
+    double sum = 0;
+    for (int64_t k = 0; k < s.timesteps; ++k) {
+      const double gap = delta[static_cast<size_t>(i * s.timesteps + k)] - delta[static_cast<size_t>((s.pairs + i) * s.timesteps + k)];
+      sum += pair_scale(beta, rho, weight, s, i, k) * gap;
+    }
+    z[i] = static_cast<float>(sum);
+    total += utility_value(static_cast<Utility>(utility), z[i], static_cast<float>(beta), static_cast<float>(label_smoothing));
+  }
+  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total / static_cast<double>(s.pairs));
+  return {loss, margin, policy_mse, reference_mse};
+}
+
+Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_margin, std::optional<Tensor> grad_policy_mse,
+                Tensor policy, Tensor target, Tensor margin, std::optional<Tensor> pair_weight,
+                std::optional<Tensor> timestep_weight, double beta, int64_t utility, double label_smoothing) {
+  const Shape s(policy, timestep_weight);
+  check_weights(s, pair_weight, timestep_weight);
+  STD_TORCH_CHECK(!grad_loss || is_float32_vector(*grad_loss, 1), "grad_loss: float32 scalar expected");
+  STD_TORCH_CHECK(!grad_margin || is_float32_vector(*grad_margin, s.pairs), "grad_margin: float32 (B,) expected");
+  STD_TORCH_CHECK(!grad_policy_mse || is_float32_vector(*grad_policy_mse, s.rows), "grad_policy_mse: float32 expected");
+  const Storage policy_storage = storage_of(policy, "policy"), target_storage = storage_of(target, "target");
+  Tensor gradient = torch::stable::empty_like(policy);
+  const float *z = static_cast<const float*>(margin.const_data_ptr());
+  const float *rho = data_or_null(pair_weight), *weight = data_or_null(timestep_weight);
+  const float *from_loss = data_or_null(grad_loss), *from_margin = data_or_null(grad_margin);
+  const float* from_mse = data_or_null(grad_policy_mse);
+  std::vector<float> scale(static_cast<size_t>(s.rows));
+  for (int64_t i = 0; i < s.pairs; ++i) {
+    float grad_z = 0;
+    if (from_loss != nullptr) {
+      const float slope = utility_slope(static_cast<Utility>(utility), z[i], static_cast<float>(beta), static_cast<float>(label_smoothing));
+      grad_z = *from_loss * slope / static_cast<float>(s.pairs);
+    }
+    if (from_margin != nullptr) grad_z += from_margin[i];
+    for (int64_t k = 0; k < s.timesteps; ++k) {
+      const float winner = grad_z * pair_scale(beta, rho, weight, s, i, k);
+      const int64_t rows[2] = {i * s.timesteps + k, (s.pairs + i) * s.timesteps + k};
+      for (int side = 0; side < 2; ++side) {
+        const float sum = (side == 0 ? winner : -winner) + (from_mse != nullptr ? from_mse[rows[side]] : 0.0f);
+        scale[static_cast<size_t>(rows[side])] = static_cast<float>(sum * (2.0 / static_cast<double>(s.n)));
+      }
+    }
+  }
+  char* out = static_cast<char*>(gradient.mutable_data_ptr());
+  const auto kernel = FID_FOR_THIS_CPU(backward_chunk);
+  for_each_chunk(s, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+    const BackwardRow pointers{row_of(policy, policy_storage, row, s.n), row_of(target, target_storage, row, s.n),
+                               out + row * s.n * bytes_of(policy_storage), policy_storage, target_storage,
+                               scale[static_cast<size_t>(row)]};
+    kernel(pointers, begin, end);
+  });
+  return gradient;
+}
+
+}  // namespace
+}  // namespace fastinvdpo
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastinvdpo_native, m) {
+  m.def(
+      "preference_loss(Tensor policy, Tensor reference, Tensor? target, Tensor? pair_weight, Tensor? timestep_weight, "
+      "float beta, int utility, float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "preference_loss_backward(Tensor? grad_loss, Tensor? grad_margin, Tensor? grad_policy_mse, Tensor policy, Tensor target, "
+      "Tensor margin, Tensor? pair_weight, Tensor? timestep_weight, float beta, int utility, float label_smoothing) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastinvdpo_native, CPU, m) {
+  m.impl("preference_loss", TORCH_BOX(&fastinvdpo::forward));
+  m.impl("preference_loss_backward", TORCH_BOX(&fastinvdpo::backward));
+}
