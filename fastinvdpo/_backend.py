@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
+from fastinvdpo import _native
 from fastinvdpo.errors import invalid
 
 VARIABLE = "FASTINVDPO_BACKEND"
@@ -21,8 +22,8 @@ BACKENDS = ("cuda", "triton", "native", "reference")
 """Every backend's name, in the order in which ``auto`` tries them."""
 
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "affine_step": ("reference",),
-    "preference_loss": ("reference",),
+    "affine_step": ("native", "reference"),
+    "preference_loss": ("native", "reference"),
 }
 """The backends that have a kernel for each op."""
 
@@ -61,14 +62,16 @@ def use_backend(name: str) -> Iterator[None]:
         _here.reset(token)
 
 
-def choose(op: str, device_type: str) -> str:
+def choose(op: str, device_type: str, float64: bool = False) -> str:
     """The backend that runs ``op``, a key of :data:`IMPLEMENTED`, on tensors of ``device_type`` ("cpu", "cuda", ...).
+
+    ``float64``: whether an input is float64, which the reference alone computes in.
 
     Raises:
         InvalidInput: ``FASTINVDPO_BACKEND`` is not a backend, or the backend asked for by name cannot run the op there.
     """
     asked_by, name = requested()
-    return _select(op, device_type, asked_by, name)
+    return _select(op, device_type, float64, asked_by, name)
 
 
 def requested() -> tuple[str, str]:
@@ -80,22 +83,24 @@ def requested() -> tuple[str, str]:
     return (VARIABLE, name) if name else ("default", "auto")
 
 
-def unavailable(op: str, backend: str, device_type: str) -> str | None:
+def unavailable(op: str, backend: str, device_type: str, float64: bool = False) -> str | None:
     """Why ``backend`` cannot run ``op`` on tensors of ``device_type``; None when it can."""
     if backend not in IMPLEMENTED[op]:
         return f"this version has no {backend} kernel for {op}"
     device = _DEVICES.get(backend, device_type)
     if device != device_type:
         return f"{backend} kernels run on {device} tensors, not on {device_type} tensors"
-    return None
+    if float64 and backend != "reference":
+        return f"{backend} kernels compute in float32, and an input is float64"
+    return _native.unavailable() if backend == "native" else None
 
 
 @cache
-def _select(op: str, device_type: str, asked_by: str, name: str) -> str:
+def _select(op: str, device_type: str, float64: bool, asked_by: str, name: str) -> str:
     _check_name(asked_by, name)
     if name == "auto":
-        return next(backend for backend in BACKENDS if unavailable(op, backend, device_type) is None)
-    reason = unavailable(op, name, device_type)
+        return next(backend for backend in BACKENDS if unavailable(op, backend, device_type, float64) is None)
+    reason = unavailable(op, name, device_type, float64)
     if reason is not None:
         raise invalid(asked_by, name, reason, "choose auto or reference, which run everywhere")
     return name

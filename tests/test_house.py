@@ -21,7 +21,7 @@ LAYERS = {
     "errors": 0,
     "_extras": 1,
     "_backend": 1,
-    "_native": 1,
+    "_native": 0.5,
     "ops": 2,
     "schedule": 3,
     "losses": 3,

@@ -44,7 +44,7 @@ def affine_step(
         seed, offset: the key and the step counter of the noise (:mod:`fastinvdpo.ops.philox`), 63 and 32 bits.
 
     Returns:
-        ``y``, a new contiguous tensor in the shape and dtype of ``sample``.
+        ``y``, a new tensor in the shape, dtype and layout of ``sample``.
 
     Raises:
         InvalidInput: an argument has the wrong type, shape, dtype, device or value.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastinvdpo import _backend
 from fastinvdpo.ops.affine_step import reference as _reference
+from fastinvdpo.ops.layout import as_rows, like
 
 NAME = "affine_step"
 _library = torch.library.Library("fastinvdpo", "FRAGMENT")
@@ -18,28 +20,57 @@ _library.define(
 )
 _library.define("affine_step_backward(Tensor grad, Tensor coefficients, Tensor? active) -> Tensor[]")
 
-_FORWARD = {"reference": _reference.forward}
-_BACKWARD = {"reference": _reference.backward}
+
+def _fused(
+    kernel: Callable[..., Tensor],
+    sample: Tensor,
+    outputs: list[Tensor],
+    coefficients: Tensor,
+    active: Tensor | None,
+    noise_scale: Tensor | None,
+    noise_index: Tensor | None,
+    seed: int,
+    offset: int,
+) -> Tensor:
+    """Hand a fused kernel what it takes: dense rows, contiguous with noise (its order is that of the elements), float32 tables."""
+    tensors = as_rows([sample, *outputs], 1)
+    if noise_scale is not None:
+        tensors = [tensor.contiguous() for tensor in tensors]
+        noise_scale = noise_scale.float().contiguous()
+        noise_index = None if noise_index is None else noise_index.contiguous()
+    active = None if active is None else active.contiguous()
+    table = coefficients.float().contiguous()
+    result = kernel(tensors[0], tensors[1:], table, active, noise_scale, noise_index, seed, offset)
+    return result if tensors[0] is sample else like(result, sample)
+
+
+def _native(sample: Tensor, *arguments: Any) -> Tensor:
+    return _fused(torch.ops.fastinvdpo_native.affine_step, sample, *arguments)
+
+
+_FORWARD: dict[str, Callable[..., Tensor]] = {"reference": _reference.forward, "native": _native}
 
 
 @torch.library.impl(_library, "affine_step", "CompositeExplicitAutograd")
-def _forward(sample: Tensor, *arguments: Any) -> Tensor:
-    return _FORWARD[_backend.choose(NAME, sample.device.type)](sample, *arguments)
+def _forward(sample: Tensor, outputs: list[Tensor], *arguments: Any) -> Tensor:
+    float64 = _reference.arithmetic_dtype(sample, *outputs) == torch.float64
+    return _FORWARD[_backend.choose(NAME, sample.device.type, float64)](sample, outputs, *arguments)
 
 
 @torch.library.impl(_library, "affine_step_backward", "CompositeExplicitAutograd")
 def _backward(grad: Tensor, coefficients: Tensor, active: Tensor | None) -> list[Tensor]:
-    return _BACKWARD[_backend.choose(NAME, grad.device.type)](grad, coefficients, active)
+    # No fused kernel: inversions are not differentiated, and guided predictions pass here once per training step.
+    return _reference.backward(grad, coefficients, active)
 
 
 @torch.library.register_fake("fastinvdpo::affine_step", lib=_library)
 def _forward_fake(sample: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty_like(sample, memory_format=torch.contiguous_format)
+    return torch.empty_like(sample)
 
 
 @torch.library.register_fake("fastinvdpo::affine_step_backward", lib=_library)
 def _backward_fake(grad: Tensor, coefficients: Tensor, active: Tensor | None) -> list[Tensor]:
-    return [torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(coefficients.shape[1])]
+    return [torch.empty_like(grad) for _ in range(coefficients.shape[1])]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

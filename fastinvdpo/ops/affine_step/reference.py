@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.ops import philox
+from fastinvdpo.ops.layout import like
 
 
 def forward(
@@ -18,7 +19,7 @@ def forward(
     seed: int,
     offset: int,
 ) -> Tensor:
-    """The step, in the shape and dtype of ``sample``; samples that are not ``active`` are returned as they are."""
+    """The step, in the shape, dtype and layout of ``sample``; samples that are not ``active`` are returned as they are."""
     dtype = arithmetic_dtype(sample, *outputs)
     columns = [column.to(dtype) for column in per_sample(coefficients, sample)]
     result = columns[0] * sample.to(dtype)
@@ -31,11 +32,11 @@ def forward(
     result = result.to(sample.dtype)
     if active is not None:
         result = torch.where(per_sample(active.unsqueeze(1), sample)[0], result, sample)
-    return result.contiguous()
+    return like(result, sample)
 
 
 def backward(grad: Tensor, coefficients: Tensor, active: Tensor | None) -> list[Tensor]:
-    """The gradients of the sample and of every output, in the shape and dtype of ``grad``."""
+    """The gradients of the sample and of every output, in the shape, dtype and layout of ``grad``."""
     dtype = arithmetic_dtype(grad)
     columns = [column.to(dtype) for column in per_sample(coefficients, grad)]
     gradients = [(column * grad.to(dtype)).to(grad.dtype) for column in columns]
@@ -43,7 +44,7 @@ def backward(grad: Tensor, coefficients: Tensor, active: Tensor | None) -> list[
         mask = per_sample(active.unsqueeze(1), grad)[0]
         untouched = [grad] + [torch.zeros_like(grad)] * len(gradients[1:])
         gradients = [torch.where(mask, new, old) for new, old in zip(gradients, untouched, strict=True)]
-    return [gradient.contiguous() for gradient in gradients]
+    return [like(gradient, grad) for gradient in gradients]
 
 
 def per_sample(table: Tensor, like: Tensor) -> list[Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastinvdpo import _backend
+from fastinvdpo.ops.layout import as_rows, like
 from fastinvdpo.ops.preference_loss import reference as _reference
+from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
 NAME = "preference_loss"
 _library = torch.library.Library("fastinvdpo", "FRAGMENT")
@@ -23,13 +26,77 @@ _library.define(
     "float label_smoothing) -> Tensor"
 )
 
-_FORWARD = {"reference": _reference.forward}
-_BACKWARD = {"reference": _reference.backward}
+# Fused kernels know a utility by its place in the table.
+_UTILITY_CODES = {name: code for code, name in enumerate(UTILITIES)}
+
+
+def _native_forward(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor | None,
+    pair_weight: Tensor | None,
+    timestep_weight: Tensor | None,
+    beta: float,
+    utility: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    predictions = [policy, reference] if target is None else [policy, reference, target]
+    policy, reference, *targets = as_rows(predictions, 1 if timestep_weight is None else 2)
+    return torch.ops.fastinvdpo_native.preference_loss(
+        policy,
+        reference,
+        targets[0] if targets else None,
+        _float32(pair_weight),
+        _float32(timestep_weight),
+        beta,
+        _UTILITY_CODES[utility],
+        label_smoothing,
+    )
+
+
+def _native_backward(
+    grad_loss: Tensor | None,
+    grad_margin: Tensor | None,
+    grad_policy_mse: Tensor | None,
+    policy: Tensor,
+    target: Tensor,
+    margin: Tensor,
+    pair_weight: Tensor | None,
+    timestep_weight: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    beta, utility, label_smoothing = settings
+    rows = as_rows([policy, target], 1 if timestep_weight is None else 2)
+    gradient = torch.ops.fastinvdpo_native.preference_loss_backward(
+        *(_float32(grad) for grad in (grad_loss, grad_margin, grad_policy_mse)),
+        *rows,
+        margin,
+        _float32(pair_weight),
+        _float32(timestep_weight),
+        beta,
+        _UTILITY_CODES[utility],
+        label_smoothing,
+    )
+    return gradient if rows[0] is policy else like(gradient, policy)
+
+
+def _float32(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.float().contiguous()
+
+
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+    "reference": _reference.forward,
+    "native": _native_forward,
+}
+_BACKWARD: dict[str, Callable[..., Tensor]] = {"reference": _reference.backward, "native": _native_backward}
 
 
 @torch.library.impl(_library, "preference_loss", "CompositeExplicitAutograd")
-def _forward(policy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _FORWARD[_backend.choose(NAME, policy.device.type)](policy, *arguments)
+def _forward(
+    policy: Tensor, reference: Tensor, target: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    float64 = _reference.accumulation_dtype(policy, reference, target) == torch.float64
+    return _FORWARD[_backend.choose(NAME, policy.device.type, float64)](policy, reference, target, *arguments)
 
 
 @torch.library.impl(_library, "preference_loss_backward", "CompositeExplicitAutograd")
@@ -38,10 +105,12 @@ def _backward(
     grad_margin: Tensor | None,
     grad_policy_mse: Tensor | None,
     policy: Tensor,
+    target: Tensor,
+    margin: Tensor,
     *arguments: Any,
 ) -> Tensor:
-    kernel = _BACKWARD[_backend.choose(NAME, policy.device.type)]
-    return kernel(grad_loss, grad_margin, grad_policy_mse, policy, *arguments)
+    kernel = _BACKWARD[_backend.choose(NAME, policy.device.type, margin.dtype == torch.float64)]
+    return kernel(grad_loss, grad_margin, grad_policy_mse, policy, target, margin, *arguments)
 
 
 @torch.library.register_fake("fastinvdpo::preference_loss", lib=_library)

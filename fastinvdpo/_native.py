@@ -1,0 +1,28 @@
+"""The native extension ``fastinvdpo._C``: loaded when a backend first needs it, and why it could not be when it could not."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("fastinvdpo._C"), ""
+    except ImportError as error:
+        if error.name == "fastinvdpo._C":
+            return None, "the extension fastinvdpo._C was not built (FASTINVDPO_BUILD=1 pip install . says why)"
+        return None, f"the extension fastinvdpo._C cannot be loaded: {error}"
+
+
+def unavailable() -> str | None:
+    """Why the extension cannot be used; None when it is loaded. Loading it registers the ops of ``fastinvdpo_native``."""
+    return _load()[1] or None
+
+
+def build_info() -> dict[str, object] | None:
+    """How the extension was built (compiler, cuda, cpu_instructions); None without one."""
+    module = _load()[0]
+    return None if module is None else dict(module.build_info())
