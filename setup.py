@@ -1,8 +1,9 @@
 """The packages that are installed, and the native extension; everything else stands in pyproject.toml.
 
-FASTINVDPO_BUILD: ``auto`` (default) builds ``fastinvdpo._C`` where torch and a C++ compiler are there and installs pure Python
-otherwise; ``0`` never builds; ``1`` fails where it cannot build. FASTINVDPO_CUDA: ``1`` builds the CUDA kernels, ``0`` does not; by default
-they are built where nvcc is found and torch was built for CUDA. Whether a GPU is visible plays no part.
+FASTINVDPO_BUILD: ``auto`` (default) builds ``fastinvdpo._C`` where torch and a C++ compiler are there and installs pure
+Python otherwise; ``0`` never builds; ``1`` fails where it cannot build. FASTINVDPO_CUDA: ``1`` builds the CUDA kernels,
+``0`` does not; by default they are built where nvcc is found and torch was built for CUDA. Whether a GPU is visible
+plays no part.
 """
 
 import os

@@ -81,8 +81,8 @@ const char* row_of(const Tensor& tensor, Storage storage, int64_t row, int64_t n
 }
 
 // −(β/2)·ρ_i·w_ik
-float pair_scale(double beta, const float* pair_weight, const float* timestep_weight, const Shape& s, int64_t i, int64_t k) {
-  float scale = static_cast<float>(-0.5 * beta);
+double pair_scale(double beta, const float* pair_weight, const float* timestep_weight, const Shape& s, int64_t i, int64_t k) {
+  double scale = -0.5 * beta;
   if (pair_weight != nullptr) scale *= pair_weight[i];
   if (timestep_weight != nullptr) scale *= timestep_weight[i * s.timesteps + k];
   return scale;
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       sum += pair_scale(beta, rho, weight, s, i, k) * gap;
     }
     z[i] = static_cast<float>(sum);
-    total += utility_value(static_cast<Utility>(utility), z[i], static_cast<float>(beta), static_cast<float>(label_smoothing));
+    total += utility_value(static_cast<Utility>(utility), sum, beta, label_smoothing);
   }
   *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total / static_cast<double>(s.pairs));
   return {loss, margin, policy_mse, reference_mse};
@@ -170,17 +170,17 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
   const float* from_mse = data_or_null(grad_policy_mse);
   std::vector<float> scale(static_cast<size_t>(s.rows));
   for (int64_t i = 0; i < s.pairs; ++i) {
-    float grad_z = 0;
+    double grad_z = 0;
     if (from_loss != nullptr) {
-      const float slope = utility_slope(static_cast<Utility>(utility), z[i], static_cast<float>(beta), static_cast<float>(label_smoothing));
-      grad_z = *from_loss * slope / static_cast<float>(s.pairs);
+      const double slope = utility_slope(static_cast<Utility>(utility), static_cast<double>(z[i]), beta, label_smoothing);
+      grad_z = *from_loss * slope / static_cast<double>(s.pairs);
     }
     if (from_margin != nullptr) grad_z += from_margin[i];
     for (int64_t k = 0; k < s.timesteps; ++k) {
-      const float winner = grad_z * pair_scale(beta, rho, weight, s, i, k);
+      const double winner = grad_z * pair_scale(beta, rho, weight, s, i, k);
       const int64_t rows[2] = {i * s.timesteps + k, (s.pairs + i) * s.timesteps + k};
       for (int side = 0; side < 2; ++side) {
-        const float sum = (side == 0 ? winner : -winner) + (from_mse != nullptr ? from_mse[rows[side]] : 0.0f);
+        const double sum = (side == 0 ? winner : -winner) + (from_mse != nullptr ? from_mse[rows[side]] : 0.0);
         scale[static_cast<size_t>(rows[side])] = static_cast<float>(sum * (2.0 / static_cast<double>(s.n)));
       }
     }

@@ -2,7 +2,12 @@
 
 #include "simd.h"
 
-static inline double sum_lanes(vf v) {
+typedef double vd __attribute__((vector_size(128)));
+
+// A float is added to at most this many others before the sum goes on in double.
+static constexpr int64_t kFloatRun = 8;
+
+static inline double sum_lanes(vd v) {
   double total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
   return total;
@@ -13,6 +18,7 @@ template <bool kTargetIsReference>
 static void accumulate(const float* p, const float* r, const float* t, int64_t count, double* sums) {
   // Two chains per sum hide the latency of the additions.
   vf difference[2] = {}, policy[2] = {}, reference[2] = {};
+  vd totals[3] = {};
   const auto add = [&](vf pv, vf rv, vf tv, int chain) __attribute__((always_inline)) {
     if (kTargetIsReference) {
       const vf gap = pv - rv;
@@ -24,10 +30,23 @@ static void accumulate(const float* p, const float* r, const float* t, int64_t c
       reference[chain] += re * re;
     }
   };
+  const auto widen_sums = [&]() __attribute__((always_inline)) {
+    totals[1] += __builtin_convertvector(policy[0] + policy[1], vd);
+    policy[0] = policy[1] = vf{};
+    if (!kTargetIsReference) {
+      totals[0] += __builtin_convertvector(difference[0] + difference[1], vd);
+      totals[2] += __builtin_convertvector(reference[0] + reference[1], vd);
+      difference[0] = difference[1] = reference[0] = reference[1] = vf{};
+    }
+  };
   int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    add(load(p + i), load(r + i), load(t + i), 0);
-    add(load(p + i + kLanes), load(r + i + kLanes), load(t + i + kLanes), 1);
+  while (i + 2 * kLanes <= count) {
+    const int64_t run = std::min(count, i + 2 * kLanes * kFloatRun);
+    for (; i + 2 * kLanes <= run; i += 2 * kLanes) {
+      add(load(p + i), load(r + i), load(t + i), 0);
+      add(load(p + i + kLanes), load(r + i + kLanes), load(t + i + kLanes), 1);
+    }
+    widen_sums();
   }
   for (; i < count; i += kLanes) {
     float tail[3][kLanes] = {};
@@ -37,13 +56,10 @@ static void accumulate(const float* p, const float* r, const float* t, int64_t c
     __builtin_memcpy(tail[2], t + i, left * sizeof(float));
     add(load(tail[0]), load(tail[1]), load(tail[2]), 0);
   }
-  sums[1] += sum_lanes(policy[0] + policy[1]);
-  if (kTargetIsReference) {
-    sums[0] = sums[1];
-  } else {
-    sums[0] += sum_lanes(difference[0] + difference[1]);
-    sums[2] += sum_lanes(reference[0] + reference[1]);
-  }
+  widen_sums();
+  sums[1] += sum_lanes(totals[1]);
+  sums[0] = kTargetIsReference ? sums[1] : sums[0] + sum_lanes(totals[0]);
+  sums[2] += sum_lanes(totals[2]);
 }
 
 static void forward_chunk(const ForwardRow& row, int64_t begin, int64_t end, double* sums) {

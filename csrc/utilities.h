@@ -14,57 +14,65 @@ namespace fastinvdpo {
 
 enum class Utility : int { kSigmoid = 0, kCdpo, kRobust, kHinge, kIpo, kLinear, kCount };
 
-constexpr float kLinearKappa = 0.4f;
-constexpr float kLinearEta = 0.01f;
+constexpr double kLinearKappa = 0.4;
+constexpr double kLinearEta = 0.01;
 
-FID_HOST_DEVICE float sigmoid(float z) {
+// The arithmetic is that of the arguments: float on the device, double on the host, where it costs nothing.
+template <class Real>
+FID_HOST_DEVICE Real sigmoid(Real z) {
   // exp of a negative number only: no overflow.
-  const float e = expf(-fabsf(z));
-  return (z >= 0.0f ? 1.0f : e) / (1.0f + e);
+  const Real e = std::exp(-std::fabs(z));
+  return (z >= Real(0) ? Real(1) : e) / (Real(1) + e);
 }
 
 // -log sigmoid(z)
-FID_HOST_DEVICE float softplus_neg(float z) { return fmaxf(-z, 0.0f) + log1pf(expf(-fabsf(z))); }
+template <class Real>
+FID_HOST_DEVICE Real softplus_neg(Real z) {
+  return (z < Real(0) ? -z : Real(0)) + std::log1p(std::exp(-std::fabs(z)));
+}
 
-FID_HOST_DEVICE float utility_value(Utility utility, float z, float beta, float eps) {
+template <class Real>
+FID_HOST_DEVICE Real utility_value(Utility utility, Real z, Real beta, Real eps) {
   switch (utility) {
     case Utility::kSigmoid:
       return softplus_neg(z);
     case Utility::kCdpo:
-      return (1.0f - eps) * softplus_neg(z) + eps * softplus_neg(-z);
+      return (Real(1) - eps) * softplus_neg(z) + eps * softplus_neg(-z);
     case Utility::kRobust:
-      return ((1.0f - eps) * softplus_neg(z) - eps * softplus_neg(-z)) / (1.0f - 2.0f * eps);
+      return ((Real(1) - eps) * softplus_neg(z) - eps * softplus_neg(-z)) / (Real(1) - Real(2) * eps);
     case Utility::kHinge:
       // Written so that a margin that is not a number stays one.
-      return z >= 1.0f ? 0.0f : 1.0f - z;
+      return z >= Real(1) ? Real(0) : Real(1) - z;
     case Utility::kIpo: {
-      const float gap = z / beta - 0.5f / beta;
+      const Real gap = z / beta - Real(0.5) / beta;
       return gap * gap;
     }
     default: {
-      const float edge = (0.5f - kLinearEta) / kLinearKappa;
-      if (z > edge) return edge * (0.5f * kLinearKappa * edge - 0.5f) - (z - edge) * kLinearEta;
-      if (z < -edge) return edge * (0.5f * kLinearKappa * edge + 0.5f) - (z + edge) * (1.0f - kLinearEta);
-      return z * (0.5f * kLinearKappa * z - 0.5f);
+      const Real kappa = kLinearKappa, eta = kLinearEta, edge = (Real(0.5) - eta) / kappa;
+      const Real at_edge = edge * (Real(0.5) * kappa * edge - Real(0.5));
+      if (z > edge) return at_edge - (z - edge) * eta;
+      if (z < -edge) return at_edge + edge - (z + edge) * (Real(1) - eta);
+      return z * (Real(0.5) * kappa * z - Real(0.5));
     }
   }
 }
 
-FID_HOST_DEVICE float utility_slope(Utility utility, float z, float beta, float eps) {
+template <class Real>
+FID_HOST_DEVICE Real utility_slope(Utility utility, Real z, Real beta, Real eps) {
   switch (utility) {
     case Utility::kSigmoid:
       return -sigmoid(-z);
     case Utility::kCdpo:
       return eps - sigmoid(-z);
     case Utility::kRobust:
-      return (-(1.0f - eps) * sigmoid(-z) - eps * sigmoid(z)) / (1.0f - 2.0f * eps);
+      return (-(Real(1) - eps) * sigmoid(-z) - eps * sigmoid(z)) / (Real(1) - Real(2) * eps);
     case Utility::kHinge:
-      return z < 1.0f ? -1.0f : 0.0f;
+      return z < Real(1) ? Real(-1) : Real(0);
     case Utility::kIpo:
-      return 2.0f * (z / beta - 0.5f / beta) / beta;
+      return Real(2) * (z / beta - Real(0.5) / beta) / beta;
     default: {
-      const float slope = 0.5f - kLinearKappa * z;
-      return slope < kLinearEta ? -kLinearEta : slope > 1.0f - kLinearEta ? -(1.0f - kLinearEta) : -slope;
+      const Real kappa = kLinearKappa, eta = kLinearEta, slope = Real(0.5) - kappa * z;
+      return slope < eta ? -eta : slope > Real(1) - eta ? eta - Real(1) : -slope;
     }
   }
 }

@@ -1,4 +1,4 @@
-"""The native extension ``fastinvdpo._C``: loaded when a backend first needs it, and why it could not be when it could not."""
+"""The native extension ``fastinvdpo._C``: loaded when a backend first needs it, and the reason when it cannot be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def unavailable() -> str | None:
-    """Why the extension cannot be used; None when it is loaded. Loading it registers the ops of ``fastinvdpo_native``."""
+    """Why the extension cannot be used; None when it is loaded, and with it the ops of ``fastinvdpo_native``."""
     return _load()[1] or None
 
 

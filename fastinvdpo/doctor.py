@@ -13,13 +13,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastinvdpo
-from fastinvdpo import _backend
+from fastinvdpo import _backend, _native
 from fastinvdpo.errors import InvalidInput
 
 # The packages of each extra in pyproject.toml.
@@ -55,12 +56,17 @@ def report() -> dict[str, Any]:
     Keys: ``fastinvdpo``, ``python``, ``platform``, ``torch`` and ``triton`` (versions; None when absent), ``extras``
     (extra -> package -> version or None), ``devices``, ``cuda`` (available, and the reason when not),
     ``backend_request``, ``backends`` (op -> device type -> the one chosen and why each of the others is not available),
-    ``checks`` (each op on each device against float64) and ``healthy``. Looking for devices initialises CUDA where
-    there is any.
+    ``native`` (how the extension was built; None without one), ``checks`` (each op, device and backend against
+    float64) and ``healthy``. Looking for devices initialises CUDA where there is any.
     """
     devices, cuda = _devices()
     device_types = sorted({device["type"] for device in devices})
-    checks = [_run_check(op, device["name"]) for device in devices for op in sorted(_CHECKS)]
+    checks = [
+        _run_check(op, device["name"], backend)
+        for device in devices
+        for op in sorted(_CHECKS)
+        for backend in _to_check(op, device["type"])
+    ]
     asked_by, asked_for = _backend.requested()
     return {
         "fastinvdpo": fastinvdpo.__version__,
@@ -71,6 +77,7 @@ def report() -> dict[str, Any]:
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "devices": devices,
         "cuda": cuda,
+        "native": _native.build_info(),
         "backend_request": {"backend": asked_for, "by": asked_by},
         "backends": {op: {kind: _backends(op, kind) for kind in device_types} for op in sorted(_backend.IMPLEMENTED)},
         "checks": checks,
@@ -98,6 +105,9 @@ def render(report: dict[str, Any]) -> str:
         found = [f"{name} {version}" for name, version in packages.items() if version is not None]
         if found:
             lines.append(f"    {', '.join(found)}")
+    native = report["native"]
+    built = "not built" if native is None else ", ".join(f"{name} {value}" for name, value in native.items())
+    lines += ["", "Native extension", f"  {built}"]
     request = report["backend_request"]
     lines += ["", f"Backends ({request['backend']}, by {request['by']})"]
     for op, kinds in report["backends"].items():
@@ -106,8 +116,9 @@ def render(report: dict[str, Any]) -> str:
             lines += [f"    not {backend}: {reason}" for backend, reason in found["unavailable"].items()]
     lines += ["", "Checks against float64"]
     for check in report["checks"]:
+        what = f"{check['op']} on {check['device']}, {check['backend']}"
         outcome = check["error"] or f"error {check['deviation']:.1e}, allowed {check['allowed']:.1e}"
-        lines.append(f"  {'ok' if check['passed'] else 'FAILED'}  {check['op']} on {check['device']}: {outcome}")
+        lines.append(f"  {'ok' if check['passed'] else 'FAILED'}  {what}: {outcome}")
     lines += ["", "Healthy." if report["healthy"] else "Not healthy: a check failed."]
     return "\n".join(lines)
 
@@ -156,10 +167,19 @@ def _backends(op: str, device_type: str) -> dict[str, Any]:
         return {"chosen": None, "error": str(error), "unavailable": unavailable}
 
 
-def _run_check(op: str, device: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"op": op, "device": device, "passed": False, "error": None}
+def _to_check(op: str, device_type: str) -> list[str]:
+    """The backend that was asked for, or every one that can run."""
+    asked_for = _backend.requested()[1]
+    if asked_for != "auto":
+        return [asked_for]
+    return [name for name in _backend.BACKENDS if _backend.unavailable(op, name, device_type) is None]
+
+
+def _run_check(op: str, device: str, backend: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"op": op, "device": device, "backend": backend, "passed": False, "error": None}
     try:
-        deviation, allowed = _CHECKS[op](torch.device(device))
+        with nullcontext() if _backend.requested()[1] == backend else _backend.use_backend(backend):
+            deviation, allowed = _CHECKS[op](torch.device(device))
     except Exception as error:  # whatever the op, its backend or the driver raises is the finding
         return {**result, "deviation": None, "allowed": None, "error": f"{type(error).__name__}: {error}"}
     passed = math.isfinite(deviation) and deviation <= allowed

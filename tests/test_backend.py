@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastinvdpo
-from fastinvdpo import _backend
+from fastinvdpo import _backend, _native
 from fastinvdpo.errors import InvalidInput
 
 OPS = sorted(_backend.IMPLEMENTED)
@@ -17,30 +17,51 @@ OPS = sorted(_backend.IMPLEMENTED)
 @pytest.fixture
 def triton_exists(monkeypatch: pytest.MonkeyPatch):
     """As if affine_step had a Triton kernel."""
-    monkeypatch.setitem(_backend.IMPLEMENTED, "affine_step", ("triton", "reference"))
+    monkeypatch.setitem(_backend.IMPLEMENTED, "affine_step", ("triton", "native", "reference"))
     _backend._select.cache_clear()
     yield
     _backend._select.cache_clear()
 
 
+ON_CPU = "reference" if _native.unavailable() else "native"
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
-def test_auto_falls_through_to_the_reference_and_there_is_a_reason(op: str, device_type: str) -> None:
-    assert _backend.choose(op, device_type) == "reference"
+def test_auto_takes_the_best_and_there_is_a_reason_against_each_that_cannot_run(op: str, device_type: str) -> None:
+    chosen = _backend.choose(op, device_type)
+    assert chosen == (ON_CPU if device_type == "cpu" else "reference")
     reasons = {backend: _backend.unavailable(op, backend, device_type) for backend in _backend.BACKENDS}
-    assert reasons.pop("reference") is None
-    assert all(reason and backend in reason and op in reason for backend, reason in reasons.items())
+    assert reasons.pop("reference") is None and reasons.pop(chosen, None) is None
+    assert all(reasons.values())
+
+
+def test_float64_is_for_the_reference_alone() -> None:
+    assert _backend.choose("affine_step", "cpu", float64=True) == "reference"
+    with _backend.use_backend("native"), pytest.raises(InvalidInput, match="compute in float32"):
+        _backend.choose("affine_step", "cpu", float64=True)
+
+
+def test_without_the_extension_the_reference_runs_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "unavailable", lambda: "the extension was not built, says the test")
+    _backend._select.cache_clear()
+    try:
+        assert _backend.choose("affine_step", "cpu") == "reference"
+        with _backend.use_backend("native"), pytest.raises(InvalidInput, match="not built, says the test"):
+            _backend.choose("affine_step", "cpu")
+    finally:
+        _backend._select.cache_clear()
 
 
 def test_auto_takes_the_best_that_fits_the_device(triton_exists: None) -> None:
     assert _backend.choose("affine_step", "cuda") == "triton"
-    assert _backend.choose("affine_step", "cpu") == "reference"
+    assert _backend.choose("affine_step", "cpu") == ON_CPU
     assert (
         _backend.unavailable("affine_step", "triton", "cpu") == "triton kernels run on cuda tensors, not on cpu tensors"
     )
 
 
-@pytest.mark.parametrize("name", ["native", "triton", "cuda"])
+@pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         _backend.use_backend(name),
@@ -130,7 +151,7 @@ def test_the_ops_obey_the_choice_without_recompiling(compiled: bool) -> None:
 def test_the_backward_obeys_the_choice() -> None:
     predictions = torch.randn(2, 5, requires_grad=True)
     loss = fastinvdpo.preference_loss(predictions, torch.zeros(2, 5), torch.ones(2, 5), beta=1.0).loss
-    with _backend.use_backend("native"), pytest.raises(InvalidInput, match="no native kernel for preference_loss"):
+    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="no cuda kernel for preference_loss"):
         loss.backward(retain_graph=True)
     loss.backward()
     assert predictions.grad is not None and bool(predictions.grad.abs().max() > 0)

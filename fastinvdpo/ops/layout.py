@@ -1,4 +1,4 @@
-"""Memory layouts: fused kernels read a batch as rows, one per sample, in whatever dense order the elements of a row have."""
+"""Memory layouts: fused kernels read a batch as rows, one per sample, in whatever dense order its elements have."""
 
 from __future__ import annotations
 

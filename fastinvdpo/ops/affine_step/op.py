@@ -32,7 +32,7 @@ def _fused(
     seed: int,
     offset: int,
 ) -> Tensor:
-    """Hand a fused kernel what it takes: dense rows, contiguous with noise (its order is that of the elements), float32 tables."""
+    """Hand a fused kernel what it takes: dense rows (contiguous ones with noise, which is drawn in order), float32."""
     tensors = as_rows([sample, *outputs], 1)
     if noise_scale is not None:
         tensors = [tensor.contiguous() for tensor in tensors]

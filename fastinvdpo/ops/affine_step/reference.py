@@ -19,7 +19,7 @@ def forward(
     seed: int,
     offset: int,
 ) -> Tensor:
-    """The step, in the shape, dtype and layout of ``sample``; samples that are not ``active`` are returned as they are."""
+    """The step, in the shape, dtype and layout of ``sample``; samples that are not ``active`` stay as they are."""
     dtype = arithmetic_dtype(sample, *outputs)
     columns = [column.to(dtype) for column in per_sample(coefficients, sample)]
     result = columns[0] * sample.to(dtype)

@@ -1,0 +1,188 @@
+"""The C++ kernels for the CPU, through the public ops, against the reference in float64.
+
+Bounds: an error of at most twice that of plain PyTorch (the reference backend) on the same inputs, with the rounding of
+one float32 operation as the least that is asked for. Outputs are poisoned: memory that is not written holds NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastinvdpo
+from fastinvdpo import _native
+from fastinvdpo.ops import philox
+from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.cases import predictions
+
+pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Below one vector, with a tail, above one block and one chunk, and the latents of Stable Diffusion.
+SHAPES = ((1,), (7,), (3, 5, 11), (4, 33, 127), (4, 64, 64))
+ONE_ROUNDING = 2.0**-24
+# Enough that an error over all pairs is not a matter of luck: a margin is a small difference of rounded numbers.
+PAIRS = 32
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Every new tensor is filled with NaN before an op may use it."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(backend: str, inputs: tuple[Tensor, Tensor, Tensor | None], **options) -> tuple[Tensor, ...]:
+    """Loss, margin, both errors and the gradient of ``loss + Σ margin·c + Σ policy_mse·d``."""
+    policy = inputs[0].detach().requires_grad_()
+    with fastinvdpo.use_backend(backend):
+        result = fastinvdpo.preference_loss(policy, *inputs[1:], beta=options.pop("beta", 50.0), **options)
+        weights = torch.linspace(-1, 1, result.margin.numel()).to(result.margin)
+        total = result.loss + (result.margin * weights).sum() + 0.1 * result.policy_mse.sum()
+        (gradient,) = torch.autograd.grad(total, policy)
+    return result.loss, result.margin, result.policy_mse, result.reference_mse, gradient
+
+
+def distance(values: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """Relative error of every value as a vector."""
+    pairs = zip(values, exact, strict=True)
+    return [float((v.detach().double() - e.detach()).norm() / e.detach().norm().clamp(min=1e-30)) for v, e in pairs]
+
+
+def check(inputs: tuple[Tensor, Tensor, Tensor | None], **options) -> None:
+    widened = tuple(None if tensor is None else tensor.double() for tensor in inputs)
+    wide = {name: v.double() if isinstance(v, Tensor) else v for name, v in options.items()}
+    exact = run("reference", widened, **wide)
+    plain, native = run("reference", inputs, **options), run("native", inputs, **options)
+    for value, model in zip(native, plain, strict=True):
+        assert (value.shape, value.dtype, value.stride()) == (model.shape, model.dtype, model.stride())
+    for error, allowed in zip(distance(native, exact), distance(plain, exact), strict=True):
+        assert error <= 2 * max(allowed, ONE_ROUNDING)
+    again = run("native", inputs, **options)
+    assert all(torch.equal(value, other) for value, other in zip(native, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target_free", [False, True])
+def test_shapes(dtype: torch.dtype, shape: tuple[int, ...], target_free: bool) -> None:
+    policy, reference, target = predictions(PAIRS, shape, gap=0.1, dtype=dtype)
+    check((policy, reference, None if target_free else target))
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_utilities(utility: str) -> None:
+    smoothing = 0.1 if UTILITIES[utility].smoothed else 0.0
+    inputs = predictions(PAIRS, (4, 9, 9), gap=0.5, dtype=torch.float32)
+    for beta in (0.5, 20.0, 5000.0):
+        check(inputs, beta=beta, utility=utility, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize(("policy", "reference", "target"), list(itertools.product(DTYPES, repeat=3)))
+def test_mixed_types(policy: torch.dtype, reference: torch.dtype, target: torch.dtype) -> None:
+    tensors = predictions(PAIRS, (4, 8, 9), gap=0.2)
+    check((tensors[0].to(policy), tensors[1].to(reference), tensors[2].to(target)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_and_timesteps(dtype: torch.dtype) -> None:
+    inputs = predictions(PAIRS, (5, 4, 6, 7), gap=0.1, dtype=dtype)
+    check(inputs, timestep_weight=torch.rand(PAIRS, 5), pair_weight=torch.linspace(-1, 1.5, PAIRS))
+
+
+def test_layouts() -> None:
+    contiguous = predictions(PAIRS, (4, 8, 8), gap=0.1, dtype=torch.float32)
+    last = tuple(tensor.to(memory_format=torch.channels_last) for tensor in contiguous)
+    check(last)
+    check((contiguous[0], last[1], contiguous[2]))
+    check((last[0], contiguous[1], last[2]))
+    check((torch.cat([contiguous[0]] * 2, dim=2)[:, :, ::2], contiguous[1], contiguous[2]))
+    check(tuple(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in contiguous))
+    check((contiguous[0], contiguous[1], contiguous[2][:1].expand(2 * PAIRS, -1, -1, -1)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    inputs = predictions(3, (4, 64, 64), gap=0.1, dtype=torch.float32)
+    one = run("native", inputs)
+    torch.set_num_threads(threads)
+    try:
+        many = run("native", inputs)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(value, other) for value, other in zip(one, many, strict=True))
+
+
+def test_small_differences_in_float32() -> None:
+    """Policy − reference of 1e-3 at β = 5000: z within 1e-4 relative."""
+    inputs = tuple(tensor.float() for tensor in predictions(8, (4, 128, 128), gap=1e-3))
+    exact = run("reference", tuple(tensor.double() for tensor in inputs), beta=5000.0)[1]
+    z = run("native", inputs, beta=5000.0)[1]
+    assert float(((z - exact).abs() / exact.abs()).max()) < 1e-4
+
+
+def test_special_values_come_through() -> None:
+    for value in (float("nan"), float("inf")):
+        policy, reference, target = predictions(2, (40,), dtype=torch.float32)
+        policy[1, 37] = value
+        margin = run("native", (policy, reference, target))[1]
+        assert not margin[1].isfinite() and margin[0].isfinite()
+
+
+STEP_OPTIONS = ({}, {"active": True}, {"noise": True}, {"active": True, "noise": True})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("options", STEP_OPTIONS)
+def test_affine_step(dtype: torch.dtype, shape: tuple[int, ...], count: int, options: dict[str, bool]) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = torch.randn(1 + count, 3, *shape, generator=generator).to(dtype)
+    table, keywords = torch.randn(3, 1 + count, generator=generator), {}
+    if "active" in options:
+        keywords["active"] = torch.tensor([True, False, True])
+    if "noise" in options:
+        index = torch.tensor([5, 5, 2**40 + 3])
+        keywords |= {"noise_scale": torch.rand(3), "noise_index": index, "seed": 2**61 + 3, "offset": 7}
+
+    def step(backend: str, inputs: Tensor, coefficients: Tensor) -> Tensor:
+        with fastinvdpo.use_backend(backend):
+            return fastinvdpo.affine_step(inputs[0], list(inputs[1:]), coefficients, **keywords)
+
+    exact = step("reference", tensors.double(), table.double())
+    native, plain = step("native", tensors, table), step("reference", tensors, table)
+    assert (native.shape, native.dtype, native.stride()) == (plain.shape, plain.dtype, plain.stride())
+    error, allowed = distance((native,), (exact,))[0], distance((plain,), (exact,))[0]
+    # Box-Muller in float32: logarithm, root and sine within two roundings each; the reference draws in float64.
+    floor = 6 * ONE_ROUNDING if "noise" in options else ONE_ROUNDING
+    assert error <= 2 * max(allowed, floor)
+
+
+def test_affine_step_layouts() -> None:
+    sample, output = torch.randn(2, 3, 4, 8, 8)
+    table, scale = torch.randn(3, 2), torch.rand(3)
+    for x in (sample, sample.to(memory_format=torch.channels_last), torch.cat([sample] * 2, 3)[..., ::2]):
+        for noise_scale in (None, scale):
+            with fastinvdpo.use_backend("reference"):
+                plain = fastinvdpo.affine_step(x, [output], table, noise_scale=noise_scale, seed=3)
+            with fastinvdpo.use_backend("native"):
+                native = fastinvdpo.affine_step(x, [output], table, noise_scale=noise_scale, seed=3)
+            assert native.stride() == plain.stride()
+            torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_that_of_every_backend() -> None:
+    """A million normal numbers against Box-Muller in float64, tails included."""
+    with fastinvdpo.use_backend("native"):
+        drawn = fastinvdpo.affine_step(
+            torch.zeros(4, 1 << 18), [], torch.zeros(4, 1), noise_scale=torch.ones(4), seed=9, offset=2
+        )
+    exact = philox.normal(9, 2, torch.arange(4), (1 << 18,), torch.float64)
+    assert float((drawn - exact).abs().max()) < 1e-6 and float(exact.abs().max()) > 4.5
