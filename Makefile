@@ -29,7 +29,7 @@ endif
 $(VENV)/.ready: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade 'setuptools>=77' wheel
+	$(VENV)/bin/python -m pip install --quiet --upgrade 'setuptools>=77' wheel ninja pybind11
 	$(VENV)/bin/python -m pip install --quiet '$(TORCH)'
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[train,dev]'
 	@touch $@

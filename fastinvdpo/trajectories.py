@@ -121,7 +121,7 @@ def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps:
     """
     check_levels("levels", schedule, levels)
     grid = inversion_levels(schedule, num_inference_steps)
-    steps = torch.searchsorted(grid, levels) + 1
+    steps = torch.searchsorted(grid, levels.contiguous()) + 1
     highest = grid.new_full((1,), schedule.num_train_timesteps - 1)
     target = torch.minimum(torch.cat([grid, highest]), levels.unsqueeze(1))
     source = torch.cat([grid.new_full((1,), -1), grid]).expand(levels.numel(), -1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import warnings
 
 import pytest
 import torch
@@ -29,6 +28,8 @@ from fastinvdpo.trajectories import (
 from tests.cases import GOLDEN, load_golden
 
 diffusers = pytest.importorskip("diffusers", reason="the recorded runs need diffusers' UNet: pip install '.[train]'")
+
+pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")  # it warns of what it is
 
 RUNS = {
     "dpo/sd15_b2": ("diffusion-dpo", 1e-9),
@@ -129,9 +130,7 @@ def run(name: str, dtype: torch.dtype = torch.float64, *, float64_schedule: bool
         noise = tensors["in.noise"][:pairs]
     timesteps = tensors["in.timesteps"][:pairs] if "in.timesteps" in tensors else None
     draws = Draws(timesteps, None if noise is None else noise.to(dtype))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # `distance` warns of what it is
-        objective = build_objective(method, NoiseSchedule.from_config(config), compat="released", **options)
+    objective = build_objective(method, NoiseSchedule.from_config(config), compat="released", **options)
     if float64_schedule:
         objective = build_with_float64_schedule(objective, method, config, options)
     policy.zero_grad()
