@@ -65,7 +65,7 @@ def train(
 
 @app.command()
 def demo(
-    method: Annotated[str, typer.Option(help="diffusion-dpo, inpo, smpo or inversion-dpo.")] = "diffusion-dpo",
+    method: Annotated[str, typer.Option(help="diffusion-dpo, inpo, smpo or inversion-dpo.")] = "inversion-dpo",
     preference: Annotated[
         str, typer.Option(help="slant (leaning right wins), bold (more ink wins) or digit (the prompted digit wins).")
     ] = "slant",

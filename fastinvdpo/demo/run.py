@@ -51,7 +51,7 @@ RECIPES = {
 
 def run_demo(
     *,
-    method: str = "diffusion-dpo",
+    method: str = "inversion-dpo",
     preference: str = "slant",
     seed: int = 0,
     steps: int | None = None,
