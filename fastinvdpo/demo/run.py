@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +35,23 @@ NUM_INFERENCE_STEPS = 25
 
 @dataclass(frozen=True)
 class Recipe:
-    """What depends on the preference: the base model, and how strongly it is trained."""
+    """What depends on the preference: the base model, and how strongly it is trained.
+
+    ``inverting_beta`` is the β of the methods whose policy inverts its own training latents (InPO, SmPO), where it is
+    another one: with a weak tie to the reference, latents and policy drift together and the digits fade.
+    """
 
     base: str
     beta: float
     learning_rate: float
     steps: int
+    inverting_beta: float
 
 
 RECIPES = {
-    "slant": Recipe("clean", beta=1000.0, learning_rate=2e-5, steps=200),
-    "bold": Recipe("clean", beta=1000.0, learning_rate=1e-5, steps=100),
-    "digit": Recipe("noisy", beta=200.0, learning_rate=2e-5, steps=300),
+    "slant": Recipe("clean", beta=1000.0, learning_rate=2e-5, steps=200, inverting_beta=1000.0),
+    "bold": Recipe("clean", beta=1000.0, learning_rate=1e-5, steps=100, inverting_beta=1000.0),
+    "digit": Recipe("noisy", beta=200.0, learning_rate=2e-5, steps=300, inverting_beta=500.0),
 }
 
 
@@ -140,12 +146,16 @@ def build_config(
     options: dict[str, dict[str, Any]] = {
         "diffusion-dpo": {},
         "inpo": {"num_inference_steps": 10, "eta": 0.1},
-        "smpo": {"num_inference_steps": 5, "score_range": score_range},
+        "smpo": {"num_inference_steps": 5, "score_range": score_range, "preference_scale": _smpo_scale(preference)},
         "inversion-dpo": {"num_inference_steps": 10, "guidance_scale": 1.0, "timesteps_per_step": 1},
     }
     return TrainConfig.from_mapping(
         {
-            "method": {"name": method, "beta": recipe.beta, **options[method]},
+            "method": {
+                "name": method,
+                "beta": recipe.inverting_beta if method in ("inpo", "smpo") else recipe.beta,
+                **options[method],
+            },
             "model": {"family": "digits", "path": str(base)},
             "data": {"path": str(directory / "pairs.parquet"), "relabel_by_score": method == "smpo"},
             "optimizer": {
@@ -168,6 +178,13 @@ def build_config(
             },
         }
     )
+
+
+def _smpo_scale(preference: str) -> float:
+    """SmPO's λ: the published 10 for graded scores. Under ``digit`` every pair differs by the whole range of the scores,
+    and would weigh 4.6 times what it weighs in the other methods: the λ that makes it 1.
+    """
+    return 1 / (2 / (1 + math.exp(-1)) - 1) if preference == "digit" else 10.0
 
 
 def draw_images(model_path: str | Path, prompts: list[str], seed: int) -> list[Image]:
