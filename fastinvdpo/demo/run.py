@@ -181,8 +181,10 @@ def build_config(
 
 
 def _smpo_scale(preference: str) -> float:
-    """SmPO's λ: the published 10 for graded scores. Under ``digit`` every pair differs by the whole range of the scores,
-    and would weigh 4.6 times what it weighs in the other methods: the λ that makes it 1.
+    """SmPO's λ: the published 10 for graded scores.
+
+    Under ``digit`` every pair differs by the whole range of the scores and would weigh 4.6 times what it weighs in the
+    other methods: there, the λ that makes it 1.
     """
     return 1 / (2 / (1 + math.exp(-1)) - 1) if preference == "digit" else 10.0
 
