@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -247,7 +248,12 @@ def test_configuration_survives_its_file(method: str, preference: str, tmp_path:
     config = run.build_config(method, preference, 1, None, tmp_path, base.WEIGHTS / "clean", 0.7)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
-    assert config.method.beta == (200 if preference == "digit" else 1000)
+    inverts = method in ("inpo", "smpo")
+    assert config.method.beta == ((500 if inverts else 200) if preference == "digit" else 1000)
+    if method == "smpo":
+        # A sure preference weighs 1 under `digit`, as in the other methods.
+        sure = config.method.preference_scale * (2 / (1 + math.exp(-1)) - 1)
+        assert sure == pytest.approx(1.0) if preference == "digit" else config.method.preference_scale == 10
     assert config.training.steps == {"slant": 200, "bold": 100, "digit": 300}[preference]
     assert config.training.cache_trajectories == (method == "inversion-dpo")
 
