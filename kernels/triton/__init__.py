@@ -1,0 +1,1 @@
+"""Triton kernels: one module for each op of ``fastinvdpo/ops``, holding its jit functions and its launchers."""
