@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _WIDEST = 8  # elements of a half type in 128 bits
 
@@ -96,15 +97,17 @@ def _uniform(word):
 
 @triton.jit
 def _cos_sin_turns(u):
-    """``cos 2πu`` and ``sin 2πu`` for u in (0, 1): the nearest quarter turn splits off exactly, and polynomials fitted on
-    an eighth of a turn to either side do the rest. (The library's functions carry a slow path for huge angles, and with
-    it stack memory.)
+    """``cos 2πu`` and ``sin 2πu`` for u in (0, 1): the nearest quarter turn splits off exactly, and polynomials fitted
+    on an eighth of a turn to either side do the rest. (The library's functions carry a slow path for huge angles, and
+    with it stack memory.)
     """
     quarter = (u * 4.0 + 0.5).to(tl.int32)
     x = u - quarter.to(tl.float32) * 0.25
     z = x * x
     sine = x * (6.283185287812946 + z * (-41.34166257054795 + z * (81.59254287130155 - z * 75.40161270274746)))
-    cosine = 1.0 + z * (-19.739208789987508 + z * (64.93936905141977 + z * (-85.44882008965106 + z * 59.42410598175647)))
+    cosine = 1.0 + z * (
+        -19.739208789987508 + z * (64.93936905141977 + z * (-85.44882008965106 + z * 59.42410598175647))
+    )
     odd = (quarter & 1) == 1
     turned_cosine = tl.where(odd, sine, cosine)
     turned_sine = tl.where(odd, cosine, sine)

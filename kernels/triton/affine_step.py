@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._common import elementwise_block, normal, on_device_of, rows_of
 
@@ -26,7 +27,8 @@ def forward(
         sample: ``(n, …)`` float32, bfloat16 or float16, dense, samples first; contiguous with noise, whose numbering
             follows the logical order of the elements.
         outputs: up to four tensors of that shape and layout; dtypes may differ.
-        coefficients: ``(n, 1 + len(outputs))``; active: bool ``(n,)``; noise_scale: ``(n,)``; noise_index: int64 ``(n,)``.
+        coefficients: ``(n, 1 + len(outputs))``; active: bool ``(n,)``.
+        noise_scale: ``(n,)``; noise_index: int64 ``(n,)``.
         seed, offset: 63 and 32 bits.
     """
     result = torch.empty_like(sample)

@@ -1,7 +1,8 @@
 """The pair objective: one launch forward, which also finishes the loss, and one backward.
 
-Forward: every program adds up one chunk of one row and leaves its sums in a workspace; the program that finishes last
-adds those up in a fixed order, so that the bits depend on the shape alone and not on the order of arrival.
+Forward: every program adds up one chunk of one row and leaves its sums in a workspace. The last program of a pair adds
+those up and writes the pair's margin and errors; the last of all pairs turns margins into the loss. Both add in a fixed
+order, so that the bits depend on the shape alone and not on the order of arrival.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._common import Rows, block_of, elementwise_block, on_device_of, rows_of
 
-_PROGRAMS = 4096  # a few waves on the largest GPUs; more programs than that only cost atomics and partial sums
+_FEW_PROGRAMS, _MANY_PROGRAMS = 1024, 8192  # about one wave on the largest GPUs; several, for an even end
 _LONGEST_CHUNK = 64  # blocks: bounds the length of a float32 sum
-_FINISH_TILE = 256  # partial sums of each kind that the last program adds up at once
+_FINISH_TILE = 128  # partial sums of each kind that the last program of a pair adds up at once
 
-# One zero for each device and stream: launches on one stream follow each other, and each leaves it at zero.
+# For each device and stream, zeros to count arrivals with, one for all pairs and one for each: launches on one stream
+# follow each other, and each leaves zeros behind.
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -32,7 +35,7 @@ class Plan(NamedTuple):
     chunks: int
 
 
-def forward(  # noqa: PLR0913 - the op's schema
+def forward(
     policy: Tensor,
     reference: Tensor,
     target: Tensor | None,
@@ -56,9 +59,8 @@ def forward(  # noqa: PLR0913 - the op's schema
     errors = (2 * pairs,) if timestep_weight is None else (2 * pairs, timesteps)
     policy_mse, reference_mse = (policy.new_empty(errors, dtype=torch.float32) for _ in range(2))
     partials = policy.new_empty((1 if target is None else 3) * rows.rows * plan.chunks, dtype=torch.float32)
-    terms = None if timestep_weight is None else policy.new_empty(pairs * timesteps, dtype=torch.float64)
     form, flip = utility_form(utility, label_smoothing)
-    columns = min(64, triton.next_power_of_2(plan.chunks))
+    columns = _FINISH_TILE if timesteps == 1 else min(_FINISH_TILE, triton.next_power_of_2(plan.chunks))
     with on_device_of(policy):
         forward_kernel[(rows.rows * plan.chunks,)](
             policy,
@@ -71,8 +73,7 @@ def forward(  # noqa: PLR0913 - the op's schema
             policy_mse,
             reference_mse,
             partials,
-            terms,
-            _ticket(policy.device),
+            _zeros(policy.device, 1 + pairs),
             pairs,
             timesteps,
             rows.units,
@@ -80,6 +81,9 @@ def forward(  # noqa: PLR0913 - the op's schema
             plan.blocks_per_chunk,
             float(beta),
             flip,
+            1.0 / float(beta),
+            1.0 / rows.n,
+            1.0 / pairs,
             UTILITY=form,
             UNIT=rows.unit,
             BLOCK=plan.block,
@@ -137,11 +141,14 @@ def backward(  # noqa: PLR0913 - the op's schema
 
 
 def plan_of(rows: Rows) -> Plan:
-    """Many short chunks while they fit the GPU side by side, longer ones as the input grows."""
+    """One block a chunk while that fits the GPU side by side, then up to eight, or more where there would be too many
+    programs. Decided by the shape alone, as are the bits of the result.
+    """
     block = block_of(rows.n)
     per_row = triton.cdiv(rows.n, block.size)
-    wanted = triton.next_power_of_2(triton.cdiv(rows.rows * per_row, _PROGRAMS))
-    length = min(wanted, _LONGEST_CHUNK, triton.next_power_of_2(per_row))
+    total = rows.rows * per_row
+    length = max(min(total // _FEW_PROGRAMS, 8), triton.cdiv(total, _MANY_PROGRAMS), 1)
+    length = min(triton.next_power_of_2(length), triton.next_power_of_2(per_row), _LONGEST_CHUNK)
     return Plan(block.size, block.warps, length, triton.cdiv(per_row, length))
 
 
@@ -164,18 +171,19 @@ def _dense(table: Tensor | None) -> Tensor | None:
     return None if table is None else table.contiguous()
 
 
-def _ticket(device: torch.device) -> Tensor:
-    """An int32 zero that no launch in flight uses, but earlier ones on this stream."""
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """``count`` int32 zeros that earlier launches on this stream may use, but no launch beside it."""
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            # A graph may be replayed on any stream, beside others that were captured on this one: it owns its zero.
-            return torch.zeros(1, dtype=torch.int32, device=device)
+            # A graph may be replayed on any stream, beside others that were captured on this one: it owns its zeros.
+            return torch.zeros(count, dtype=torch.int32, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
-    ticket = _tickets.get((device, stream))
-    if ticket is None:
-        ticket = _tickets[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
-    return ticket
+    tickets = _tickets.get((device, stream))
+    if tickets is None or tickets.numel() < count:
+        size = max(128, triton.next_power_of_2(count))
+        tickets = _tickets[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    return tickets
 
 
 @triton.jit(do_not_specialize=("pairs", "timesteps", "units", "chunks", "blocks_per_chunk"))
@@ -190,15 +198,17 @@ def forward_kernel(  # noqa: PLR0913 - the op's schema
     policy_mse,
     reference_mse,
     partials,
-    terms,
-    ticket,
+    tickets,
     pairs: tl.int32,
     timesteps: tl.int32,
     units: tl.int64,
     chunks: tl.int32,
     blocks_per_chunk: tl.int32,
-    beta: tl.float32,
-    flip: tl.float32,
+    beta: tl.float64,
+    flip: tl.float64,
+    per_beta: tl.float64,
+    per_element: tl.float64,
+    per_pair: tl.float64,
     UTILITY: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -240,139 +250,128 @@ def forward_kernel(  # noqa: PLR0913 - the op's schema
         tl.store(partials + programs + program, tl.sum(policy_error))
         tl.store(partials + 2 * programs + program, tl.sum(reference_error))
     tl.debug_barrier()
-    arrived = tl.atomic_add(ticket, 1, sem="acq_rel")
-    if arrived == tl.num_programs(0) - 1:
-        _finish_rows(
+    pair = (program // chunks) % (pairs * timesteps) // timesteps
+    arrived = tl.atomic_add(tickets + 1 + pair, 1, sem="acq_rel")
+    if arrived == 2 * timesteps * chunks - 1:
+        tl.store(tickets + 1 + pair, 0)
+        _finish_pair(
             partials,
             target,
             pair_weight,
             timestep_weight,
-            loss,
             margin,
             policy_mse,
             reference_mse,
-            terms,
+            pair,
             pairs,
             timesteps,
-            units,
             chunks,
             beta,
-            flip,
-            UTILITY,
-            UNIT,
+            per_element,
             ROWS,
             COLUMNS,
         )
-        if timestep_weight is not None:
-            tl.debug_barrier()
-            _finish_pairs(terms, loss, margin, pairs, timesteps, beta, flip, UTILITY, ROWS)
-        tl.store(ticket, 0)
+        tl.debug_barrier()
+        finished = tl.atomic_add(tickets, 1, sem="acq_rel")
+        if finished == pairs - 1:
+            tl.store(tickets, 0)
+            _finish_loss(margin, loss, pairs, flip, per_beta, per_pair, UTILITY)
 
 
 @triton.jit
-def _finish_rows(  # noqa: PLR0913 - shares the kernel's arguments
+def _finish_pair(  # noqa: PLR0913 - shares the kernel's arguments
     partials,
     target,
     pair_weight,
     timestep_weight,
-    loss,
     margin,
     policy_mse,
     reference_mse,
-    terms,
+    pair,
     pairs,
     timesteps,
-    units,
     chunks,
     beta,
-    flip,
-    UTILITY: tl.constexpr,
-    UNIT: tl.constexpr,
+    per_element,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The mean errors of every row, and ``−(β/2)·ρ_i·w_ik·(Δ_winner − Δ_loser)`` of every winner and its loser."""
-    winners = pairs.to(tl.int64) * timesteps
-    one_kind = 2 * winners * chunks  # the distance from the partial sums of Δ to those of an error
-    # Summed in float64: the terms of a pair nearly cancel.
-    mean = 1.0 / (units * UNIT).to(tl.float64)
-    total = tl.zeros([ROWS], tl.float64)
-    for begin in range(0, winners, ROWS):
-        winner = begin + tl.arange(0, ROWS).to(tl.int64)
-        valid = winner < winners
+    """The mean errors of a pair's rows, and its margin ``−(β/2)·ρ·Σ_k w_k·(Δ_winner − Δ_loser)``."""
+    winners = pairs * timesteps
+    one_kind = 2 * winners.to(tl.int64) * chunks  # the distance from the partial sums of Δ to those of an error
+    # In float64: the sums of winner and loser nearly cancel.
+    terms = tl.zeros([ROWS], tl.float64)
+    for first in range(0, timesteps, ROWS):
+        timestep = first + tl.arange(0, ROWS)
+        valid = timestep < timesteps
+        winner = pair * timesteps + timestep
         loser = winner + winners
-        delta_winner = _row_sums(partials, winner, valid, chunks, ROWS, COLUMNS) * mean
-        delta_loser = _row_sums(partials, loser, valid, chunks, ROWS, COLUMNS) * mean
-        if target is None:
-            tl.store(policy_mse + winner, delta_winner.to(tl.float32), mask=valid)
-            tl.store(policy_mse + loser, delta_loser.to(tl.float32), mask=valid)
-            nothing = tl.zeros([ROWS], tl.float32)
-            tl.store(reference_mse + winner, nothing, mask=valid)
-            tl.store(reference_mse + loser, nothing, mask=valid)
-        else:
-            _store_errors(policy_mse, partials + one_kind, winner, valid, chunks, mean, ROWS, COLUMNS)
-            _store_errors(policy_mse, partials + one_kind, loser, valid, chunks, mean, ROWS, COLUMNS)
-            _store_errors(reference_mse, partials + 2 * one_kind, winner, valid, chunks, mean, ROWS, COLUMNS)
-            _store_errors(reference_mse, partials + 2 * one_kind, loser, valid, chunks, mean, ROWS, COLUMNS)
-        term = (delta_winner - delta_loser) * (-0.5 * beta)
-        if pair_weight is not None:
-            term *= tl.load(pair_weight + winner // timesteps, mask=valid, other=0.0).to(tl.float64)
-        if timestep_weight is None:
-            z = term.to(tl.float32)
-            tl.store(margin + winner, z, mask=valid)
-            value = _utility_value(z.to(tl.float64), beta, flip, UTILITY)
-            total += tl.where(valid, value, 0.0)
-        else:
-            term *= tl.load(timestep_weight + winner, mask=valid, other=0.0).to(tl.float64)
-            tl.store(terms + winner, term, mask=valid)
-    if timestep_weight is None:
-        tl.store(loss, (tl.sum(total) / pairs).to(tl.float32))
+        delta = tl.zeros([ROWS], tl.float64)
+        policy_winner = tl.zeros([ROWS], tl.float64)
+        policy_loser = tl.zeros([ROWS], tl.float64)
+        reference_winner = tl.zeros([ROWS], tl.float64)
+        reference_loser = tl.zeros([ROWS], tl.float64)
+        for column in range(0, chunks, COLUMNS):
+            # All loads first, so that they overlap.
+            delta_w = _tile(partials, winner, valid, column, chunks, COLUMNS)
+            delta_l = _tile(partials, loser, valid, column, chunks, COLUMNS)
+            if target is None:
+                policy_winner += tl.sum(delta_w, axis=1)
+                policy_loser += tl.sum(delta_l, axis=1)
+            else:
+                policy_w = _tile(partials + one_kind, winner, valid, column, chunks, COLUMNS)
+                policy_l = _tile(partials + one_kind, loser, valid, column, chunks, COLUMNS)
+                reference_w = _tile(partials + 2 * one_kind, winner, valid, column, chunks, COLUMNS)
+                reference_l = _tile(partials + 2 * one_kind, loser, valid, column, chunks, COLUMNS)
+                policy_winner += tl.sum(policy_w, axis=1)
+                policy_loser += tl.sum(policy_l, axis=1)
+                reference_winner += tl.sum(reference_w, axis=1)
+                reference_loser += tl.sum(reference_l, axis=1)
+            delta += tl.sum(delta_w, axis=1) - tl.sum(delta_l, axis=1)
+        tl.store(policy_mse + winner, (policy_winner * per_element).to(tl.float32), mask=valid)
+        tl.store(policy_mse + loser, (policy_loser * per_element).to(tl.float32), mask=valid)
+        tl.store(reference_mse + winner, (reference_winner * per_element).to(tl.float32), mask=valid)
+        tl.store(reference_mse + loser, (reference_loser * per_element).to(tl.float32), mask=valid)
+        if timestep_weight is not None:
+            delta *= tl.load(timestep_weight + winner, mask=valid, other=0.0).to(tl.float64)
+        terms += delta
+    z = tl.sum(terms) * (-0.5 * beta * per_element)
+    if pair_weight is not None:
+        z *= tl.load(pair_weight + pair).to(tl.float64)
+    tl.store(margin + pair, z.to(tl.float32))
 
 
 @triton.jit
-def _finish_pairs(terms, loss, margin, pairs, timesteps, beta, flip, UTILITY: tl.constexpr, ROWS: tl.constexpr):  # noqa: PLR0913
-    """The terms of a pair's timesteps become its margin, the margins the loss."""
-    total = tl.zeros([ROWS], tl.float64)
-    for begin in range(0, pairs, ROWS):
-        pair = begin + tl.arange(0, ROWS)
+def _finish_loss(margin, loss, pairs, flip, per_beta, per_pair, UTILITY: tl.constexpr):
+    total = tl.zeros([128], tl.float64)
+    for begin in range(0, pairs, 128):
+        pair = begin + tl.arange(0, 128)
         valid = pair < pairs
-        z = _row_sums(terms, pair.to(tl.int64), valid, timesteps, ROWS, 16).to(tl.float32)
-        tl.store(margin + pair, z, mask=valid)
-        total += tl.where(valid, _utility_value(z.to(tl.float64), beta, flip, UTILITY), 0.0)
-    tl.store(loss, (tl.sum(total) / pairs).to(tl.float32))
+        z = tl.load(margin + pair, mask=valid, other=0.0, cache_modifier=".cg").to(tl.float64)
+        total += tl.where(valid, _utility_value(z, flip, per_beta, UTILITY), 0.0)
+    tl.store(loss, (tl.sum(total) * per_pair).to(tl.float32))
 
 
 @triton.jit
-def _store_errors(mse, partials, row, valid, chunks, mean, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    total = _row_sums(partials, row, valid, chunks, ROWS, COLUMNS)
-    tl.store(mse + row, (total * mean).to(tl.float32), mask=valid)
-
-
-@triton.jit
-def _row_sums(table, row, valid, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sums, float64 ``(ROWS,)``, of the given rows of a table whose rows are ``length`` long."""
-    sums = tl.zeros([ROWS, COLUMNS], tl.float64)
-    for begin in range(0, length, COLUMNS):
-        column = begin + tl.arange(0, COLUMNS)
-        inside = valid[:, None] & (column < length)[None, :]
-        # Other multiprocessors wrote these: read past the first-level cache.
-        address = table + (row * length)[:, None] + column[None, :]
-        sums += tl.load(address, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-    return tl.sum(sums, axis=1)
+def _tile(table, row, valid, begin, length, COLUMNS: tl.constexpr):
+    """``COLUMNS`` columns, from ``begin`` on, of the given rows of a table whose rows are ``length`` long; float64."""
+    column = begin + tl.arange(0, COLUMNS)
+    inside = valid[:, None] & (column < length)[None, :]
+    address = table + (row.to(tl.int64) * length)[:, None] + column[None, :]
+    # Other multiprocessors wrote these: read past the first-level cache.
+    return tl.load(address, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
 
 
 @triton.jit
 def _softplus(x):
     """``log(1 + eˣ)``, float64."""
     e = tl.exp(-tl.abs(x))
-    rounded = 1.0 + e
-    # log1p by the rounding error of 1 + e: exact to a few units in the last place, also for tiny e.
-    small = tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
-    return tl.maximum(x, 0.0) + small
+    # 1 + e would lose a tiny e; its series ends where float64 does.
+    return tl.maximum(x, 0.0) + tl.where(e < 1e-5, e * (1.0 - e * (0.5 - e * 0.3333333333333333)), tl.log(1.0 + e))
 
 
 @triton.jit
-def _utility_value(z, beta, flip, UTILITY: tl.constexpr):
+def _utility_value(z, flip, per_beta, UTILITY: tl.constexpr):
     """``u(z)``, float64; the conditions are such that a margin that is not a number gives a loss that is not one."""
     if UTILITY == "sigmoid":
         return _softplus(-z)
@@ -381,7 +380,7 @@ def _utility_value(z, beta, flip, UTILITY: tl.constexpr):
     elif UTILITY == "hinge":
         return tl.where(z >= 1.0, 0.0, 1.0 - z)
     elif UTILITY == "ipo":
-        gap = (z - 0.5) / beta
+        gap = (z - 0.5) * per_beta
         return gap * gap
     else:
         tl.static_assert(UTILITY == "linear")
@@ -447,15 +446,15 @@ def backward_kernel(  # noqa: PLR0913 - the op's schema
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks).to(tl.int64) * (BLOCK // UNIT)
-    start = (row * units + first) * UNIT
+    start = (row.to(tl.int64) * units + first) * UNIT
     at = tl.arange(0, BLOCK)
     inside = at < tl.minimum(units - first, BLOCK // UNIT).to(tl.int32) * UNIT
     p = tl.load(policy + start + at, mask=inside, other=0.0)
     t = tl.load(target + start + at, mask=inside, other=0.0)
 
-    winners = pairs.to(tl.int64) * timesteps
+    winners = pairs * timesteps
     winner = row % winners
     pair = winner // timesteps
     scale = 0.0
