@@ -39,6 +39,11 @@ def rows_of(tensor: Tensor, rows: int) -> Rows:
     return Rows(rows, n // unit, unit)
 
 
+def wide_accesses(rows: Rows, *tensors: Tensor | None) -> bool:
+    """Whether a kernel can access all of them 128 bits at a time."""
+    return rows.unit == _WIDEST and all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
 class Block(NamedTuple):
     """Elements that a program handles at once, and its warps: eight elements a thread where the row is long enough."""
 

@@ -15,7 +15,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import Rows, block_of, elementwise_block, on_device_of, rows_of
+from ._common import Rows, block_of, elementwise_block, on_device_of, rows_of, wide_accesses
+from ._utilities import utility_form, utility_slope, utility_value
 
 _FEW_PROGRAMS, _MANY_PROGRAMS = 1024, 8192  # about one wave on the largest GPUs; several, for an even end
 _LONGEST_CHUNK = 64  # blocks: bounds the length of a float32 sum
@@ -27,10 +28,9 @@ _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
 class Plan(NamedTuple):
-    """How a forward launch cuts up its rows."""
+    """How a forward launch cuts up its rows: elements a block, blocks a chunk, chunks a row."""
 
     block: int
-    warps: int
     blocks_per_chunk: int
     chunks: int
 
@@ -89,7 +89,9 @@ def forward(
             BLOCK=plan.block,
             ROWS=_FINISH_TILE // columns,
             COLUMNS=columns,
-            num_warps=plan.warps,
+            num_warps=4,
+            # Left alone, the assembler spills in some variants to have even fewer; narrow accesses need more.
+            maxnreg=64 if wide_accesses(rows, policy, reference, target) else 80,
         )
     return loss, margin, policy_mse, reference_mse
 
@@ -128,10 +130,11 @@ def backward(  # noqa: PLR0913 - the op's schema
             timesteps,
             rows.units,
             blocks,
-            float(beta),
+            flip,
+            1.0 / float(beta),
+            1.0 / pairs,
             -float(beta) / rows.n,
             2.0 / rows.n,
-            flip,
             UTILITY=form,
             UNIT=rows.unit,
             BLOCK=block.size,
@@ -144,21 +147,12 @@ def plan_of(rows: Rows) -> Plan:
     """One block a chunk while that fits the GPU side by side, then up to eight, or more where there would be too many
     programs. Decided by the shape alone, as are the bits of the result.
     """
-    block = block_of(rows.n)
-    per_row = triton.cdiv(rows.n, block.size)
+    block = block_of(rows.n).size
+    per_row = triton.cdiv(rows.n, block)
     total = rows.rows * per_row
     length = max(min(total // _FEW_PROGRAMS, 8), triton.cdiv(total, _MANY_PROGRAMS), 1)
     length = min(triton.next_power_of_2(length), triton.next_power_of_2(per_row), _LONGEST_CHUNK)
-    return Plan(block.size, block.warps, length, triton.cdiv(per_row, length))
-
-
-def utility_form(utility: str, label_smoothing: float) -> tuple[str, float]:
-    """``(form, flip)``: cdpo and robust are both ``−log σ(z) − flip·z``, form ``smoothed``."""
-    if utility == "cdpo":
-        return "smoothed", -label_smoothing
-    if utility == "robust":
-        return "smoothed", label_smoothing / (1 - 2 * label_smoothing)
-    return utility, 0.0
+    return Plan(block, length, triton.cdiv(per_row, length))
 
 
 def _shape(policy: Tensor, timestep_weight: Tensor | None) -> tuple[int, int, Rows]:
@@ -348,7 +342,7 @@ def _finish_loss(margin, loss, pairs, flip, per_beta, per_pair, UTILITY: tl.cons
         pair = begin + tl.arange(0, 128)
         valid = pair < pairs
         z = tl.load(margin + pair, mask=valid, other=0.0, cache_modifier=".cg").to(tl.float64)
-        total += tl.where(valid, _utility_value(z, flip, per_beta, UTILITY), 0.0)
+        total += tl.where(valid, utility_value(z, flip, per_beta, UTILITY), 0.0)
     tl.store(loss, (tl.sum(total) * per_pair).to(tl.float32))
 
 
@@ -360,67 +354,6 @@ def _tile(table, row, valid, begin, length, COLUMNS: tl.constexpr):
     address = table + (row.to(tl.int64) * length)[:, None] + column[None, :]
     # Other multiprocessors wrote these: read past the first-level cache.
     return tl.load(address, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-
-
-@triton.jit
-def _softplus(x):
-    """``log(1 + eˣ)``, float64."""
-    e = tl.exp(-tl.abs(x))
-    # 1 + e would lose a tiny e; its series ends where float64 does.
-    return tl.maximum(x, 0.0) + tl.where(e < 1e-5, e * (1.0 - e * (0.5 - e * 0.3333333333333333)), tl.log(1.0 + e))
-
-
-@triton.jit
-def _utility_value(z, flip, per_beta, UTILITY: tl.constexpr):
-    """``u(z)``, float64; the conditions are such that a margin that is not a number gives a loss that is not one."""
-    if UTILITY == "sigmoid":
-        return _softplus(-z)
-    elif UTILITY == "smoothed":
-        return _softplus(-z) - flip * z
-    elif UTILITY == "hinge":
-        return tl.where(z >= 1.0, 0.0, 1.0 - z)
-    elif UTILITY == "ipo":
-        gap = (z - 0.5) * per_beta
-        return gap * gap
-    else:
-        tl.static_assert(UTILITY == "linear")
-        edge = (0.5 - 0.01) / 0.4
-        above = edge * (0.2 * edge - 0.5) - (z - edge) * 0.01
-        below = edge * (0.2 * edge + 0.5) - (z + edge) * 0.99
-        return tl.where(z > edge, above, tl.where(z < -edge, below, z * (0.2 * z - 0.5)))
-
-
-@triton.jit
-def _exp_of_negative(x):
-    """``eˣ`` for x ≤ 0, float32. The built-in one multiplies by log₂e first, whose rounding error grows with x."""
-    x = tl.where(x < -110.0, -110.0, x)
-    k = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = tl.fma(k, 1.9046542121259336e-09, tl.fma(k, -0.6931471824645996, x))  # log 2, in two parts
-    tail = 0.1666650521114506 + r * (0.041666464944505696 + r * (0.00836915395971191 + r * 0.0013933647862928863))
-    return (1.0 + r * (1.0 + r * (0.5 + r * tail))) * tl.exp2(k)
-
-
-@triton.jit
-def _sigmoid(x):
-    e = _exp_of_negative(-tl.abs(x))
-    return tl.div_rn(tl.where(x >= 0.0, 1.0, e), 1.0 + e)
-
-
-@triton.jit
-def _utility_slope(z, beta, flip, UTILITY: tl.constexpr):
-    """``u'(z)``, float32."""
-    if UTILITY == "sigmoid":
-        return -_sigmoid(-z)
-    elif UTILITY == "smoothed":
-        return -flip - _sigmoid(-z)
-    elif UTILITY == "hinge":
-        return tl.where(z < 1.0, -1.0, 0.0)
-    elif UTILITY == "ipo":
-        return tl.div_rn(tl.div_rn(2.0 * (z - 0.5), beta), beta)
-    else:
-        tl.static_assert(UTILITY == "linear")
-        slope = 0.5 - 0.4 * z
-        return -tl.where(slope < 0.01, 0.01, tl.where(slope > 0.99, 0.99, slope))
 
 
 @triton.jit(do_not_specialize=("pairs", "timesteps", "units", "blocks"))
@@ -438,10 +371,11 @@ def backward_kernel(  # noqa: PLR0913 - the op's schema
     timesteps: tl.int32,
     units: tl.int64,
     blocks: tl.int32,
-    beta: tl.float32,
-    from_margin: tl.float32,
-    from_mse: tl.float32,
-    flip: tl.float32,
+    flip: tl.float64,
+    per_beta: tl.float64,
+    per_pair: tl.float64,
+    from_margin: tl.float64,
+    from_mse: tl.float64,
     UTILITY: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -457,19 +391,20 @@ def backward_kernel(  # noqa: PLR0913 - the op's schema
     winners = pairs * timesteps
     winner = row % winners
     pair = winner // timesteps
-    scale = 0.0
+    # ∂z/∂p = −(β/2)·ρ·w·(±1)·2(p − τ)/n, and ∂mse/∂p = 2(p − τ)/n. In float64: a rounding here is one of every element.
+    scale = tl.full([], 0.0, tl.float64)
     if grad_loss is not None:
-        slope = _utility_slope(tl.load(margin + pair), beta, flip, UTILITY)
-        scale = tl.div_rn(tl.load(grad_loss).to(tl.float32) * slope, pairs.to(tl.float32))
+        slope = utility_slope(tl.load(margin + pair), flip, per_beta, UTILITY)
+        scale += tl.load(grad_loss).to(tl.float64) * slope.to(tl.float64) * per_pair
     if grad_margin is not None:
-        scale += tl.load(grad_margin + pair).to(tl.float32)
-    # ∂z/∂p = −(β/2)·ρ·w·(±1)·2(p − τ)/n, and ∂mse/∂p = 2(p − τ)/n.
+        scale += tl.load(grad_margin + pair).to(tl.float64)
     scale *= from_margin
     if pair_weight is not None:
-        scale *= tl.load(pair_weight + pair).to(tl.float32)
+        scale *= tl.load(pair_weight + pair).to(tl.float64)
     if timestep_weight is not None:
-        scale *= tl.load(timestep_weight + winner).to(tl.float32)
+        scale *= tl.load(timestep_weight + winner).to(tl.float64)
     scale = tl.where(row < winners, scale, -scale)
     if grad_policy_mse is not None:
-        scale += tl.load(grad_policy_mse + row).to(tl.float32) * from_mse
+        scale += tl.load(grad_policy_mse + row).to(tl.float64) * from_mse
+    scale = scale.to(tl.float32)
     tl.store(gradient + start + at, (scale * (p.to(tl.float32) - t.to(tl.float32))).to(p.dtype), mask=inside)

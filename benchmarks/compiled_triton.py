@@ -1,0 +1,285 @@
+"""What the Triton kernels compile to, without a GPU: registers, stack and the width of memory accesses.
+
+    python benchmarks/compiled_triton.py            prints the table
+    python benchmarks/compiled_triton.py --write    and keeps it in benchmarks/results/compiled_triton.md
+
+The launchers run on CPU tensors of real shapes; every launch is compiled as it would be on a GPU, for sm_80, sm_90 and
+sm_100, and not carried out. A register that spills goes to the stack: stack 0 means no spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "benchmarks/results/compiled_triton.md"
+ARCHITECTURES = (80, 90, 100)
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Case(NamedTuple):
+    """One launch. ``reads`` and ``writes``: the large tensors, which a block of the kernel covers once each."""
+
+    name: str
+    launch: Callable[[], object]
+    reads: list[Tensor]
+    writes: list[Tensor]
+    contiguous: bool  # rows start at multiples of 16 bytes: every access to a large tensor is to have 128 bits
+
+
+class Report(NamedTuple):
+    case: str
+    arch: int
+    registers: int
+    stack: int
+    wide_reads: int
+    expected_reads: int
+    wide_writes: int
+    expected_writes: int
+    contiguous: bool
+
+
+class NoDevice:
+    """Stands in for Triton's driver: there is a device of the given architecture, and nothing can be launched on it."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def kernel_modules() -> tuple[ModuleType, ModuleType]:
+    folder = ROOT / "kernels/triton"
+    name = "compiled_triton_kernels"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{name}.preference_loss"), importlib.import_module(f"{name}.affine_step")
+
+
+def cases() -> Iterator[Case]:
+    loss, affine = kernel_modules()
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    small, odd, huge = (4, 128, 128), (3, 33, 35), (16, 21, 90, 160)
+    utilities = (("sigmoid", 0.0), ("cdpo", 0.1), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0), ("linear", 0.0))
+    for dtypes in ((f32, f32, f32), (bf16, bf16, bf16), (f16, f16, f16), (bf16, f32, bf16), (f32, bf16, f16)):
+        yield forward_case(loss, dtypes, small)
+        yield backward_case(loss, dtypes[::2], small)
+    for dtype in (f32, bf16):
+        yield forward_case(loss, (dtype, dtype), small)
+        yield forward_case(loss, (dtype,) * 3, odd)
+        yield forward_case(loss, (dtype,) * 3, small, shifted=True)
+        yield backward_case(loss, (dtype,) * 2, small, shifted=True)
+        yield forward_case(loss, (dtype,) * 3, (10, 4, 64, 64), timesteps=10)
+        yield forward_case(loss, (dtype,) * 3, (4, 2, 3), timesteps=4)
+        yield backward_case(loss, (dtype,) * 2, (10, 4, 64, 64), timesteps=10)
+        yield backward_case(loss, (dtype,) * 2, odd)
+        yield backward_case(loss, (dtype,) * 2, huge)
+        for count in range(5):
+            for noisy in (False, True):
+                yield step_case(affine, (dtype,) * (count + 1), small, noisy)
+        yield step_case(affine, (dtype,) * 2, odd, True)
+        yield step_case(affine, (dtype,) * 5, huge, True)
+    yield step_case(affine, (bf16, f32, bf16), small, False)
+    for utility, smoothing in utilities[1:]:
+        yield forward_case(loss, (bf16,) * 3, small, utility=utility, smoothing=smoothing)
+        yield backward_case(loss, (bf16,) * 2, small, utility=utility, smoothing=smoothing)
+
+
+def forward_case(
+    module: ModuleType,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    timesteps: int | None = None,
+    utility: str = "sigmoid",
+    smoothing: float = 0.0,
+    shifted: bool = False,
+) -> Case:
+    tensors = [large(shape, dtype, shifted) for dtype in dtypes]
+    target = tensors[2] if len(tensors) > 2 else None
+    weight = None if timesteps is None else torch.empty(2, timesteps)
+    arguments = (*tensors[:2], target, torch.empty(2), weight, 2000.0, utility, smoothing)
+    name = describe(f"preference_loss {utility}", dtypes, shape, timesteps, shifted)
+    return Case(name, lambda: module.forward(*arguments), tensors, [], aligned(shape, timesteps) and not shifted)
+
+
+def backward_case(
+    module: ModuleType,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    timesteps: int | None = None,
+    utility: str = "sigmoid",
+    smoothing: float = 0.0,
+    shifted: bool = False,
+) -> Case:
+    policy, target = (large(shape, dtype, shifted) for dtype in dtypes)
+    weight = None if timesteps is None else torch.empty(2, timesteps)
+    errors = torch.empty(4) if timesteps is None else torch.empty(4, timesteps)
+    settings = (torch.empty(2), torch.empty(2), weight, 2000.0, utility, smoothing)
+    name = describe(f"preference_loss_backward {utility}", dtypes, shape, timesteps, shifted)
+    return Case(
+        name,
+        lambda: module.backward(torch.empty(()), torch.empty(2), errors, policy, target, *settings),
+        [policy, target],
+        [policy],
+        aligned(shape, timesteps) and not shifted,
+    )
+
+
+def step_case(module: ModuleType, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], noisy: bool) -> Case:
+    tensors = [torch.empty(4, *shape, dtype=dtype) for dtype in dtypes]
+    table, active = torch.empty(4, len(dtypes)), torch.ones(4, dtype=torch.bool)
+    noise = (torch.empty(4), torch.zeros(4, dtype=torch.int64)) if noisy else (None, None)
+    name = describe(f"affine_step {'with' if noisy else 'without'} noise", dtypes, shape, None)
+    return Case(
+        name,
+        lambda: module.forward(tensors[0], tensors[1:], table, active, *noise, 2**40, 1),
+        tensors,
+        tensors[:1],
+        aligned(shape, None),
+    )
+
+
+def large(shape: tuple[int, ...], dtype: torch.dtype, shifted: bool) -> Tensor:
+    """Four samples; ``shifted``: in memory that does not start at 16 bytes."""
+    size = 4 * torch.Size(shape).numel()
+    return torch.empty(size + 1, dtype=dtype)[int(shifted) : size + int(shifted)].view(4, *shape)
+
+
+def describe(
+    kernel: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], timesteps: int | None, shifted: bool = False
+) -> str:
+    kinds = NAMES[dtypes[0]] if len(set(dtypes)) == 1 else "/".join(NAMES[dtype] for dtype in dtypes)
+    form = "×".join(map(str, shape)) + ("" if timesteps is None else f" (K = {timesteps})")
+    form += " unaligned" if shifted else ""
+    return f"{kernel}, {len(dtypes)} × {kinds}, {form}"
+
+
+def aligned(shape: tuple[int, ...], timesteps: int | None) -> bool:
+    return torch.Size(shape if timesteps is None else shape[1:]).numel() % 8 == 0
+
+
+def compiled(case: Case, arch: int) -> Any:
+    """The one kernel that the case launches."""
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernels.append((run(self, *arguments, grid=grid, warmup=True, **options), options["BLOCK"]))
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    driver.set_active(NoDevice(arch))
+    try:
+        case.launch()
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+    (kernel,) = kernels
+    return kernel
+
+
+def report(case: Case, arch: int) -> Report:
+    kernel, block = compiled(case, arch)
+    accesses = Counter(re.findall(r"\b(ld|st)\.global[.\w]*?\.(v\d)\.b(\d+)", kernel.asm["ptx"]))
+    wide = Counter()
+    for (kind, vector, bits), count in accesses.items():
+        if int(vector[1:]) * int(bits) == 128:
+            wide[kind] += count
+    per_thread = block // (32 * kernel.metadata.num_warps)
+    reads, writes = (
+        sum(per_thread * tensor.element_size() for tensor in tensors) // 16 for tensors in (case.reads, case.writes)
+    )
+    registers, stack = resources(kernel.asm["cubin"])
+    return Report(case.name, arch, registers, stack, wide["ld"], reads, wide["st"], writes, case.contiguous)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", text)[1])  # type: ignore[index]
+        for name in ("REG", "STACK", "LOCAL")
+    )
+    return registers, stack + local
+
+
+def reports() -> list[Report]:
+    return [report(case, arch) for case in cases() for arch in ARCHITECTURES]
+
+
+def render(rows: list[Report]) -> str:
+    head = f"""# Triton kernels as compiled
+
+Triton {triton.__version__}; written by `python benchmarks/compiled_triton.py --write`.
+Wide: 128-bit accesses that a thread makes to the large tensors in one block, of those that would cover the block. Rows
+whose length is not a multiple of 8, and memory that does not start at 16 bytes, are accessed more narrowly.
+
+| launch | sm | registers | stack | wide reads | wide writes |
+|---|---|---|---|---|---|
+"""
+    lines = [
+        f"| {row.case} | {row.arch} | {row.registers} | {row.stack} "
+        f"| {row.wide_reads}/{row.expected_reads} | {row.wide_writes}/{row.expected_writes} |"
+        for row in rows
+    ]
+    return head + "\n".join(lines) + "\n"
+
+
+def faults(rows: list[Report]) -> list[Report]:
+    """Those that spill, or make a narrow access where a wide one is possible."""
+    return [
+        row
+        for row in rows
+        if row.stack
+        or (row.contiguous and (row.wide_reads, row.wide_writes) != (row.expected_reads, row.expected_writes))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true", help=f"keep the table in {TABLE.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    rows = reports()
+    table = render(rows)
+    print(table)
+    if arguments.write:
+        TABLE.write_text(table)
+    wrong = faults(rows)
+    for row in wrong:
+        print("spills or narrow accesses:", row, file=sys.stderr)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

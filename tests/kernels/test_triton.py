@@ -1,0 +1,28 @@
+"""The Triton kernels under Triton's interpreter, in processes of their own: triton reads TRITON_INTERPRET once, when it
+is imported, and whoever else imports it here must not find it set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.layout import ROOT
+
+CASES = ROOT / "tests/kernels/triton_cases.py"
+PARTS = set(re.findall(r"^class (Test\w+)", CASES.read_text(), re.MULTILINE)) - {"TestBeyond32Bits"}  # on a GPU only
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_interpreted(part: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{CASES}::{part}"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout)

@@ -1,0 +1,409 @@
+"""The Triton kernels against float64. test_triton.py runs this file under Triton's interpreter; on a GPU, by name:
+
+python -m pytest tests/kernels/triton_cases.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastinvdpo.ops import philox
+from fastinvdpo.ops.affine_step import reference as affine_reference
+from fastinvdpo.ops.preference_loss import UTILITIES
+from fastinvdpo.ops.preference_loss import reference as loss_reference
+from tests.cases import predictions
+from tests.kernels.loading import kernel_module
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+common = kernel_module("_common")
+loss_kernels = kernel_module("preference_loss")
+affine_kernels = kernel_module("affine_step")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ROUNDOFF = {F32: 2.0**-24, BF16: 2.0**-9, F16: 2.0**-12}
+UTILITY_CASES = [(name, 0.1 if item.smoothed else 0.0) for name, item in UTILITIES.items()]
+# A tail alone; odd rows; rows of 4 and of 8 elements' alignment; several blocks with a tail; several chunks.
+SHAPES = [(1,), (7,), (3, 5, 11), (4, 3, 3), (5, 8), (3, 33, 32), (4, 32, 32)]
+DTYPES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, F16), (BF16, F32, BF16), (F16, F32, F32)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hardware_rounding() -> None:
+    """The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest; make it round."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    truncating = interpreter._convert_float
+
+    def rounding(data, source, target, mode):  # type: ignore[no-untyped-def]
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data).to(BF16).view(torch.uint16).numpy()
+        return truncating(data, source, target, mode)
+
+    interpreter._convert_float = rounding
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Memory from torch.empty holds NaN, so that an element that nobody wrote shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(pairs: int, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **options: object) -> list[Tensor]:
+    tensors = predictions(pairs, shape, **options)  # type: ignore[arg-type]
+    return [tensor.to(DEVICE, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def wide(*values: object) -> list[object]:
+    """The same in float64."""
+    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
+def check_error(ours: Tensor, plain: Tensor, exact: Tensor, size: Tensor | None = None) -> None:
+    """At most twice the error of plain PyTorch, which by luck can be less than one rounding of ``size``: the largest
+    element, or the largest of the terms that it is the sum of.
+    """
+    assert ours.shape == plain.shape == exact.shape and ours.dtype == plain.dtype and ours.stride() == plain.stride()
+    error, allowed = ((tensor.double() - exact).abs().max() for tensor in (ours, plain))
+    size = exact if size is None else size
+    assert error <= 2 * max(allowed, ROUNDOFF[ours.dtype] * size.abs().max())
+
+
+def check_forward(*arguments: object) -> tuple[Tensor, ...]:
+    ours = loss_kernels.forward(*arguments)
+    plain, exact = loss_reference.forward(*arguments), loss_reference.forward(*wide(*arguments))  # type: ignore[arg-type]
+    for *triple, size in zip(ours, plain, exact, sizes(exact, *wide(*arguments)), strict=True):  # type: ignore[arg-type]
+        check_error(*triple, size)
+    assert all(not zeros.any() for zeros in loss_kernels._tickets.values())
+    return ours
+
+
+def sizes(exact: tuple[Tensor, ...], policy: Tensor, reference: Tensor, target: Tensor | None, *rest) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """What the outputs are sums of, without the signs that cancel; twice, because a term rounds and so does the sum."""
+    rho, weight, beta, utility, smoothing = rest
+    loss, margin, policy_mse, reference_mse = exact
+    target = reference if target is None else target
+    terms = (policy - reference) * (policy + reference - 2 * target)
+    terms = terms.abs().flatten(1 if weight is None else 2).mean(-1)
+    winner, loser = terms.chunk(2)
+    terms = loss_reference.pair_scale(beta, rho, weight, winner).abs() * (winner + loser)
+    terms = terms if weight is None else terms.sum(1)
+    steepest = UTILITIES[utility].slope(margin, beta, smoothing).abs()
+    return [2 * size for size in (loss.abs() + (steepest * terms).mean(), terms, policy_mse, reference_mse)]
+
+
+def check_backward(*arguments: object) -> Tensor:
+    ours = loss_kernels.backward(*arguments)
+    plain, exact = loss_reference.backward(*arguments), loss_reference.backward(*wide(*arguments))  # type: ignore[arg-type]
+    check_error(ours, plain, exact)
+    norms = [(tensor.double() - exact).norm() for tensor in (ours, plain)]
+    assert norms[0] <= 2 * max(norms[1], ROUNDOFF[ours.dtype] * exact.norm())
+    return ours
+
+
+def backward_of(policy: Tensor, target: Tensor, margin: Tensor, *settings: object) -> Tensor:
+    """With all three incoming gradients."""
+    grad_mse = torch.randn(policy.shape[0], device=DEVICE)
+    return check_backward(
+        torch.tensor(0.7, device=DEVICE), torch.randn_like(margin), grad_mse, policy, target, margin, *settings
+    )
+
+
+class TestForward:
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_shapes_and_dtypes(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+        policy, reference, target = inputs(3, shape, dtypes, gap=0.1)
+        rho = torch.tensor([1.0, -0.5, 2.0], device=DEVICE)
+        check_forward(policy, reference, target, rho, None, 20.0, "sigmoid", 0.0)
+
+    @pytest.mark.parametrize(("utility", "smoothing"), UTILITY_CASES)
+    @pytest.mark.parametrize("with_target", [True, False])
+    @pytest.mark.parametrize("timesteps", [None, 1, 3])
+    def test_utilities(self, utility: str, smoothing: float, with_target: bool, timesteps: int | None) -> None:
+        shape = (4, 5, 3) if timesteps is None else (timesteps, 4, 5, 3)
+        policy, reference, target = inputs(4, shape, (F32, F32, F32), gap=0.1)
+        weight = None if timesteps is None else torch.rand(4, timesteps, device=DEVICE)
+        rho = torch.randn(4, device=DEVICE)
+        check_forward(policy, reference, target if with_target else None, rho, weight, 10.0, utility, smoothing)
+
+    @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=str)
+    def test_two_tensors(self, dtypes: tuple[torch.dtype, ...]) -> None:
+        policy, reference = inputs(2, (3, 33, 32), (*dtypes, F32), gap=0.1)[:2]
+        result = check_forward(policy, reference, None, None, None, 10.0, "sigmoid", 0.0)
+        assert not result[3].any()
+
+    @pytest.mark.parametrize("z", [-1e4, -150.0, -30.0, -1.3, -1.0, -1e-3, 0.0, 0.5, 1.0, 1.225, 13.0, 40.0, 150.0])
+    @pytest.mark.parametrize(("utility", "smoothing"), UTILITY_CASES)
+    def test_far_margins(self, z: float, utility: str, smoothing: float) -> None:
+        policy, reference = torch.tensor([[[0.0], [0.0]], [[1.0], [0.0]]], device=DEVICE)
+        rho = torch.tensor([z], device=DEVICE)
+        arguments = (policy, reference, torch.zeros_like(policy), rho, None, 2.0, utility, smoothing)
+        loss, margin, *_ = loss_kernels.forward(*arguments)
+        exact = loss_reference.forward(*wide(*arguments))[0]  # type: ignore[arg-type]
+        assert margin.item() == rho.item()
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-7, atol=1e-38)
+
+    @pytest.mark.parametrize(("utility", "smoothing"), UTILITY_CASES)
+    def test_not_a_number_stays_one(self, utility: str, smoothing: float) -> None:
+        policy, reference, target = inputs(2, (7,), (F32, F32, F32))
+        policy[0, 3] = torch.nan
+        loss, margin, *_ = loss_kernels.forward(policy, reference, target, None, None, 2.0, utility, smoothing)
+        assert loss.isnan() and margin.isnan().tolist() == [True, False]
+
+    def test_pair_difference_in_float32(self) -> None:
+        """Policy and reference differ by 1e-3 and both miss the target by 1: eager code loses the difference."""
+        arguments = (*inputs(4, (4, 64, 64), (F32, F32, F32), gap=1e-3), None, None, 5000.0, "sigmoid", 0.0)
+        margin = loss_kernels.forward(*arguments)[1]
+        exact = loss_reference.forward(*wide(*arguments))[1]  # type: ignore[arg-type]
+        assert ((margin - exact) / exact).abs().max() < 1e-4
+
+    def test_layouts_give_the_same(self) -> None:
+        tensors = inputs(2, (4, 6, 10), (BF16, F32, BF16), gap=0.1)
+        settings = (None, None, 20.0, "sigmoid", 0.0)
+        last = [tensor.to(memory_format=torch.channels_last) for tensor in tensors]
+        check_forward(*tensors, *settings)
+        check_forward(*last, *settings)
+
+    def test_unaligned_storage(self) -> None:
+        """A row that starts in the middle of 16 bytes."""
+        tensors = []
+        for tensor in inputs(2, (8, 8), (F32, BF16, F16), gap=0.1):
+            storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
+            tensors.append(storage[1:].view(tensor.shape).copy_(tensor))
+        check_forward(*tensors, None, None, 20.0, "sigmoid", 0.0)
+        backward_of(tensors[0], tensors[2], torch.randn(2, device=DEVICE), None, None, 20.0, "sigmoid", 0.0)
+
+    @pytest.mark.parametrize("dtype", [F32, BF16])
+    @pytest.mark.parametrize("timesteps", [None, 5])
+    def test_same_bits_twice(self, dtype: torch.dtype, timesteps: int | None) -> None:
+        shape = (4, 37, 31) if timesteps is None else (timesteps, 4, 17, 11)
+        weight = None if timesteps is None else torch.rand(3, timesteps, device=DEVICE)
+        arguments = (*inputs(3, shape, (dtype,) * 3), None, weight, 5000.0, "sigmoid", 0.0)
+        first, second = (loss_kernels.forward(*arguments) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    def test_more_pairs_and_timesteps_than_a_tile(self) -> None:
+        policy, reference, target = inputs(150, (2,), (F32, F32, F32), gap=0.1)
+        check_forward(policy, reference, target, None, None, 5.0, "sigmoid", 0.0)
+        policy, reference, target = inputs(1, (140, 3), (F32, F32, F32), gap=0.1)
+        weight = torch.rand(1, 140, device=DEVICE) / 140
+        check_forward(policy, reference, target, None, weight, 5.0, "sigmoid", 0.0)
+
+    def test_more_chunks_than_a_tile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The plan of a huge input, in small: chunks of several blocks, and more chunks than are added up at once."""
+        for length, block in ((1, 128), (3, 128), (4, 256)):
+            plan = loss_kernels.Plan(block, length, -(-3 * 47 * 17 // (block * length)))
+            monkeypatch.setattr(loss_kernels, "plan_of", lambda rows, plan=plan: plan)
+            monkeypatch.setattr(loss_kernels, "_FINISH_TILE", 8)
+            tensors = inputs(2, (3, 47, 17), (F32, BF16, F32), gap=0.1)
+            check_forward(*tensors, None, None, 20.0, "sigmoid", 0.0)
+            shape = (2, 3, 47, 17)
+            weight = torch.rand(2, 2, device=DEVICE)
+            check_forward(*inputs(2, shape, (F32, F32, F32), gap=0.1), None, weight, 20.0, "sigmoid", 0.0)
+
+    def test_plans_cover_every_element(self) -> None:
+        for rows, n in itertools.product((2, 128, 10240), (1, 7, 1024, 16384, 65536, 4838400, 2**33 + 8)):
+            plan = loss_kernels.plan_of(common.Rows(rows, n, 1))
+            chunk = plan.block * plan.blocks_per_chunk
+            assert (plan.chunks - 1) * chunk < n <= plan.chunks * chunk
+            assert plan.blocks_per_chunk <= 64 and chunk % 8 == 0 and chunk < 2**31
+            assert rows * plan.chunks < 2**31
+
+
+class TestBackward:
+    @pytest.mark.parametrize("dtypes", [*itertools.product((F32, BF16, F16), repeat=2)], ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_shapes_and_dtypes(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+        policy, _, target = inputs(3, shape, (dtypes[0], F32, dtypes[1]))
+        rho = torch.tensor([1.0, -0.5, 2.0], device=DEVICE)
+        backward_of(policy, target, torch.randn(3, device=DEVICE), rho, None, 20.0, "sigmoid", 0.0)
+
+    @pytest.mark.parametrize(("utility", "smoothing"), UTILITY_CASES)
+    def test_utilities(self, utility: str, smoothing: float) -> None:
+        """Every pair by itself, so that a large gradient hides no small one."""
+        margin = torch.tensor([-130.0, -88.0, -20.0, -1.3, -1.0, -1e-3, 0.0, 0.5, 1.0, 1.225, 7.0, 40.0, 86.0])
+        margin = margin.to(DEVICE)
+        policy, _, target = inputs(len(margin), (2, 3), (F32, F32, F32))
+        arguments = (policy, target, margin, None, None, 3.0, utility, smoothing)
+        gradient = loss_kernels.backward(torch.ones((), device=DEVICE), None, None, *arguments)
+        exact = loss_reference.backward(torch.ones((), device=DEVICE), None, None, *wide(*arguments))  # type: ignore[arg-type]
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-6, atol=1e-38)
+
+    @pytest.mark.parametrize("given", [*itertools.product((True, False), repeat=3)], ids=str)
+    @pytest.mark.parametrize("timesteps", [None, 3])
+    def test_incoming_gradients(self, given: tuple[bool, bool, bool], timesteps: int | None) -> None:
+        policy, _, target = inputs(2, (5, 3) if timesteps is None else (timesteps, 5, 3), (F32, F32, F32))
+        weight = None if timesteps is None else torch.rand(2, timesteps, device=DEVICE)
+        errors = (4,) if timesteps is None else (4, timesteps)
+        grads = (torch.tensor(0.3), torch.randn(2), torch.randn(errors))
+        chosen = [grad.to(DEVICE) if wanted else None for grad, wanted in zip(grads, given, strict=True)]
+        margin, rho = torch.randn(2, device=DEVICE), torch.rand(2, device=DEVICE)
+        check_backward(*chosen, policy, target, margin, rho, weight, 7.0, "sigmoid", 0.0)
+
+    def test_expanded_gradients_and_layout(self) -> None:
+        policy, _, target = inputs(2, (4, 6, 10), (BF16, F32, BF16))
+        policy, target = (tensor.to(memory_format=torch.channels_last) for tensor in (policy, target))
+        grad_margin, grad_mse = torch.tensor(0.4, device=DEVICE).expand(2), torch.tensor(0.2, device=DEVICE).expand(4)
+        margin = torch.randn(2, device=DEVICE)
+        gradient = check_backward(None, grad_margin, grad_mse, policy, target, margin, None, None, 7.0, "sigmoid", 0.0)
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+    def test_not_a_number_stays_one(self) -> None:
+        policy, _, target = inputs(2, (7,), (F32, F32, F32))
+        margin = torch.tensor([torch.nan, 0.3], device=DEVICE)
+        gradient = loss_kernels.backward(
+            torch.ones((), device=DEVICE), None, None, policy, target, margin, None, None, 7.0, "sigmoid", 0.0
+        )
+        assert gradient.isnan().all(1).tolist() == [True, False, True, False]
+
+
+@triton.jit
+def _blocks_kernel(out, seed: tl.int64, offset: tl.int64, index: tl.int64, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    index = index.to(tl.int64)
+    seed = seed.to(tl.int64)
+    words = common.philox(
+        at.to(tl.uint32),
+        offset.to(tl.uint32),
+        index.to(tl.uint32),
+        (index >> 32).to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+    for lane in tl.static_range(4):
+        tl.store(out + 4 * at + lane, words[lane].to(tl.int64))
+
+
+KEYS = [(0, 0, 0), (1, 2, 3), (2**63 - 1, 2**32 - 1, 2**62 + 12345), (123456789012, 7, 2**40 + 3), (5, 2**31, -1)]
+
+
+class TestPhilox:
+    @pytest.mark.parametrize(("seed", "offset", "index"), KEYS)
+    def test_the_same_words(self, seed: int, offset: int, index: int) -> None:
+        out = torch.empty(64, 4, dtype=torch.int64, device=DEVICE)
+        _blocks_kernel[(1,)](out, seed, offset, index, COUNT=64)
+        assert torch.equal(out, philox.blocks(seed, offset, torch.tensor([index], device=DEVICE), 64)[0])
+
+    @pytest.mark.parametrize(("seed", "offset", "index"), KEYS)
+    def test_the_same_numbers(self, seed: int, offset: int, index: int) -> None:
+        indices = torch.tensor([index, 9], device=DEVICE)
+        zero, one = torch.zeros(2, 5000, device=DEVICE), torch.ones(2, device=DEVICE)
+        ours = affine_kernels.forward(zero, [], zero[:, :1], None, one, indices, seed, offset)
+        exact = philox.normal(seed, offset, indices, (5000,), torch.float64)
+        assert (ours - exact).abs().max() < 1e-6
+
+    def test_nothing_but_the_key_counts(self) -> None:
+        sample, table = torch.zeros(3, 2500, device=DEVICE), torch.zeros(3, 1, device=DEVICE)
+        scale = torch.ones(3, device=DEVICE)
+        together = affine_kernels.forward(sample, [], table, None, scale, torch.tensor([4, 8, 4], device=DEVICE), 1, 2)
+        alone = affine_kernels.forward(
+            sample[:1, :1003], [], table[:1], None, scale[:1], torch.tensor([8], device=DEVICE), 1, 2
+        )
+        assert torch.equal(together[0], together[2])
+        assert torch.equal(together[1, :1003], alone[0])
+
+
+class TestAffine:
+    def step(self, *arguments: object) -> Tensor:
+        ours = affine_kernels.forward(*arguments)
+        plain = affine_reference.forward(*arguments)  # type: ignore[arg-type]
+        sample, outputs, *rest = arguments
+        exact = affine_reference.forward(sample.double(), outputs, *rest)  # type: ignore[arg-type,attr-defined]
+        check_error(ours, plain, exact)
+        return ours
+
+    @pytest.mark.parametrize("dtypes", [(F32,) * 5, (BF16,) * 5, (F16,) * 5, (F32, BF16, F16, F32, BF16)], ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("count", [0, 1, 2, 4])
+    def test_shapes_and_dtypes(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], count: int) -> None:
+        sample, *outputs = (torch.randn(3, *shape).to(DEVICE, dtype) for dtype in dtypes[: count + 1])
+        table = torch.randn(3, 1 + count, device=DEVICE)
+        self.step(sample, outputs, table, None, None, None, 0, 0)
+
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("indexed", [True, False])
+    def test_noise(self, shape: tuple[int, ...], dtype: torch.dtype, indexed: bool) -> None:
+        sample, output = torch.randn(2, 3, *shape).to(DEVICE, dtype)
+        table, scale = torch.randn(3, 2, device=DEVICE), torch.rand(3, device=DEVICE)
+        index = torch.tensor([7, 7, 2**40 + 3], device=DEVICE) if indexed else None
+        self.step(sample, [output], table, None, scale, index, 2**40 + 17, 3)
+
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16])
+    @pytest.mark.parametrize("noisy", [True, False])
+    def test_samples_at_rest_keep_their_bits(self, dtype: torch.dtype, noisy: bool) -> None:
+        sample, first, second = torch.randn(3, 4, 3, 7, 5).to(DEVICE, dtype)
+        active = torch.tensor([True, False, False, True], device=DEVICE)
+        first[1:3] = torch.nan
+        sample[1, 0] = torch.inf
+        table, scale = torch.randn(4, 3, device=DEVICE), torch.rand(4, device=DEVICE) if noisy else None
+        table[2] = torch.nan
+        result = affine_kernels.forward(sample, [first, second], table, active, scale, None, 1, 0)
+        bits = torch.int32 if dtype == F32 else torch.int16
+        assert torch.equal(result[1:3].view(bits), sample[1:3].view(bits))
+        moved = [tensor[active] for tensor in (sample, first, second, table)]
+        exact = affine_kernels.forward(
+            moved[0],
+            moved[1:3],
+            moved[3],
+            None,
+            None if scale is None else scale[active],
+            torch.tensor([0, 3], device=DEVICE) if noisy else None,
+            1,
+            0,
+        )
+        assert torch.equal(result[active], exact)
+
+    def test_tables_in_other_dtypes_and_strides(self) -> None:
+        sample, output = torch.randn(2, 3, 7, device=DEVICE)
+        table = torch.randn(2, 3, device=DEVICE, dtype=torch.float64).t()
+        scale = torch.rand(3, 2, device=DEVICE, dtype=torch.float64)[:, 0]
+        self.step(sample, [output], table, None, scale, torch.arange(6, device=DEVICE)[::2], 1, 1)
+
+    def test_channels_last_keeps_its_layout(self) -> None:
+        sample, output = (tensor.to(memory_format=torch.channels_last) for tensor in torch.randn(2, 2, 4, 6, 10))
+        sample, output = sample.to(DEVICE), output.to(DEVICE)
+        table = torch.randn(2, 2, device=DEVICE)
+        result = affine_kernels.forward(sample, [output], table, None, None, None, 0, 0)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(result, affine_reference.forward(sample, [output], table, None, None, None, 0, 0))
+
+    def test_no_samples(self) -> None:
+        empty = torch.empty(0, 4, 8, 8, device=DEVICE)
+        assert affine_kernels.forward(empty, [empty], torch.empty(0, 2), None, None, None, 0, 0).shape == empty.shape
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU with 24 GB: the interpreter would take days")
+class TestBeyond32Bits:
+    def test_affine(self) -> None:
+        n = 2**31 + 8
+        sample = torch.ones(2, n, dtype=BF16, device=DEVICE)
+        table = torch.tensor([[2.0], [3.0]], device=DEVICE)
+        result = affine_kernels.forward(sample, [], table, None, None, None, 0, 0)
+        assert (result[0] == 2).all() and (result[1] == 3).all()
+
+    def test_preference_loss(self) -> None:
+        n = 2**31 + 8
+        policy = torch.zeros(2, n, dtype=BF16, device=DEVICE)
+        policy[1, -8:] = 64.0
+        target = torch.zeros_like(policy)
+        _, margin, policy_mse, _ = loss_kernels.forward(policy, target, target, None, None, 2.0, "sigmoid", 0.0)
+        expected = torch.tensor(8 * 64.0**2 / n, device=DEVICE)
+        torch.testing.assert_close(policy_mse, torch.stack([torch.zeros_like(expected), expected]))
+        torch.testing.assert_close(margin, expected.view(1))
