@@ -68,6 +68,8 @@ def _absolute(path: Path, node: ast.ImportFrom) -> str:
     if node.level == 0:
         return node.module or ""
     package = path.parent.relative_to(ROOT).parts
+    if package == ("kernels", "triton"):
+        package = ("fastinvdpo", "_triton")  # where setup.py installs it
     return ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
 
 

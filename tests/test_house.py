@@ -308,7 +308,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(sources: Path, tmp_path: P
     assert {name.partition("/")[0] for name in names} == {"fastinvdpo", dist_info}
     assert f"{dist_info}/licenses/LICENSE" in names
     assert {name for name in names if name.endswith(".py")} == {
-        path.relative_to(sources).as_posix() for path in (sources / "fastinvdpo").rglob("*.py")
+        *(path.relative_to(sources).as_posix() for path in (sources / "fastinvdpo").rglob("*.py")),
+        *(f"fastinvdpo/_triton/{path.name}" for path in (sources / "kernels/triton").glob("*.py")),
     }
     data = [
         *(PACKAGE / "presets").glob("*"),

@@ -38,20 +38,26 @@ DTYPES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, F16)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _hardware_rounding() -> None:
-    """The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest; make it round."""
+def _mended_interpreter() -> None:
+    """The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest, and that of Triton 3.6 uses a
+    conversion of one-element arrays that NumPy 2.4 refuses.
+    """
     if not INTERPRETED:
         return
     from triton.runtime import interpreter
 
-    truncating = interpreter._convert_float
+    truncating, patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def rounding(data, source, target, mode):  # type: ignore[no-untyped-def]
         if (source, target) == (tl.float32, tl.bfloat16):
             return torch.from_numpy(data).to(BF16).view(torch.uint16).numpy()
         return truncating(data, source, target, mode)
 
-    interpreter._convert_float = rounding
+    def patch_tensor_and_index(tensor, scope):  # type: ignore[no-untyped-def]
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._convert_float, interpreter._patch_lang_tensor = rounding, patch_tensor_and_index
 
 
 @pytest.fixture(autouse=True)
