@@ -10,13 +10,12 @@
 #include <cstdint>
 #include <optional>
 
+#include "storage.h"
+
 namespace fastinvdpo {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Storage types of latents and predictions. All arithmetic is float32.
-enum class Storage : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline Storage storage_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -30,8 +29,6 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
       STD_TORCH_CHECK(false, name, ": native kernels take float32, bfloat16 or float16");
   }
 }
-
-inline int64_t bytes_of(Storage storage) { return storage == Storage::kFloat32 ? 4 : 2; }
 
 inline bool is_float32_vector(const Tensor& tensor, int64_t length) {
   return tensor.scalar_type() == ScalarType::Float && tensor.numel() == length && tensor.is_contiguous();

@@ -1,0 +1,123 @@
+// csrc's CUDA kernels behind plain C functions, on the host. Storage: 0 float32, 1 bfloat16, 2 float16.
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <random>
+
+#include "affine_step_cuda.h"
+#include "preference_loss_cuda.h"
+
+using namespace fastinvdpo;
+
+namespace {
+
+template <class Kernel, class Arguments>
+void launch(Kernel kernel, const Arguments& arguments, int64_t resident, int64_t order_seed) {
+  const int64_t teams = std::min<int64_t>(arguments.work.tasks(), std::max<int64_t>(1, resident / arguments.work.team));
+  std::vector<int> order(static_cast<size_t>(teams));
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(static_cast<uint64_t>(order_seed)));
+  const int team = arguments.work.team;
+  emulation::run(static_cast<int>(teams) * team, kThreads, team, order, [&] { kernel(arguments); });
+}
+
+template <class Body>
+void for_type(bool same, Storage storage, const Body& body) {
+  if (!same) return body(Any());
+  if (storage == Storage::kFloat32) return body(float());
+  if (storage == Storage::kBFloat16) return body(BFloat16());
+  body(Float16());
+}
+
+}  // namespace
+
+extern "C" {
+
+// sizes: pairs, timesteps, n, largest team, resident blocks, seed of the order; storage: policy, reference, target.
+// Returns the ticket that the kernel left.
+int64_t forward(const void* policy, const void* reference, const void* target, const int* storage, const float* pair_weight,
+                const float* timestep_weight, const int64_t* sizes, float beta, int utility, float label_smoothing, float* results[4]) {
+  ForwardArguments a{};
+  a.pairs = {pair_weight, timestep_weight, sizes[0], sizes[1], beta, label_smoothing, static_cast<Utility>(utility)};
+  const int64_t rows = 2 * sizes[0] * sizes[1], n = sizes[2];
+  a.work = reduction_work(rows, n, static_cast<int>(sizes[3]));
+  a.policy = policy, a.reference = reference, a.target = target;
+  a.policy_storage = static_cast<Storage>(storage[0]);
+  a.reference_storage = static_cast<Storage>(storage[1]);
+  a.target_storage = target != nullptr ? static_cast<Storage>(storage[2]) : a.reference_storage;
+  a.loss = results[0], a.margin = results[1], a.policy_mse = results[2], a.reference_mse = results[3];
+  a.inverse_n = 1.0 / static_cast<double>(n);
+  std::vector<double> workspace(static_cast<size_t>(rows + a.work.tasks() * kSums), std::numeric_limits<double>::quiet_NaN());
+  unsigned ticket = 0;
+  a.delta = workspace.data(), a.partial = workspace.data() + rows, a.ticket = &ticket;
+  const bool same = a.policy_storage == a.reference_storage && a.policy_storage == a.target_storage;
+  for_type(same, a.policy_storage, [&](auto type) {
+    using T = decltype(type);
+    const bool cluster = a.work.team > 1;
+    if (target != nullptr) {
+      launch(cluster ? preference_loss_forward<T, true, true> : preference_loss_forward<T, true, false>, a, sizes[4], sizes[5]);
+    } else {
+      launch(cluster ? preference_loss_forward<T, false, true> : preference_loss_forward<T, false, false>, a, sizes[4], sizes[5]);
+    }
+  });
+  return ticket;
+}
+
+void backward(const float* gradients[3], const void* policy, const void* target, const int* storage, const float* margin,
+              const float* pair_weight, const float* timestep_weight, const int64_t* sizes, float beta, int utility,
+              float label_smoothing, void* gradient) {
+  BackwardArguments a{};
+  a.pairs = {pair_weight, timestep_weight, sizes[0], sizes[1], beta, label_smoothing, static_cast<Utility>(utility)};
+  a.work = elementwise_work(2 * sizes[0] * sizes[1], sizes[2]);
+  a.policy = policy, a.target = target, a.gradient = gradient, a.margin = margin;
+  a.policy_storage = static_cast<Storage>(storage[0]), a.target_storage = static_cast<Storage>(storage[1]);
+  a.grad_loss = gradients[0], a.grad_margin = gradients[1], a.grad_policy_mse = gradients[2];
+  a.two_over_n = 2.0 / static_cast<double>(sizes[2]);
+  for_type(a.policy_storage == a.target_storage, a.policy_storage,
+           [&](auto type) { launch(preference_loss_backward<decltype(type)>, a, sizes[4], sizes[5]); });
+}
+
+// sizes: rows, n, outputs, resident blocks, seed, offset; storage: sample, outputs. most: 1, 2 or 4 outputs, bound of the kernel.
+void affine_step(const void* sample, const void* const* outputs, const int* storage, const float* coefficients, const bool* active,
+                 const float* noise_scale, const int64_t* noise_index, const int64_t* sizes, void* result) {
+  StepArguments a{};
+  a.work = elementwise_work(sizes[0], sizes[1]);
+  a.sample = sample, a.result = result;
+  a.sample_storage = static_cast<Storage>(storage[0]);
+  a.outputs = static_cast<int>(sizes[2]);
+  bool same = true;
+  for (int j = 0; j < a.outputs; ++j) {
+    a.output[j] = outputs[j];
+    a.output_storage[j] = static_cast<Storage>(storage[1 + j]);
+    same = same && a.output_storage[j] == a.sample_storage;
+  }
+  a.coefficients = coefficients, a.active = active, a.noise_scale = noise_scale, a.noise_index = noise_index;
+  a.seed = static_cast<uint64_t>(sizes[4]), a.offset = static_cast<uint32_t>(sizes[5]);
+  for_type(same, a.sample_storage, [&](auto type) {
+    using T = decltype(type);
+    const auto run = [&](auto most) {
+      constexpr int kMost = decltype(most)::value;
+      launch(noise_scale != nullptr ? affine_step_kernel<T, kMost, true> : affine_step_kernel<T, kMost, false>, a, sizes[3], 0);
+    };
+    if (std::is_same<T, Any>::value || a.outputs > 2) {
+      run(Constant<kMaxOutputs>());
+    } else if (a.outputs == 2) {
+      run(Constant<2>());
+    } else {
+      run(Constant<1>());
+    }
+  });
+}
+
+// The elements that every thread block takes of a row: begin and end of each (span, rank), for tests of the arithmetic alone.
+int64_t ranges(int64_t rows, int64_t n, int largest_team, int64_t head, int64_t* description, int64_t* begin_end, int64_t room) {
+  const Work work = largest_team > 0 ? reduction_work(rows, n, largest_team) : elementwise_work(rows, n);
+  description[0] = work.chunk, description[1] = work.spans, description[2] = work.team;
+  for (int64_t i = 0; i < work.spans * work.team && i < room; ++i) {
+    const Range range = chunk_range(work, i / work.team, static_cast<int>(i % work.team), head);
+    begin_end[2 * i] = range.begin, begin_end[2 * i + 1] = range.end;
+  }
+  return work.spans * work.team;
+}
+}
