@@ -36,8 +36,8 @@ __device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
   return static_cast<uint32_t>(raw.y) << 16 | raw.x;
 }
 
-// Clusters exist from sm_90 on; code for older GPUs is never launched as one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
 __device__ __forceinline__ int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 template <class T>
@@ -45,6 +45,7 @@ __device__ __forceinline__ T* in_block(T* shared, int rank) {  // the same share
   return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
 }
 #else
+constexpr bool kHasClusters = false;  // their kernels are left empty, and never launched
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() {}
 template <class T>

@@ -211,6 +211,7 @@ __device__ __forceinline__ void finish(const ForwardArguments& a, ForwardShared&
 
 template <class T, bool kTarget, bool kCluster>
 __global__ void __launch_bounds__(kThreads, 4) preference_loss_forward(const ForwardArguments a) {
+  if (kCluster && !kHasClusters) return;
   FID_SHARED(ForwardShared, shared);
   const int team = kCluster ? a.work.team : 1, rank = kCluster ? cluster_rank() : 0;
   const int64_t teams = gridDim.x / team, first = blockIdx.x / team;

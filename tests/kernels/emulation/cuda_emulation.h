@@ -218,6 +218,7 @@ inline void sincospif(float x, float* sine, float* cosine) {
 
 namespace fastinvdpo {
 
+constexpr bool kHasClusters = true;
 inline int cluster_rank() { return emulation::machine().current->block->rank; }
 inline void cluster_sync() { emulation::wait(emulation::machine().cluster); }
 template <class T>

@@ -1,0 +1,163 @@
+"""csrc's CUDA kernels run on the host, block by block, as emulation/cuda_emulation.h does it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.kernels.cases import UTILITY, Problem
+from tests.layout import ROOT
+
+HERE = Path(__file__).parent / "emulation"
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """The kernels as a shared library in ``folder``."""
+    path = folder / "emulated.so"
+    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DFASTINVDPO_EMULATE_CUDA"]
+    command = [
+        compiler() or "g++",
+        *flags,
+        f"-I{ROOT / 'csrc'}",
+        f"-I{HERE}",
+        str(HERE / "driver.cpp"),
+        "-o",
+        str(path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(path))
+    library.forward.restype = library.ranges.restype = ctypes.c_int64
+    return library
+
+
+class Launch(NamedTuple):
+    """``team``: the largest cluster, 1 for single blocks; ``resident``: blocks that run at a time; ``order``: the seed
+    of the order in which they finish.
+    """
+
+    team: int = 1
+    resident: int = 1 << 20
+    order: int = 0
+
+
+def forward(library: ctypes.CDLL, problem: Problem, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel writes, over results that start as NaN; the ticket is checked."""
+    p = problem
+    pairs = p.policy.shape[0] // 2
+    results = [torch.full(shape, torch.nan) for shape in ((), (pairs,), p.rows, p.rows)]
+    tensors = (p.policy, p.reference, p.target)
+    ticket = library.forward(
+        *(_pointer(tensor) for tensor in tensors),
+        _integers(ctypes.c_int, [0 if tensor is None else STORAGE[tensor.dtype] for tensor in tensors]),
+        _pointer(p.pair_weight),
+        _pointer(p.timestep_weight),
+        _sizes(p, launch),
+        ctypes.c_float(p.beta),
+        UTILITY[p.utility],
+        ctypes.c_float(p.label_smoothing),
+        _pointers(results),
+    )
+    assert ticket == 0
+    loss, margin, policy_mse, reference_mse = results
+    return loss, margin, policy_mse, reference_mse
+
+
+def backward(
+    library: ctypes.CDLL, problem: Problem, gradients: Sequence[Tensor | None], margin: Tensor, launch: Launch
+) -> Tensor:
+    """The gradient of the policy, in its dtype, from those of loss, margin and policy_mse."""
+    p = problem
+    target = p.reference if p.target is None else p.target
+    gradient = torch.full_like(p.policy, torch.nan)
+    library.backward(
+        _pointers(gradients),
+        _pointer(p.policy),
+        _pointer(target),
+        _integers(ctypes.c_int, [STORAGE[p.policy.dtype], STORAGE[target.dtype]]),
+        _pointer(margin),
+        _pointer(p.pair_weight),
+        _pointer(p.timestep_weight),
+        _sizes(p, launch),
+        ctypes.c_float(p.beta),
+        UTILITY[p.utility],
+        ctypes.c_float(p.label_smoothing),
+        _pointer(gradient),
+    )
+    return gradient
+
+
+def affine_step(
+    library: ctypes.CDLL,
+    sample: Tensor,
+    outputs: Sequence[Tensor],
+    coefficients: Tensor,
+    active: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+    noise_index: Tensor | None = None,
+    seed: int = 0,
+    offset: int = 0,
+    resident: int = 1 << 20,
+) -> Tensor:
+    rows = sample.shape[0]
+    result = torch.full_like(sample, torch.nan)
+    library.affine_step(
+        _pointer(sample),
+        _pointers(outputs),
+        _integers(ctypes.c_int, [STORAGE[tensor.dtype] for tensor in (sample, *outputs)]),
+        *(_pointer(tensor) for tensor in (coefficients, active, noise_scale, noise_index)),
+        _integers(ctypes.c_int64, [rows, sample.numel() // rows, len(outputs), resident, seed, offset]),
+        _pointer(result),
+    )
+    return result
+
+
+class Cut(NamedTuple):
+    chunk: int
+    spans: int
+    team: int
+    ranges: list[tuple[int, int]]
+
+
+def cut(library: ctypes.CDLL, rows: int, n: int, largest_team: int, head: int, room: int = 1 << 16) -> Cut:
+    """How a row of ``n`` elements is cut; ``largest_team`` 0: for an elementwise kernel."""
+    description, flat = (ctypes.c_int64 * 3)(), (ctypes.c_int64 * (2 * room))()
+    arguments = (ctypes.c_int64(rows), ctypes.c_int64(n), largest_team, ctypes.c_int64(head))
+    count = library.ranges(*arguments, description, flat, ctypes.c_int64(room))
+    kept = range(min(count, room))
+    return Cut(*description, [(flat[2 * i], flat[2 * i + 1]) for i in kept])
+
+
+def _sizes(p: Problem, launch: Launch) -> ctypes.Array[ctypes.c_int64]:
+    pairs, timesteps = p.policy.shape[0] // 2, p.rows[1] if len(p.rows) == 2 else 1
+    n = p.policy.numel() // (2 * pairs * timesteps)
+    return _integers(ctypes.c_int64, [pairs, timesteps, n, launch.team, launch.resident, launch.order])
+
+
+def _integers(kind: type, values: Sequence[int]) -> ctypes.Array:
+    return (kind * max(1, len(values)))(*values)
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * max(1, len(addresses)))(*addresses)

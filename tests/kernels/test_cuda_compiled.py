@@ -1,0 +1,50 @@
+"""The CUDA kernels as nvcc compiles them for one architecture: nothing spills, and rows move in 128-bit accesses.
+
+``python -m benchmarks.compiled_cuda`` does it for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks import compiled_cuda
+
+OBSTACLE = compiled_cuda.obstacle()
+pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"CUDA kernels not compiled: {OBSTACLE}")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return compiled_cuda.table(["sm_90a"])
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert [
+        row["kernel"] for row in rows if row["spill_store_bytes"] or row["spill_load_bytes"] or row["stack_bytes"]
+    ] == []
+
+
+def test_registers_let_four_blocks_run_at_a_time(rows: list[dict[str, Any]]) -> None:
+    """On one multiprocessor, which has 65536; memory's latency is hidden by the loads of 1024 threads."""
+    assert [row["kernel"] for row in rows if row["registers"] * 256 * 4 > 65536] == []
+
+
+def test_rows_move_in_128_bits(rows: list[dict[str, Any]]) -> None:
+    assert [row["kernel"] for row in rows if compiled_cuda.widest(row["loads"]) < 128] == []
+    writers = [row for row in rows if not row["kernel"].startswith("preference_loss_forward")]
+    assert writers
+    assert [row["kernel"] for row in writers if compiled_cuda.widest(row["stores"]) < 128] == []
+
+
+def test_every_kernel_is_in_the_committed_table(rows: list[dict[str, Any]]) -> None:
+    committed = json.loads(compiled_cuda.RESULTS.read_text())["kernels"]
+    names = {row["kernel"] for row in rows}
+    assert len(names) == len(rows) == 40
+    for architecture in compiled_cuda.ARCHITECTURES:
+        there = {row["kernel"] for row in committed if row["architecture"] == architecture}
+        assert there == {name for name in names if architecture != "sm_80" or ", cluster>" not in name}
+    assert all(row["spill_store_bytes"] == row["spill_load_bytes"] == 0 for row in committed)
+    assert all(compiled_cuda.widest(row["loads"]) >= 128 for row in committed)

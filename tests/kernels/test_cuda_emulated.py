@@ -1,0 +1,229 @@
+"""The CUDA kernels without a GPU: their own source, run on the host thread by thread, against the reference in float64.
+
+What this cannot show: races between clusters (they run one after the other), and the compiler's and the machine's part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from fastinvdpo.ops import philox
+from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.kernels import emulated
+from tests.kernels.cases import ROUNDING, at_offset, check_gradient, check_loss, check_step, exact, problem
+from tests.kernels.emulated import Launch
+
+pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler to emulate CUDA with")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One block a span; clusters; more work than blocks, which finish in another order.
+LAUNCHES = [Launch(), Launch(team=8), Launch(team=8, resident=16, order=1), Launch(resident=3, order=2)]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+# The cut
+
+
+@pytest.mark.parametrize("largest_team", [0, 1, 2, 8])
+@pytest.mark.parametrize("rows", [2, 128, 10240])
+@pytest.mark.parametrize("n", [1, 7, 2047, 2048, 2049, 16384, 65536, 100003, 4838400])
+def test_chunks_cover_a_row_once(library: ctypes.CDLL, rows: int, n: int, largest_team: int) -> None:
+    for head in (0, 1, 7):
+        cut = emulated.cut(library, rows, n, largest_team, head)
+        position = 0
+        for begin, end in cut.ranges:
+            assert begin == min(position, n) and begin <= end <= n
+            assert begin in (0, n) or (begin - head) % cut.chunk == 0
+            position = end
+        assert position == n
+        assert cut.chunk % 2048 == 0 and cut.chunk <= 65536
+        assert cut.team <= max(1, largest_team) and cut.team * cut.spans == len(cut.ranges)
+
+
+def test_rows_beyond_32_bits(library: ctypes.CDLL) -> None:
+    n = 2**33 + 5
+    cut = emulated.cut(library, 2, n, 8, 3, room=1 << 18)
+    assert cut.chunk == 65536 and len(cut.ranges) == cut.spans * 8
+    assert cut.ranges[-1][1] == n and cut.spans == -(-n // (8 * 65536))
+    assert all(one[1] == two[0] for one, two in zip(cut.ranges, cut.ranges[1:], strict=False))
+
+
+def test_a_row_is_one_cluster_at_training_shapes(library: ctypes.CDLL) -> None:
+    """SD1.5, 64 pairs; small inputs are cut finer, to fill the machine."""
+    assert emulated.cut(library, 128, 4 * 64 * 64, 8, 0)[:3] == (2048, 1, 8)
+    assert emulated.cut(library, 2, 4 * 128 * 128, 8, 0)[:3] == (2048, 4, 8)
+
+
+# preference_loss
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+@pytest.mark.parametrize("n", [1, 3, 250, 2053, 16384, 36867])
+def test_forward(library: ctypes.CDLL, n: int, launch: Launch) -> None:
+    p = problem(n)
+    check_loss(p, emulated.forward(library, p, launch))
+
+
+@pytest.mark.parametrize("launch", LAUNCHES[:2], ids=str)
+@pytest.mark.parametrize("with_target", [True, False])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(dtype,) * 3 for dtype in DTYPES]
+    + [(torch.bfloat16, torch.bfloat16, torch.float32), (torch.float32, torch.float16, torch.bfloat16)],
+)
+def test_forward_dtypes(
+    library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...], with_target: bool, launch: Launch
+) -> None:
+    p = problem(4107, dtypes=dtypes, with_target=with_target)
+    check_loss(p, emulated.forward(library, p, launch))
+
+
+@pytest.mark.parametrize("offsets", [(1, 1, 1), (3, 3, 3), (1, 0, 2), (5, 1, 1)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.bfloat16, *(torch.float32,) * 2)]
+)
+@pytest.mark.parametrize("n", [2, 4107])
+def test_forward_off_boundaries(
+    library: ctypes.CDLL, n: int, dtypes: tuple[torch.dtype, ...], offsets: tuple[int, ...]
+) -> None:
+    p = problem(n, dtypes=dtypes, offsets=offsets)
+    check_loss(p, emulated.forward(library, p, Launch(team=2)))
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize("steps", [None, 3])
+def test_forward_utilities_and_timesteps(library: ctypes.CDLL, utility: str, steps: int | None) -> None:
+    p = problem(60, pairs=3, steps=steps, utility=utility)
+    check_loss(p, emulated.forward(library, p, Launch(team=8)))
+
+
+@pytest.mark.parametrize(("n", "steps"), [(2500, 1), (2500, 2), (20, 40)])
+def test_forward_timesteps(library: ctypes.CDLL, n: int, steps: int) -> None:
+    p = problem(n, steps=steps)
+    check_loss(p, emulated.forward(library, p, Launch(team=8)))
+
+
+def test_many_pairs(library: ctypes.CDLL) -> None:
+    p = problem(5, pairs=300)
+    check_loss(p, emulated.forward(library, p, Launch(resident=64)))
+
+
+def test_the_difference_is_exact_at_training_settings(library: ctypes.CDLL) -> None:
+    """β = 5000, policy − reference about 1e-3: the margin and every pair difference within 1e-4 relative."""
+    p = problem(16384, pairs=3, gap=1e-3, beta=5000.0)
+    for launch in LAUNCHES[:2]:
+        results = emulated.forward(library, p, launch)
+        check_loss(p, results)
+        torch.testing.assert_close(results[1].double(), exact(p)[1], rtol=1e-4, atol=0)
+
+
+def test_the_same_bits_in_any_order(library: ctypes.CDLL) -> None:
+    p = problem(40000, pairs=2)
+    for team in (1, 8):
+        launches = [Launch(team, resident, order) for resident, order in ((1 << 20, 0), (1 << 20, 5), (24, 1), (8, 0))]
+        first, *others = (emulated.forward(library, p, launch) for launch in launches)
+        assert all(torch.equal(one, two) for other in others for one, two in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_pair(library: ctypes.CDLL, value: float) -> None:
+    p = problem(300, pairs=3)
+    p.policy[1, 299] = value
+    _, margin, policy_mse, _ = emulated.forward(library, p, Launch())
+    assert not torch.isfinite(margin[1]) and torch.isfinite(margin[[0, 2]]).all()
+    assert torch.isfinite(policy_mse).tolist() == [True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("resident", [1 << 20, 3])
+@pytest.mark.parametrize("utility", UTILITIES)
+@pytest.mark.parametrize(
+    ("n", "steps", "dtypes", "offsets"),
+    [
+        (4107, None, (torch.float32,) * 3, (0, 0, 0)),
+        (4107, None, (torch.bfloat16,) * 3, (0, 0, 0)),
+        (2501, 2, (torch.float16,) * 3, (3, 3, 3)),
+        (4100, None, (torch.bfloat16, torch.bfloat16, torch.float32), (0, 0, 0)),
+        (33, 3, (torch.float32,) * 3, (1, 0, 2)),
+    ],
+)
+def test_backward(
+    library: ctypes.CDLL,
+    n: int,
+    steps: int | None,
+    dtypes: tuple[torch.dtype, ...],
+    offsets: tuple[int, ...],
+    utility: str,
+    resident: int,
+) -> None:
+    p = problem(n, steps=steps, dtypes=dtypes, offsets=offsets, utility=utility)
+    margin = exact(p)[1].float()
+    for gradients in (
+        (torch.tensor(0.7), None, None),
+        (torch.tensor(0.7), torch.tensor([0.3, -0.2]), torch.rand(p.rows)),
+    ):
+        found = emulated.backward(library, p, gradients, margin, Launch(resident=resident))
+        check_gradient(p, gradients, margin, found)
+
+
+# affine_step
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("outputs", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "output_dtype", "n", "offset"),
+    [
+        (torch.float32, torch.float32, 4107, 0),
+        (torch.bfloat16, torch.bfloat16, 2056, 0),
+        (torch.float16, torch.float16, 2051, 0),
+        (torch.float32, torch.bfloat16, 4108, 0),
+        (torch.float32, torch.float32, 130, 1),
+        (torch.bfloat16, torch.bfloat16, 136, 4),
+    ],
+)
+def test_affine_step(
+    library: ctypes.CDLL,
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    n: int,
+    offset: int,
+    outputs: int,
+    noise: bool,
+) -> None:
+    rows = 3
+    sample = at_offset(torch.randn(rows, n).to(dtype), offset)
+    others = [at_offset(torch.randn(rows, n).to(output_dtype), offset) for _ in range(outputs)]
+    coefficients, active = torch.randn(rows, 1 + outputs), torch.tensor([True, False, True])
+    extra = (torch.tensor([0.5, 1.0, 2.0]), torch.tensor([7, 2**40, 7])) if noise else (None, None)
+    for mask in (active, None):
+        settings = (coefficients, mask, *extra, 2**62 + 11, 2**32 - 1)
+        found = emulated.affine_step(library, sample, others, *settings, resident=2)
+        check_step(sample, others, settings, found)
+
+
+def test_noise_is_that_of_every_backend(library: ctypes.CDLL) -> None:
+    """Its layout, and that it depends on neither the length of a row nor the batch."""
+    sample, scale = torch.zeros(3, 5001), torch.ones(3)
+    index = torch.tensor([5, 2**33 + 1, 5])
+    step = emulated.affine_step(library, sample, [], torch.ones(3, 1), None, scale, index, 123, 4)
+    expected = philox.normal(123, 4, index, (5001,), torch.float64)
+    assert (step.double() - expected).abs().max() < 40 * ROUNDING
+    assert torch.equal(step[0], step[2])
+    shorter = emulated.affine_step(
+        library, sample[:1, :10].contiguous(), [], torch.ones(1, 1), None, scale[:1], index[:1], 123, 4
+    )
+    assert torch.equal(shorter[0], step[0, :10])
+
+
+def test_a_sample_at_rest_keeps_its_bits(library: ctypes.CDLL) -> None:
+    bits = torch.tensor([0x7FC01234, -0x3FEDCC, 0x00000001, -0x80000000, 0x3F800000], dtype=torch.int64).to(torch.int32)
+    sample = bits.repeat(2, 10).view(torch.float32)
+    still = emulated.affine_step(library, sample, [sample], torch.full((2, 2), torch.nan), torch.tensor([False, False]))
+    assert torch.equal(still.view(torch.int32), sample.view(torch.int32))
