@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: their own source, run on the host thread by thread, against the reference in float64.
 
-What this cannot show: races between clusters (they run one after the other), and the compiler's and the machine's part.
+Threads change turns at barriers and shuffles only, so this shows few of the races there could be, and nothing of what
+the compiler and the machine do.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from tests.kernels.emulated import Launch
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler to emulate CUDA with")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One block a span; clusters; more work than blocks, which finish in another order.
-LAUNCHES = [Launch(), Launch(team=8), Launch(team=8, resident=16, order=1), Launch(resident=3, order=2)]
+# One block a span; clusters; one cluster for everything; more work than blocks, which finish in another order.
+LAUNCHES = [Launch(), Launch(team=8), Launch(team=2, resident=2), Launch(resident=3, order=2)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_forward_dtypes(
     check_loss(p, emulated.forward(library, p, launch))
 
 
-@pytest.mark.parametrize("offsets", [(1, 1, 1), (3, 3, 3), (1, 0, 2), (5, 1, 1)])
+@pytest.mark.parametrize("offsets", [(1, 1, 1), (3, 3, 3), (1, 0, 1), (1, 1, 0), (5, 1, 1)])
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.bfloat16, *(torch.float32,) * 2)]
 )

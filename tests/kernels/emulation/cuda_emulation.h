@@ -1,9 +1,10 @@
-// The part of the CUDA language that csrc's kernels use, on the host: every thread is a fiber, the blocks of a cluster run together and
-// clusters one after the other, in any order. A load or store that is not aligned ends the program. Shared memory starts as NaN.
+// The part of the CUDA language that csrc's kernels use, on the host: every thread is a fiber, and a few clusters run at a time, their warps
+// in random turns, so that a missing barrier shows. A load or store that is not aligned ends the program. Shared memory starts as NaN.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -35,7 +37,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 namespace emulation {
 
 constexpr size_t kStack = 128 * 1024, kSharedBytes = 8192;
-constexpr int kWarpSize = 32;
+constexpr int kWarpSize = 32, kClustersAtATime = 3;
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -49,7 +51,8 @@ struct Warp {
 
 struct Block {
   int index = 0, rank = 0;
-  Barrier barrier;
+  Block* first = nullptr;  // of its cluster
+  Barrier barrier, cluster;  // the cluster's is that of its first block
   std::vector<Warp> warps;
   alignas(16) unsigned char shared[kSharedBytes];
 };
@@ -59,14 +62,17 @@ struct Fiber {
   Block* block = nullptr;
   int thread = 0;
   bool finished = false;
+  const Barrier* waiting = nullptr;  // for a generation later than this one
+  uint64_t generation = 0;
+
+  bool can_run() const { return !finished && (waiting == nullptr || waiting->generation != generation); }
 };
 
 struct Machine {
   ucontext_t scheduler;
-  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<Block> blocks;  // of the clusters that run
   std::vector<Fiber> fibers;
   std::vector<std::unique_ptr<unsigned char[]>> stacks;
-  Barrier cluster;
   Fiber* current = nullptr;
   int grid = 0;
   std::function<void()> body;
@@ -93,8 +99,11 @@ inline void wait(Barrier& barrier) {
     ++barrier.generation;
     return;
   }
-  const uint64_t generation = barrier.generation;
-  while (barrier.generation == generation) swapcontext(&machine().current->context, &machine().scheduler);
+  Fiber& self = *machine().current;
+  self.waiting = &barrier;
+  self.generation = barrier.generation;
+  swapcontext(&self.context, &machine().scheduler);
+  self.waiting = nullptr;
 }
 
 // A thread that has returned is not waited for.
@@ -113,7 +122,7 @@ inline void run_fiber() {
   Fiber& self = *m.current;
   leave(warp().barrier);
   leave(self.block->barrier);
-  leave(m.cluster);
+  leave(self.block->first->cluster);
   self.finished = true;
   swapcontext(&self.context, &m.scheduler);
 }
@@ -123,44 +132,56 @@ inline void* shared_memory(size_t size) {
   return machine().current->block->shared;
 }
 
-// Runs body() as a kernel on `grid` blocks of `threads` threads in clusters of `team` blocks; cluster i of `order` runs as the i-th.
+// Runs body() as a kernel on `grid` blocks of `threads` threads in clusters of `team` blocks, in the order of clusters given.
 inline void run(int grid, int threads, int team, const std::vector<int>& order, std::function<void()> body) {
   Machine& m = machine();
   m.grid = grid;
   m.body = std::move(body);
-  for (const int cluster : order) {
-    m.blocks.assign(static_cast<size_t>(team), Block());
-    m.fibers.assign(static_cast<size_t>(team * threads), Fiber());
-    m.cluster = {team * threads, 0, 0};
+  std::mt19937 random(static_cast<unsigned>(order.size()));
+  const size_t block_threads = static_cast<size_t>(threads), block_warps = block_threads / kWarpSize;
+  for (size_t start = 0; start < order.size(); start += kClustersAtATime) {
+    const size_t clusters = std::min<size_t>(kClustersAtATime, order.size() - start);
+    m.blocks.assign(clusters * static_cast<size_t>(team), Block());
+    m.fibers.assign(m.blocks.size() * block_threads, Fiber());
     while (m.stacks.size() < m.fibers.size()) m.stacks.emplace_back(new unsigned char[kStack]);
-    for (int rank = 0; rank < team; ++rank) {
-      Block& block = m.blocks[static_cast<size_t>(rank)];
-      block.index = cluster * team + rank;
-      block.rank = rank;
+    for (size_t number = 0; number < m.blocks.size(); ++number) {
+      Block& block = m.blocks[number];
+      block.rank = static_cast<int>(number) % team;
+      block.index = order[start + number / static_cast<size_t>(team)] * team + block.rank;
+      block.first = &block - block.rank;
       block.barrier.expected = threads;
-      block.warps.assign(static_cast<size_t>(threads / kWarpSize), Warp());
+      block.cluster.expected = team * threads;
+      block.warps.assign(block_warps, Warp());
       for (Warp& warp : block.warps) warp.barrier.expected = kWarpSize;
       std::memset(block.shared, 0xff, sizeof block.shared);
-      for (int thread = 0; thread < threads; ++thread) {
-        const size_t number = static_cast<size_t>(rank * threads + thread);
-        Fiber& fiber = m.fibers[number];
+      for (size_t thread = 0; thread < block_threads; ++thread) {
+        Fiber& fiber = m.fibers[number * block_threads + thread];
         fiber.block = &block;
-        fiber.thread = thread;
+        fiber.thread = static_cast<int>(thread);
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = m.stacks[number].get();
+        fiber.context.uc_stack.ss_sp = m.stacks[number * block_threads + thread].get();
         fiber.context.uc_stack.ss_size = kStack;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_fiber, 0);
       }
     }
-    for (bool running = true; running;) {
-      running = false;
-      for (Fiber& fiber : m.fibers) {
-        if (fiber.finished) continue;
-        running = true;
-        m.current = &fiber;
-        swapcontext(&m.scheduler, &fiber.context);
+    const size_t warps = m.fibers.size() / kWarpSize;
+    size_t stalled = 0, running = m.fibers.size();
+    while (running > 0) {
+      // One warp stands still while the others go as far as they can; then another one.
+      bool progress = false;
+      for (size_t warp = 0; warp < warps; ++warp) {
+        if (warp == stalled || random() % 4 == 0) continue;
+        for (size_t thread = warp * kWarpSize; thread < (warp + 1) * kWarpSize; ++thread) {
+          Fiber& fiber = m.fibers[thread];
+          if (!fiber.can_run()) continue;
+          progress = true;
+          m.current = &fiber;
+          swapcontext(&m.scheduler, &fiber.context);
+          if (fiber.finished) --running;
+        }
       }
+      if (!progress) stalled = random() % (warps + 1);  // one more: none
     }
   }
 }
@@ -220,12 +241,11 @@ namespace fastinvdpo {
 
 constexpr bool kHasClusters = true;
 inline int cluster_rank() { return emulation::machine().current->block->rank; }
-inline void cluster_sync() { emulation::wait(emulation::machine().cluster); }
+inline void cluster_sync() { emulation::wait(emulation::machine().current->block->first->cluster); }
 template <class T>
 T* in_block(T* shared, int rank) {
-  unsigned char* mine = emulation::machine().current->block->shared;
-  unsigned char* theirs = emulation::machine().blocks[static_cast<size_t>(rank)].shared;
-  return reinterpret_cast<T*>(theirs + (reinterpret_cast<unsigned char*>(shared) - mine));
+  emulation::Block* block = emulation::machine().current->block;
+  return reinterpret_cast<T*>(block->first[rank].shared + (reinterpret_cast<unsigned char*>(shared) - block->shared));
 }
 
 inline uint16_t to_half(float value) {
