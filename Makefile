@@ -1,6 +1,6 @@
 # Each target does its own set-up. An active environment is used as it is when it has everything; otherwise .venv is made once.
 # PYTHON: the interpreter; TORCH: the PyTorch requirement, installed before anything could resolve another build of it;
-# ENVIRONMENT=own: make .venv whatever is active; JOBS: test processes; ARGS: more arguments for the demo or for pytest.
+# ENVIRONMENT=own: make .venv whatever is active; JOBS: test processes; ARGS: more arguments for the demo, pytest or the benchmarks.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -8,12 +8,13 @@ ENVIRONMENT ?= any
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help demo test check
+.PHONY: help demo test check bench
 
 help:
 	@echo "make demo   align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
 	@echo "make test   the test suite: JOBS=2 ARGS='-k schedule'"
 	@echo "make check  ruff and mypy"
+	@echo "make bench  time the ops beside plain PyTorch: ARGS='--quick --filter sdxl'"
 
 ifeq ($(ENVIRONMENT),any)
   ACTIVE := $(shell $(PYTHON) .ci/suitable.py . >/dev/null 2>&1 && echo yes)
@@ -45,3 +46,7 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The results are kept in the checkout, by device.
+bench: $(READY)
+	$(RUN) -m fastinvdpo.cli bench --output benchmarks/results $(ARGS)

@@ -121,6 +121,10 @@ package_dir = {}
 if any(Path("kernels/triton").glob("*.py")):
     packages.append("fastinvdpo._triton")
     package_dir["fastinvdpo._triton"] = "kernels/triton"
+# Likewise the benchmarks, so that `fastinvdpo bench` runs without a checkout.
+if Path("benchmarks/__init__.py").is_file():
+    packages.append("fastinvdpo._benchmarks")
+    package_dir["fastinvdpo._benchmarks"] = "benchmarks"
 
 options = {}
 if CHOICE != "0":

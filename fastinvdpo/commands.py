@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fastinvdpo import _mapped
 from fastinvdpo.errors import invalid
 
 app = typer.Typer(
@@ -138,6 +139,13 @@ def doctor(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] =
     from fastinvdpo import doctor as examination
 
     raise typer.Exit(examination.main(arguments or []))
+
+
+@app.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def bench(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+    """Measure the ops beside plain PyTorch and torch.compile; --quick takes a minute, --help tells of the rest."""
+    runner = _mapped.load("_benchmarks", "benchmarks", "run")
+    raise typer.Exit(runner.main(arguments or []))
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -22,6 +22,7 @@ LAYERS = {
     "_extras": 1,
     "_backend": 1,
     "_native": 0.5,
+    "_mapped": 0,
     "ops": 2,
     "schedule": 3,
     "losses": 3,
@@ -283,7 +284,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("fastinvdpo", "kernels", "csrc"):
+    for name in ("fastinvdpo", "kernels", "csrc", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return copy
 
@@ -307,10 +308,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(sources: Path, tmp_path: P
     dist_info = f"fastinvdpo-{fastinvdpo.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"fastinvdpo", dist_info}
     assert f"{dist_info}/licenses/LICENSE" in names
-    assert {name for name in names if name.endswith(".py")} == {
-        *(path.relative_to(sources).as_posix() for path in (sources / "fastinvdpo").rglob("*.py")),
-        *(f"fastinvdpo/_triton/{path.name}" for path in (sources / "kernels/triton").glob("*.py")),
-    }
+    modules = {path.relative_to(sources).as_posix() for path in (sources / "fastinvdpo").rglob("*.py")}
+    modules |= {f"fastinvdpo/_triton/{path.name}" for path in (sources / "kernels/triton").glob("*.py")}
+    modules |= {f"fastinvdpo/_benchmarks/{path.name}" for path in (sources / "benchmarks").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert not any("/results/" in name for name in names)
     data = [
         *(PACKAGE / "presets").glob("*"),
         *(path for path in (PACKAGE / "demo/weights").rglob("*") if path.is_file()),

@@ -1,0 +1,71 @@
+"""What there is to measure: ops, the providers that compute them, shapes and dtypes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fastinvdpo import _backend, use_backend
+
+from .bench_affine_step import AffineStepProblem
+from .bench_preference_loss import PreferenceLossProblem
+from .problem import MODES, Case, Problem
+
+OPS: dict[str, type[Problem]] = {"affine_step": AffineStepProblem, "preference_loss": PreferenceLossProblem}
+PROVIDERS = ("eager", "compile", "reference", "native", "triton", "cuda")
+"""``eager``: the released codes' order of operations; ``compile``: torch.compile of it; others: backends of the op."""
+BASELINES = ("eager", "compile")
+"""What the other providers' speed-ups are over."""
+
+SHAPES = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128), "video": (16, 21, 90, 160)}
+PAIRS = (1, 2, 8, 16, 32, 64)
+TIMESTEPS = {"affine_step": (1,), "preference_loss": (1, 10, 80)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def everything() -> Iterator[tuple[Case, str]]:
+    """Every case and mode, small ones first within an op and a model."""
+    for op in sorted(OPS):
+        for model, shape in SHAPES.items():
+            for timesteps in TIMESTEPS[op]:
+                for pairs in PAIRS:
+                    for dtype in DTYPES:
+                        yield from ((Case(op, model, shape, pairs, timesteps, dtype), mode) for mode in MODES)
+
+
+def quick() -> Iterator[tuple[Case, str]]:
+    """A minute's worth: image latents, few pairs, forward and backward."""
+    for case, mode in everything():
+        wanted = case.model in ("sd15", "sdxl") and case.pairs in (1, 8) and case.timesteps == 1
+        if wanted and mode == "full" and case.dtype != torch.float16:
+            yield case, mode
+
+
+def matches(case: Case, mode: str, pattern: str) -> bool:
+    """Whether each of the pattern's expressions fits a whole word of the case, such as ``sdxl pairs=(1|8) full``."""
+    words = (*case.words, mode)
+    return all(any(re.fullmatch(part, word) for word in words) for part in pattern.split())
+
+
+def unavailable(provider: str, op: str, device: torch.device) -> str | None:
+    """Why a provider cannot run an op there; None when it can, or when only trying will tell."""
+    return None if provider in BASELINES else _backend.unavailable(op, provider, device.type)
+
+
+def forward(provider: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
+    """The call that computes the problem's outputs, inside the provider's :func:`context`."""
+    if provider == "eager":
+        return lambda: problem.released(*problem.arguments)
+    if provider == "compile":
+        compiled = torch.compile(problem.released, dynamic=False)
+        return lambda: compiled(*problem.arguments)
+    return problem.fused
+
+
+def context(provider: str) -> AbstractContextManager[None]:
+    """Where a provider's forward and backward run."""
+    return nullcontext() if provider in BASELINES else use_backend(provider)

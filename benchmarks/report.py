@@ -1,0 +1,159 @@
+"""Results for people: tables on the terminal and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from fastinvdpo._extras import require
+
+from .results import Result, summary
+
+Row = dict[str, Any]
+
+_COLOURS = {
+    "eager": "tab:gray",
+    "compile": "tab:olive",
+    "reference": "tab:brown",
+    "native": "tab:blue",
+    "triton": "tab:green",
+    "cuda": "tab:red",
+}
+
+
+def tables(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
+    """A title and a rich table for the rows of every case and mode, which must stand together."""
+    rich_table = require("rich.table", extra="train", purpose="the table of results")
+    for title, together in groupby(rows, key=case_of):
+        shown = rich_table.Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        shown.add_column("provider", min_width=9)
+        for header, width in _COLUMNS.items():
+            shown.add_column(header, justify="right", min_width=width, no_wrap=True)
+        for row in together:
+            shown.add_row(*_cells(row), style=None if row["correct"] else "red")
+        yield title, shown
+
+
+_COLUMNS = {
+    "ms": 8,
+    "p20-p80": 15,
+    "GB/s": 6,
+    "% copy": 6,
+    "launches": 8,
+    "peak MB": 7,
+    "worst error": 15,
+    "vs eager": 8,
+    "vs compile": 10,
+}
+
+
+def case_of(row: Row) -> str:
+    return f"{row['op']} {row['model']} pairs={row['pairs']} K={row['timesteps']} {row['dtype']} {row['mode']}"
+
+
+def speedup(row: Row, baseline: str) -> str:
+    """``3.2x``; nothing over itself; never a number for a wrong result."""
+    if row["provider"] == baseline:
+        return ""
+    if row["speedup"] is None:
+        return "wrong result"
+    return f"{row['speedup'][baseline]:.2f}x" if baseline in row["speedup"] else ""
+
+
+def _cells(row: Row) -> Iterator[str]:
+    times = row["milliseconds"]
+    yield row["provider"]
+    yield f"{times['median']:.3f}"
+    yield f"{times['p20']:.3f}-{times['p80']:.3f}"
+    yield f"{row['gbps']:.1f}"
+    yield f"{row['percent_of_copy']:.0f}"
+    yield "" if row["launches"] is None else str(row["launches"])
+    yield "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}"
+    yield _worst(row)
+    yield from (speedup(row, baseline) for baseline in ("eager", "compile"))
+
+
+def _worst(row: Row) -> str:
+    """The error nearest to its limit, or furthest beyond it."""
+    shares = {
+        name: float("inf") if error is None else error / row["allowed"][name] for name, error in row["errors"].items()
+    }
+    name = max(shares, key=lambda name: shares[name])
+    error = row["errors"][name]
+    return f"{name} {'not finite' if error is None else format(error, '.0e')}"
+
+
+def notes(result: Result) -> Iterator[str]:
+    """What was not measured, and why."""
+    for op, reasons in result["unavailable"].items():
+        for provider, reason in reasons.items():
+            yield f"{op}, {provider}: {reason}"
+    for skipped in result["skipped"]:
+        yield f"skipped {skipped['case']}: {skipped['reason']}"
+    copied = result["copy_gbps"]
+    if copied is not None:
+        yield f"copy: {copied['median']:.1f} GB/s ({copied['p20']:.1f}-{copied['p80']:.1f})"
+
+
+def comparison(compared: Sequence[Result], new: Result, old: Result) -> Any:
+    """A rich table of old against new; its caption says where the two runs cannot be compared."""
+    rich_table = require("rich.table", extra="train", purpose="the table of results")
+    shown = rich_table.Table(title=f"{_where(old)}  →  {_where(new)}", header_style="bold")
+    shown.add_column("case")
+    shown.add_column("provider")
+    for header in ("old ms", "new ms", "faster"):
+        shown.add_column(header, justify="right", no_wrap=True)
+    for row in compared:
+        ratio = "wrong result" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        shown.add_row(case_of(row), row["provider"], f"{row['old']:.3f}", f"{row['new']:.3f}", ratio)
+    captions = [f"{provider} {ratio:.2f}x" for provider, ratio in summary(compared).items()]
+    shown.caption = "geometric means: " + ", ".join(captions) if captions else "the two runs share no correct result"
+    if new["device"]["name"] != old["device"]["name"]:
+        shown.caption += f"\ndifferent devices: {old['device']['name']}, {new['device']['name']}"
+    bandwidths = [each["copy_gbps"]["median"] for each in (old, new) if each["copy_gbps"]]
+    if len(bandwidths) == 2:
+        shown.caption += f"\ncopy {bandwidths[0]:.1f} GB/s then, {bandwidths[1]:.1f} GB/s now"
+    return shown
+
+
+def _where(result: Result) -> str:
+    return f"{(result['commit'] or 'no commit')[:9]} ({result['date'][:16]})"
+
+
+def plot(result: Result, path: Path) -> Path | None:
+    """GB/s over bytes moved, one panel for each op, mode and dtype, with the copy bandwidth as the roof, as PNG.
+
+    Wrong results are drawn as crosses. Returns the path; None when there is nothing to draw.
+    """
+    rows = result["results"]
+    if not rows:
+        return None
+    figure_module = require("matplotlib.figure", extra="train", purpose="the plot of the results")
+    panels = list(dict.fromkeys((row["op"], row["mode"], row["dtype"]) for row in rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = figure_module.Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis, panel in zip(axes, panels, strict=False):
+        inside = [row for row in rows if (row["op"], row["mode"], row["dtype"]) == panel]
+        for provider in dict.fromkeys(row["provider"] for row in inside):
+            points = sorted(
+                (row["bytes"], row["gbps"], row["correct"]) for row in inside if row["provider"] == provider
+            )
+            sizes, speeds, _ = zip(*points, strict=True)
+            axis.plot(sizes, speeds, marker="o", markersize=3, color=_COLOURS[provider], label=provider)
+            wrong = [point for point in points if not point[2]]
+            axis.scatter([point[0] for point in wrong], [point[1] for point in wrong], marker="x", s=80, color="black")
+        if result["copy_gbps"] is not None:
+            axis.axhline(result["copy_gbps"]["median"], color="black", linestyle="--", linewidth=1, label="copy")
+        axis.set(title=" ".join(panel), xscale="log", xlabel="bytes read and written at least", ylabel="GB/s")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.suptitle(f"{result['device']['name']}, torch {result['versions']['torch']}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    return path

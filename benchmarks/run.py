@@ -1,0 +1,179 @@
+"""The command: ``python -m benchmarks.run`` in a checkout, ``fastinvdpo bench`` everywhere.
+
+Measures every case that ``--filter`` leaves, prints a table, and writes the results as JSON and as a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
+
+from . import registry, report, results
+from .measure import Copy
+from .problem import Case
+from .suite import DoesNotFit, measure
+
+
+def main(argv: Sequence[str] | None = None, only: str | None = None) -> int:
+    """Run the benchmarks. Returns 0; 1 when a result was wrong; 2 for bad usage.
+
+    Args:
+        argv: arguments without the program's name; those of the process when None.
+        only: measure this op alone.
+    """
+    options = _parser(only).parse_args(argv)
+    try:
+        return _run(options, only)
+    except (InvalidInput, MissingExtra) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(only: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastinvdpo bench",
+        description=f"Measure {only or 'the fused ops'} beside plain PyTorch, torch.compile and each other.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
+    parser.add_argument(
+        "--filter",
+        default="",
+        metavar="WORDS",
+        help="only cases in which every expression fits a word, as in 'sdxl pairs=(1|8) float32 full'",
+    )
+    parser.add_argument("--providers", default=",".join(registry.PROVIDERS), help="of these, comma-separated")
+    parser.add_argument("--device", default=None, help="cpu or cuda; the GPU where there is one")
+    parser.add_argument("--seconds", type=float, default=None, help="to measure each case for (2; 0.3 with --quick)")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of the JSON and the PNG")
+    parser.add_argument("--compare", type=Path, default=None, metavar="OTHER.json", help="show what changed since")
+    parser.add_argument("--load", type=Path, default=None, metavar="RESULT.json", help="show this, measure nothing")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    return parser
+
+
+def _run(options: argparse.Namespace, only: str | None) -> int:
+    console = require("rich.console", extra="train", purpose="the benchmark's output").Console()
+    if not console.is_terminal:
+        console.width = 120
+    other = results.read(options.compare) if options.compare else None  # a mistake shows before an hour's work
+    if options.load:
+        result, path = results.read(options.load), options.load
+    else:
+        selected = _select(options, only)
+        if options.list:
+            console.print("\n".join(f"{case} {mode}" for case, mode in selected), highlight=False, soft_wrap=True)
+            return 0
+        device = _device(options.device)
+        seconds = options.seconds or (0.3 if options.quick else 2.0)
+        result = run(selected, _providers(options.providers), device, seconds, progress=sys.stderr.isatty())
+        result["settings"] = {"quick": options.quick, "filter": options.filter, "seconds": seconds}
+        path = results.write(result, options.output)
+    for title, shown in report.tables(result["results"]):
+        console.print(f"[bold]{title}[/bold]", highlight=False)
+        console.print(shown)
+    for note in report.notes(result):
+        console.print(note, highlight=False, soft_wrap=True)
+    if other is not None:
+        console.print(report.comparison(results.compare(result, other), result, other))
+    picture = report.plot(result, path.with_suffix(".png"))
+    console.print(f"Results: {path}" + (f"\nPicture: {picture}" if picture else ""), highlight=False, soft_wrap=True)
+    return 0 if all(row["correct"] for row in result["results"]) else 1
+
+
+def run(
+    selected: Sequence[tuple[Case, str]],
+    providers: Sequence[str],
+    device: torch.device,
+    seconds: float,
+    *,
+    progress: bool = False,
+) -> results.Result:
+    """Measure the selected cases and modes; what :func:`benchmarks.results.write` writes."""
+    result: results.Result = {**results.origin(device), "unavailable": {}, "skipped": [], "results": []}
+    copy = Copy(device)
+    copy()
+    modes = {case: [mode for _, mode in group] for case, group in groupby(selected, key=lambda each: each[0])}
+    bars = require("rich.progress", extra="train", purpose="the progress bar")
+    error_console = require("rich.console", extra="train", purpose="the progress bar").Console(stderr=True)
+    with bars.Progress(*_columns(bars), console=error_console, disable=not progress) as bar:
+        task = bar.add_task("", total=len(modes))
+        for case, wanted in modes.items():
+            bar.update(task, description=str(case))
+            try:
+                rows, reasons = measure(case, wanted, providers, device=device, copy=copy, seconds=seconds)
+            except (DoesNotFit, torch.OutOfMemoryError, MemoryError) as error:
+                result["skipped"].append({"case": str(case), "reason": str(error).partition("\n")[0]})
+            else:
+                result["results"] += rows
+                _remember(result, case, reasons)
+            _forget(device)
+            bar.advance(task)
+    result["copy_gbps"] = copy.bandwidth()._asdict() if copy.samples else None
+    return result
+
+
+def _remember(result: results.Result, case: Case, reasons: dict[str, str]) -> None:
+    """A provider that runs nowhere is told of once; one that fails in some cases, for each of them."""
+    everywhere = result["unavailable"].setdefault(case.op, {})
+    for provider, reason in reasons.items():
+        if registry.unavailable(provider, case.op, torch.device(result["device"]["type"])) is not None:
+            everywhere[provider] = reason
+        else:
+            result["skipped"].append({"case": f"{case}, {provider}", "reason": reason})
+
+
+def _forget(device: torch.device) -> None:
+    """Compiled code and cached memory of a finished case: torch.compile stops compiling after a few shapes."""
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _columns(bars: Any) -> list[Any]:
+    return [
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+    ]
+
+
+def _select(options: argparse.Namespace, only: str | None) -> list[tuple[Case, str]]:
+    cases = registry.quick() if options.quick else registry.everything()
+    selected = [
+        (case, mode) for case, mode in cases if only in (None, case.op) and registry.matches(case, mode, options.filter)
+    ]
+    if not selected:
+        raise invalid("--filter", options.filter, "leaves no case", "see the words of all cases with --list")
+    return selected
+
+
+def _providers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in registry.PROVIDERS:
+            raise invalid("--providers", name, "is not known", f"choose from {', '.join(registry.PROVIDERS)}")
+    return names
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise invalid("--device", name, "is not a device", "use cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise invalid("--device", name, "cannot be measured here", "use cpu, or cuda on a machine with a GPU")
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

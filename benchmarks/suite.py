@@ -1,0 +1,165 @@
+"""One case measured: every provider checked against float64, then all timed side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .measure import LARGE, Copy, Task, footprint, free_memory, interleaved, percentiles
+from .problem import Case, Problem
+
+SHARE_OF_MEMORY = 0.8  # that a case may take: the rest is for the buffers of the copy and for what the estimate misses
+
+Row = dict[str, Any]
+
+
+class DoesNotFit(Exception):
+    """A case needs more memory than there is."""
+
+
+def measure(
+    case: Case,
+    modes: Sequence[str],
+    providers: Sequence[str],
+    *,
+    device: torch.device,
+    copy: Copy,
+    seconds: float,
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows for every mode and every provider that runs, and for the others why they do not.
+
+    Raises:
+        DoesNotFit: the case needs more memory than is free.
+    """
+    needed, free = registry.OPS[case.op].needs(case), free_memory(device)
+    if free is not None and needed > SHARE_OF_MEMORY * free:
+        raise DoesNotFit(f"needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    problem = registry.OPS[case.op](case, device)  # type: ignore[call-arg]
+    reasons, errors, forwards = {}, {}, {}
+    # The errors of these two are the measure for all, whoever is timed.
+    for provider in dict.fromkeys(("eager", "reference", *providers)):
+        reason = registry.unavailable(provider, case.op, device)
+        if reason is None:
+            try:
+                forwards[provider] = registry.forward(provider, problem)
+                errors[provider] = _errors(problem, forwards[provider], provider)
+            except Exception as error:  # whatever a compiler, a driver or a kernel raises is the reason
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        if reason is not None:
+            reasons[provider] = reason
+    timed = [provider for provider in providers if provider in errors]
+    rows = []
+    for mode in modes:
+        tasks = {
+            provider: Task(_task(problem, forwards[provider], provider, mode), partial(registry.context, provider))
+            for provider in timed
+        }
+        rows += _rows(problem, mode, tasks, errors, device, copy, seconds)
+    return rows, {provider: reason for provider, reason in reasons.items() if provider in providers}
+
+
+def allowed(provider: str, errors: dict[str, dict[str, float]], dtype: torch.dtype) -> dict[str, float]:
+    """The error that a provider may have: twice that of plain PyTorch in the same dtype.
+
+    For the released order of operations, and what a compiler makes of it, plain PyTorch is that order; for a backend of
+    the op it is the op's reference, which in half precision is far more accurate. Errors below a few roundings are
+    chance: they are always allowed.
+    """
+    plain = errors.get("eager" if provider in registry.BASELINES else "reference", {})
+    stored, single = (torch.finfo(each).eps / 2 for each in (dtype, torch.float32))
+    roundings = {"loss": single, "margin": single}
+    names = {name for found in errors.values() for name in found}
+    return {name: max(2 * plain.get(name, 0.0), 4 * roundings.get(name, stored)) for name in sorted(names)}
+
+
+def is_correct(errors: dict[str, float], limits: dict[str, float]) -> bool:
+    return all(math.isfinite(error) and error <= limits[name] for name, error in errors.items())
+
+
+def speedups(rows: Sequence[Row]) -> None:
+    """Fill in ``speedup`` for the rows of one case and mode: over every baseline, but none for a wrong result."""
+    medians = {row["provider"]: row["milliseconds"]["median"] for row in rows}
+    for row in rows:
+        over = {name: medians[name] / medians[row["provider"]] for name in registry.BASELINES if name in medians}
+        row["speedup"] = over if row["correct"] else None
+
+
+def _errors(problem: Problem, forward: Callable[[], tuple[Tensor, ...]], provider: str) -> dict[str, float]:
+    with registry.context(provider):
+        outputs = forward()
+        gradients = torch.autograd.grad(outputs[0], problem.leaves, problem.cotangent)
+    return {**problem.output_errors(outputs), "gradient": problem.gradient_error(gradients)}
+
+
+def _task(
+    problem: Problem, forward: Callable[[], tuple[Tensor, ...]], provider: str, mode: str
+) -> Callable[[], object]:
+    if mode == "forward":
+        return torch.no_grad()(forward)
+    if mode == "full":
+        return lambda: torch.autograd.grad(forward()[0], problem.leaves, problem.cotangent)
+    with registry.context(provider):
+        output = forward()[0]
+    return lambda: torch.autograd.grad(output, problem.leaves, problem.cotangent, retain_graph=True)
+
+
+def _rows(
+    problem: Problem,
+    mode: str,
+    tasks: dict[str, Task],
+    errors: dict[str, dict[str, float]],
+    device: torch.device,
+    copy: Copy,
+    seconds: float,
+) -> list[Row]:
+    case = problem.case
+    moved = problem.moved(mode) * case.elements * case.dtype.itemsize
+    seen = {}
+    for provider, task in tasks.items():
+        with task.context():
+            task.call()  # compiles what is not compiled yet, and fills the caches of allocators
+        seen[provider] = footprint(task, device, visible=provider != "compile" or device.type != "cpu")
+    beside = moved >= LARGE or not copy.samples
+    samples = interleaved({**tasks, **({"copy": Task(copy)} if beside else {})}, device, seconds)
+    copied = samples.pop("copy", [])
+    copy.samples += copied
+    bandwidth = copy.bandwidth(copied).median
+    relevant = {"forward": ("loss", "margin", "output"), "backward": ("gradient",)}
+    rows = []
+    for provider, times in samples.items():
+        names = relevant.get(mode, tuple(errors[provider]))
+        found = {name: error for name, error in errors[provider].items() if name in names}
+        limits = {name: limit for name, limit in allowed(provider, errors, case.dtype).items() if name in found}
+        milliseconds = percentiles([1000 * sample for sample in times])
+        gbps = moved / milliseconds.median / 1e6
+        rows.append(
+            {
+                "op": case.op,
+                "model": case.model,
+                "shape": list(case.shape),
+                "pairs": case.pairs,
+                "timesteps": case.timesteps,
+                "dtype": case.dtype_name,
+                "mode": mode,
+                "provider": provider,
+                "milliseconds": milliseconds._asdict(),
+                "samples": len(times),
+                "bytes": moved,
+                "gbps": gbps,
+                "copy_gbps": bandwidth,
+                "percent_of_copy": 100 * gbps / bandwidth,
+                "peak_bytes": seen[provider].peak_bytes,
+                "launches": seen[provider].launches,
+                "errors": {name: error if math.isfinite(error) else None for name, error in found.items()},
+                "allowed": limits,
+                "correct": is_correct(found, limits),
+            }
+        )
+    speedups(rows)
+    return rows
