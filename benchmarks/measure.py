@@ -19,10 +19,17 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Task(NamedTuple):
-    """A call to measure, and the context that it needs, which is entered outside the clock."""
+    """A call to measure. ``prepare`` runs before each call, outside the clock, and hands it its argument; so a backward
+    gets a graph of its own. ``context`` is entered outside the clock too.
+    """
 
-    call: Callable[[], object]
+    call: Callable[..., object]
     context: Callable[[], AbstractContextManager[None]] = nullcontext
+    prepare: Callable[[], object] | None = None
+
+    def arguments(self, calls: int) -> list[tuple[object, ...]]:
+        """For so many calls, each one's arguments."""
+        return [() if self.prepare is None else (self.prepare(),) for _ in range(calls)]
 
 
 SHORTEST_SAMPLE = 1e-3  # seconds: below it a task is repeated within a sample, for the clock's sake
@@ -56,17 +63,19 @@ def percentiles(samples: Sequence[float]) -> Percentiles:
 def timed(task: Task, repetitions: int, device: torch.device) -> float:
     """Seconds that one call takes, from the host's clock or from CUDA events."""
     with task.context():
+        prepared = task.arguments(repetitions)
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)  # or the launches would hide behind the preparations
             begin.record()
-            for _ in range(repetitions):
-                task.call()
+            for arguments in prepared:
+                task.call(*arguments)
             end.record()
             end.synchronize()
             return begin.elapsed_time(end) / 1000 / repetitions
         start = time.perf_counter()
-        for _ in range(repetitions):
-            task.call()
+        for arguments in prepared:
+            task.call(*arguments)
         return (time.perf_counter() - start) / repetitions
 
 
@@ -145,15 +154,16 @@ def footprint(task: Task, device: torch.device, visible: bool = True) -> Footpri
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     with task.context():
+        first, second = task.arguments(2)
         if on_gpu:
             torch.cuda.synchronize(device)
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            task.call()
+            task.call(*first)
             torch.cuda.synchronize(device)
             peak = torch.cuda.max_memory_allocated(device) - before
         with profile(activities=activities, profile_memory=not on_gpu) as recorded:
-            task.call()
+            task.call(*second)
             if on_gpu:
                 torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:

@@ -56,10 +56,7 @@ def measure(
     timed = [provider for provider in providers if provider in errors]
     rows = []
     for mode in modes:
-        tasks = {
-            provider: Task(_task(problem, forwards[provider], provider, mode), partial(registry.context, provider))
-            for provider in timed
-        }
+        tasks = {provider: _task(problem, forwards[provider], provider, mode) for provider in timed}
         rows += _rows(problem, mode, tasks, errors, device, copy, seconds)
     return rows, {provider: reason for provider, reason in reasons.items() if provider in providers}
 
@@ -97,16 +94,15 @@ def _errors(problem: Problem, forward: Callable[[], tuple[Tensor, ...]], provide
     return {**problem.output_errors(outputs), "gradient": problem.gradient_error(gradients)}
 
 
-def _task(
-    problem: Problem, forward: Callable[[], tuple[Tensor, ...]], provider: str, mode: str
-) -> Callable[[], object]:
+def _task(problem: Problem, forward: Callable[[], tuple[Tensor, ...]], provider: str, mode: str) -> Task:
+    context = partial(registry.context, provider)
     if mode == "forward":
-        return torch.no_grad()(forward)
-    if mode == "full":
-        return lambda: torch.autograd.grad(forward()[0], problem.leaves, problem.cotangent)
-    with registry.context(provider):
-        output = forward()[0]
-    return lambda: torch.autograd.grad(output, problem.leaves, problem.cotangent, retain_graph=True)
+        return Task(torch.no_grad()(forward), context)
+
+    def backward(outputs: tuple[Tensor, ...]) -> object:
+        return torch.autograd.grad(outputs[0], problem.leaves, problem.cotangent)
+
+    return Task(backward, context, forward) if mode == "backward" else Task(lambda: backward(forward()), context)
 
 
 def _rows(
@@ -123,7 +119,7 @@ def _rows(
     seen = {}
     for provider, task in tasks.items():
         with task.context():
-            task.call()  # compiles what is not compiled yet, and fills the caches of allocators
+            task.call(*task.arguments(1)[0])  # compiles what is not compiled yet, and fills the caches of allocators
         seen[provider] = footprint(task, device, visible=provider != "compile" or device.type != "cpu")
     beside = moved >= LARGE or not copy.samples
     samples = interleaved({**tasks, **({"copy": Task(copy)} if beside else {})}, device, seconds)
