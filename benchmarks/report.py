@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -149,7 +150,10 @@ def plot(result: Result, path: Path) -> Path | None:
         if result["copy_gbps"] is not None:
             axis.axhline(result["copy_gbps"]["median"], color="black", linestyle="--", linewidth=1, label="copy")
         axis.set(title=" ".join(panel), xscale="log", xlabel="bytes read and written at least", ylabel="GB/s")
+        decades = [math.log10(row["bytes"]) for row in inside]
+        axis.set_xlim(10 ** math.floor(min(decades)), 10 ** math.ceil(max(decades) + 1e-9))  # so that labels are few
         axis.set_ylim(bottom=0)
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     for axis in axes[len(panels) :]:

@@ -122,7 +122,7 @@ def _device(device: torch.device) -> Result:
     threads = torch.get_num_threads()
     return {
         "type": "cpu",
-        "name": f"{_processor()} {threads} threads",
+        "name": f"{_processor()}, {threads} thread{'s' * (threads > 1)}",
         "cores": os.cpu_count(),
         "threads": threads,
         "instructions": torch.backends.cpu.get_cpu_capability(),
