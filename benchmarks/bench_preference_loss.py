@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from fastinvdpo import preference_loss
 
-from .problem import Case, Problem, finite, normal, relative, squares
+from .problem import Case, Problem, finite, normal, relative, rounding, squares
 
 BETA = 5000.0
 GAP = 1e-3  # between policy and reference early in training: where half precision loses the signal
@@ -87,6 +87,14 @@ class PreferenceLossProblem(Problem):
                 expected = missed * (slope[pair] * per_element * sign)
                 parts.append(squares(gradient[row], expected))
         return relative(parts)
+
+    def chance(self, released: bool) -> dict[str, float]:
+        single, stored = rounding(torch.float32), rounding(self.case.dtype)
+        if not released:
+            return {"loss": 4 * single, "margin": 4 * single, "gradient": 4 * stored}
+        # Four errors of about 1 are rounded and then subtracted; the terms of the product form are about GAP.
+        shift = 0.5 * BETA * 4 * stored
+        return {"loss": shift, "margin": shift / (0.5 * BETA * 2.5 * GAP), "gradient": 4 * stored + shift}
 
     @classmethod
     def moved(cls, mode: str) -> int:

@@ -77,6 +77,11 @@ class Problem(ABC):
     def gradient_error(self, gradients: Sequence[Tensor]) -> float:
         """``‖g − g₆₄‖ / ‖g₆₄‖`` over all leaves."""
 
+    def chance(self, released: bool) -> dict[str, float]:
+        """Errors that a few roundings make, of the released order or of the op: so small a difference says nothing."""
+        names = ("output", "gradient")
+        return dict.fromkeys(names, 4 * rounding(self.case.dtype))
+
     @classmethod
     @abstractmethod
     def moved(cls, mode: str) -> int:
@@ -86,6 +91,11 @@ class Problem(ABC):
     def needs(cls, case: Case) -> int:
         """Bytes that measuring the case takes."""
         return case.elements * (cls.inputs * case.dtype.itemsize + cls.temporaries * 4)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding once to the dtype."""
+    return torch.finfo(dtype).eps / 2
 
 
 def squares(found: Tensor, expected: Tensor) -> Tensor:

@@ -61,18 +61,16 @@ def measure(
     return rows, {provider: reason for provider, reason in reasons.items() if provider in providers}
 
 
-def allowed(provider: str, errors: dict[str, dict[str, float]], dtype: torch.dtype) -> dict[str, float]:
-    """The error that a provider may have: twice that of plain PyTorch in the same dtype.
+def allowed(provider: str, errors: dict[str, dict[str, float]], problem: Problem) -> dict[str, float]:
+    """The error that a provider may have: twice that of plain PyTorch in the same dtype, or what chance makes of it.
 
     For the released order of operations, and what a compiler makes of it, plain PyTorch is that order; for a backend of
-    the op it is the op's reference, which in half precision is far more accurate. Errors below a few roundings are
-    chance: they are always allowed.
+    the op it is the op's reference, which in half precision is far more accurate.
     """
-    plain = errors.get("eager" if provider in registry.BASELINES else "reference", {})
-    stored, single = (torch.finfo(each).eps / 2 for each in (dtype, torch.float32))
-    roundings = {"loss": single, "margin": single}
-    names = {name for found in errors.values() for name in found}
-    return {name: max(2 * plain.get(name, 0.0), 4 * roundings.get(name, stored)) for name in sorted(names)}
+    released = provider in registry.BASELINES
+    plain = errors.get("eager" if released else "reference", {})
+    chance = problem.chance(released)
+    return {name: max(2 * plain.get(name, 0.0), chance[name]) for name in errors[provider]}
 
 
 def is_correct(errors: dict[str, float], limits: dict[str, float]) -> bool:
@@ -131,7 +129,7 @@ def _rows(
     for provider, times in samples.items():
         names = relevant.get(mode, tuple(errors[provider]))
         found = {name: error for name, error in errors[provider].items() if name in names}
-        limits = {name: limit for name, limit in allowed(provider, errors, case.dtype).items() if name in found}
+        limits = {name: limit for name, limit in allowed(provider, errors, problem).items() if name in found}
         milliseconds = percentiles([1000 * sample for sample in times])
         gbps = moved / milliseconds.median / 1e6
         rows.append(
