@@ -194,12 +194,12 @@ def compiled(case: Case, arch: int) -> Any:
     def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernels.append((run(self, *arguments, grid=grid, warmup=True, **options), options["BLOCK"]))
 
-    JITFunction.run = compile_only  # type: ignore[method-assign]
+    JITFunction.run = compile_only
     driver.set_active(NoDevice(arch))
     try:
         case.launch()
     finally:
-        JITFunction.run = run  # type: ignore[method-assign]
+        JITFunction.run = run
     (kernel,) = kernels
     return kernel
 
@@ -207,7 +207,7 @@ def compiled(case: Case, arch: int) -> Any:
 def report(case: Case, arch: int) -> Report:
     kernel, block = compiled(case, arch)
     accesses = Counter(re.findall(r"\b(ld|st)\.global[.\w]*?\.(v\d)\.b(\d+)", kernel.asm["ptx"]))
-    wide = Counter()
+    wide: Counter[str] = Counter()
     for (kind, vector, bits), count in accesses.items():
         if int(vector[1:]) * int(bits) == 128:
             wide[kind] += count
