@@ -14,7 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
-from fastinvdpo import _native
+import torch
+
+from fastinvdpo import _native, _triton_kernels
 from fastinvdpo.errors import invalid
 
 VARIABLE = "FASTINVDPO_BACKEND"
@@ -22,10 +24,20 @@ BACKENDS = ("cuda", "triton", "native", "reference")
 """Every backend's name, in the order in which ``auto`` tries them."""
 
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "affine_step": ("native", "reference"),
-    "preference_loss": ("native", "reference"),
+    "affine_step": BACKENDS,
+    "preference_loss": BACKENDS,
 }
 """The backends that have a kernel for each op."""
+
+# Delete a line once `make test-gpu` has passed for that backend: from then on ``auto`` chooses it.
+UNPROVEN: dict[str, str] = {
+    "cuda": "its kernels have not been run on a GPU yet: auto skips them, choose them by name",
+    "triton": "its kernels have not been run on a GPU yet: auto skips them, choose them by name",
+}
+"""The backends that ``auto`` does not choose although they may be able to run, and why."""
+
+CAPABILITY = (8, 0)
+"""The least compute capability that kernels are compiled for."""
 
 _DEVICES = {"cuda": "cuda", "triton": "cuda", "native": "cpu"}  # the reference runs wherever PyTorch does
 
@@ -84,22 +96,55 @@ def requested() -> tuple[str, str]:
 
 
 def unavailable(op: str, backend: str, device_type: str, float64: bool = False) -> str | None:
-    """Why ``backend`` cannot run ``op`` on tensors of ``device_type``; None when it can."""
+    """Why ``backend`` cannot run ``op`` on tensors of ``device_type``; None when it can.
+
+    Looks at the GPUs, which initialises CUDA, only where ``device_type`` is ``cuda``.
+    """
     if backend not in IMPLEMENTED[op]:
         return f"this version has no {backend} kernel for {op}"
-    device = _DEVICES.get(backend, device_type)
+    interpreted = backend == "triton" and _triton_kernels.interpreted()
+    device = "cpu" if interpreted else _DEVICES.get(backend, device_type)
     if device != device_type:
-        return f"{backend} kernels run on {device} tensors, not on {device_type} tensors"
+        under = " under TRITON_INTERPRET" if interpreted else ""
+        return f"{backend} kernels run on {device} tensors{under}, not on {device_type} tensors"
     if float64 and backend != "reference":
         return f"{backend} kernels compute in float32, and an input is float64"
-    return _native.unavailable() if backend == "native" else None
+    if backend == "native":
+        return _native.unavailable()
+    if backend == "triton":
+        return _triton_kernels.unavailable() or (None if interpreted else _gpus_unavailable())
+    return (_native.cuda_unavailable() or _gpus_unavailable()) if backend == "cuda" else None
+
+
+def skipped(backend: str, device_type: str) -> str | None:
+    """Why ``auto`` does not choose ``backend`` even where it can run and can be chosen by name; None when it does."""
+    if backend == "triton" and device_type == "cpu":
+        return "runs in Triton's interpreter, which is for tests: auto skips it, choose it by name"
+    return UNPROVEN.get(backend)
+
+
+@cache
+def _gpus_unavailable() -> str | None:
+    """Why no kernel can run on the GPUs. All that are visible must do: a tensor may be on any of them."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch was built for CUDA {torch.version.cuda}, but finds no usable GPU or driver"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < CAPABILITY:
+            has, needed = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+            what = f"GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability {has}"
+            return f"{what}, and the kernels need {needed} (CUDA_VISIBLE_DEVICES can hide it)"
+    return None
 
 
 @cache
 def _select(op: str, device_type: str, float64: bool, asked_by: str, name: str) -> str:
     _check_name(asked_by, name)
     if name == "auto":
-        return next(backend for backend in BACKENDS if unavailable(op, backend, device_type, float64) is None)
+        considered = (backend for backend in BACKENDS if skipped(backend, device_type) is None)
+        return next(backend for backend in considered if unavailable(op, backend, device_type, float64) is None)
     reason = unavailable(op, name, device_type, float64)
     if reason is not None:
         raise invalid(asked_by, name, reason, "choose auto or reference, which run everywhere")

@@ -22,6 +22,13 @@ def unavailable() -> str | None:
     return _load()[1] or None
 
 
+def cuda_unavailable() -> str | None:
+    """Why the extension's CUDA kernels cannot be used; None when they are loaded."""
+    if (info := build_info()) is None:
+        return unavailable()
+    return None if info["cuda"] else "fastinvdpo._C was built without CUDA (FASTINVDPO_CUDA=1 pip install . builds it)"
+
+
 def build_info() -> dict[str, object] | None:
     """How the extension was built (compiler, cuda, cpu_instructions); None without one."""
     module = _load()[0]

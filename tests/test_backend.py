@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastinvdpo
-from fastinvdpo import _backend, _native
+from fastinvdpo import _backend, _native, _triton_kernels
 from fastinvdpo.errors import InvalidInput
+from tests.layout import ROOT
 
 OPS = sorted(_backend.IMPLEMENTED)
 
 
 @pytest.fixture
-def triton_exists(monkeypatch: pytest.MonkeyPatch):
-    """As if affine_step had a Triton kernel."""
-    monkeypatch.setitem(_backend.IMPLEMENTED, "affine_step", ("triton", "native", "reference"))
+def fresh():
+    """Choices made in the test are neither remembered from before nor afterwards."""
     _backend._select.cache_clear()
     yield
     _backend._select.cache_clear()
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """As if there were a GPU, Triton and an extension with CUDA. What is chosen must not be called."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_backend, "_gpus_unavailable", lambda: None)
+    monkeypatch.setattr(_triton_kernels, "unavailable", lambda: None)
+    monkeypatch.setattr(_native, "cuda_unavailable", lambda: None)
 
 
 ON_CPU = "reference" if _native.unavailable() else "native"
@@ -28,12 +40,12 @@ ON_CPU = "reference" if _native.unavailable() else "native"
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
-def test_auto_takes_the_best_and_there_is_a_reason_against_each_that_cannot_run(op: str, device_type: str) -> None:
+def test_there_is_a_reason_against_each_that_was_not_chosen(op: str, device_type: str) -> None:
     chosen = _backend.choose(op, device_type)
     assert chosen == (ON_CPU if device_type == "cpu" else "reference")
-    reasons = {backend: _backend.unavailable(op, backend, device_type) for backend in _backend.BACKENDS}
-    assert reasons.pop("reference") is None and reasons.pop(chosen, None) is None
-    assert all(reasons.values())
+    for backend in set(_backend.BACKENDS) - {chosen, "reference"}:
+        assert _backend.unavailable(op, backend, device_type) or _backend.skipped(backend, device_type)
+    assert _backend.unavailable(op, "reference", device_type) is None
 
 
 def test_float64_is_for_the_reference_alone() -> None:
@@ -42,42 +54,158 @@ def test_float64_is_for_the_reference_alone() -> None:
         _backend.choose("affine_step", "cpu", float64=True)
 
 
-def test_without_the_extension_the_reference_runs_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension_the_reference_runs_and_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
     monkeypatch.setattr(_native, "unavailable", lambda: "the extension was not built, says the test")
-    _backend._select.cache_clear()
-    try:
-        assert _backend.choose("affine_step", "cpu") == "reference"
-        with _backend.use_backend("native"), pytest.raises(InvalidInput, match="not built, says the test"):
-            _backend.choose("affine_step", "cpu")
-    finally:
-        _backend._select.cache_clear()
+    assert _backend.choose("affine_step", "cpu") == "reference"
+    with _backend.use_backend("native"), pytest.raises(InvalidInput, match="not built, says the test"):
+        _backend.choose("affine_step", "cpu")
 
 
-def test_auto_takes_the_best_that_fits_the_device(triton_exists: None) -> None:
-    assert _backend.choose("affine_step", "cuda") == "triton"
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", OPS)
+def test_auto_skips_what_has_not_run_on_a_gpu_but_a_name_chooses_it(backend: str, op: str, with_gpu: None) -> None:
+    assert _backend.unavailable(op, backend, "cuda") is None
+    assert "not been run on a GPU yet" in str(_backend.skipped(backend, "cuda"))
+    assert _backend.choose(op, "cuda") == "reference"
+    with _backend.use_backend(backend):
+        assert _backend.choose(op, "cuda") == backend
+
+
+@pytest.mark.parametrize(("proven", "chosen"), [(("triton",), "triton"), (("triton", "cuda"), "cuda")])
+def test_deleting_a_line_lets_auto_choose_it(
+    proven: tuple[str, ...], chosen: str, with_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in proven:
+        monkeypatch.delitem(_backend.UNPROVEN, name)
+    assert _backend.choose("affine_step", "cuda") == chosen
+    assert _backend.choose("affine_step", "cuda", float64=True) == "reference"
     assert _backend.choose("affine_step", "cpu") == ON_CPU
-    assert (
-        _backend.unavailable("affine_step", "triton", "cpu") == "triton kernels run on cuda tensors, not on cpu tensors"
-    )
+
+
+def test_auto_never_interprets(with_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(_backend.UNPROVEN, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _backend.choose("affine_step", "cpu") == ON_CPU
+    assert "interpreter" in str(_backend.skipped("triton", "cpu"))
+    with _backend.use_backend("triton"):
+        assert _backend.choose("affine_step", "cpu") == "triton"
+        with pytest.raises(InvalidInput, match="run on cpu tensors under TRITON_INTERPRET, not on cuda tensors"):
+            _backend.choose("affine_step", "cuda")
+
+
+def test_the_reasons_of_gpu_kernels(with_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(backend: str, device_type: str = "cuda") -> str | None:
+        return _backend.unavailable("preference_loss", backend, device_type)
+
+    for backend in ("triton", "cuda"):
+        assert reason(backend, "cpu") == f"{backend} kernels run on cuda tensors, not on cpu tensors"
+    monkeypatch.setattr(_backend, "_gpus_unavailable", lambda: "GPU 0 is old, says the test")
+    assert reason("triton") == reason("cuda") == "GPU 0 is old, says the test"
+    monkeypatch.setattr(_triton_kernels, "unavailable", lambda: "no triton, says the test")
+    monkeypatch.setattr(_native, "cuda_unavailable", lambda: "no extension, says the test")
+    assert (reason("triton"), reason("cuda")) == ("no triton, says the test", "no extension, says the test")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ([(8, 0), (9, 0)], None),
+        ([(10, 0), (7, 5)], "GPU 1, Old, has compute capability 7.5, and the kernels need 8.0"),
+    ],
+)
+def test_every_visible_gpu_must_do(
+    capabilities: list[tuple[int, int]], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old")
+    found = _backend._gpus_unavailable.__wrapped__()
+    assert found is None if expected is None else found.startswith(expected)
+
+
+def test_without_a_gpu_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, expected in ((None, "was built without CUDA"), ("13.0", "finds no usable GPU or driver")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert expected in _backend._gpus_unavailable.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (None, "cannot be imported: No module named 'triton'"),
+        ("3.5.1", "has version 3.5.1, and the kernels need 3.6"),
+        ("unheard of", "has version unheard of, and"),
+        ("3.6.0+git1", None),
+        ("3.10.0", None),
+    ],
+)
+def test_the_reasons_against_triton(found: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class JITFunction:
+        pass
+
+    def look_up(name: str) -> SimpleNamespace:
+        if found is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return SimpleNamespace(__version__=found, JITFunction=JITFunction, language=SimpleNamespace(sum=JITFunction()))
+
+    monkeypatch.setattr(_triton_kernels, "importlib", SimpleNamespace(import_module=look_up))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = _triton_kernels.unavailable.__wrapped__()
+    assert reason is None if expected is None else expected in reason
+    if reason is None:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert "changed after triton had been imported" in _triton_kernels.unavailable.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"), [(None, "says the test"), ({"cuda": False}, "built without CUDA"), ({"cuda": True}, None)]
+)
+def test_the_reasons_against_cuda(
+    info: dict[str, bool] | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    monkeypatch.setattr(_native, "unavailable", lambda: "not built, says the test")
+    reason = _native.cuda_unavailable()
+    assert reason is None if expected is None else expected in str(reason)
+
+
+def test_cpu_tensors_leave_cuda_and_triton_alone() -> None:
+    code = """
+import sys
+import torch
+def refuse(*arguments, **options):
+    raise AssertionError("CPU tensors made the package look at CUDA")
+torch.cuda._lazy_init = torch.cuda.init = torch.cuda.is_available = torch.cuda.device_count = refuse
+import fastinvdpo
+policy = torch.randn(2, 5, requires_grad=True)
+fastinvdpo.preference_loss(policy, torch.zeros(2, 5), None, beta=1.0).loss.backward()
+fastinvdpo.affine_step(torch.ones(2, 3), [], torch.ones(2, 1))
+assert "triton" not in sys.modules and "fastinvdpo._triton" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        _backend.use_backend(name),
-        pytest.raises(InvalidInput, match=f"use_backend = '{name}'.*no {name} kernel for affine_step"),
-    ):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = f"{name} kernels run on cuda tensors, not on cpu tensors"
+    with _backend.use_backend(name), pytest.raises(InvalidInput, match=f"use_backend = '{name}'.*{reason}"):
         _backend.choose("affine_step", "cpu")
     monkeypatch.setenv(_backend.VARIABLE, name)
-    with pytest.raises(InvalidInput, match=f"FASTINVDPO_BACKEND = '{name}'.*no {name} kernel.*Remedy: choose auto"):
+    with pytest.raises(InvalidInput, match=f"FASTINVDPO_BACKEND = '{name}'.*{reason}.*Remedy: choose auto"):
         _backend.choose("affine_step", "cpu")
 
 
-def test_an_explicit_choice_on_the_wrong_device_raises(triton_exists: None) -> None:
-    with _backend.use_backend("triton"):
-        assert _backend.choose("affine_step", "cuda") == "triton"
-        with pytest.raises(InvalidInput, match="run on cuda tensors, not on cpu tensors"):
-            _backend.choose("affine_step", "cpu")
+def test_an_op_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    monkeypatch.setitem(_backend.IMPLEMENTED, "affine_step", ("reference",))
+    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="no cuda kernel for affine_step"):
+        _backend.choose("affine_step", "cpu")
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +269,7 @@ def test_the_ops_obey_the_choice_without_recompiling(compiled: bool) -> None:
     sample, coefficients = torch.ones(2, 3), torch.tensor([[2.0], [3.0]])
     expected = torch.tensor([[2.0] * 3, [3.0] * 3])
     torch.testing.assert_close(step(sample, [], coefficients), expected, rtol=0, atol=0)
-    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="no cuda kernel"):
+    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="cuda kernels run on cuda tensors"):
         step(sample, [], coefficients)
     with fastinvdpo.use_backend("reference"):
         torch.testing.assert_close(step(sample, [], coefficients), expected, rtol=0, atol=0)
@@ -151,7 +279,7 @@ def test_the_ops_obey_the_choice_without_recompiling(compiled: bool) -> None:
 def test_the_backward_obeys_the_choice() -> None:
     predictions = torch.randn(2, 5, requires_grad=True)
     loss = fastinvdpo.preference_loss(predictions, torch.zeros(2, 5), torch.ones(2, 5), beta=1.0).loss
-    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="no cuda kernel for preference_loss"):
+    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="cuda kernels run on cuda tensors"):
         loss.backward(retain_graph=True)
     loss.backward()
     assert predictions.grad is not None and bool(predictions.grad.abs().max() > 0)

@@ -23,6 +23,7 @@ LAYERS = {
     "_backend": 1,
     "_native": 0.5,
     "_mapped": 0,
+    "_triton_kernels": 0.5,
     "ops": 2,
     "schedule": 3,
     "losses": 3,

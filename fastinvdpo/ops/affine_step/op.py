@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo import _backend
+from fastinvdpo import _backend, _triton_kernels
 from fastinvdpo.ops.affine_step import reference as _reference
 from fastinvdpo.ops.layout import as_rows, like
 
@@ -48,7 +48,17 @@ def _native(sample: Tensor, *arguments: Any) -> Tensor:
     return _fused(torch.ops.fastinvdpo_native.affine_step, sample, *arguments)
 
 
-_FORWARD: dict[str, Callable[..., Tensor]] = {"reference": _reference.forward, "native": _native}
+def _triton(sample: Tensor, *arguments: Any) -> Tensor:
+    return _fused(_triton_kernels.load(NAME).forward, sample, *arguments)
+
+
+# PyTorch's dispatcher tells the native kernels for the CPU from those for CUDA.
+_FORWARD: dict[str, Callable[..., Tensor]] = {
+    "reference": _reference.forward,
+    "native": _native,
+    "cuda": _native,
+    "triton": _triton,
+}
 
 
 @torch.library.impl(_library, "affine_step", "CompositeExplicitAutograd")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo import _backend
+from fastinvdpo import _backend, _triton_kernels
 from fastinvdpo.ops.layout import as_rows, like
 from fastinvdpo.ops.preference_loss import reference as _reference
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
@@ -80,15 +80,60 @@ def _native_backward(
     return gradient if rows[0] is policy else like(gradient, policy)
 
 
+def _triton_forward(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor | None,
+    pair_weight: Tensor | None,
+    timestep_weight: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    predictions = [policy, reference] if target is None else [policy, reference, target]
+    policy, reference, *targets = as_rows(predictions, 1 if timestep_weight is None else 2)
+    tables = (_float32(pair_weight), _float32(timestep_weight))
+    return _triton_kernels.load(NAME).forward(policy, reference, targets[0] if targets else None, *tables, *settings)
+
+
+def _triton_backward(
+    grad_loss: Tensor | None,
+    grad_margin: Tensor | None,
+    grad_policy_mse: Tensor | None,
+    policy: Tensor,
+    target: Tensor,
+    margin: Tensor,
+    pair_weight: Tensor | None,
+    timestep_weight: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    rows = as_rows([policy, target], 1 if timestep_weight is None else 2)
+    gradient = _triton_kernels.load(NAME).backward(
+        *(_float32(grad) for grad in (grad_loss, grad_margin, grad_policy_mse)),
+        *rows,
+        margin,
+        _float32(pair_weight),
+        _float32(timestep_weight),
+        *settings,
+    )
+    return gradient if rows[0] is policy else like(gradient, policy)
+
+
 def _float32(table: Tensor | None) -> Tensor | None:
     return None if table is None else table.float().contiguous()
 
 
+# PyTorch's dispatcher tells the native kernels for the CPU from those for CUDA.
 _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "reference": _reference.forward,
     "native": _native_forward,
+    "cuda": _native_forward,
+    "triton": _triton_forward,
 }
-_BACKWARD: dict[str, Callable[..., Tensor]] = {"reference": _reference.backward, "native": _native_backward}
+_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "reference": _reference.backward,
+    "native": _native_backward,
+    "cuda": _native_backward,
+    "triton": _triton_backward,
+}
 
 
 @torch.library.impl(_library, "preference_loss", "CompositeExplicitAutograd")
