@@ -31,8 +31,8 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
 
 # Delete a line once `make test-gpu` has passed for that backend: from then on ``auto`` chooses it.
 UNPROVEN: dict[str, str] = {
-    "cuda": "its kernels have not been run on a GPU yet: auto skips them, choose them by name",
-    "triton": "its kernels have not been run on a GPU yet: auto skips them, choose them by name",
+    "cuda": "its kernels have not been run on a GPU yet; they can be chosen by name",
+    "triton": "its kernels have not been run on a GPU yet; they can be chosen by name",
 }
 """The backends that ``auto`` does not choose although they may be able to run, and why."""
 
@@ -119,7 +119,7 @@ def unavailable(op: str, backend: str, device_type: str, float64: bool = False) 
 def skipped(backend: str, device_type: str) -> str | None:
     """Why ``auto`` does not choose ``backend`` even where it can run and can be chosen by name; None when it does."""
     if backend == "triton" and device_type == "cpu":
-        return "runs in Triton's interpreter, which is for tests: auto skips it, choose it by name"
+        return "it would run in Triton's interpreter, which is for tests; it can be chosen by name"
     return UNPROVEN.get(backend)
 
 

@@ -55,17 +55,20 @@ def report() -> dict[str, Any]:
 
     Keys: ``fastinvdpo``, ``python``, ``platform``, ``torch`` and ``triton`` (versions; None when absent), ``extras``
     (extra -> package -> version or None), ``devices``, ``cuda`` (available, and the reason when not),
-    ``backend_request``, ``backends`` (op -> device type -> the one chosen and why each of the others is not available),
-    ``native`` (how the extension was built; None without one), ``checks`` (each op, device and backend against
-    float64) and ``healthy``. Looking for devices initialises CUDA where there is any.
+    ``backend_request``, ``backends`` (op -> device type -> the one chosen, why each of the others is not available, and
+    why ``auto`` skips those that it does although they can run), ``native`` (how the extension was built; None without
+    one), ``checks`` (each op, device, dtype and backend that can run against float64) and ``healthy``. Looking for
+    devices initialises CUDA where there is any.
     """
     devices, cuda = _devices()
     device_types = sorted({device["type"] for device in devices})
     checks = [
-        _run_check(op, device["name"], backend)
+        _run_check(op, device["name"], dtype, backend)
         for device in devices
+        for backend in reversed(_backend.BACKENDS)  # a kernel that breaks the device must not hide who else was right
         for op in sorted(_CHECKS)
-        for backend in _to_check(op, device["type"])
+        if backend in _to_check(op, device["type"])
+        for dtype in _dtypes(backend, device["type"])
     ]
     asked_by, asked_for = _backend.requested()
     return {
@@ -113,10 +116,11 @@ def render(report: dict[str, Any]) -> str:
     for op, kinds in report["backends"].items():
         for kind, found in kinds.items():
             lines.append(f"  {op} on {kind}: {found['chosen'] or 'none: ' + found['error']}")
-            lines += [f"    not {backend}: {reason}" for backend, reason in found["unavailable"].items()]
+            lines += [f"    auto skips {backend}: {reason}" for backend, reason in found["skipped"].items()]
+            lines += [f"    cannot run {backend}: {reason}" for backend, reason in found["unavailable"].items()]
     lines += ["", "Checks against float64"]
     for check in report["checks"]:
-        what = f"{check['op']} on {check['device']}, {check['backend']}"
+        what = f"{check['op']} on {check['device']}, {check['backend']}, {check['dtype']}"
         outcome = check["error"] or f"error {check['deviation']:.1e}, allowed {check['allowed']:.1e}"
         lines.append(f"  {'ok' if check['passed'] else 'FAILED'}  {what}: {outcome}")
     lines += ["", "Healthy." if report["healthy"] else "Not healthy: a check failed."]
@@ -161,25 +165,35 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def _backends(op: str, device_type: str) -> dict[str, Any]:
     reasons = {backend: _backend.unavailable(op, backend, device_type) for backend in _backend.BACKENDS}
     unavailable = {backend: reason for backend, reason in reasons.items() if reason is not None}
+    able = {backend: _backend.skipped(backend, device_type) for backend, reason in reasons.items() if reason is None}
+    skipped = {backend: reason for backend, reason in able.items() if reason is not None}
+    found: dict[str, Any] = {"chosen": None, "error": None, "skipped": skipped, "unavailable": unavailable}
     try:
-        return {"chosen": _backend.choose(op, device_type), "error": None, "unavailable": unavailable}
+        return {**found, "chosen": _backend.choose(op, device_type)}
     except InvalidInput as error:
-        return {"chosen": None, "error": str(error), "unavailable": unavailable}
+        return {**found, "error": str(error)}
 
 
 def _to_check(op: str, device_type: str) -> list[str]:
-    """The backend that was asked for, or every one that can run."""
+    """The backend that was asked for, or every one that can run, those that ``auto`` skips too."""
     asked_for = _backend.requested()[1]
     if asked_for != "auto":
         return [asked_for]
     return [name for name in _backend.BACKENDS if _backend.unavailable(op, name, device_type) is None]
 
 
-def _run_check(op: str, device: str, backend: str) -> dict[str, Any]:
+def _dtypes(backend: str, device_type: str) -> tuple[torch.dtype, ...]:
+    # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest.
+    interpreted = backend == "triton" and device_type == "cpu"
+    return (torch.float32,) if interpreted else (torch.float32, torch.bfloat16)
+
+
+def _run_check(op: str, device: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     result: dict[str, Any] = {"op": op, "device": device, "backend": backend, "passed": False, "error": None}
+    result["dtype"] = str(dtype).removeprefix("torch.")
     try:
         with nullcontext() if _backend.requested()[1] == backend else _backend.use_backend(backend):
-            deviation, allowed = _CHECKS[op](torch.device(device))
+            deviation, allowed = _CHECKS[op](torch.device(device), dtype)
     except Exception as error:  # whatever the op, its backend or the driver raises is the finding
         return {**result, "deviation": None, "allowed": None, "error": f"{type(error).__name__}: {error}"}
     passed = math.isfinite(deviation) and deviation <= allowed
@@ -193,41 +207,55 @@ def _numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _check_affine_step(device: torch.device) -> tuple[float, float]:
-    """Largest error of ``a·x + b·o + c·p`` in float32, relative to ``|a·x| + |b·o| + |c·p|``, and the one allowed."""
-    tensors = [_numbers(3, 4, 8, 8, seed=seed) for seed in range(3)]
+def _rounding_to(dtype: torch.dtype) -> float:
+    """What storing a float32 result in ``dtype`` adds to its relative error."""
+    return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+
+
+def _check_affine_step(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest error of ``a·x + b·o + c·p``, relative to ``|a·x| + |b·o| + |c·p|``, and the one allowed."""
+    tensors = [_numbers(3, 4, 8, 8, seed=seed).to(dtype) for seed in range(3)]
     coefficients = _numbers(3, 3, seed=3)
     sample, *outputs = (tensor.to(device) for tensor in tensors)
     result = fastinvdpo.affine_step(sample, outputs, coefficients.to(device)).cpu().double()
     terms = [coefficients[:, j].double().view(3, 1, 1, 1) * tensor.double() for j, tensor in enumerate(tensors)]
     deviation = (result - sum(terms)).abs() / sum(term.abs() for term in terms)
     # Three products and two sums: at most three roundings touch a term.
-    return deviation.max().item(), 4 * _ROUNDING
+    return deviation.max().item(), 4 * _ROUNDING + _rounding_to(dtype)
 
 
-def _check_preference_loss(device: torch.device) -> tuple[float, float]:
-    """Largest relative error of the loss and its gradient in float32, and the one allowed."""
+def _check_preference_loss(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The error of the loss or its gradient that comes closest to the one allowed, relative, and that one."""
+    findings = [finding for utility in ("sigmoid", "hinge") for finding in _loss_errors(device, dtype, utility)]
+    return max(findings, key=lambda finding: math.inf if math.isnan(finding[0]) else finding[0] / finding[1])
+
+
+def _loss_errors(device: torch.device, dtype: torch.dtype, utility: str) -> list[tuple[float, float]]:
     pairs, size, beta = 3, 64, 2.0
-    policy, reference, target = (_numbers(2 * pairs, size, seed=seed) for seed in range(3))
+    policy, reference, target = (_numbers(2 * pairs, size, seed=seed).to(dtype) for seed in range(3))
     leaf = policy.to(device).requires_grad_()
     with torch.enable_grad():
-        loss = fastinvdpo.preference_loss(leaf, reference.to(device), target.to(device), beta=beta).loss
+        others = (reference.to(device), target.to(device))
+        loss = fastinvdpo.preference_loss(leaf, *others, beta=beta, utility=utility).loss
         (gradient,) = torch.autograd.grad(loss, leaf)
 
     p, r, t = policy.double(), reference.double(), target.double()
     difference = (p - t).square().mean(1) - (r - t).square().mean(1)
     margin = -beta / 2 * (difference[:pairs] - difference[pairs:])
-    expected_loss = torch.nn.functional.softplus(-margin).mean()
+    if utility == "sigmoid":
+        value, slope = torch.nn.functional.softplus(-margin), -torch.sigmoid(-margin)
+    else:
+        value, slope = (1 - margin).clamp(min=0), -(margin < 1).double()
     sign = torch.tensor([1.0] * pairs + [-1.0] * pairs, dtype=torch.float64)
-    slope = -torch.sigmoid(-margin).repeat(2) / pairs * (-beta / 2) * sign
-    expected_gradient = slope[:, None] * 2 * (p - t) / size
-    loss_deviation = (loss.detach().cpu().double() - expected_loss).abs() / expected_loss
-    gradient_deviation = (gradient.cpu().double() - expected_gradient).norm() / expected_gradient.norm()
+    expected = (slope / pairs * (-beta / 2)).repeat(2)[:, None] * sign[:, None] * 2 * (p - t) / size
+    loss_deviation = (loss.detach().cpu().double() - value.mean()).abs() / value.mean()
+    gradient_deviation = (gradient.cpu().double() - expected).norm() / expected.norm()
     # A sum over a sample may round once for each of its elements; the terms of a margin add up to a few units here.
-    return torch.stack([loss_deviation, gradient_deviation]).max().item(), 4 * size * _ROUNDING
+    allowed = 4 * size * _ROUNDING
+    return [(loss_deviation.item(), allowed), (gradient_deviation.item(), allowed + _rounding_to(dtype))]
 
 
-_CHECKS: dict[str, Callable[[torch.device], tuple[float, float]]] = {
+_CHECKS: dict[str, Callable[[torch.device, torch.dtype], tuple[float, float]]] = {
     "affine_step": _check_affine_step,
     "preference_loss": _check_preference_loss,
 }

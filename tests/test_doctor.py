@@ -25,12 +25,14 @@ def test_report_is_complete_and_fits_json(capsys: pytest.CaptureFixture[str]) ->
     assert report["cuda"]["available"] or report["cuda"]["reason"]
     for op in _backend.IMPLEMENTED:
         found = report["backends"][op]["cpu"]
-        assert found["chosen"] not in found["unavailable"]
-        assert {found["chosen"], *found["unavailable"]} | {"reference"} == set(_backend.BACKENDS)
-        assert all(found["unavailable"].values())
-    ran = {(check["op"], check["device"], check["backend"]) for check in report["checks"]}
+        assert found["chosen"] not in {**found["unavailable"], **found["skipped"]}
+        told = {found["chosen"], "reference", *found["unavailable"], *found["skipped"]}
+        assert told == set(_backend.BACKENDS) and not set(found["unavailable"]) & set(found["skipped"])
+        assert all(found["unavailable"].values()) and all(found["skipped"].values())
+    ran = {(check["op"], check["device"], check["backend"], check["dtype"]) for check in report["checks"]}
     for op, backends in _backend.IMPLEMENTED.items():
-        assert {(op, "cpu", name) for name in backends if _backend.unavailable(op, name, "cpu") is None} <= ran
+        able = [name for name in backends if _backend.unavailable(op, name, "cpu") is None]
+        assert {(op, "cpu", name, dtype) for name in able for dtype in ("float32", "bfloat16")} <= ran
     assert report["healthy"] is True
 
 
@@ -50,8 +52,26 @@ def test_text_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__}" in text
     for op in _backend.IMPLEMENTED:
         assert f"{op} on cpu: {_backend.choose(op, 'cpu')}" in text
-        assert f"ok  {op} on cpu, reference: error" in text
+        assert f"ok  {op} on cpu, reference, float32: error" in text
+        assert "    cannot run cuda: cuda kernels run on cuda tensors" in text
     assert text.endswith("Healthy.\n")
+
+
+def test_what_auto_skips_is_told_apart_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where every kernel can run."""
+    monkeypatch.setattr(_backend, "unavailable", lambda op, backend, device_type, float64=False: None)
+    monkeypatch.setattr(_backend, "choose", lambda op, device_type: "reference")
+    monkeypatch.setattr(doctor, "_run_check", lambda *arguments: {"passed": True, "arguments": arguments})
+    report = doctor.report()
+    for op in _backend.IMPLEMENTED:
+        found = report["backends"][op]["cpu"]
+        assert set(found["skipped"]) == {"cuda", "triton"} and found["unavailable"] == {}
+        assert found["skipped"]["cuda"] == _backend.UNPROVEN["cuda"]
+        checked = [arguments[3] for check in report["checks"] if (arguments := check["arguments"])[0] == op]
+        # A kernel that breaks the device must not hide that others were right.
+        assert list(dict.fromkeys(checked)) == ["reference", "native", "triton", "cuda"]
+    text = doctor.render({**report, "checks": []})
+    assert f"    auto skips cuda: {_backend.UNPROVEN['cuda']}\n" in text
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +90,9 @@ def test_a_wrong_result_is_noticed(
     right = fastinvdpo.affine_step
     monkeypatch.setattr(fastinvdpo, "affine_step", lambda *arguments: right(*arguments) + wrong)
     assert doctor.main(["--json"]) == 1
-    checks = {(check["op"], check["passed"]) for check in json.loads(capsys.readouterr().out)["checks"]}
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    # Half precision cannot tell so small an error from its rounding.
+    checks = {(check["op"], check["passed"]) for check in checks if check["dtype"] == "float32"}
     assert checks == {("affine_step", False), ("preference_loss", True)}
 
 
@@ -83,7 +105,8 @@ def test_a_wrong_gradient_is_noticed(wrong: float, monkeypatch: pytest.MonkeyPat
         return right(policy.detach() + (policy - policy.detach()) * wrong, *arguments, **options)
 
     monkeypatch.setattr(fastinvdpo, "preference_loss", scaled)
-    passed = [check["passed"] for check in doctor.report()["checks"] if check["op"] == "preference_loss"]
+    checks = [check for check in doctor.report()["checks"] if check["op"] == "preference_loss"]
+    passed = [check["passed"] for check in checks if check["dtype"] == "float32"]
     assert passed and not any(passed)
 
 

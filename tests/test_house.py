@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -83,11 +84,10 @@ def test_every_op_has_its_rooms() -> None:
         for op in sorted(op_names())
         for room in (
             *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", "op")),
-            f"tests/ops/test_{op}.py",
+            *(f"csrc/{op}.cpp", f"csrc/{op}.cu", f"kernels/triton/{op}.py"),
+            *(f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py"),
         )
     ]
-    if any((ROOT / "benchmarks").glob("bench_*.py")):
-        rooms += [f"benchmarks/bench_{op}.py" for op in sorted(op_names())]
     assert [room for room in rooms if not (ROOT / room).is_file()] == []
 
 
@@ -97,7 +97,14 @@ def test_every_kernel_belongs_to_an_op() -> None:
         *(ROOT / "csrc").glob("*.cu"),
         *(ROOT / "kernels/triton").glob("[!_]*.py"),
     ]
-    assert {path.stem for path in kernels} - {"module"} <= op_names()
+    assert {path.stem for path in kernels} - {"module"} == op_names()
+
+
+def test_every_backend_of_an_op_has_a_kernel() -> None:
+    for op, backends in _backend.IMPLEMENTED.items():
+        module = importlib.import_module(f"fastinvdpo.ops.{op}.op")
+        assert set(module._FORWARD) == set(backends)
+        assert set(getattr(module, "_BACKWARD", backends)) == set(backends)
 
 
 @pytest.mark.parametrize("op", sorted(_backend.IMPLEMENTED))
