@@ -13,7 +13,7 @@ namespace fastinvdpo {
 namespace {
 
 constexpr int kMaxOutputs = 4;
-constexpr int64_t kBlock = 1024;  // floats converted at a time; a multiple of the 64 normal numbers drawn at a time
+constexpr int64_t kBlock = 1024;  // floats converted at a time; a multiple of the normal numbers drawn at a time
 constexpr int64_t kChunk = 16384;
 constexpr int64_t kGrain = 2;
 
@@ -31,26 +31,28 @@ struct StepRow {
 };
 
 namespace baseline {
-#define FID_F16C 0
+#define FID_VECTOR 16
 #include "affine_step_cpu.h"
-#undef FID_F16C
+#undef FID_VECTOR
 }  // namespace baseline
 
 #if defined(__x86_64__)
-#define FID_F16C 1
+#define FID_VECTOR 32
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "affine_step_cpu.h"
 }
 #pragma GCC pop_options
+#undef FID_VECTOR
+#define FID_VECTOR 64
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace avx512 {
 #include "affine_step_cpu.h"
 }
 #pragma GCC pop_options
-#undef FID_F16C
+#undef FID_VECTOR
 #endif
 
 // All tensors share one dense layout in which samples come first; with noise, the contiguous one. The caller has seen to that.

@@ -46,20 +46,37 @@ static inline void sincos_turn(vf u, vf* cosine, vf* sine) {
   *cosine = (vf)((vi32)cc ^ cosine_sign);
 }
 
-typedef uint64_t vu64 __attribute__((vector_size(128)));
+// The products of all lanes with a constant, high and low words.
+static inline void multiply(vu32 lanes, uint32_t constant, vu32* high, vu32* low) {
+  const vu64 low_word = 0xffffffffu - (vu64){};
+#if FID_VECTOR == 64
+  const vu64 even = (vu64)_mm512_maskz_mul_epu32(0xff, (__m512i)lanes, _mm512_set1_epi64(constant));
+  const vu64 odd = (vu64)_mm512_maskz_mul_epu32(0xff, (__m512i)((vu64)lanes >> 32), _mm512_set1_epi64(constant));
+#elif FID_VECTOR == 32
+  const vu64 even = (vu64)_mm256_mul_epu32((__m256i)lanes, _mm256_set1_epi64x(constant));
+  const vu64 odd = (vu64)_mm256_mul_epu32((__m256i)((vu64)lanes >> 32), _mm256_set1_epi64x(constant));
+#else
+  const vu64 even = ((vu64)lanes & low_word) * constant, odd = ((vu64)lanes >> 32) * constant;
+#endif
+  *high = (vu32)((even >> 32) | (odd & ~low_word));
+  *low = (vu32)((even & low_word) | (odd << 32));
+}
 
-// Philox for 16 neighbouring blocks: 64 normal numbers, in the order of the elements.
-static inline void normal_64(uint64_t seed, uint32_t offset, uint64_t index, uint32_t first_block, float* out) {
+static constexpr int64_t kNormals = 4 * kLanes;  // drawn at a time
+
+// Philox for kLanes neighbouring blocks: kNormals normal numbers, in the order of the elements.
+static inline void draw_normals(uint64_t seed, uint32_t offset, uint64_t index, uint32_t first_block, float* out) {
   vu32 c0 = {}, c1 = offset - (vu32){}, c2 = (uint32_t)index - (vu32){}, c3 = (uint32_t)(index >> 32) - (vu32){};
   for (int lane = 0; lane < kLanes; ++lane) c0[lane] = first_block + (uint32_t)lane;
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const vu64 p0 = __builtin_convertvector(c0, vu64) * 0xD2511F53u, p1 = __builtin_convertvector(c2, vu64) * 0xCD9E8D57u;
-    const vu32 h0 = __builtin_convertvector(p0 >> 32, vu32), h1 = __builtin_convertvector(p1 >> 32, vu32);
-    c0 = h1 ^ c1 ^ k0;
-    c1 = __builtin_convertvector(p1, vu32);
-    c2 = h0 ^ c3 ^ k1;
-    c3 = __builtin_convertvector(p0, vu32);
+    vu32 high0, low0, high1, low1;
+    multiply(c0, 0xD2511F53u, &high0, &low0);
+    multiply(c2, 0xCD9E8D57u, &high1, &low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -88,9 +105,9 @@ static void step_chunk(const StepRow& row, int64_t begin, int64_t end) {
     const float* o[kMaxOutputs];
     for (int j = 0; j < row.outputs; ++j) o[j] = widen(row.output[j], row.output_storage[j], at, count, wide[j]);
     if (row.noisy) {
-      // Blocks start at multiples of 64 elements, so that they hold whole Philox blocks.
-      for (int64_t i = 0; i < count; i += 64) {
-        normal_64(row.seed, row.offset, row.index, static_cast<uint32_t>((at + i) / 4), noise + i);
+      // Blocks start at multiples of kNormals elements, so that they hold whole Philox blocks.
+      for (int64_t i = 0; i < count; i += kNormals) {
+        draw_normals(row.seed, row.offset, row.index, static_cast<uint32_t>((at + i) / 4), noise + i);
       }
     }
     float* y = direct ? static_cast<float*>(row.result) + at : sample;

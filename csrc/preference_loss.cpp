@@ -14,7 +14,6 @@
 namespace fastinvdpo {
 namespace {
 
-constexpr int64_t kBlock = 1024;   // floats converted at a time: all buffers stay in the first-level cache
 constexpr int64_t kChunk = 16384;  // elements whose sums are added up before they meet those of other chunks
 constexpr int64_t kGrain = 2;      // chunks that are worth a thread
 
@@ -31,26 +30,28 @@ struct BackwardRow {
 };
 
 namespace baseline {
-#define FID_F16C 0
+#define FID_VECTOR 16
 #include "preference_loss_cpu.h"
-#undef FID_F16C
+#undef FID_VECTOR
 }  // namespace baseline
 
 #if defined(__x86_64__)
-#define FID_F16C 1
+#define FID_VECTOR 32
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "preference_loss_cpu.h"
 }
 #pragma GCC pop_options
+#undef FID_VECTOR
+#define FID_VECTOR 64
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace avx512 {
 #include "preference_loss_cpu.h"
 }
 #pragma GCC pop_options
-#undef FID_F16C
+#undef FID_VECTOR
 #endif
 
 // The batch as rows of n elements: one row per sample and timestep.

@@ -2,91 +2,103 @@
 
 #include "simd.h"
 
-typedef double vd __attribute__((vector_size(128)));
+typedef float vf_half __attribute__((vector_size(FID_VECTOR / 2)));
 
 // A float is added to at most this many others before the sum goes on in double.
 static constexpr int64_t kFloatRun = 8;
 
-static inline double sum_lanes(vd v) {
-  double total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
-  return total;
-}
+// Sums of floats, in double.
+struct Totals {
+  vd low = {}, high = {};
 
-// sums += { Σ (p − r)·((p − τ) + (r − τ)),  Σ (p − τ)²,  Σ (r − τ)² } over `count` floats.
-template <bool kTargetIsReference>
-static void accumulate(const float* p, const float* r, const float* t, int64_t count, double* sums) {
+  void add(vf v) {
+    vf_half halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    low += __builtin_convertvector(halves[0], vd);
+    high += __builtin_convertvector(halves[1], vd);
+  }
+
+  double sum() const {
+    const vd both = low + high;
+    double total = 0;
+    for (int lane = 0; lane < kLanes / 2; ++lane) total += both[lane];
+    return total;
+  }
+};
+
+// sums += { Σ (p − r)·((p − τ) + (r − τ)),  Σ (p − τ)²,  Σ (r − τ)² } over the elements [begin, end).
+template <Storage kPolicy, Storage kReference, Storage kTarget, bool kTargetIsReference>
+static void accumulate(const ForwardRow& row, int64_t begin, int64_t end, double* sums) {
   // Two chains per sum hide the latency of the additions.
   vf difference[2] = {}, policy[2] = {}, reference[2] = {};
-  vd totals[3] = {};
-  const auto add = [&](vf pv, vf rv, vf tv, int chain) __attribute__((always_inline)) {
+  Totals totals[3];
+  const auto add = [&](vf p, vf r, vf t, int chain) __attribute__((always_inline)) {
     if (kTargetIsReference) {
-      const vf gap = pv - rv;
+      const vf gap = p - r;
       policy[chain] += gap * gap;
     } else {
-      const vf pe = pv - tv, re = rv - tv;
-      difference[chain] += (pv - rv) * (pe + re);
+      const vf pe = p - t, re = r - t;
+      difference[chain] += (p - r) * (pe + re);
       policy[chain] += pe * pe;
       reference[chain] += re * re;
     }
   };
+  const auto add_at = [&](int64_t at, int chain) __attribute__((always_inline)) {
+    const vf r = load_from<kReference>(row.reference, at);
+    add(load_from<kPolicy>(row.policy, at), r, kTargetIsReference ? r : load_from<kTarget>(row.target, at), chain);
+  };
   const auto widen_sums = [&]() __attribute__((always_inline)) {
-    totals[1] += __builtin_convertvector(policy[0] + policy[1], vd);
+    totals[1].add(policy[0] + policy[1]);
     policy[0] = policy[1] = vf{};
     if (!kTargetIsReference) {
-      totals[0] += __builtin_convertvector(difference[0] + difference[1], vd);
-      totals[2] += __builtin_convertvector(reference[0] + reference[1], vd);
+      totals[0].add(difference[0] + difference[1]);
+      totals[2].add(reference[0] + reference[1]);
       difference[0] = difference[1] = reference[0] = reference[1] = vf{};
     }
   };
-  int64_t i = 0;
-  while (i + 2 * kLanes <= count) {
-    const int64_t run = std::min(count, i + 2 * kLanes * kFloatRun);
-    for (; i + 2 * kLanes <= run; i += 2 * kLanes) {
-      add(load(p + i), load(r + i), load(t + i), 0);
-      add(load(p + i + kLanes), load(r + i + kLanes), load(t + i + kLanes), 1);
+  int64_t at = begin;
+  while (at + 2 * kLanes <= end) {
+    const int64_t run = std::min(end, at + 2 * kLanes * kFloatRun);
+    for (; at + 2 * kLanes <= run; at += 2 * kLanes) {
+      add_at(at, 0);
+      add_at(at + kLanes, 1);
     }
     widen_sums();
   }
-  for (; i < count; i += kLanes) {
-    float tail[3][kLanes] = {};
-    const int64_t left = count - i < kLanes ? count - i : kLanes;
-    __builtin_memcpy(tail[0], p + i, left * sizeof(float));
-    __builtin_memcpy(tail[1], r + i, left * sizeof(float));
-    __builtin_memcpy(tail[2], t + i, left * sizeof(float));
-    add(load(tail[0]), load(tail[1]), load(tail[2]), 0);
+  for (; at < end; at += kLanes) {
+    const int64_t left = std::min<int64_t>(end - at, kLanes);
+    const vf r = load_tail<kReference>(row.reference, at, left);
+    add(load_tail<kPolicy>(row.policy, at, left), r, kTargetIsReference ? r : load_tail<kTarget>(row.target, at, left), 0);
   }
   widen_sums();
-  sums[1] += sum_lanes(totals[1]);
-  sums[0] = kTargetIsReference ? sums[1] : sums[0] + sum_lanes(totals[0]);
-  sums[2] += sum_lanes(totals[2]);
+  sums[1] += totals[1].sum();
+  sums[0] = kTargetIsReference ? sums[1] : sums[0] + totals[0].sum();
+  sums[2] += totals[2].sum();
 }
 
 static void forward_chunk(const ForwardRow& row, int64_t begin, int64_t end, double* sums) {
-  float buffers[3][kBlock];
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t count = end - at < kBlock ? end - at : kBlock;
-    const float* p = widen(row.policy, row.policy_storage, at, count, buffers[0]);
-    const float* r = widen(row.reference, row.reference_storage, at, count, buffers[1]);
-    if (row.target == nullptr) {
-      accumulate<true>(p, r, r, count, sums);
-    } else {
-      accumulate<false>(p, r, widen(row.target, row.target_storage, at, count, buffers[2]), count, sums);
-    }
-  }
+  with_storage(row.policy_storage, [&](auto policy) {
+    with_storage(row.reference_storage, [&](auto reference) {
+      if (row.target == nullptr) return accumulate<policy(), reference(), reference(), true>(row, begin, end, sums);
+      with_storage(row.target_storage, [&](auto target) {
+        accumulate<policy(), reference(), target(), false>(row, begin, end, sums);
+      });
+    });
+  });
 }
 
 static void backward_chunk(const BackwardRow& row, int64_t begin, int64_t end) {
-  float buffers[3][kBlock];
-  const bool wide = row.policy_storage == Storage::kFloat32;
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t count = end - at < kBlock ? end - at : kBlock;
-    const float* p = widen(row.policy, row.policy_storage, at, count, buffers[0]);
-    const float* t = widen(row.target, row.target_storage, at, count, buffers[1]);
-    float* out = wide ? static_cast<float*>(row.gradient) + at : buffers[2];
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(out + i, row.scale * (load(p + i) - load(t + i)));
-    for (; i < count; ++i) out[i] = row.scale * (p[i] - t[i]);
-    if (!wide) narrow(row.gradient, row.policy_storage, at, count, out);
-  }
+  with_storage(row.policy_storage, [&](auto policy) {
+    with_storage(row.target_storage, [&](auto target) {
+      int64_t at = begin;
+      for (; at + kLanes <= end; at += kLanes) {
+        const vf gap = load_from<policy()>(row.policy, at) - load_from<target()>(row.target, at);
+        store_to<policy()>(row.gradient, at, row.scale * gap);
+      }
+      if (at < end) {
+        const vf gap = load_tail<policy()>(row.policy, at, end - at) - load_tail<target()>(row.target, at, end - at);
+        store_tail<policy()>(row.gradient, at, end - at, row.scale * gap);
+      }
+    });
+  });
 }

@@ -1,12 +1,15 @@
-// Vectors of 16 floats, and the conversions to and from storage. Included once per instruction set, inside its namespace and its
-// target region, hence no include guard: FID_F16C says whether the region has the half-precision conversions.
+// Vectors as wide as the instruction set's registers, and the conversions to and from storage. Included once per instruction set,
+// inside its namespace and its target region, hence no include guard. FID_VECTOR: the width in bytes; 32 and 64 are AVX2 and AVX-512,
+// which have the half-precision conversions. (Wider vectors than the registers would be kept in memory.)
 
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu32 __attribute__((vector_size(64)));
-typedef int32_t vi32 __attribute__((vector_size(64)));
-typedef uint16_t vu16 __attribute__((vector_size(32)));
+typedef float vf __attribute__((vector_size(FID_VECTOR)));
+typedef double vd __attribute__((vector_size(FID_VECTOR)));
+typedef uint32_t vu32 __attribute__((vector_size(FID_VECTOR)));
+typedef int32_t vi32 __attribute__((vector_size(FID_VECTOR)));
+typedef uint64_t vu64 __attribute__((vector_size(FID_VECTOR)));
+typedef uint16_t vu16 __attribute__((vector_size(FID_VECTOR / 2)));
 
-static constexpr int kLanes = 16;
+static constexpr int kLanes = FID_VECTOR / 4;
 
 static inline vf load(const float* p) {
   vf v;
@@ -32,28 +35,65 @@ static inline void to_bfloat16(uint16_t* p, vf v) {
 }
 
 static inline vf from_float16(const uint16_t* p) {
-  vf v;
-#if FID_F16C
-  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
-  __builtin_memcpy(&v, &low, 32);
-  __builtin_memcpy(reinterpret_cast<char*>(&v) + 32, &high, 32);
+#if FID_VECTOR == 64
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FID_VECTOR == 32
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
+  vf v;
   for (int lane = 0; lane < kLanes; ++lane) v[lane] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[lane]);
-#endif
   return v;
+#endif
 }
 
 static inline void to_float16(uint16_t* p, vf v) {
-#if FID_F16C
-  __m256 low, high;
-  __builtin_memcpy(&low, &v, 32);
-  __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + 32, 32);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+#if FID_VECTOR == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif FID_VECTOR == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[lane]);
 #endif
+}
+
+// A vector of a row's elements, from element `at` on.
+template <Storage kStorage>
+static inline vf load_from(const void* row, int64_t at) {
+  if (kStorage == Storage::kFloat32) return load(static_cast<const float*>(row) + at);
+  const uint16_t* half = static_cast<const uint16_t*>(row) + at;
+  return kStorage == Storage::kBFloat16 ? from_bfloat16(half) : from_float16(half);
+}
+
+template <Storage kStorage>
+static inline void store_to(void* row, int64_t at, vf v) {
+  if (kStorage == Storage::kFloat32) return store(static_cast<float*>(row) + at, v);
+  uint16_t* half = static_cast<uint16_t*>(row) + at;
+  kStorage == Storage::kBFloat16 ? to_bfloat16(half, v) : to_float16(half, v);
+}
+
+// The same for fewer elements than a vector has: zeros stand for the others, which stay untouched in memory.
+template <Storage kStorage>
+static inline vf load_tail(const void* row, int64_t at, int64_t count) {
+  char tail[kLanes * sizeof(float)] = {};
+  constexpr int64_t kBytes = bytes_of(kStorage);
+  __builtin_memcpy(tail, static_cast<const char*>(row) + at * kBytes, static_cast<size_t>(count * kBytes));
+  return load_from<kStorage>(tail, 0);
+}
+
+template <Storage kStorage>
+static inline void store_tail(void* row, int64_t at, int64_t count, vf v) {
+  char tail[kLanes * sizeof(float)];
+  constexpr int64_t kBytes = bytes_of(kStorage);
+  store_to<kStorage>(tail, 0, v);
+  __builtin_memcpy(static_cast<char*>(row) + at * kBytes, tail, static_cast<size_t>(count * kBytes));
+}
+
+// A storage type known at run time as one known to the compiler: body(std::integral_constant<Storage, ...>).
+template <class Body>
+static inline void with_storage(Storage storage, const Body& body) {
+  if (storage == Storage::kFloat32) return body(std::integral_constant<Storage, Storage::kFloat32>());
+  if (storage == Storage::kBFloat16) return body(std::integral_constant<Storage, Storage::kBFloat16>());
+  return body(std::integral_constant<Storage, Storage::kFloat16>());
 }
 
 // Elements [begin, begin + count) of a row as floats: the row itself, or converted into `buffer`.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define FID_STORAGE_FUNCTION __host__ __device__ constexpr
