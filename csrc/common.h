@@ -7,6 +7,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <optional>
 
@@ -32,6 +36,17 @@ inline Storage storage_of(const Tensor& tensor, const char* name) {
 
 inline bool is_float32_vector(const Tensor& tensor, int64_t length) {
   return tensor.scalar_type() == ScalarType::Float && tensor.numel() == length && tensor.is_contiguous();
+}
+
+// Ask for huge pages behind a large output. The C library maps blocks of 32 MB and more anew each time, and touching 4 KB pages for the
+// first time takes longer than the kernels do.
+inline void prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (end >= begin + 8 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace fastinvdpo

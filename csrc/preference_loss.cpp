@@ -187,6 +187,7 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
     }
   }
   char* out = static_cast<char*>(gradient.mutable_data_ptr());
+  prefer_huge_pages(out, gradient.numel() * bytes_of(policy_storage));
   const auto kernel = FID_FOR_THIS_CPU(backward_chunk);
   for_each_chunk(s, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
     const BackwardRow pointers{row_of(policy, policy_storage, row, s.n), row_of(target, target_storage, row, s.n),

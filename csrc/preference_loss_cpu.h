@@ -29,6 +29,7 @@ struct Totals {
 // sums += { Σ (p − r)·((p − τ) + (r − τ)),  Σ (p − τ)²,  Σ (r − τ)² } over the elements [begin, end).
 template <Storage kPolicy, Storage kReference, Storage kTarget, bool kTargetIsReference>
 static void accumulate(const ForwardRow& row, int64_t begin, int64_t end, double* sums) {
+  constexpr bool kAlternate = kPolicy == Storage::kBFloat16 && kReference == kPolicy && kTarget == kPolicy;
   // Two chains per sum hide the latency of the additions.
   vf difference[2] = {}, policy[2] = {}, reference[2] = {};
   Totals totals[3];
@@ -43,10 +44,6 @@ static void accumulate(const ForwardRow& row, int64_t begin, int64_t end, double
       reference[chain] += re * re;
     }
   };
-  const auto add_at = [&](int64_t at, int chain) __attribute__((always_inline)) {
-    const vf r = load_from<kReference>(row.reference, at);
-    add(load_from<kPolicy>(row.policy, at), r, kTargetIsReference ? r : load_from<kTarget>(row.target, at), chain);
-  };
   const auto widen_sums = [&]() __attribute__((always_inline)) {
     totals[1].add(policy[0] + policy[1]);
     policy[0] = policy[1] = vf{};
@@ -60,8 +57,12 @@ static void accumulate(const ForwardRow& row, int64_t begin, int64_t end, double
   while (at + 2 * kLanes <= end) {
     const int64_t run = std::min(end, at + 2 * kLanes * kFloatRun);
     for (; at + 2 * kLanes <= run; at += 2 * kLanes) {
-      add_at(at, 0);
-      add_at(at + kLanes, 1);
+      vf p[2], r[2], t[2];
+      load_two<kPolicy, kAlternate>(row.policy, at, p);
+      load_two<kReference, kAlternate>(row.reference, at, r);
+      if (!kTargetIsReference) load_two<kTarget, kAlternate>(row.target, at, t);
+      add(p[0], r[0], kTargetIsReference ? r[0] : t[0], 0);
+      add(p[1], r[1], kTargetIsReference ? r[1] : t[1], 1);
     }
     widen_sums();
   }
@@ -87,18 +88,26 @@ static void forward_chunk(const ForwardRow& row, int64_t begin, int64_t end, dou
   });
 }
 
+template <Storage kPolicy, Storage kTarget>
+static void scale_errors(const BackwardRow& row, int64_t begin, int64_t end) {
+  constexpr bool kAlternate = kPolicy == Storage::kBFloat16 && kTarget == kPolicy;
+  int64_t at = begin;
+  for (; at + 2 * kLanes <= end; at += 2 * kLanes) {
+    vf p[2], t[2];
+    load_two<kPolicy, kAlternate>(row.policy, at, p);
+    load_two<kTarget, kAlternate>(row.target, at, t);
+    const vf gradient[2] = {row.scale * (p[0] - t[0]), row.scale * (p[1] - t[1])};
+    store_two<kPolicy, kAlternate>(row.gradient, at, gradient);
+  }
+  for (; at < end; at += kLanes) {
+    const int64_t left = std::min<int64_t>(end - at, kLanes);
+    const vf gap = load_tail<kPolicy>(row.policy, at, left) - load_tail<kTarget>(row.target, at, left);
+    store_tail<kPolicy>(row.gradient, at, left, row.scale * gap);
+  }
+}
+
 static void backward_chunk(const BackwardRow& row, int64_t begin, int64_t end) {
   with_storage(row.policy_storage, [&](auto policy) {
-    with_storage(row.target_storage, [&](auto target) {
-      int64_t at = begin;
-      for (; at + kLanes <= end; at += kLanes) {
-        const vf gap = load_from<policy()>(row.policy, at) - load_from<target()>(row.target, at);
-        store_to<policy()>(row.gradient, at, row.scale * gap);
-      }
-      if (at < end) {
-        const vf gap = load_tail<policy()>(row.policy, at, end - at) - load_tail<target()>(row.target, at, end - at);
-        store_tail<policy()>(row.gradient, at, end - at, row.scale * gap);
-      }
-    });
+    with_storage(row.target_storage, [&](auto target) { scale_errors<policy(), target()>(row, begin, end); });
   });
 }

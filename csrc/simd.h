@@ -26,11 +26,14 @@ static inline vf from_bfloat16(const uint16_t* p) {
   return (vf)bits;
 }
 
+// Rounded to nearest even; the upper half of each word counts.
+static inline vu32 round_to_bfloat16(vf v) {
+  const vu32 bits = (vu32)v, nan = (vu32)(v != v);
+  return (nan & 0x7fc00000u) | (~nan & (bits + 0x7fffu + ((bits >> 16) & 1u)));
+}
+
 static inline void to_bfloat16(uint16_t* p, vf v) {
-  const vu32 bits = (vu32)v;
-  const vu32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-  const vu32 nan = (vu32)(v != v);
-  const vu16 half = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vu16);
+  const vu16 half = __builtin_convertvector(round_to_bfloat16(v) >> 16, vu16);
   __builtin_memcpy(p, &half, sizeof half);
 }
 
@@ -69,6 +72,31 @@ static inline void store_to(void* row, int64_t at, vf v) {
   if (kStorage == Storage::kFloat32) return store(static_cast<float*>(row) + at, v);
   uint16_t* half = static_cast<uint16_t*>(row) + at;
   kStorage == Storage::kBFloat16 ? to_bfloat16(half, v) : to_float16(half, v);
+}
+
+// Two vectors of a row's elements: neighbours, or, for bfloat16, every other element each, which needs no shuffling.
+template <Storage kStorage, bool kAlternate>
+static inline void load_two(const void* row, int64_t at, vf* two) {
+  if (kAlternate) {
+    vu32 words;
+    __builtin_memcpy(&words, static_cast<const uint16_t*>(row) + at, sizeof words);
+    two[0] = (vf)(words << 16);
+    two[1] = (vf)(words & 0xffff0000u);
+  } else {
+    two[0] = load_from<kStorage>(row, at);
+    two[1] = load_from<kStorage>(row, at + kLanes);
+  }
+}
+
+template <Storage kStorage, bool kAlternate>
+static inline void store_two(void* row, int64_t at, const vf* two) {
+  if (kAlternate) {
+    const vu32 words = (round_to_bfloat16(two[0]) >> 16) | (round_to_bfloat16(two[1]) & 0xffff0000u);
+    __builtin_memcpy(static_cast<uint16_t*>(row) + at, &words, sizeof words);
+  } else {
+    store_to<kStorage>(row, at, two[0]);
+    store_to<kStorage>(row, at + kLanes, two[1]);
+  }
 }
 
 // The same for fewer elements than a vector has: zeros stand for the others, which stay untouched in memory.
