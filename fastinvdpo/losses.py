@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.ops.preference_loss import UTILITIES, PreferenceLoss, preference_loss
+from fastinvdpo.ops.preference_loss import (
+    UTILITIES,
+    PreferenceLoss,
+    check_beta,
+    check_predictions,
+    preference_loss,
+)
+from fastinvdpo.ops.preference_loss.op import preference_loss_op
 
-__all__ = ["UTILITIES", "PreferenceLoss", "preference_loss", "preference_probability", "smoothed_pair_weight"]
+__all__ = [
+    "UTILITIES",
+    "DiffusionDPOLoss",
+    "PreferenceLoss",
+    "diffusion_dpo_loss",
+    "preference_loss",
+    "preference_probability",
+    "smoothed_pair_weight",
+]
 
 PICKSCORE_RANGE = 0.16658
 """The range of PickScore over Pick-a-Pic v2, SmPO's κ."""
@@ -35,3 +51,80 @@ def smoothed_pair_weight(probability: Tensor, preference_scale: float = 10.0) ->
     if not (math.isfinite(preference_scale) and preference_scale > 0):
         raise invalid("preference_scale", preference_scale, "must be positive", "the published value is 10")
     return preference_scale * (2 * probability - 1)
+
+
+class _Convention(NamedTuple):
+    """How a script writes the loss: ``z = −scale·beta_dpo·(Δ_winner − Δ_loser)``, and what a tie counts."""
+
+    scale: float
+    tie: float
+
+
+_CONVENTIONS = {
+    "research": _Convention(scale=0.5, tie=0.0),
+    "diffusers-sd15": _Convention(scale=1.0, tie=0.5),
+    "diffusers-sdxl": _Convention(scale=0.5, tie=0.5),
+}
+
+
+class DiffusionDPOLoss(NamedTuple):
+    """What the Diffusion-DPO scripts compute and log, under the names and in the order that they have there; scalars,
+    float32 (float64 for float64 inputs).
+
+    Attributes:
+        loss: ``mean_i −log σ(z_i)``.
+        raw_model_loss: the model's mean squared error over winners and losers. It carries a gradient, as there.
+        raw_ref_loss: the reference's; carries no gradient.
+        implicit_acc: the share of pairs with ``z > 0``, no gradient. Ties count nothing under ``"research"`` and half
+            in the two scripts of diffusers, so that at the first step, where all pairs tie, it is 0 or 0.5.
+    """
+
+    loss: Tensor
+    raw_model_loss: Tensor
+    raw_ref_loss: Tensor
+    implicit_acc: Tensor
+
+
+def diffusion_dpo_loss(
+    model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta_dpo: float, *, convention: str = "research"
+) -> DiffusionDPOLoss:
+    """The loss block of a Diffusion-DPO training script, forward and backward each in one op::
+
+        loss, raw_model_loss, raw_ref_loss, implicit_acc = diffusion_dpo_loss(model_pred, ref_pred, target, beta_dpo)
+
+    With ``Δ = m((p − τ)²) − m((r − τ)²)`` per sample, as in :func:`preference_loss`, ``convention`` says whose
+    ``beta_dpo`` is passed, for the scripts do not agree on what the number means:
+
+    - ``research``: ``z = −(β/2)(Δ_winner − Δ_loser)``. ``train.py`` of SalesforceAIResearch/DiffusionDPO (5000 by
+      default), and InPO's, which descends from it.
+    - ``diffusers-sdxl``: the same. ``train_diffusion_dpo_sdxl.py`` of diffusers (5000).
+    - ``diffusers-sd15``: ``z = −β(Δ_winner − Δ_loser)``, so that a number ties the policy twice as strongly to the
+      reference. ``train_diffusion_dpo.py`` of diffusers (2500) with its default ``--loss_type sigmoid``.
+
+    What other scripts need, SmPO's pair weights or another utility, :func:`preference_loss` has.
+
+    Args:
+        model_pred: the trained network's prediction, stacked [winners; losers], ``(2B, …)``. float64, float32, bfloat16
+            or float16; no cast is needed, sums are made in float32.
+        ref_pred: the reference's, same shape, no gradient; its dtype may differ.
+        target: the noise or velocity, same shape.
+        beta_dpo: ``β > 0``.
+        convention: one of the above.
+
+    Raises:
+        InvalidInput: an argument has the wrong type, shape, dtype, device or value, or ``ref_pred`` or ``target``
+            requires a gradient.
+    """
+    if convention not in _CONVENTIONS:
+        raise invalid("convention", convention, "is not known", f"use one of {', '.join(_CONVENTIONS)}")
+    if target is None:
+        raise invalid("target", None, "must be a tensor", "pass the noise or the velocity that was to be predicted")
+    check_predictions(model_pred, ref_pred, target, ("model_pred", "ref_pred"))
+    check_beta(beta_dpo, "beta_dpo")
+    scale, tie = _CONVENTIONS[convention]
+    # The op scales by −β/2.
+    settings = (None, None, 2 * scale * beta_dpo, "sigmoid", 0.0)
+    loss, margin, policy_mse, reference_mse = preference_loss_op(model_pred, ref_pred, target, *settings)
+    z = margin.detach()
+    wins = (z > 0).to(z.dtype) + tie * (z == 0)
+    return DiffusionDPOLoss(loss, policy_mse.mean(), reference_mse.mean(), wins.mean())

@@ -78,8 +78,8 @@ def preference_loss(
         InvalidInput: an argument has the wrong type, shape, dtype, device or value, or a tensor other than
             ``policy_pred`` requires a gradient.
     """
-    _check_predictions(policy_pred, reference_pred, target)
-    _check_beta(beta)
+    check_predictions(policy_pred, reference_pred, target)
+    check_beta(beta)
     check_utility(utility, label_smoothing)
     pairs = policy_pred.shape[0] // 2
     if pair_weight is not None:
@@ -108,8 +108,15 @@ def preference_loss(
     )
 
 
-def _check_predictions(policy_pred: Tensor, reference_pred: Tensor, target: Tensor | None) -> None:
-    for name, tensor in (("policy_pred", policy_pred), ("reference_pred", reference_pred), ("target", target)):
+def check_predictions(
+    policy_pred: Tensor,
+    reference_pred: Tensor,
+    target: Tensor | None,
+    names: tuple[str, str] = ("policy_pred", "reference_pred"),
+) -> None:
+    """Raise unless these are predictions of pairs; ``names``: what the caller calls the first two."""
+    first = names[0]
+    for name, tensor in ((first, policy_pred), (names[1], reference_pred), ("target", target)):
         if tensor is None and name == "target":
             continue
         if not isinstance(tensor, Tensor):
@@ -117,34 +124,33 @@ def _check_predictions(policy_pred: Tensor, reference_pred: Tensor, target: Tens
         if not tensor.is_floating_point():
             raise invalid(f"{name}.dtype", tensor.dtype, "must be floating point", "pass float32, bfloat16 or float16")
         if tensor.shape != policy_pred.shape:
-            shapes = f"differs from policy_pred's {tuple(policy_pred.shape)}"
+            shapes = f"differs from {first}'s {tuple(policy_pred.shape)}"
             raise invalid(f"{name}.shape", tuple(tensor.shape), shapes, "pass tensors of one shape, [winners; losers]")
         if tensor.device != policy_pred.device:
-            where = f"differs from policy_pred's {policy_pred.device}"
+            where = f"differs from {first}'s {policy_pred.device}"
             raise invalid(f"{name}.device", str(tensor.device), where, f"move it with .to({str(policy_pred.device)!r})")
-        if tensor.requires_grad and name != "policy_pred" and torch.is_grad_enabled():
+        if tensor.requires_grad and name != first and torch.is_grad_enabled():
             problem = "no gradient flows to it"
             raise invalid(
                 f"{name}.requires_grad", True, problem, f"compute it under torch.no_grad() or pass {name}.detach()"
             )
     shape = tuple(policy_pred.shape)
     if policy_pred.ndim < 2:
-        raise invalid("policy_pred.shape", shape, "must have a batch and at least one more dimension", "pass (2B, …)")
+        raise invalid(f"{first}.shape", shape, "must have a batch and at least one more dimension", "pass (2B, …)")
     if shape[0] == 0 or shape[0] % 2:
-        raise invalid(
-            "policy_pred.shape", shape, "must hold as many losers as winners", "stack [winners; losers] as (2B, …)"
-        )
+        remedy = "stack [winners; losers] as (2B, …)"
+        raise invalid(f"{first}.shape", shape, "must hold as many losers as winners", remedy)
     if policy_pred.numel() == 0:
-        raise invalid(
-            "policy_pred.shape", shape, "has no elements", "pass predictions of at least one element per sample"
-        )
+        problem = "has no elements"
+        raise invalid(f"{first}.shape", shape, problem, "pass predictions of at least one element per sample")
 
 
-def _check_beta(beta: float) -> None:
+def check_beta(beta: float, name: str = "beta") -> None:
+    """Raise unless ``beta``, which the caller calls ``name``, is a positive number."""
     if isinstance(beta, Tensor) or not isinstance(beta, (int, float)):
-        raise invalid("beta", beta, "must be a Python number", "pass beta=5000.0")
+        raise invalid(name, beta, "must be a Python number", f"pass {name}=5000.0")
     if not (math.isfinite(beta) and beta > 0):
-        raise invalid("beta", beta, "must be positive and finite", "published values are 2000 and 5000")
+        raise invalid(name, beta, "must be positive and finite", "published values are 2000 and 5000")
 
 
 def _check_weight(name: str, weight: Tensor, like: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
