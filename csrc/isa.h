@@ -6,10 +6,17 @@
 #include <immintrin.h>
 #endif
 
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
 namespace fastinvdpo {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
 
+// The best set that the CPU has.
 inline Isa detect_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -21,9 +28,32 @@ inline Isa detect_isa() {
   return Isa::kBaseline;
 }
 
+struct IsaChoice {
+  Isa isa;
+  std::string refusal;  // why the set that was asked for cannot be had; empty when nothing is wrong
+};
+
+// The set to use: the best one, or a lesser one that FASTINVDPO_ISA names. Read once, at the first use.
+inline const IsaChoice& isa_choice() {
+  static const IsaChoice choice = [] {
+    const Isa best = detect_isa();
+    const char* const asked = std::getenv("FASTINVDPO_ISA");
+    if (asked == nullptr || *asked == '\0') return IsaChoice{best, {}};
+    std::string known;
+    for (int i = 0; i <= static_cast<int>(best); ++i) {
+      if (std::strcmp(asked, kIsaNames[i]) == 0) return IsaChoice{static_cast<Isa>(i), {}};
+      known += std::string(i == 0 ? "" : ", ") + kIsaNames[i];
+    }
+    const std::string problem = std::string("FASTINVDPO_ISA = '") + asked + "': this CPU has no such instruction set.";
+    return IsaChoice{best, problem + " Remedy: use one of " + known + ", or leave it out."};
+  }();
+  return choice;
+}
+
 inline Isa isa() {
-  static const Isa detected = detect_isa();
-  return detected;
+  const IsaChoice& choice = isa_choice();
+  if (!choice.refusal.empty()) throw std::runtime_error(choice.refusal);
+  return choice.isa;
 }
 
 // The function for this CPU among three that differ in their instruction set.
@@ -33,7 +63,7 @@ inline Isa isa() {
    : fastinvdpo::isa() == fastinvdpo::Isa::kAvx2 ? avx2::function   \
                                                  : baseline::function)
 #else
-#define FID_FOR_THIS_CPU(function) baseline::function
+#define FID_FOR_THIS_CPU(function) (static_cast<void>(fastinvdpo::isa()), baseline::function)
 #endif
 
 }  // namespace fastinvdpo

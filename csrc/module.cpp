@@ -11,11 +11,11 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "build_info",
       [] {
-        const char* const names[] = {"baseline", "avx2", "avx512"};
         py::dict info;
         info["compiler"] = __VERSION__;
         info["cuda"] = static_cast<bool>(FASTINVDPO_WITH_CUDA);
-        info["cpu_instructions"] = names[static_cast<int>(fastinvdpo::isa())];
+        const fastinvdpo::IsaChoice& choice = fastinvdpo::isa_choice();
+        info["cpu_instructions"] = choice.refusal.empty() ? fastinvdpo::kIsaNames[static_cast<int>(choice.isa)] : choice.refusal;
         return info;
       },
       "How this module was built, and the instruction set its CPU kernels use here.");

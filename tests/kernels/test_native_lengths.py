@@ -1,0 +1,86 @@
+"""The C++ kernels for the CPU at every length near the ends of vectors, blocks and chunks, in every type.
+
+What is asked of each value is what its roundings allow (cases.py). Rows start at any element, and each tensor ends
+where its memory ends, so that a sanitizer sees what reads or writes past it (test_sanitized.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fastinvdpo
+from fastinvdpo import _native
+from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.kernels.cases import at_offset, check_gradient, check_loss, check_step, problem
+
+pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIXES = list(itertools.product(DTYPES, repeat=3))
+# All tails of a vector of 16 floats with up to two whole ones; the ends of blocks and chunks of a power of two.
+LENGTHS = (
+    *range(1, 50),
+    *(size + d for size in (64, 128, 256, 512, 1024, 2048, 4096, 16384, 32768) for d in (-1, 0, 1)),
+)
+
+
+def check_preference_loss(n: int, **options) -> None:
+    p = problem(n, **options)
+    policy = p.policy.requires_grad_()
+    keywords = {
+        name: getattr(p, name) for name in ("beta", "pair_weight", "timestep_weight", "utility", "label_smoothing")
+    }
+    with fastinvdpo.use_backend("native"):
+        result = fastinvdpo.preference_loss(policy, p.reference, p.target, **keywords)
+        (of_loss,) = torch.autograd.grad(result.loss, policy, retain_graph=True)
+        weight, slope = torch.linspace(-1, 1, len(result.margin)), torch.full(p.rows, 0.1)
+        (of_rest,) = torch.autograd.grad((result.margin, result.policy_mse), policy, (weight, slope))
+    p = p._replace(policy=policy.detach())
+    results = [value.detach() for value in (result.loss, result.margin, result.policy_mse, result.reference_mse)]
+    check_loss(p, results)
+    check_gradient(p, (torch.ones(()), None, None), results[1], of_loss)
+    check_gradient(p, (None, weight, slope), results[1], of_rest)
+
+
+@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(dtype)[6:] for dtype in mix))
+@pytest.mark.parametrize("with_target", [True, False])
+def test_preference_loss(dtypes: tuple[torch.dtype, ...], with_target: bool) -> None:
+    lengths = LENGTHS if len(set(dtypes)) == 1 else LENGTHS[MIXES.index(dtypes) % 6 :: 6]
+    for number, n in enumerate(lengths):
+        offsets = [(number + 3 * i) % 9 for i in range(3)]
+        check_preference_loss(
+            n, dtypes=dtypes, with_target=with_target, offsets=offsets, steps=(None, 1, 3)[number % 3]
+        )
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_utilities(utility: str) -> None:
+    for pairs in (1, 2, 5):
+        check_preference_loss(37, pairs=pairs, utility=utility, gap=0.5)
+
+
+@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(dtype)[6:] for dtype in mix))
+@pytest.mark.parametrize("count", range(5))
+def test_affine_step(dtypes: tuple[torch.dtype, ...], count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    lengths = LENGTHS if count == 2 and len(set(dtypes)) == 1 else LENGTHS[MIXES.index(dtypes) % 9 :: 9]
+    for number, n in enumerate(lengths):
+        rows, masked, noisy = 1 + number % 3, number % 2 == 1, number // 2 % 2 == 1
+        sample, *outputs = (
+            at_offset(torch.randn(rows, n, generator=generator).to(dtypes[i % 3]), (number + i) % 9)
+            for i in range(1 + count)
+        )
+        coefficients = torch.randn(rows, 1 + count, generator=generator)
+        options = {
+            "active": torch.arange(rows) % 2 == 0 if masked else None,
+            "noise_scale": torch.rand(rows, generator=generator) if noisy else None,
+            "noise_index": torch.arange(rows) * 2**33 if noisy else None,
+            "seed": 2**61 + 3 if noisy else 0,
+            "offset": 7 if noisy else 0,
+        }
+        with fastinvdpo.use_backend("native"):
+            found = fastinvdpo.affine_step(sample, outputs, coefficients, **options)
+        check_step(sample, outputs, (coefficients, *options.values()), found)

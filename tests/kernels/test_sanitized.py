@@ -1,0 +1,130 @@
+"""The C++ kernels for the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, with every instruction set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from fastinvdpo import _native
+from tests.kernels.native_run import instruction_sets, run_tests
+from tests.layout import ROOT
+
+# What the interpreter, which is not sanitized, must load first. libstdc++: or exceptions find no handler.
+RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1")
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def runtime(name: str) -> str:
+    """Where the compiler keeps a library; the bare name when it has none."""
+    if compiler() is None:
+        return name
+    asked = [str(compiler()), f"-print-file-name={name}"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def missing() -> str | None:
+    """Why there is nothing to test with; None when there is."""
+    if compiler() is None:
+        return "there is no C++ compiler"
+    absent = [name for name in RUNTIMES if runtime(name) == name]
+    return f"{compiler()} has no {', '.join(absent)}" if absent else None
+
+
+pytestmark = [
+    pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable())),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+
+
+def compile_sanitized(sources: list[Path], target: Path, *options: str) -> Path:
+    command = [
+        str(compiler()),
+        *SANITIZE,
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        *map(str, sources),
+        "-o",
+        str(target),
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def environment() -> dict[str, str]:
+    return {
+        "LD_PRELOAD": " ".join(map(runtime, RUNTIMES)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaves what it has to the operating system
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def test_no_instruction_set_reads_or_writes_astray(tmp_path: Path) -> None:
+    # torch is imported here alone: the paths of its headers and libraries.
+    from torch.utils import cpp_extension
+
+    include = [str(ROOT / "csrc"), sysconfig.get_path("include"), *cpp_extension.include_paths()]
+    # As setup.py does it.
+    options = [
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DFASTINVDPO_WITH_CUDA=0",
+    ]
+    options += [f"-I{path}" for path in include]
+    options += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    extension = compile_sanitized(sorted((ROOT / "csrc").glob("*.cpp")), tmp_path / "_C.so", *options)
+    content = extension.read_bytes()
+    assert b"__asan_report_load" in content and b"__ubsan_handle" in content
+    for instructions in instruction_sets():
+        run_tests(extension, instructions, ["test_native_lengths.py"], environment())
+
+
+FAULTS = """
+extern "C" float sum(const float* row, long n) {
+  float total = 0;
+  for (long i = 0; i < n; ++i) total += row[i];
+  return total;
+}
+extern "C" int next(int i) { return i + 1; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [("library.sum(row, 6)", "heap-buffer-overflow"), ("library.next(2**31 - 1)", "signed integer overflow")],
+)
+def test_the_sanitizers_see_a_fault(fault: str, found: str, tmp_path: Path) -> None:
+    """One element past the end of a tensor; a number that overflows."""
+    (tmp_path / "faults.cpp").write_text(FAULTS)
+    library = compile_sanitized([tmp_path / "faults.cpp"], tmp_path / "faults.so")
+    code = f"""
+import ctypes, sys, torch
+library = ctypes.CDLL(sys.argv[1])
+tensor = torch.ones(5)
+row = ctypes.c_void_p(tensor.data_ptr())
+library.sum(row, 5), library.next(2**31 - 2)
+print("no fault so far", flush=True)
+{fault}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(library)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment()},
+    )
+    assert done.stdout == "no fault so far\n", done.stderr
+    assert done.returncode != 0 and found in done.stderr
