@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from fastinvdpo import _triton_kernels
 from fastinvdpo._backend import VARIABLE
+from tests import interpreter
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if _triton_kernels.interpreted():
+        interpreter.mend()
 
 
 @pytest.fixture(autouse=True)

@@ -37,29 +37,6 @@ SHAPES = [(1,), (7,), (3, 5, 11), (4, 3, 3), (5, 8), (3, 33, 32), (4, 32, 32)]
 DTYPES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, F16), (BF16, F32, BF16), (F16, F32, F32)]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _mended_interpreter() -> None:
-    """The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest, and that of Triton 3.6 uses a
-    conversion of one-element arrays that NumPy 2.4 refuses.
-    """
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    truncating, patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
-
-    def rounding(data, source, target, mode):  # type: ignore[no-untyped-def]
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(data).to(BF16).view(torch.uint16).numpy()
-        return truncating(data, source, target, mode)
-
-    def patch_tensor_and_index(tensor, scope):  # type: ignore[no-untyped-def]
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._convert_float, interpreter._patch_lang_tensor = rounding, patch_tensor_and_index
-
-
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """Memory from torch.empty holds NaN, so that an element that nobody wrote shows."""

@@ -1,0 +1,249 @@
+"""Every backend through the public ops, forward and backward, against the reference in float64 by the bounds of
+tests/kernels/cases.py: what a backend's kernels do not take, such as strides, is what matters here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastinvdpo
+from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.kernels.cases import Problem, check_gradient, check_loss, check_step, problem
+from tests.places import EVERYWHERE, Place
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(F32,) * 3, (BF16,) * 3, (F16,) * 3, (BF16, BF16, F32), (F32, F16, BF16)]
+everywhere = pytest.mark.parametrize("place", EVERYWHERE)
+with_and_without_target = pytest.mark.parametrize("with_target", [True, False], ids=["target", "no target"])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Every new tensor is filled with NaN before an op may use it."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def latents(
+    place: Place, shape: tuple[int, ...] = (4, 5, 6), steps: int | None = None, pairs: int = 3, **options: Any
+) -> Problem:
+    """A problem of images: ``(2B, *shape)`` or ``(2B, K, *shape)``."""
+    n = torch.Size(shape).numel()
+    p = problem(n, pairs=pairs, steps=steps, device=place.device, **options)
+    tensors = [None if tensor is None else tensor.unflatten(-1, shape) for tensor in p[:3]]
+    return p._replace(policy=tensors[0], reference=tensors[1], target=tensors[2])  # type: ignore[arg-type]
+
+
+def check(place: Place, p: Problem, weight: Tensor | None = None) -> None:
+    """Forward and backward with gradients of all outputs. ``weight``: what to pass for p's ``timestep_weight``."""
+    policy = p.policy.detach().requires_grad_()
+    with fastinvdpo.use_backend(place.backend):
+        result = fastinvdpo.preference_loss(
+            policy,
+            p.reference,
+            p.target,
+            beta=p.beta,
+            pair_weight=p.pair_weight,
+            timestep_weight=p.timestep_weight if weight is None else weight,
+            utility=p.utility,
+            label_smoothing=p.label_smoothing,
+        )
+        outputs = (result.loss, result.margin, result.policy_mse)
+        grads = (torch.full_like(result.loss, 0.7), torch.randn_like(result.margin), torch.rand_like(result.policy_mse))
+        (gradient,) = torch.autograd.grad(outputs, policy, grads)
+    check_loss(p, [tensor.detach() for tensor in (*outputs, result.reference_mse)])
+    assert all(tensor.is_contiguous() and tensor.dtype == F32 for tensor in (*outputs, result.reference_mse))
+    check_gradient(p, grads, result.margin.detach(), gradient)
+    assert gradient.stride() == torch.empty_like(p.policy).stride()
+
+
+@everywhere
+@with_and_without_target
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dtypes(place: Place, dtypes: tuple[torch.dtype, ...], with_target: bool) -> None:
+    check(place, latents(place, dtypes=dtypes, with_target=with_target))
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.to(memory_format=torch.channels_last)
+
+
+def every_other(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, torch.full_like(tensor, torch.nan)], -1).unflatten(-1, (2, -1)).mT.flatten(-2)[..., ::2]
+
+
+def samples_inside(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def first_everywhere(tensor: Tensor) -> Tensor:
+    return tensor[:1].expand_as(tensor)
+
+
+def laid_out(p: Problem, *changes: Callable[[Tensor], Tensor]) -> Problem:
+    policy, reference, target = changes
+    changed = p._replace(policy=policy(p.policy), reference=reference(p.reference))
+    return changed if p.target is None else changed._replace(target=target(p.target))
+
+
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "channels last": (channels_last,) * 3,
+    "policy channels last": (channels_last, same, same),
+    "policy contiguous": (same, channels_last, every_other),
+    "policy strided": (every_other, same, same),
+    "all strided": (every_other,) * 3,
+    "samples inside": (samples_inside,) * 3,
+    "target expanded": (same, same, first_everywhere),
+}
+
+
+@everywhere
+@with_and_without_target
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[3]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(place: Place, layout: str, dtypes: tuple[torch.dtype, ...], with_target: bool) -> None:
+    p = latents(place, dtypes=dtypes, with_target=with_target)
+    tensors = [
+        None if tensor is None else change(tensor) for change, tensor in zip(LAYOUTS[layout], p[:3], strict=True)
+    ]
+    assert not all(tensor is None or tensor.is_contiguous() for tensor in tensors) or not with_target
+    check(place, p._replace(policy=tensors[0], reference=tensors[1], target=tensors[2]))  # type: ignore[arg-type]
+
+
+# The dimensions from the outermost to the innermost.
+ORDERS = {"contiguous": (0, 1, 2, 3, 4), "channels last": (0, 1, 3, 4, 2), "timesteps inside": (0, 2, 3, 1, 4)}
+
+
+@everywhere
+@with_and_without_target
+@pytest.mark.parametrize("layout", ORDERS)
+def test_timesteps(place: Place, layout: str, with_target: bool) -> None:
+    p = latents(place, steps=3, with_target=with_target)
+    order = {"contiguous": (0, 1, 2, 3, 4), "channels last": (0, 1, 3, 4, 2), "timesteps inside": (0, 2, 3, 1, 4)}[
+        layout
+    ]
+    back = sorted(range(5), key=lambda dimension: order[dimension])
+    tensors = [None if tensor is None else tensor.permute(order).contiguous().permute(back) for tensor in p[:3]]
+    p = p._replace(policy=tensors[0], reference=tensors[1], target=tensors[2])  # type: ignore[arg-type]
+    check(place, p)
+    shared = torch.tensor([0.2, 0.5, 0.3], device=place.device)
+    check(place, p._replace(timestep_weight=shared.expand(3, 3)), shared)
+
+
+@everywhere
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_utilities(place: Place, utility: str) -> None:
+    check(place, latents(place, (7,), pairs=5, utility=utility))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float64, BF16])
+def test_weights_of_other_dtypes_and_strides(place: Place, dtype: torch.dtype) -> None:
+    rho = torch.tensor([[0.5, 9.0], [-1.0, 9.0], [2.0, 9.0]], device=place.device).to(dtype)[:, 0]
+    weight = torch.tensor([[0.5, 0.25, 1.0], [1.0, 0.75, 0.125]], device=place.device).to(dtype).T
+    check(place, latents(place, steps=2, pair_weight=rho, timestep_weight=weight))
+
+
+@everywhere
+@pytest.mark.parametrize("shape", [(1,), (4, 64, 64)], ids=str)
+def test_small_and_real_sizes(place: Place, shape: tuple[int, ...]) -> None:
+    check(place, latents(place, shape, pairs=1))
+
+
+# affine_step
+
+
+def check_affine(
+    place: Place, sample: Tensor, outputs: list[Tensor], *, table: Tensor | None = None, **options: Any
+) -> None:
+    """Forward, and the gradients of the sample and all outputs."""
+    n = sample.shape[0]
+    table = torch.randn(n, 1 + len(outputs), device=place.device) if table is None else table
+    leaves = [tensor.detach().requires_grad_() for tensor in (sample, *outputs)]
+    with fastinvdpo.use_backend(place.backend):
+        result = fastinvdpo.affine_step(leaves[0], leaves[1:], table, **options)
+        cotangent = torch.randn_like(result)
+        gradients = torch.autograd.grad(result, leaves, cotangent)
+    assert (result.shape, result.dtype, result.stride()) == (
+        sample.shape,
+        sample.dtype,
+        torch.empty_like(sample).stride(),
+    )
+    names = ("active", "noise_scale", "noise_index")
+    settings = (table.float(), *(options.get(name) for name in names), options.get("seed", 0), options.get("offset", 0))
+    check_step(sample, outputs, settings, result.detach())
+    active = options.get("active")
+    for column, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+        factor = table[:, column].float().double()
+        if active is not None:
+            factor = torch.where(active, factor, float(column == 0))
+        expected = factor.view(-1, *[1] * (sample.ndim - 1)) * cotangent.double()
+        assert gradient.dtype == leaf.dtype
+        # Rounded to the sample's dtype and then to the output's; float16 has numbers below its normal ones.
+        rounding = sum(torch.finfo(dtype).eps / 2 for dtype in {F32, sample.dtype, leaf.dtype}) * 1.01
+        torch.testing.assert_close(gradient.double(), expected, rtol=rounding, atol=2.0**-24)
+
+
+NOISE = {"noise_scale": [0.5, 1.0, 0.0, 2.0], "noise_index": [5, 2**40 + 3, 5, 0], "seed": 2**61 + 3, "offset": 7}
+
+
+def options_of(place: Place, active: bool, noise: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"active": torch.tensor([True, False, True, True], device=place.device)} if active else {}
+    for name, value in (NOISE if noise else {}).items():
+        options[name] = torch.tensor(value, device=place.device) if isinstance(value, list) else value
+    return options
+
+
+def images(place: Place, count: int, dtypes: tuple[torch.dtype, ...] = (F32,)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    tensors = torch.randn(1 + count, 4, 4, 5, 6, generator=generator)
+    return [tensor.to(place.device, dtypes[index % len(dtypes)]) for index, tensor in enumerate(tensors)]
+
+
+@everywhere
+@pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
+@pytest.mark.parametrize("active", [False, True], ids=["", "active"])
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (F16,), (F32, BF16, F16)], ids=str)
+def test_affine_step(place: Place, dtypes: tuple[torch.dtype, ...], count: int, active: bool, noise: bool) -> None:
+    sample, *outputs = images(place, count, dtypes)
+    check_affine(place, sample, outputs, **options_of(place, active, noise))
+
+
+@everywhere
+@pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_affine_step_layouts(place: Place, layout: str, noise: bool) -> None:
+    tensors = [change(tensor) for change, tensor in zip(LAYOUTS[layout], images(place, 2, (F32, BF16)), strict=True)]
+    check_affine(place, tensors[0], tensors[1:], **options_of(place, True, noise))
+
+
+@everywhere
+def test_affine_step_tables_of_other_dtypes_and_strides(place: Place) -> None:
+    sample, output = images(place, 1)
+    options = options_of(place, True, True)
+    for name in ("active", "noise_scale", "noise_index"):
+        options[name] = torch.stack([options[name]] * 2, 1)[:, 0]
+    options["noise_scale"] = options["noise_scale"].double()
+    table = torch.tensor([[1.0, 2.0, 0.5, -1.0], [0.25, 3.0, 0.0, 1.5]], device=place.device).double().T
+    check_affine(place, sample, [output], table=table, **options)
+
+
+@everywhere
+def test_affine_step_of_nothing(place: Place) -> None:
+    for shape in ((0, 4, 5), (3, 0, 5)):
+        empty = torch.empty(shape, device=place.device)
+        with fastinvdpo.use_backend(place.backend):
+            result = fastinvdpo.affine_step(empty, [empty], torch.ones(shape[0], 2, device=place.device))
+        assert result.shape == shape
