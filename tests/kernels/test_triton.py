@@ -14,7 +14,7 @@ import pytest
 from tests.layout import ROOT
 
 CASES = ROOT / "tests/kernels/triton_cases.py"
-OPS = ROOT / "tests/ops/test_backends.py"
+OPS = ("tests/ops/test_autograd.py", "tests/ops/test_backends.py", "tests/ops/test_training_step.py")
 PARTS = set(re.findall(r"^class (Test\w+)", CASES.read_text(), re.MULTILINE)) - {"TestBeyond32Bits"}  # on a GPU only
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -35,5 +35,6 @@ def test_interpreted(part: str) -> None:
     interpret(f"{CASES}::{part}")
 
 
-def test_through_the_public_ops() -> None:
-    assert "skipped" not in interpret(str(OPS))
+@pytest.mark.parametrize("tests", OPS)
+def test_through_the_public_ops(tests: str) -> None:
+    assert "skipped" not in interpret(str(ROOT / tests))

@@ -90,7 +90,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_sample, *grad_outputs = torch.ops.fastinvdpo.affine_step_backward(grad, *ctx.saved_tensors)
+    # With create_graph=True they may be differentiated again: the reference's can be, as plain PyTorch.
+    backward = _reference.backward if torch.is_grad_enabled() else torch.ops.fastinvdpo.affine_step_backward
+    grad_sample, *grad_outputs = backward(grad, *ctx.saved_tensors)
     grad_outputs = [gradient.to(dtype) for gradient, dtype in zip(grad_outputs, ctx.output_dtypes, strict=True)]
     return grad_sample, grad_outputs, None, None, None, None, None, None
 

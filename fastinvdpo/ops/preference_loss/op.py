@@ -197,9 +197,9 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     gradient = None
     if ctx.needs_input_grad[0] and not (grad_loss is None and grad_margin is None and grad_policy_mse is None):
-        gradient = torch.ops.fastinvdpo.preference_loss_backward(
-            grad_loss, grad_margin, grad_policy_mse, *ctx.saved_tensors, *ctx.settings
-        )
+        # With create_graph=True it may be differentiated again: the reference can be, as plain PyTorch.
+        backward = _reference.backward if torch.is_grad_enabled() else torch.ops.fastinvdpo.preference_loss_backward
+        gradient = backward(grad_loss, grad_margin, grad_policy_mse, *ctx.saved_tensors, *ctx.settings)
     return gradient, None, None, None, None, None, None, None
 
 
