@@ -20,6 +20,8 @@ from tests import interpreter
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # where a test says float32 it means it
+    torch.backends.cudnn.deterministic = True
     if _triton_kernels.interpreted():
         interpreter.mend()
 
