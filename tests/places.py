@@ -28,16 +28,17 @@ def parameters(*places: Place) -> list[Any]:
     return found
 
 
-def _on_gpu() -> list[Any]:
-    places = [Place(backend, "cuda") for backend in ("reference", "triton", "cuda")]
+def on_gpu(*backends: str) -> list[Any]:
+    """These backends on a GPU, as parameters."""
+    places = [Place(backend, "cuda") for backend in backends]
     if torch.cuda.is_available():
         return parameters(*places)
-    reason = f"{', '.join(map(str, places))} not run: there is no GPU"  # once for all three
+    reason = f"{', '.join(map(str, places))} not run: there is no GPU"  # once for all of them
     return [pytest.param(places[0], id="cuda", marks=pytest.mark.skip(reason=reason))]
 
 
 # Triton's kernels run on the CPU in an interpreter only; tests/kernels/test_triton.py starts the tests there.
 _INTERPRETED = _triton_kernels.interpreted()
 CPU = parameters(*(Place(backend, "cpu") for backend in (("triton",) if _INTERPRETED else ("reference", "native"))))
-GPU = _on_gpu()
+GPU = on_gpu("reference", "triton", "cuda")
 EVERYWHERE = CPU if _INTERPRETED else [*CPU, *GPU]

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: the cases that tests/kernels/ runs on the host, and what only a GPU can show."""
+"""The CUDA kernels on a GPU by themselves: the cases that tests/kernels/ runs on the host, and huge ones."""
 
 from __future__ import annotations
 
@@ -85,53 +85,6 @@ def test_utilities_and_timesteps(utility: str, steps: int | None) -> None:
 def test_the_difference_is_exact_at_training_settings(pairs: int) -> None:
     p = problem(65536, pairs=pairs, gap=1e-3, beta=5000.0, device="cuda")
     torch.testing.assert_close(forward(p)[1].double(), exact(p)[1], rtol=1e-4, atol=0)
-
-
-def test_the_same_bits_on_every_run() -> None:
-    p = problem(300_000, pairs=16, device="cuda")
-    first = forward(p)
-    for _ in range(50):
-        assert all(torch.equal(one, two) for one, two in zip(first, forward(p), strict=True))
-
-
-def test_graph_replay() -> None:
-    p = problem(40000, pairs=4, device="cuda")
-    gradients = (torch.tensor(1.0, device="cuda"), None, None)
-    expected = forward(p)
-    backward(p, gradients, expected[1])  # kernels are loaded at their first launch, which a capture does not allow
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = forward(p)
-        gradient = backward(p, gradients, results[1])
-    for _ in range(3):
-        for tensor in (*results, gradient):
-            tensor.fill_(torch.nan)
-        graph.replay()
-        assert all(torch.equal(one, two) for one, two in zip(expected, results, strict=True))
-        check_gradient(p, gradients, results[1], gradient)
-
-
-def test_on_another_stream() -> None:
-    p = problem(40000, pairs=4, device="cuda")
-    expected, stream = forward(p), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        p.policy.mul_(2.0).div_(2.0)  # exact; must be waited for
-        results = forward(p)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(one, two) for one, two in zip(expected, results, strict=True))
-
-
-def test_no_synchronisation() -> None:
-    p = problem(5000, device="cuda")
-    gradients = (torch.tensor(1.0, device="cuda"), None, None)
-    forward(p)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        backward(p, gradients, forward(p)[1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_elements_than_32_bits_count() -> None:
