@@ -178,6 +178,14 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, qu
     assert any("no compiler here" in note for note in report.notes(result))
 
 
+def test_backends_that_auto_skips_are_timed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "unavailable", lambda *arguments: None)
+    for name in ("triton", "cuda"):
+        assert name in registry.PROVIDERS and registry.unavailable(name, "affine_step", torch.device("cuda")) is None
+        with registry.context(name):
+            assert _backend.requested() == ("use_backend", name)
+
+
 def test_a_case_that_does_not_fit_is_skipped_and_told(monkeypatch: pytest.MonkeyPatch, quickly: None) -> None:
     case = tiny()
     monkeypatch.setattr(suite, "free_memory", lambda device: registry.OPS[case.op].needs(case))
