@@ -61,9 +61,15 @@ def percentiles(samples: Sequence[float]) -> Percentiles:
 
 
 def timed(task: Task, repetitions: int, device: torch.device) -> float:
-    """Seconds that one call takes, from the host's clock or from CUDA events."""
+    """Seconds that one call takes, from the host's clock or from CUDA events.
+
+    One more call goes before, off the clock: caches and freed memory are then as the task itself leaves them, and not as
+    whoever ran before did.
+    """
     with task.context():
-        prepared = task.arguments(repetitions)
+        first, *prepared = task.arguments(repetitions + 1)
+        task.call(*first)
+        del first
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)  # or the launches would hide behind the preparations

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastinvdpo
 from fastinvdpo.ops.preference_loss import UTILITIES
-from fastinvdpo.ops.preference_loss.op import preference_loss_op
 from tests.cases import predictions
 
 SMOOTHING = {name: 0.1 if item.smoothed else 0.0 for name, item in UTILITIES.items()}
@@ -217,7 +219,60 @@ def test_opcheck(target_free: bool) -> None:
     policy, reference, target = predictions(2, (3, 2, 2), dtype=torch.float32)
     rho, weight = torch.rand(2), torch.rand(2, 3)
     arguments = (policy.requires_grad_(), reference, None if target_free else target, rho, weight, 100.0, "cdpo", 0.1)
-    torch.library.opcheck(preference_loss_op.default, arguments)
+    torch.library.opcheck(torch.ops.fastinvdpo.preference_loss.default, arguments)
+
+
+class Recorder(TorchDispatchMode):
+    """Which of the package's ops a mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "fastinvdpo":
+            self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("target_free", [False, True])
+def test_the_direct_way_is_the_op(target_free: bool) -> None:
+    """Nothing watches the public function's call: it goes around the dispatcher, to the same bits."""
+    policy, reference, target = predictions(3, dtype=torch.float32)
+    others = (reference, None if target_free else target)
+    rho, cotangents = torch.rand(3), torch.randn(3)
+    outcomes = []
+    for direct in (True, False):
+        leaf = policy.clone().requires_grad_()
+        if direct:
+            found = fastinvdpo.preference_loss(leaf, *others, beta=20.0, pair_weight=rho)
+            loss, margin, policy_mse, reference_mse = found.loss, found.margin, found.policy_mse, found.reference_mse
+        else:
+            arguments = (leaf, *others, rho, None, 20.0, "sigmoid", 0.0)
+            loss, margin, policy_mse, reference_mse = torch.ops.fastinvdpo.preference_loss(*arguments)
+        assert not reference_mse.requires_grad
+        total = 2 * loss + (margin * cotangents).sum() + policy_mse.sum()
+        outcomes.append((loss, margin, policy_mse, reference_mse, *torch.autograd.grad(total, leaf)))
+    assert all(torch.equal(one, two) for one, two in zip(*outcomes, strict=True))
+
+
+def test_modes_see_the_op_and_its_backward() -> None:
+    policy, reference, target = predictions(2, dtype=torch.float32)
+    with Recorder() as recorder:
+        fastinvdpo.preference_loss(policy.requires_grad_(), reference, target, beta=2.0).loss.backward()
+    assert recorder.names == ["preference_loss.default", "preference_loss_backward.default"]
+    loss = fastinvdpo.preference_loss(policy, reference, target, beta=2.0).loss
+    with Recorder() as recorder:  # for the backward alone
+        loss.backward()
+    assert recorder.names == ["preference_loss_backward.default"]
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        policy, reference, target = (torch.empty(4, 3, 8) for _ in range(3))
+        loss = fastinvdpo.preference_loss(policy.requires_grad_(), reference, target, beta=2.0).loss
+        loss.backward()
+    assert loss.shape == () and policy.grad is not None and policy.grad.shape == policy.shape
 
 
 def test_compiles_without_graph_break() -> None:

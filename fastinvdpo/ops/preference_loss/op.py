@@ -197,12 +197,47 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     gradient = None
     if ctx.needs_input_grad[0] and not (grad_loss is None and grad_margin is None and grad_policy_mse is None):
-        # With create_graph=True it may be differentiated again: the reference can be, as plain PyTorch.
-        backward = _reference.backward if torch.is_grad_enabled() else torch.ops.fastinvdpo.preference_loss_backward
-        gradient = backward(grad_loss, grad_margin, grad_policy_mse, *ctx.saved_tensors, *ctx.settings)
+        tensors = (grad_loss, grad_margin, grad_policy_mse, *ctx.saved_tensors)
+        backward: Callable[..., Tensor] = torch.ops.fastinvdpo.preference_loss_backward.default
+        if torch.is_grad_enabled():
+            backward = _reference.backward  # create_graph=True: plain PyTorch can be differentiated again
+        elif _unobserved(*tensors):
+            backward = _backward
+        gradient = backward(*tensors, *ctx.settings)
     return gradient, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("fastinvdpo::preference_loss", _autograd, setup_context=_setup_context, lib=_library)
 
-preference_loss_op = torch.ops.fastinvdpo.preference_loss
+_op = torch.ops.fastinvdpo.preference_loss.default
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _unobserved(*tensors: Tensor | None) -> bool:
+    """Whether nothing watches or changes what ops do: no compiler, mode, transform or tensor of another class."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ) and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+class _Direct(torch.autograd.Function):
+    """The formula of ``register_autograd`` around the same kernels, without the ways through the dispatcher: with few
+    pairs they take longer than the kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd)
+
+
+def preference_loss_op(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.fastinvdpo.preference_loss``."""
+    if _unobserved(*inputs[:5]):
+        return _Direct.apply(*inputs) if torch.is_grad_enabled() and inputs[0].requires_grad else _forward(*inputs)
+    return _op(*inputs)
