@@ -17,8 +17,14 @@ from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
 CHOICE = os.environ.get("FASTINVDPO_BUILD", "auto")
-if CHOICE not in ("auto", "0", "1"):
-    raise SystemExit(f"FASTINVDPO_BUILD = {CHOICE!r}: is not known. Remedy: use auto, 0 or 1.")
+CUDA = os.environ.get("FASTINVDPO_CUDA", "auto")
+for variable, value in (("FASTINVDPO_BUILD", CHOICE), ("FASTINVDPO_CUDA", CUDA)):
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable} = {value!r}: is not known. Remedy: use auto, 0 or 1.")
+# What was asked for by name is built, or fails.
+BY_NAME = next(
+    (name for name, value in (("FASTINVDPO_BUILD", CHOICE), ("FASTINVDPO_CUDA", CUDA)) if value == "1"), None
+)
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10
 # One for each major version covers its minor ones; no kernel needs instructions of one architecture alone (9.0a).
@@ -80,18 +86,27 @@ def extension():
     import torch
     from torch.utils import cpp_extension
 
-    cuda = os.environ.get("FASTINVDPO_CUDA", "auto")
     found = shutil.which("nvcc") is not None
     kernels = sorted(Path("csrc").glob("*.cu"))
-    with_cuda = bool(kernels) and (cuda == "1" or (cuda == "auto" and torch.version.cuda is not None and found))
+    with_cuda = bool(kernels) and (CUDA == "1" or (CUDA == "auto" and torch.version.cuda is not None and found))
     if with_cuda and not found:
         raise SystemExit("FASTINVDPO_CUDA = '1': there is no nvcc on PATH. Remedy: install the CUDA toolkit, or use 0.")
 
     class Build(cpp_extension.BuildExtension):
         """Compiles the CUDA kernels itself: PyTorch's own rules need a PyTorch with CUDA, and would name the objects of
         an op's .cpp and .cu alike. The kernels use PyTorch's C interface only, and CUDA's runtime comes along, so that
-        the module loads beside any build of PyTorch.
+        the module loads beside any build of PyTorch. A build that nobody asked for by name may fail.
         """
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except (
+                Exception
+            ) as error:  # PyTorch's rules raise what they like, and setuptools forgives its own errors only
+                if BY_NAME is not None:
+                    raise
+                print(f"fastinvdpo: installing without native kernels: building them failed: {error}")
 
         def build_extension(self, ext):
             if with_cuda:
@@ -109,7 +124,7 @@ def extension():
             *("-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"),
             *(STABLE_ABI, f"-DFASTINVDPO_WITH_CUDA={int(with_cuda)}"),
         ],
-        optional=CHOICE == "auto" and cuda != "1",  # what was asked for by name is built, or fails
+        optional=BY_NAME is None,
     )
     return module, Build
 
@@ -132,8 +147,8 @@ if CHOICE != "0":
     if reason is None:
         module, command = extension()
         options = {"ext_modules": [module], "cmdclass": {"build_ext": command}}
-    elif CHOICE == "1":
-        raise SystemExit(f"FASTINVDPO_BUILD = '1': the native extension cannot be built: {reason}.")
+    elif BY_NAME is not None:
+        raise SystemExit(f"{BY_NAME} = '1': the native extension cannot be built: {reason}.")
     else:
         print(f"fastinvdpo: installing without native kernels: {reason}.")
 
