@@ -1,4 +1,4 @@
-// The inner loops of affine_step. Included once per instruction set, inside its namespace and target region (see simd.h).
+// The inner loops of affine_step and of its backward. Included once per instruction set, inside its namespace and target region (see simd.h).
 
 #include "simd.h"
 
@@ -96,34 +96,100 @@ static inline void draw_normals(uint64_t seed, uint32_t offset, uint64_t index, 
   }
 }
 
-static void step_chunk(const StepRow& row, int64_t begin, int64_t end) {
-  float sample[kBlock], wide[kMaxOutputs][kBlock], noise[kBlock];
-  const bool direct = row.sample_storage == Storage::kFloat32;
+// `count` floats into elements [begin, begin + count) of a row, rounded to its storage type.
+static inline void put(void* row, Storage storage, int64_t begin, int64_t count, const float* values) {
+  if (storage == Storage::kFloat32) {
+    __builtin_memcpy(static_cast<float*>(row) + begin, values, static_cast<size_t>(count) * sizeof(float));
+  } else {
+    narrow(row, storage, begin, count, values);
+  }
+}
+
+// A sample that does not move: the result bit for bit, the trajectory converted.
+static void rest_chunk(const StepArguments& a, int64_t i, int64_t begin, int64_t end) {
+  const char* x = sample_of(a.sample, i);
+  const int64_t width = bytes_of(a.sample.storage);
+  char* y = sample_of(a.result, i);
+  if (y != x) std::memcpy(y + begin * width, x + begin * width, static_cast<size_t>((end - begin) * width));
+  if (a.trajectory.data == nullptr) return;
+  float wide[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;
-    const float* x = widen(row.sample, row.sample_storage, at, count, sample);
+    put(sample_of(a.trajectory, i), a.trajectory.storage, at, count, widen(x, a.sample.storage, at, count, wide));
+  }
+}
+
+static void step_chunk(const StepArguments& a, int64_t i, int64_t begin, int64_t end) {
+  if (a.active != nullptr && !a.active[i]) {
+    rest_chunk(a, i, begin, end);
+    return;
+  }
+  float sample[kBlock], wide[kMaxOutputs][kBlock], noise[kBlock], coefficient[1 + kMaxOutputs];
+  const int outputs = a.outputs;
+  for (int j = 0; j <= outputs; ++j) coefficient[j] = a.coefficients[i * (1 + outputs) + j];
+  const bool direct = a.sample.storage == Storage::kFloat32, noisy = a.noise_scale != nullptr;
+  const float noise_scale = noisy ? a.noise_scale[i] : 0.0f;
+  const uint64_t index = static_cast<uint64_t>(a.noise_index != nullptr ? a.noise_index[i] : i);
+  const char* output[kMaxOutputs];
+  for (int j = 0; j < outputs; ++j) output[j] = sample_of(a.output[j], i);
+  const char* from = sample_of(a.sample, i);
+  char* result = sample_of(a.result, i);
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = end - at < kBlock ? end - at : kBlock;
+    const float* x = widen(from, a.sample.storage, at, count, sample);
     const float* o[kMaxOutputs];
-    for (int j = 0; j < row.outputs; ++j) o[j] = widen(row.output[j], row.output_storage[j], at, count, wide[j]);
-    if (row.noisy) {
+    for (int j = 0; j < outputs; ++j) o[j] = widen(output[j], a.output[j].storage, at, count, wide[j]);
+    if (noisy) {
       // Blocks start at multiples of kNormals elements, so that they hold whole Philox blocks.
-      for (int64_t i = 0; i < count; i += kNormals) {
-        draw_normals(row.seed, row.offset, row.index, static_cast<uint32_t>((at + i) / 4), noise + i);
+      for (int64_t e = 0; e < count; e += kNormals) {
+        draw_normals(a.seed, a.offset, index, static_cast<uint32_t>((at + e) / 4), noise + e);
       }
     }
-    float* y = direct ? static_cast<float*>(row.result) + at : sample;
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      vf sum = row.coefficient[0] * load(x + i);
-      for (int j = 0; j < row.outputs; ++j) sum += row.coefficient[1 + j] * load(o[j] + i);
-      if (row.noisy) sum += row.noise_scale * load(noise + i);
-      store(y + i, sum);
+    // The result may be the memory that x or an o is read from: every element is read before it is written.
+    float* y = direct ? reinterpret_cast<float*>(result) + at : sample;
+    int64_t e = 0;
+    for (; e + kLanes <= count; e += kLanes) {
+      vf sum = coefficient[0] * load(x + e);
+      for (int j = 0; j < outputs; ++j) sum += coefficient[1 + j] * load(o[j] + e);
+      if (noisy) sum += noise_scale * load(noise + e);
+      store(y + e, sum);
     }
-    for (; i < count; ++i) {
-      float sum = row.coefficient[0] * x[i];
-      for (int j = 0; j < row.outputs; ++j) sum += row.coefficient[1 + j] * o[j][i];
-      if (row.noisy) sum += row.noise_scale * noise[i];
-      y[i] = sum;
+    for (; e < count; ++e) {
+      float sum = coefficient[0] * x[e];
+      for (int j = 0; j < outputs; ++j) sum += coefficient[1 + j] * o[j][e];
+      if (noisy) sum += noise_scale * noise[e];
+      y[e] = sum;
     }
-    if (!direct) narrow(row.result, row.sample_storage, at, count, y);
+    if (!direct) narrow(result, a.result.storage, at, count, y);
+    if (a.trajectory.data != nullptr) put(sample_of(a.trajectory, i), a.trajectory.storage, at, count, y);
+  }
+}
+
+static void step_backward_chunk(const StepBackwardArguments& a, int64_t i, int64_t begin, int64_t end) {
+  float wide[kBlock], scaled[kBlock];
+  const bool moving = a.active == nullptr || a.active[i];
+  const char* from = sample_of(a.grad, i);
+  if (a.constant) {
+    float buffer[1];
+    const vf all = set_all(*widen(from, a.grad.storage, 0, 1, buffer));
+    for (int64_t e = 0; e < kBlock; e += kLanes) store(wide + e, all);
+  }
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = end - at < kBlock ? end - at : kBlock;
+    const float* g = a.constant ? wide : widen(from, a.grad.storage, at, count, wide);
+    for (int k = 0; k < a.gradients; ++k) {
+      const Samples& gradient = a.gradient[k];
+      const bool direct = gradient.storage == Storage::kFloat32;
+      float* target = direct ? reinterpret_cast<float*>(sample_of(gradient, i)) + at : scaled;
+      if (moving || a.column[k] == 0) {
+        const float factor = moving ? a.coefficients[i * a.columns + a.column[k]] : 1.0f;
+        int64_t e = 0;
+        for (; e + kLanes <= count; e += kLanes) store(target + e, factor * load(g + e));
+        for (; e < count; ++e) target[e] = factor * g[e];
+      } else {
+        std::memset(target, 0, static_cast<size_t>(count) * sizeof(float));
+      }
+      if (!direct) narrow(sample_of(gradient, i), gradient.storage, at, count, scaled);
+    }
   }
 }

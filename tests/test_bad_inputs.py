@@ -21,6 +21,7 @@ from tests.cases import SD_SCHEDULER, sd_schedule
 X = torch.zeros(4, 2, 3)
 SCHEDULE = sd_schedule()
 TABLE = torch.zeros(4, 2)
+SHIFTED, STACK, SQUARE = torch.zeros(25), torch.zeros(4, 3, 3), torch.zeros(4, 2, 2)
 
 
 def loss(
@@ -93,6 +94,23 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("active as numbers", step(active=torch.ones(4)), "active.dtype = torch.float32"),
     ("noise index without noise", step(noise_index=torch.arange(4)), "noise_index"),
     ("noise index as floats", step(noise_scale=torch.ones(4), noise_index=torch.ones(4)), "noise_index.dtype = torch.float32"),
+    ("out of another shape", step(out=torch.zeros(4, 3, 2)), "out.shape = (4, 3, 2)"),
+    ("out of another dtype", step(out=X.half()), "out.dtype = torch.float16"),
+    ("out elsewhere", step(out=X.to("meta")), "out.device = 'meta'"),
+    ("out as a list", step(out=[1.0]), "out = 'list'"),
+    ("trajectory of another shape", step(trajectory=torch.zeros(4, 2, 4)), "trajectory.shape = (4, 2, 4)"),
+    ("integer trajectory", step(trajectory=X.long()), "trajectory = torch.int64"),
+    ("out while gradients are recorded", step(X.clone().requires_grad_(), out=X.clone()), "sample.requires_grad = True"),
+    ("trajectory while gradients are recorded", step(outputs=[X.clone().requires_grad_()], trajectory=X.clone()), "outputs[0].requires_grad = True"),
+    ("out that records gradients", step(out=X.clone().requires_grad_()), "out.requires_grad = True"),
+    ("out that was expanded", step(out=torch.zeros(1, 2, 3).expand(4, 2, 3)), "out = 'strides (0, 3, 1)': has elements that share"),
+    ("trajectory that was expanded", step(trajectory=torch.zeros(4, 2, 1).expand(4, 2, 3)), "trajectory = 'strides (2, 1, 0)'"),
+    ("out that begins inside the sample", step(SHIFTED[:24].view(4, 2, 3), out=SHIFTED[1:].view(4, 2, 3)), "out = 'strides (6, 3, 1)': shares memory with sample"),
+    ("out that begins inside an output", step(outputs=[SHIFTED[:24].view(4, 2, 3)], out=SHIFTED[1:].view(4, 2, 3)), "out = 'strides (6, 3, 1)': shares memory with outputs[0]"),
+    ("samples of a stack that are shared", step(STACK[:, :2], out=STACK[:, 1:]), "out = 'strides (9, 3, 1)': shares memory with sample"),
+    ("the sample's memory in another order", step(SQUARE, [], TABLE[:, :1], out=SQUARE.mT), "out = 'strides (4, 1, 2)': shares memory with sample"),
+    ("trajectory in place", step(trajectory=X), "trajectory = 'strides (6, 3, 1)': shares memory with sample"),
+    ("trajectory in the memory of out", step(out=(own := X.clone()), trajectory=own), "trajectory = 'strides (6, 3, 1)': shares memory with out"),
     ("negative seed", step(noise_scale=torch.ones(4), seed=-1), "seed = -1"),
     ("offset of 33 bits", lambda: philox.normal(0, 2**32, torch.arange(1), (2,)), "offset = 4294967296"),
     ("alphas out of range", lambda: NoiseSchedule(torch.tensor([0.5, 1.5])), "alphas_cumprod = [0.5, 1.5]"),

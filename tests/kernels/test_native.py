@@ -145,6 +145,7 @@ STEP_OPTIONS = ({}, {"active": True}, {"noise": True}, {"active": True, "noise":
 @pytest.mark.parametrize("count", [0, 1, 4])
 @pytest.mark.parametrize("options", STEP_OPTIONS)
 def test_affine_step(dtype: torch.dtype, shape: tuple[int, ...], count: int, options: dict[str, bool]) -> None:
+    """A new result, and both results of a step into given memory."""
     generator = torch.Generator().manual_seed(count)
     tensors = torch.randn(1 + count, 3, *shape, generator=generator).to(dtype)
     table, keywords = torch.randn(3, 1 + count, generator=generator), {}
@@ -154,17 +155,50 @@ def test_affine_step(dtype: torch.dtype, shape: tuple[int, ...], count: int, opt
         index = torch.tensor([5, 5, 2**40 + 3])
         keywords |= {"noise_scale": torch.rand(3), "noise_index": index, "seed": 2**61 + 3, "offset": 7}
 
-    def step(backend: str, inputs: Tensor, coefficients: Tensor) -> Tensor:
+    def step(backend: str, inputs: Tensor, coefficients: Tensor, stored: torch.dtype | None = None):
+        trajectory = None if stored is None else torch.empty(3, 2, *shape, dtype=stored)[:, 1]
         with fastinvdpo.use_backend(backend):
-            return fastinvdpo.affine_step(inputs[0], list(inputs[1:]), coefficients, **keywords)
+            options = {**keywords, "trajectory": trajectory}
+            return fastinvdpo.affine_step(inputs[0], list(inputs[1:]), coefficients, **options), trajectory
 
-    exact = step("reference", tensors.double(), table.double())
-    native, plain = step("native", tensors, table), step("reference", tensors, table)
-    assert (native.shape, native.dtype, native.stride()) == (plain.shape, plain.dtype, plain.stride())
-    error, allowed = distance((native,), (exact,))[0], distance((plain,), (exact,))[0]
+    exact = step("reference", tensors.double(), table.double())[0]
+    plain = step("reference", tensors, table)[0]
     # Box-Muller in float32: logarithm, root and sine within two roundings each; the reference draws in float64.
     floor = 6 * ONE_ROUNDING if "noise" in options else ONE_ROUNDING
-    assert error <= 2 * max(allowed, floor)
+    for stored in (None, *DTYPES):
+        native, trajectory = step("native", tensors, table, stored)
+        assert (native.shape, native.dtype, native.stride()) == (plain.shape, plain.dtype, plain.stride())
+        error, allowed = distance((native,), (exact,))[0], distance((plain,), (exact,))[0]
+        assert error <= 2 * max(allowed, floor)
+        if stored is not None:
+            _, model = step("reference", tensors, table, stored)
+            error, allowed = distance((trajectory,), (exact,))[0], distance((model,), (exact,))[0]
+            assert error <= 2 * max(allowed, floor)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_affine_step_backward(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], masked: bool) -> None:
+    """Of a sample of the first dtype, and outputs of both."""
+    kinds = (dtypes[0], dtypes[1], dtypes[0], dtypes[1])
+    tensors = [torch.randn(3, *shape).to(dtype).requires_grad_() for dtype in kinds]
+    table, grad = torch.randn(3, 4), torch.randn(3, *shape).to(dtypes[0])
+    active = torch.tensor([True, False, True]) if masked else None
+
+    def gradients(backend: str, inputs: list[Tensor], coefficients: Tensor, given: Tensor) -> tuple[Tensor, ...]:
+        with fastinvdpo.use_backend(backend):
+            result = fastinvdpo.affine_step(inputs[0], inputs[1:], coefficients, active=active)
+            return torch.autograd.grad(result, inputs, given)
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    for given in (grad, grad[:1].expand_as(grad), grad.flatten()[0].expand_as(grad)):
+        exact = gradients("reference", wide, table.double(), given.double())
+        plain, native = (gradients(backend, tensors, table, given) for backend in ("reference", "native"))
+        assert [gradient.dtype for gradient in native] == list(kinds)
+        assert [gradient.stride() for gradient in native] == [gradient.stride() for gradient in plain]
+        for error, allowed in zip(distance(native, exact), distance(plain, exact), strict=True):
+            assert error <= 2 * max(allowed, ONE_ROUNDING)
 
 
 def test_affine_step_layouts() -> None:

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 import fastinvdpo
-from fastinvdpo.ops import philox
-from fastinvdpo.ops.affine_step.op import affine_step_op
+from fastinvdpo import _native
+from fastinvdpo.ops import layout, philox
+from fastinvdpo.ops.affine_step import op
+from fastinvdpo.ops.affine_step.op import affine_step_op, affine_step_out_op
+
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(bool(_native.unavailable()), reason=str(_native.unavailable()))),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def inputs(outputs: int, n: int = 5, shape: tuple[int, ...] = (3, 4, 4), dtype: torch.dtype = torch.float64):
@@ -83,6 +91,252 @@ def test_compiles_without_graph_break() -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(sample), step(sample))
+
+
+# Into given memory --------------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"active": torch.tensor([True, False, True, True, False])},
+    {
+        "noise_scale": torch.linspace(0.5, 2, 5),
+        "noise_index": torch.tensor([3, 3, 8, 1, 2**40]),
+        "seed": 7,
+        "offset": 2,
+    },
+]
+OPTIONS.append({**OPTIONS[1], **OPTIONS[2]})
+FORMS = {
+    "contiguous": lambda x: x.clone(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "slice of a stack": lambda x: torch.stack([x, x, x], dim=1)[:, 1],
+    "every other column": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "samples inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("form", FORMS)
+def test_in_place_and_out_give_the_same_bits(
+    form: str, options: dict[str, object], dtype: torch.dtype, backend: str
+) -> None:
+    if backend == "native" and dtype == torch.float64:
+        return  # the reference's alone
+    values, outputs, table = inputs(2, dtype=dtype)
+    values[1, 0, 0, 0] = float("nan")
+    with fastinvdpo.use_backend(backend):
+        expected = fastinvdpo.affine_step(values, outputs, table.float(), **options)
+        for arrange in FORMS.values():
+            sample = FORMS[form](values)
+            out = arrange(torch.full_like(values, float("nan")))
+            version = out._version
+            result = fastinvdpo.affine_step(sample, outputs, table.float(), out=out, **options)
+            assert result is out and out._version > version
+            assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(sample), bits(values))
+        assert fastinvdpo.affine_step(sample, outputs, table.float(), out=sample, **options) is sample
+        assert torch.equal(bits(sample), bits(expected))
+        into = outputs[1].clone()
+        fastinvdpo.affine_step(values, [outputs[0], into], table.float(), out=into, **options)
+        assert torch.equal(bits(into), bits(expected))
+
+
+def test_memory_beside_the_result_is_left_alone() -> None:
+    values, outputs, table = inputs(1, dtype=torch.float32)
+    for backend in ("reference", "auto"):
+        buffer = torch.full((5, 3, *values.shape[1:]), 7.0)
+        trajectory = torch.full((5, 4, *values.shape[1:]), 7.0, dtype=torch.bfloat16)
+        with fastinvdpo.use_backend(backend):
+            fastinvdpo.affine_step(values, outputs, table.float(), out=buffer[:, 1], trajectory=trajectory[:, 2])
+        assert bool((buffer[:, [0, 2]] == 7).all()) and bool((trajectory[:, [0, 1, 3]] == 7).all())
+        assert torch.equal(trajectory[:, 2], buffer[:, 1].bfloat16())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stored", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+def test_the_trajectory_is_rounded_once(
+    options: dict[str, object], dtype: torch.dtype, stored: torch.dtype, backend: str
+) -> None:
+    """From the numbers of the arithmetic: those of a step whose sample has their dtype."""
+    if backend == "native" and dtype == torch.float64:
+        return  # the reference's alone
+    values, outputs, table = inputs(2, dtype=dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    with fastinvdpo.use_backend(backend):
+        unrounded = fastinvdpo.affine_step(values.to(exact), outputs, table.float(), **options)
+        for arrange in FORMS.values():
+            trajectory = arrange(torch.full_like(values, float("nan"), dtype=stored))
+            result = fastinvdpo.affine_step(values, outputs, table.float(), trajectory=trajectory, **options)
+            assert torch.equal(trajectory, unrounded.to(stored))
+            assert torch.equal(result, unrounded.to(dtype))
+
+
+def test_a_walk_through_its_own_trajectory() -> None:
+    """Samples of a stack are read and written where they lie, although they interleave."""
+    values, outputs, table = inputs(1, dtype=torch.float32)
+    stack = torch.stack([values, *[torch.full_like(values, float("nan"))] * 3], dim=1)
+    expected = values
+    for position in range(3):
+        fastinvdpo.affine_step(stack[:, position], outputs, table.float(), out=stack[:, position + 1])
+        expected = fastinvdpo.affine_step(expected, outputs, table.float())
+        assert torch.equal(stack[:, position + 1], expected)
+
+
+def test_shared_memory_is_told() -> None:
+    stack = torch.zeros(4, 3, 2, 5)
+    whole = stack.flatten()
+    assert not layout.overlap(stack[:, 0], stack[:, 1]) and not layout.overlap(stack[:2], stack[2:])
+    assert not layout.overlap(stack[:, 2], stack[1:, 0]) and not layout.overlap(whole[10:30], stack[:, 0])
+    assert layout.overlap(stack[:, 0], stack[:, 0]) and layout.overlap(stack[:, :2], stack[:, 1])
+    assert layout.overlap(whole[:35], stack[:, 0]) and layout.overlap(whole[5:15], stack[:, 0])
+    assert layout.overlap(whole[:20], whole[19:]) and not layout.overlap(whole[:20], whole[20:])
+    assert layout.overlap(whole[:20].view(torch.bfloat16), whole[19:]) and not layout.overlap(whole[:0], whole)
+    assert layout.overlap(stack[0], stack.transpose(2, 3)[0]) and not layout.overlap(stack, stack.clone())
+    assert layout.overlaps_itself(stack[:1].expand(4, -1, -1, -1)) and not layout.overlaps_itself(stack[:1])
+
+
+def test_without_gradients_a_parameter_may_be_stepped() -> None:
+    parameter = torch.ones(2, 3, requires_grad=True)
+    with torch.no_grad():
+        fastinvdpo.affine_step(parameter, [], torch.full((2, 1), 3.0), out=parameter)
+    assert torch.equal(parameter.detach(), torch.full((2, 3), 3.0))
+
+
+def test_a_saved_tensor_that_was_stepped_in_place_is_noticed() -> None:
+    weight, saved = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
+    product = weight * saved
+    fastinvdpo.affine_step(saved, [], torch.ones(2, 1), out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+def test_opcheck_into_given_memory(in_place: bool, stored: torch.dtype | None) -> None:
+    sample, outputs, table = inputs(2, dtype=torch.float32)
+    out = sample if in_place else torch.empty_like(sample)
+    trajectory = None if stored is None else torch.empty(5, 2, 3, 4, 4, dtype=stored)[:, 1]
+    active, index = torch.tensor([True, False, True, True, False]), torch.arange(5)
+    arguments = (sample, outputs, table.float(), active, torch.rand(5), index, 3, 4, out, trajectory)
+    torch.library.opcheck(affine_step_out_op.default, arguments)
+
+
+def test_steps_into_given_memory_compile_without_graph_break() -> None:
+    values, outputs, table = inputs(1, dtype=torch.float32)
+
+    def walk(sample: Tensor, chain: Tensor) -> Tensor:
+        latents = sample * 1
+        for position in range(3):
+            options = {"noise_scale": table[:, 0].float(), "seed": position}
+            fastinvdpo.affine_step(
+                latents, outputs, table.float(), out=latents, trajectory=chain[:, position], **options
+            )
+        fastinvdpo.affine_step(sample, outputs, table.float(), out=sample)
+        return latents
+
+    results = []
+    for function in (walk, torch.compile(walk, fullgraph=True, backend="aot_eager")):
+        sample, chain = values.clone(), torch.zeros(5, 4, *values.shape[1:], dtype=torch.bfloat16)
+        results.append((function(sample, chain), sample, chain))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    assert float(results[0][2].abs().sum()) > 0 and not torch.equal(results[0][1], values)
+
+
+# Backward -----------------------------------------------------------------------------------------------------------
+
+
+def gradients_of(backend: str, sample: Tensor, outputs: list[Tensor], table: Tensor, **options: object):
+    """The gradients that reach the inputs when ``grad``, of any strides, comes in."""
+    grad, active = options["grad"], options.get("active")
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (sample, *outputs)]
+    with fastinvdpo.use_backend(backend):
+        result = fastinvdpo.affine_step(leaves[0], leaves[1:], table, active=active)  # type: ignore[arg-type]
+        return torch.autograd.grad(result, leaves, grad)
+
+
+GRADS = {
+    **FORMS,
+    "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
+    "one number a sample": lambda x: x[:, :1, :1, :1].expand_as(x),
+    "one sample": lambda x: x[:1].expand_as(x),
+    "one number a channel": lambda x: x[:, :, :1, :1].expand_as(x),
+    "one sample, channels last": lambda x: x[:1].contiguous(memory_format=torch.channels_last).expand_as(x),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("form", GRADS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_by_definition(form: str, dtype: torch.dtype, masked: bool, backend: str) -> None:
+    if backend == "native" and dtype == torch.float64:
+        return  # the reference's alone
+    sample, outputs, table = inputs(3, dtype=dtype)
+    outputs = [output.to(kind) for output, kind in zip(outputs, (dtype, *DTYPES[:2]), strict=True)]
+    table, active = table.float(), OPTIONS[1]["active"] if masked else torch.ones(5, dtype=torch.bool)
+    grad = GRADS[form](torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype))
+    if masked:
+        table[1] = float("nan")  # of a sample at rest: looked at by nobody
+    found = gradients_of(backend, sample, outputs, table, grad=grad, active=active if masked else None)
+    for column, gradient in enumerate(found):
+        assert gradient.dtype == (sample, *outputs)[column].dtype and gradient.shape == grad.shape
+        moving = active.view(-1, 1, 1, 1)
+        at_rest = grad.double() if column == 0 else torch.zeros_like(grad, dtype=torch.float64)
+        exact = torch.where(moving, table[:, column].double().view(-1, 1, 1, 1) * grad.double(), at_rest)
+        # A product that is rounded to float32, then to the storage type; float16 has numbers below its normal ones.
+        eps = torch.finfo(gradient.dtype).eps
+        rounding = 0.5 * eps + (0 if gradient.dtype == torch.float64 else 2.0**-24)
+        least = 2.0**-25 if gradient.dtype == torch.float16 else 0.0
+        torch.testing.assert_close(gradient.double(), exact, rtol=rounding, atol=least)
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, outputs, table = inputs(3, dtype=torch.float32)
+    outputs[1] = outputs[1].bfloat16()
+    asked = []
+    kernel = op._BACKWARD["reference"]
+
+    def backward(*arguments: object) -> list[Tensor]:
+        asked.append(arguments[3:])
+        return kernel(*arguments)
+
+    monkeypatch.setitem(op._BACKWARD, "reference", backward)
+    with fastinvdpo.use_backend("reference"):
+        for wanted in ([2], [0], [1, 2], [0, 1, 2, 3]):
+            leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate((sample, *outputs))]
+            fastinvdpo.affine_step(leaves[0], leaves[1:], table.float()).sum().backward()
+            assert asked.pop() == (wanted, [leaves[i].dtype for i in wanted]) and not asked
+            assert [leaf.grad is not None for leaf in leaves] == [i in wanted for i in range(4)]
+
+
+@pytest.mark.parametrize("grad", ["contiguous", "one number"])
+def test_opcheck_of_the_backward(grad: str) -> None:
+    sample, _, table = inputs(2, dtype=torch.float32)
+    active = torch.tensor([True, False, True, True, False])
+    arguments = (GRADS[grad](sample), table.float(), active, [0, 2], ["float32", "bfloat16"])
+    torch.library.opcheck(torch.ops.fastinvdpo.affine_step_backward.default, arguments)
+
+
+def test_a_training_step_compiles_without_graph_break() -> None:
+    sample, outputs, table = inputs(2, dtype=torch.float32)
+
+    def loss(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return fastinvdpo.affine_step(x * 2, [first, second], table.float()).square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [sample.clone().requires_grad_(), outputs[0].bfloat16().requires_grad_(), outputs[1]]
+        function(*leaves).backward()
+        results.append(leaves[:2])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
 
 
 # Philox -------------------------------------------------------------------------------------------------------------

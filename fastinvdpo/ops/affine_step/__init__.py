@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops import philox
-from fastinvdpo.ops.affine_step.op import affine_step_op
+from fastinvdpo.ops.affine_step.op import affine_step_op, affine_step_out_op
 
 __all__ = ["affine_step"]
 
@@ -25,13 +26,15 @@ def affine_step(
     noise_index: Tensor | None = None,
     seed: int = 0,
     offset: int = 0,
+    out: Tensor | None = None,
+    trajectory: Tensor | None = None,
 ) -> Tensor:
     """``y_i = a_i·x_i + Σ_j b_ij·o_ij + s_i·z_i``: one DDIM step in either direction, guided or not, with or without
     noise.
 
     The arithmetic is float32 whatever the storage (float64 when ``sample`` or an output is float64). Differentiable in
-    ``sample`` and ``outputs``. Coefficients: :func:`fastinvdpo.schedule.affine_coefficients` (DDIM, arXiv 2010.02502,
-    equation 12).
+    ``sample`` and ``outputs``, unless into given memory. Coefficients: :func:`fastinvdpo.schedule.affine_coefficients`
+    (DDIM, arXiv 2010.02502, equation 12).
 
     Args:
         sample: ``x``, ``(n, …)``, any floating dtype.
@@ -42,12 +45,18 @@ def affine_step(
         noise_index: int64 ``(n,)``, the stream each sample draws ``z`` from: equal indices draw equal noise (winner and
             loser of a pair, say). The position in the batch when None.
         seed, offset: the key and the step counter of the noise (:mod:`fastinvdpo.ops.philox`), 63 and 32 bits.
+        out: receives ``y`` and is returned; shape and dtype of ``sample``, any strides. It may be ``sample`` itself (a
+            step in place) or an output.
+        trajectory: receives ``y`` too, in the same pass: shape of ``sample``, any floating dtype and strides, such as
+            ``buffer[:, k]``. Its numbers are rounded once, to its own dtype, whatever that of ``sample``; those of
+            samples that are not active are converted.
 
     Returns:
-        ``y``, a new tensor in the shape, dtype and layout of ``sample``.
+        ``y``: ``out``, or a new tensor in the shape, dtype and layout of ``sample``.
 
     Raises:
-        InvalidInput: an argument has the wrong type, shape, dtype, device or value.
+        InvalidInput: an argument has the wrong type, shape, dtype, device or value; ``out`` or ``trajectory`` while a
+            gradient is recorded, or in memory that another argument has (told where samples are dense).
     """
     outputs = list(outputs)
     _check_tensors(sample, outputs)
@@ -64,7 +73,13 @@ def affine_step(
                 "noise_index", "a tensor", "has no effect without noise_scale", "pass noise_scale, or drop it"
             )
         _check_table("noise_index", noise_index, sample, (n,), kind="int64")
-    return affine_step_op(sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset)
+    arguments = (sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset)
+    if out is None and trajectory is None:
+        return affine_step_op(*arguments)
+    _check_results(sample, outputs, out, trajectory)
+    result = torch.empty_like(sample) if out is None else out
+    affine_step_out_op(*arguments, result, trajectory)
+    return result
 
 
 def _check_tensors(sample: Tensor, outputs: list[Tensor]) -> None:
@@ -90,6 +105,31 @@ def _check_tensors(sample: Tensor, outputs: list[Tensor]) -> None:
         if output.device != sample.device:
             where = f"differs from sample's {sample.device}"
             raise invalid(f"{name}.device", str(output.device), where, "move it to the sample's device")
+
+
+def _check_results(sample: Tensor, outputs: list[Tensor], out: Tensor | None, trajectory: Tensor | None) -> None:
+    for name, result in (("out", out), ("trajectory", trajectory)):
+        if result is None:
+            continue
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            shown = result.dtype if isinstance(result, Tensor) else type(result).__name__
+            raise invalid(name, shown, "must be a floating-point tensor", "pass a tensor to write to, or None")
+        if result.shape != sample.shape:
+            expected = f"differs from sample's {tuple(sample.shape)}"
+            raise invalid(f"{name}.shape", tuple(result.shape), expected, "pass a tensor of the sample's shape")
+        if result.device != sample.device:
+            where = f"differs from sample's {sample.device}"
+            raise invalid(f"{name}.device", str(result.device), where, "make it on the sample's device")
+    if out is not None and out.dtype != sample.dtype:
+        remedy = "pass a tensor of the sample's dtype; trajectory may have another"
+        raise invalid("out.dtype", out.dtype, f"differs from sample's {sample.dtype}", remedy)
+    if torch.is_grad_enabled():
+        named = {"sample": sample, "out": out, "trajectory": trajectory}
+        named |= {f"outputs[{position}]": output for position, output in enumerate(outputs)}
+        for name, tensor in named.items():
+            if tensor is not None and tensor.requires_grad:
+                remedy = "step under torch.no_grad(), or pass neither out nor trajectory"
+                raise invalid(f"{name}.requires_grad", True, "a step into given memory is not differentiable", remedy)
 
 
 def _check_table(

@@ -18,33 +18,46 @@ def forward(
     noise_index: Tensor | None,
     seed: int,
     offset: int,
+    out: Tensor | None = None,
+    trajectory: Tensor | None = None,
 ) -> Tensor:
-    """The step, in the shape, dtype and layout of ``sample``; samples that are not ``active`` stay as they are."""
+    """The step, in ``out`` or in the shape, dtype and layout of ``sample``; samples that are not ``active`` stay as
+    they are. ``trajectory`` receives the same, rounded to its own dtype from the numbers of the arithmetic.
+    """
     dtype = arithmetic_dtype(sample, *outputs)
     columns = [column.to(dtype) for column in per_sample(coefficients, sample)]
-    result = columns[0] * sample.to(dtype)
+    exact = columns[0] * sample.to(dtype)
     for column, output in zip(columns[1:], outputs, strict=True):
-        result = result + column * output.to(dtype)
+        exact = exact + column * output.to(dtype)
     if noise_scale is not None:
         index = torch.arange(sample.shape[0], device=sample.device) if noise_index is None else noise_index
         noise = philox.normal(seed, offset, index, tuple(sample.shape[1:]), dtype)
-        result = result + per_sample(noise_scale.unsqueeze(1), sample)[0].to(dtype) * noise
-    result = result.to(sample.dtype)
+        exact = exact + per_sample(noise_scale.unsqueeze(1), sample)[0].to(dtype) * noise
+    result = exact.to(sample.dtype)
     if active is not None:
-        result = torch.where(per_sample(active.unsqueeze(1), sample)[0], result, sample)
-    return like(result, sample)
+        moving = per_sample(active.unsqueeze(1), sample)[0]
+        result = torch.where(moving, result, sample)
+        exact = exact if trajectory is None else torch.where(moving, exact, sample.to(dtype))
+    if trajectory is not None:
+        trajectory.copy_(exact)
+    return like(result, sample) if out is None else out.copy_(result)
 
 
-def backward(grad: Tensor, coefficients: Tensor, active: Tensor | None) -> list[Tensor]:
-    """The gradients of the sample and of every output, in the shape, dtype and layout of ``grad``."""
-    dtype = arithmetic_dtype(grad)
-    columns = [column.to(dtype) for column in per_sample(coefficients, grad)]
-    gradients = [(column * grad.to(dtype)).to(grad.dtype) for column in columns]
+def backward(
+    grad: Tensor, coefficients: Tensor, active: Tensor | None, columns: list[int], dtypes: list[torch.dtype]
+) -> list[Tensor]:
+    """The gradients of the tensors that ``columns`` of the table belong to (0: the sample), each in a dtype of its own,
+    in the shape and layout of ``grad``.
+    """
+    float64 = torch.float64 in (grad.dtype, *dtypes)
+    table = per_sample(coefficients.double() if float64 else coefficients.float(), grad)
+    wide = grad.double() if float64 else grad.float()
+    gradients = [table[column] * wide for column in columns]
     if active is not None:
-        mask = per_sample(active.unsqueeze(1), grad)[0]
-        untouched = [grad] + [torch.zeros_like(grad)] * len(gradients[1:])
-        gradients = [torch.where(mask, new, old) for new, old in zip(gradients, untouched, strict=True)]
-    return [like(gradient, grad) for gradient in gradients]
+        moving = per_sample(active.unsqueeze(1), grad)[0]
+        at_rest = [wide if column == 0 else torch.zeros_like(wide) for column in columns]
+        gradients = [torch.where(moving, new, old) for new, old in zip(gradients, at_rest, strict=True)]
+    return [like(gradient.to(dtype), grad) for gradient, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def per_sample(table: Tensor, like: Tensor) -> list[Tensor]:
