@@ -35,6 +35,7 @@ _ARGUMENTS = {
     "preference_loss_forward": ("{0}", "target", "cluster"),
     "preference_loss_backward": ("{0}",),
     "affine_step_kernel": ("{0}", "outputs <= {1}", "noise"),
+    "affine_step_backward_kernel": ("{0}",),
 }
 
 

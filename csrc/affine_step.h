@@ -45,4 +45,17 @@ struct StepBackwardArguments {
   const bool* active;         // (samples,), or null: all
 };
 
+// Whether the sample and the outputs have one storage type; the gradient and those that are computed from it.
+inline bool same_storage(const StepArguments& a) {
+  bool same = true;
+  for (int j = 0; j < a.outputs; ++j) same = same && a.output[j].storage == a.sample.storage;
+  return same;
+}
+
+inline bool same_storage(const StepBackwardArguments& a) {
+  bool same = true;
+  for (int k = 0; k < a.gradients; ++k) same = same && a.gradient[k].storage == a.grad.storage;
+  return same;
+}
+
 }  // namespace fastinvdpo

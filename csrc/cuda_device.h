@@ -88,19 +88,25 @@ struct Float16 {
 
 struct Any {};  // known at run time only
 
+// Reads through the cache for data that nobody writes while the kernel runs, unless the kernel may write there.
+template <bool kWritten, class V>
+__device__ __forceinline__ V fetch(const V* address) {
+  return kWritten ? __ldcg(address) : __ldg(address);
+}
+
 // One row of a tensor, of half precision here. Elements travel in groups of kGroup: 16 bytes, or 8 for a half-precision tensor of type
-// Any, whose groups have the four elements of a float32 group.
-template <class T>
+// Any, whose groups have the four elements of a float32 group. kWritten: the kernel may write the row, or another of the same memory.
+template <class T, bool kWritten = false>
 struct Row {
   static constexpr int kGroup = 8;
   char* data;
 
   __device__ Row(const void* tensor, Storage, int64_t first) : data((char*)tensor + first * 2) {}
   __device__ int bytes() const { return 2; }
-  __device__ uint4 load(int64_t element) const { return __ldg(reinterpret_cast<const uint4*>(data + element * 2)); }
+  __device__ uint4 load(int64_t element) const { return fetch<kWritten>(reinterpret_cast<const uint4*>(data + element * 2)); }
   __device__ float at(int64_t element) const {
     float pair[2];
-    T::unpack(__ldg(reinterpret_cast<const unsigned short*>(data) + element), pair);
+    T::unpack(fetch<kWritten>(reinterpret_cast<const unsigned short*>(data) + element), pair);
     return pair[0];
   }
   __device__ void unpack(uint4 raw, float* out) const {
@@ -115,15 +121,15 @@ struct Row {
   }
 };
 
-template <>
-struct Row<float> {
+template <bool kWritten>
+struct Row<float, kWritten> {
   static constexpr int kGroup = 4;
   char* data;
 
   __device__ Row(const void* tensor, Storage, int64_t first) : data((char*)tensor + first * 4) {}
   __device__ int bytes() const { return 4; }
-  __device__ uint4 load(int64_t element) const { return __ldg(reinterpret_cast<const uint4*>(data + element * 4)); }
-  __device__ float at(int64_t element) const { return __ldg(reinterpret_cast<const float*>(data) + element); }
+  __device__ uint4 load(int64_t element) const { return fetch<kWritten>(reinterpret_cast<const uint4*>(data + element * 4)); }
+  __device__ float at(int64_t element) const { return fetch<kWritten>(reinterpret_cast<const float*>(data) + element); }
   __device__ void unpack(uint4 raw, float* out) const {
     out[0] = bits_to_float(raw.x), out[1] = bits_to_float(raw.y), out[2] = bits_to_float(raw.z), out[3] = bits_to_float(raw.w);
   }
@@ -134,8 +140,8 @@ struct Row<float> {
   __device__ void put(int64_t element, float value) const { reinterpret_cast<float*>(data)[element] = value; }
 };
 
-template <>
-struct Row<Any> {
+template <bool kWritten>
+struct Row<Any, kWritten> {
   static constexpr int kGroup = 4;
   char* data;
   Storage storage;
@@ -143,18 +149,21 @@ struct Row<Any> {
   __device__ Row(const void* tensor, Storage type, int64_t first) : data((char*)tensor + first * bytes_of(type)), storage(type) {}
   __device__ bool wide() const { return storage == Storage::kFloat32; }
   __device__ int bytes() const { return wide() ? 4 : 2; }
+  // One product for all types: addresses that differ by type cost registers in loops.
+  __device__ char* address(int64_t element) const { return data + element * bytes(); }
   __device__ uint4 load(int64_t element) const {
-    if (wide()) return __ldg(reinterpret_cast<const uint4*>(data + element * 4));
-    const uint2 half = __ldg(reinterpret_cast<const uint2*>(data + element * 2));
+    if (wide()) return fetch<kWritten>(reinterpret_cast<const uint4*>(address(element)));
+    const uint2 half = fetch<kWritten>(reinterpret_cast<const uint2*>(address(element)));
     return make_uint4(half.x, half.y, 0, 0);
   }
   __device__ float at(int64_t element) const {
-    if (wide()) return Row<float>(data, storage, 0).at(element);
-    return storage == Storage::kBFloat16 ? Row<BFloat16>(data, storage, 0).at(element) : Row<Float16>(data, storage, 0).at(element);
+    const char* where = address(element);
+    if (wide()) return Row<float, kWritten>(where, storage, 0).at(0);
+    return storage == Storage::kBFloat16 ? Row<BFloat16, kWritten>(where, storage, 0).at(0) : Row<Float16, kWritten>(where, storage, 0).at(0);
   }
   __device__ void unpack(uint4 raw, float* out) const {
     if (wide()) {
-      Row<float>(data, storage, 0).unpack(raw, out);
+      Row<float, kWritten>(data, storage, 0).unpack(raw, out);
     } else if (storage == Storage::kBFloat16) {
       BFloat16::unpack(raw.x, out), BFloat16::unpack(raw.y, out + 2);
     } else {
@@ -163,20 +172,20 @@ struct Row<Any> {
   }
   __device__ void store(int64_t element, const float* v) const {
     if (wide()) {
-      Row<float>(data, storage, 0).store(element, v);
+      Row<float, kWritten>(address(element), storage, 0).store(0, v);
     } else {
       const bool brain = storage == Storage::kBFloat16;
-      __stcs(reinterpret_cast<uint2*>(data + element * 2), brain ? make_uint2(BFloat16::pack(v[0], v[1]), BFloat16::pack(v[2], v[3]))
+      __stcs(reinterpret_cast<uint2*>(address(element)), brain ? make_uint2(BFloat16::pack(v[0], v[1]), BFloat16::pack(v[2], v[3]))
                                                                 : make_uint2(Float16::pack(v[0], v[1]), Float16::pack(v[2], v[3])));
     }
   }
   __device__ void put(int64_t element, float value) const {
     if (wide()) {
-      Row<float>(data, storage, 0).put(element, value);
+      Row<float, kWritten>(address(element), storage, 0).put(0, value);
     } else if (storage == Storage::kBFloat16) {
-      Row<BFloat16>(data, storage, 0).put(element, value);
+      Row<BFloat16, kWritten>(address(element), storage, 0).put(0, value);
     } else {
-      Row<Float16>(data, storage, 0).put(element, value);
+      Row<Float16, kWritten>(address(element), storage, 0).put(0, value);
     }
   }
 };
@@ -187,13 +196,13 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-template <class T>
-__device__ __forceinline__ int64_t elements_to_boundary(const Row<T>& row) {
+template <class T, bool kWritten>
+__device__ __forceinline__ int64_t elements_to_boundary(const Row<T, kWritten>& row) {
   return elements_to_boundary(reinterpret_cast<uint64_t>(row.data), row.bytes(), Row<T>::kGroup);
 }
 
-template <class T>
-__device__ __forceinline__ bool on_boundary(const Row<T>& row, int64_t head) {
+template <class T, bool kWritten>
+__device__ __forceinline__ bool on_boundary(const Row<T, kWritten>& row, int64_t head) {
   return on_boundary(reinterpret_cast<uint64_t>(row.data), row.bytes(), Row<T>::kGroup, head);
 }
 

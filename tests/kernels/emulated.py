@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,25 +104,51 @@ def affine_step(
     library: ctypes.CDLL,
     sample: Tensor,
     outputs: Sequence[Tensor],
-    coefficients: Tensor,
-    active: Tensor | None = None,
-    noise_scale: Tensor | None = None,
-    noise_index: Tensor | None = None,
-    seed: int = 0,
-    offset: int = 0,
+    settings: Sequence[Any],
+    out: Tensor | None = None,
+    trajectory: Tensor | None = None,
     resident: int = 1 << 20,
 ) -> Tensor:
-    rows = sample.shape[0]
-    result = torch.full_like(sample, torch.nan)
+    """``settings``: the arguments of affine_step from ``coefficients`` on. Samples are dense, and may lie apart."""
+    coefficients, active, noise_scale, noise_index, seed, offset = settings
+    result = torch.full_like(sample, torch.nan) if out is None else out
+    rows, stored = sample.shape[0], result if trajectory is None else trajectory
+    pitches = [tensor.stride(0) for tensor in (sample, result, stored, *outputs)]
     library.affine_step(
-        _pointer(sample),
+        _address(sample),
         _pointers(outputs),
-        _integers(ctypes.c_int, [STORAGE[tensor.dtype] for tensor in (sample, *outputs)]),
+        _integers(ctypes.c_int, [STORAGE[tensor.dtype] for tensor in (sample, stored, *outputs)]),
         *(_pointer(tensor) for tensor in (coefficients, active, noise_scale, noise_index)),
-        _integers(ctypes.c_int64, [rows, sample.numel() // rows, len(outputs), resident, seed, offset]),
-        _pointer(result),
+        _integers(ctypes.c_int64, [rows, sample[0].numel(), len(outputs), resident, seed, offset, *pitches]),
+        _address(result),
+        None if trajectory is None else _address(trajectory),
     )
     return result
+
+
+def affine_step_backward(
+    library: ctypes.CDLL,
+    grad: Tensor,
+    gradients: Sequence[Tensor],
+    columns: Sequence[int],
+    coefficients: Tensor,
+    active: Tensor | None = None,
+    resident: int = 1 << 20,
+) -> None:
+    """``grad`` has the elements of the gradients, or one number for each row."""
+    n = gradients[0][0].numel()
+    targets = [
+        number for column, gradient in zip(columns, gradients, strict=True) for number in (column, gradient.stride(0))
+    ]
+    sizes = [len(grad), n, len(gradients), coefficients.shape[1], resident, grad.stride(0), grad.ndim == 1, *targets]
+    library.affine_step_backward(
+        _address(grad),
+        _pointers(gradients),
+        _integers(ctypes.c_int, [STORAGE[tensor.dtype] for tensor in (grad, *gradients)]),
+        _pointer(coefficients),
+        _pointer(active),
+        _integers(ctypes.c_int64, sizes),
+    )
 
 
 class Cut(NamedTuple):
@@ -155,6 +181,11 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
     if tensor is None:
         return None
     assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor[0].is_contiguous()
     return ctypes.c_void_p(tensor.data_ptr())
 
 

@@ -7,11 +7,14 @@ the compiler and the machine do.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastinvdpo.ops import philox
+from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.kernels import emulated
 from tests.kernels.cases import ROUNDING, at_offset, check_gradient, check_loss, check_step, exact, problem
@@ -19,7 +22,8 @@ from tests.kernels.emulated import Launch
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler to emulate CUDA with")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BF16 = torch.bfloat16
+DTYPES = [torch.float32, BF16, torch.float16]
 # One block a span; clusters; one cluster for everything; more work than blocks, which finish in another order.
 LAUNCHES = [Launch(), Launch(team=8), Launch(team=2, resident=2), Launch(resident=3, order=2)]
 
@@ -176,19 +180,32 @@ def test_backward(
 # affine_step
 
 
+def strided(tensor: Tensor, offset: int, gap: int) -> Tensor:
+    """The same values ``offset`` elements after an aligned address, the rows ``gap`` elements apart; NaN around them."""
+    rows, n = tensor.shape
+    room = torch.full((offset + rows * (n + gap),), torch.nan, dtype=tensor.dtype)
+    assert room.data_ptr() % 16 == 0
+    return room[offset:].view(rows, n + gap)[:, :n].copy_(tensor)
+
+
+STEP_CASES = [
+    (torch.float32, torch.float32, 4107, 0),
+    (torch.bfloat16, torch.bfloat16, 2056, 0),
+    (torch.float16, torch.float16, 2051, 0),
+    (torch.float32, torch.bfloat16, 4108, 0),
+    (torch.float32, torch.float32, 130, 1),
+    (torch.bfloat16, torch.bfloat16, 136, 4),
+]
+
+
+def step_settings(rows: int, outputs: int, noise: bool, active: Tensor | None) -> tuple[Any, ...]:
+    extra = (torch.tensor([0.5, 1.0, 2.0]), torch.tensor([7, 2**40, 7])) if noise else (None, None)
+    return (torch.randn(rows, 1 + outputs), active, *extra, 2**62 + 11, 2**32 - 1)
+
+
 @pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("outputs", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize(
-    ("dtype", "output_dtype", "n", "offset"),
-    [
-        (torch.float32, torch.float32, 4107, 0),
-        (torch.bfloat16, torch.bfloat16, 2056, 0),
-        (torch.float16, torch.float16, 2051, 0),
-        (torch.float32, torch.bfloat16, 4108, 0),
-        (torch.float32, torch.float32, 130, 1),
-        (torch.bfloat16, torch.bfloat16, 136, 4),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "output_dtype", "n", "offset"), STEP_CASES)
 def test_affine_step(
     library: ctypes.CDLL,
     dtype: torch.dtype,
@@ -201,30 +218,84 @@ def test_affine_step(
     rows = 3
     sample = at_offset(torch.randn(rows, n).to(dtype), offset)
     others = [at_offset(torch.randn(rows, n).to(output_dtype), offset) for _ in range(outputs)]
-    coefficients, active = torch.randn(rows, 1 + outputs), torch.tensor([True, False, True])
-    extra = (torch.tensor([0.5, 1.0, 2.0]), torch.tensor([7, 2**40, 7])) if noise else (None, None)
-    for mask in (active, None):
-        settings = (coefficients, mask, *extra, 2**62 + 11, 2**32 - 1)
-        found = emulated.affine_step(library, sample, others, *settings, resident=2)
+    for mask in (torch.tensor([True, False, True]), None):
+        settings = step_settings(rows, outputs, noise, mask)
+        found = emulated.affine_step(library, sample, others, settings, resident=2)
         check_step(sample, others, settings, found)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("outputs", [0, 2, 4])
+@pytest.mark.parametrize(("offset", "gap"), [(0, 0), (0, 8), (4, 4), (1, 3)])
+@pytest.mark.parametrize(("dtype", "output_dtype"), [*((dtype, dtype) for dtype in DTYPES), (BF16, torch.float32)])
+def test_affine_step_into_given_memory(
+    library: ctypes.CDLL,
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    offset: int,
+    gap: int,
+    outputs: int,
+    stored: torch.dtype,
+    noise: bool,
+) -> None:
+    """Rows that lie apart, a trajectory of another type, in place: the bits of a new result."""
+    rows, n = 3, 2100
+    values = torch.randn(rows, n).to(dtype)
+    others = [torch.randn(rows, n).to(output_dtype) for _ in range(outputs)]
+    settings = step_settings(rows, outputs, noise, torch.tensor([True, False, True]))
+    expected = emulated.affine_step(library, values, others, settings)
+    unrounded = emulated.affine_step(library, values.float(), others, settings)
+    apart = [strided(other, offset, gap) for other in others]
+    for out in (strided(torch.zeros_like(values), offset, gap), None, *apart[: dtype == output_dtype]):
+        sample = strided(values, offset, gap)
+        result = sample if out is None else out
+        trajectory = strided(torch.zeros(rows, n, dtype=stored), offset, gap)
+        emulated.affine_step(library, sample, apart, settings, result, trajectory, resident=3)
+        assert torch.equal(result, expected) and torch.equal(trajectory, unrounded.to(stored))
+        for tensor in (result, trajectory):
+            beside = tensor.as_strided((rows, n + gap), tensor.stride(), tensor.storage_offset())[:, n:]
+            assert bool(beside.isnan().all()) and beside.numel() == rows * gap
+
+
+@pytest.mark.parametrize("columns", [[0], [2], [0, 1], [1, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize(("dtype", "other_dtype", "n", "offset"), STEP_CASES)
+def test_affine_step_backward(
+    library: ctypes.CDLL, dtype: torch.dtype, other_dtype: torch.dtype, n: int, offset: int, columns: list[int]
+) -> None:
+    rows, table = 3, torch.randn(3, 5)
+    dtypes = [dtype if column == 0 else other_dtype for column in columns]
+    values = torch.randn(rows, n).to(dtype)
+    grads = [at_offset(values, offset), strided(values, offset, 8), values[:1].expand_as(values), values[:, 0]]
+    for active in (torch.tensor([True, False, True]), None):
+        if active is not None:
+            table[1] = torch.nan  # of a row at rest: looked at by nobody
+        for grad in grads:
+            gradients = [at_offset(torch.full((rows, n), torch.nan, dtype=kind), offset) for kind in dtypes]
+            emulated.affine_step_backward(library, grad, gradients, columns, table, active, resident=2)
+            whole = grad.view(rows, -1).expand(rows, n)
+            expected = step_reference.backward(whole, table, active, columns, dtypes)  # one product, rounded alike
+            for one, two in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(one, two, rtol=0, atol=0)
+        table = torch.randn(3, 5)
 
 
 def test_noise_is_that_of_every_backend(library: ctypes.CDLL) -> None:
     """Its layout, and that it depends on neither the length of a row nor the batch."""
     sample, scale = torch.zeros(3, 5001), torch.ones(3)
     index = torch.tensor([5, 2**33 + 1, 5])
-    step = emulated.affine_step(library, sample, [], torch.ones(3, 1), None, scale, index, 123, 4)
+    step = emulated.affine_step(library, sample, [], (torch.ones(3, 1), None, scale, index, 123, 4))
     expected = philox.normal(123, 4, index, (5001,), torch.float64)
     assert (step.double() - expected).abs().max() < 40 * ROUNDING
     assert torch.equal(step[0], step[2])
-    shorter = emulated.affine_step(
-        library, sample[:1, :10].contiguous(), [], torch.ones(1, 1), None, scale[:1], index[:1], 123, 4
-    )
-    assert torch.equal(shorter[0], step[0, :10])
+    shorter = sample[:1, :10].contiguous()
+    alone = emulated.affine_step(library, shorter, [], (torch.ones(1, 1), None, scale[:1], index[:1], 123, 4))
+    assert torch.equal(alone[0], step[0, :10])
 
 
 def test_a_sample_at_rest_keeps_its_bits(library: ctypes.CDLL) -> None:
     bits = torch.tensor([0x7FC01234, -0x3FEDCC, 0x00000001, -0x80000000, 0x3F800000], dtype=torch.int64).to(torch.int32)
     sample = bits.repeat(2, 10).view(torch.float32)
-    still = emulated.affine_step(library, sample, [sample], torch.full((2, 2), torch.nan), torch.tensor([False, False]))
+    settings = (torch.full((2, 2), torch.nan), torch.tensor([False, False]), None, None, 0, 0)
+    still = emulated.affine_step(library, sample, [sample], settings)
     assert torch.equal(still.view(torch.int32), sample.view(torch.int32))

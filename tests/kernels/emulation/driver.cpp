@@ -78,27 +78,25 @@ void backward(const float* gradients[3], const void* policy, const void* target,
            [&](auto type) { launch(preference_loss_backward<decltype(type)>, a, sizes[4], sizes[5]); });
 }
 
-// sizes: rows, n, outputs, resident blocks, seed, offset; storage: sample, outputs. most: 1, 2 or 4 outputs, bound of the kernel.
-void affine_step(const void* sample, const void* const* outputs, const int* storage, const float* coefficients, const bool* active,
-                 const float* noise_scale, const int64_t* noise_index, const int64_t* sizes, void* result) {
-  StepArguments a{};
-  a.work = elementwise_work(sizes[0], sizes[1]);
-  a.sample = sample, a.result = result;
-  a.sample_storage = static_cast<Storage>(storage[0]);
-  a.outputs = static_cast<int>(sizes[2]);
-  bool same = true;
-  for (int j = 0; j < a.outputs; ++j) {
-    a.output[j] = outputs[j];
-    a.output_storage[j] = static_cast<Storage>(storage[1 + j]);
-    same = same && a.output_storage[j] == a.sample_storage;
-  }
+// sizes: rows, n, outputs, resident blocks, seed, offset, then the pitches of sample, result, trajectory and the outputs; storage:
+// sample, trajectory, outputs.
+void affine_step(void* sample, void* const* outputs, const int* storage, const float* coefficients, const bool* active,
+                 const float* noise_scale, const int64_t* noise_index, const int64_t* sizes, void* result, void* trajectory) {
+  StepLaunch launched{};
+  StepArguments& a = launched.step;
+  a.samples = sizes[0], a.n = sizes[1], a.outputs = static_cast<int>(sizes[2]);
+  launched.work = elementwise_work(a.samples, a.n);
+  a.sample = {static_cast<char*>(sample), sizes[6], static_cast<Storage>(storage[0])};
+  a.result = {static_cast<char*>(result), sizes[7], a.sample.storage};
+  a.trajectory = {static_cast<char*>(trajectory), sizes[8], static_cast<Storage>(storage[1])};
+  for (int j = 0; j < a.outputs; ++j) a.output[j] = {static_cast<char*>(outputs[j]), sizes[9 + j], static_cast<Storage>(storage[2 + j])};
   a.coefficients = coefficients, a.active = active, a.noise_scale = noise_scale, a.noise_index = noise_index;
   a.seed = static_cast<uint64_t>(sizes[4]), a.offset = static_cast<uint32_t>(sizes[5]);
-  for_type(same, a.sample_storage, [&](auto type) {
+  for_type(same_storage(a), a.sample.storage, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto most) {
       constexpr int kMost = decltype(most)::value;
-      launch(noise_scale != nullptr ? affine_step_kernel<T, kMost, true> : affine_step_kernel<T, kMost, false>, a, sizes[3], 0);
+      launch(noise_scale != nullptr ? affine_step_kernel<T, kMost, true> : affine_step_kernel<T, kMost, false>, launched, sizes[3], 0);
     };
     if (std::is_same<T, Any>::value || a.outputs > 2) {
       run(Constant<kMaxOutputs>());
@@ -108,6 +106,25 @@ void affine_step(const void* sample, const void* const* outputs, const int* stor
       run(Constant<1>());
     }
   });
+}
+
+// sizes: rows, n, gradients, columns of the table, resident blocks, pitch of grad, whether it has one number for each row, then the
+// column and the pitch of every gradient; storage: grad, gradients.
+void affine_step_backward(void* grad, void* const* gradients, const int* storage, const float* coefficients, const bool* active,
+                          const int64_t* sizes) {
+  StepBackwardLaunch launched{};
+  StepBackwardArguments& a = launched.step;
+  a.samples = sizes[0], a.n = sizes[1], a.gradients = static_cast<int>(sizes[2]), a.columns = static_cast<int>(sizes[3]);
+  launched.work = elementwise_work(a.samples, a.n);
+  a.grad = {static_cast<char*>(grad), sizes[5], static_cast<Storage>(storage[0])};
+  a.constant = sizes[6] != 0;
+  for (int k = 0; k < a.gradients; ++k) {
+    a.column[k] = static_cast<int>(sizes[7 + 2 * k]);
+    a.gradient[k] = {static_cast<char*>(gradients[k]), sizes[8 + 2 * k], static_cast<Storage>(storage[1 + k])};
+  }
+  a.coefficients = coefficients, a.active = active;
+  for_type(same_storage(a), a.grad.storage,
+           [&](auto type) { launch(affine_step_backward_kernel<decltype(type)>, launched, sizes[4], 0); });
 }
 
 // The elements that every thread block takes of a row: begin and end of each (span, rank), for tests of the arithmetic alone.
