@@ -7,6 +7,7 @@ is laid out channels first or last makes no difference to elementwise work and t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -37,6 +38,19 @@ def rows_of(tensor: Tensor, rows: int) -> Rows:
     n = tensor.numel() // rows
     unit = math.gcd(n, _WIDEST)
     return Rows(rows, n // unit, unit)
+
+
+def rows_apart(tensors: Sequence[Tensor]) -> Rows:
+    """The rows of tensors of one shape whose samples are dense and may lie apart; ``unit`` divides the distances too."""
+    samples = tensors[0].shape[0]
+    n = tensors[0].numel() // samples
+    unit = math.gcd(n, _WIDEST, *(pitch_of(tensor, n) for tensor in tensors))
+    return Rows(samples, n // unit, unit)
+
+
+def pitch_of(tensor: Tensor, n: int) -> int:
+    """Elements from the beginning of a sample to that of the next."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else n
 
 
 def wide_accesses(rows: Rows, *tensors: Tensor | None) -> bool:

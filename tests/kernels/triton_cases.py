@@ -302,6 +302,18 @@ class TestPhilox:
         assert torch.equal(together[1, :1003], alone[0])
 
 
+def strided(tensor: Tensor, apart: int) -> Tensor:
+    """The same values with ``apart`` elements, NaN, between the samples."""
+    n = tensor[0].numel()
+    room = torch.full((len(tensor), n + apart), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return room[:, :n].view(tensor.shape).copy_(tensor)
+
+
+def beside(tensor: Tensor, apart: int) -> Tensor:
+    """What lies between the samples."""
+    return tensor.as_strided((len(tensor), apart), (tensor.stride(0), 1), tensor[0].numel())
+
+
 class TestAffine:
     def step(self, *arguments: object) -> Tensor:
         ours = affine_kernels.forward(*arguments)
@@ -370,6 +382,60 @@ class TestAffine:
     def test_no_samples(self) -> None:
         empty = torch.empty(0, 4, 8, 8, device=DEVICE)
         assert affine_kernels.forward(empty, [empty], torch.empty(0, 2), None, None, None, 0, 0).shape == empty.shape
+
+
+class TestAffineMemoryAndGradients:
+    @pytest.mark.parametrize(
+        ("dtypes", "stored"),
+        [((F32, F32), None), ((F32, F32), BF16), ((BF16, BF16), F32), ((F16, F16), BF16), ((F16, F32), F16)],
+        ids=str,
+    )
+    @pytest.mark.parametrize(("shape", "apart"), [((7,), 3), ((3, 19, 32), 8), ((3, 5, 11), 8)], ids=str)
+    @pytest.mark.parametrize("noisy", [True, False])
+    def test_into_given_memory(
+        self,
+        shape: tuple[int, ...],
+        apart: int,
+        stored: torch.dtype | None,
+        dtypes: tuple[torch.dtype, ...],
+        noisy: bool,
+    ) -> None:
+        """Rows that lie apart, a trajectory of another type, in place: the bits of a new result."""
+        values, output = (torch.randn(3, *shape).to(DEVICE, dtype) for dtype in dtypes)
+        active = torch.tensor([True, False, True], device=DEVICE)
+        scale = torch.rand(3, device=DEVICE) if noisy else None
+        settings = (torch.randn(3, 2, device=DEVICE), active, scale, None, 5, 1)
+        expected = affine_kernels.forward(values, [output], *settings)
+        unrounded = affine_kernels.forward(values.float(), [output], *settings)
+        placed = strided(output, apart)
+        for out in (strided(torch.zeros_like(values), apart), None, placed if dtypes[0] == dtypes[1] else None):
+            sample = strided(values, apart)
+            result = sample if out is None else out
+            trajectory = None if stored is None else strided(torch.zeros_like(values, dtype=stored), apart)
+            returned = affine_kernels.forward(sample, [placed], *settings, result, trajectory)
+            assert returned is result and torch.equal(result, expected) and beside(result, apart).isnan().all()
+            if trajectory is not None:
+                assert torch.equal(trajectory, unrounded.to(stored)) and beside(trajectory, apart).isnan().all()
+
+    @pytest.mark.parametrize("columns", [[0], [1, 3], [0, 1, 2, 3, 4]], ids=str)
+    @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)], ids=str)
+    @pytest.mark.parametrize("shape", [(1,), (3, 5, 11), (3, 19, 32)], ids=str)
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_backward(
+        self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], columns: list[int], masked: bool
+    ) -> None:
+        """One product, rounded like that of the reference."""
+        values, table = torch.randn(3, *shape).to(DEVICE, dtypes[0]), torch.randn(3, 5, device=DEVICE)
+        active = torch.tensor([True, False, True], device=DEVICE) if masked else None
+        if masked:
+            table[1] = torch.nan
+        kinds = [dtypes[0] if column == 0 else dtypes[1] for column in columns]
+        for grad in (values, strided(values, 8), values[:1].expand_as(values), values.flatten(1)[:, 0]):
+            gradients = [torch.empty(3, *shape, dtype=kind, device=DEVICE) for kind in kinds]
+            affine_kernels.backward(grad, table, active, columns, gradients)
+            whole = grad if grad.shape == values.shape else grad.view(3, *[1] * len(shape)).expand_as(values)
+            expected = affine_reference.backward(whole, table, active, columns, kinds)
+            assert all(torch.equal(one, two) for one, two in zip(gradients, expected, strict=True))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU with 24 GB: the interpreter would take days")
