@@ -63,8 +63,8 @@ def percentiles(samples: Sequence[float]) -> Percentiles:
 def timed(task: Task, repetitions: int, device: torch.device) -> float:
     """Seconds that one call takes, from the host's clock or from CUDA events.
 
-    One more call goes before, off the clock: caches and freed memory are then as the task itself leaves them, and not as
-    whoever ran before did.
+    One more call goes before, off the clock: caches and freed memory are then as the task itself leaves them, not as
+    whoever ran before it did.
     """
     with task.context():
         first, *prepared = task.arguments(repetitions + 1)
