@@ -41,7 +41,7 @@ def rows_of(tensor: Tensor, rows: int) -> Rows:
 
 
 def rows_apart(tensors: Sequence[Tensor]) -> Rows:
-    """The rows of tensors of one shape whose samples are dense and may lie apart; ``unit`` divides the distances too."""
+    """The rows of tensors of one shape whose samples are dense, and may lie apart: ``unit`` divides their distances."""
     samples = tensors[0].shape[0]
     n = tensors[0].numel() // samples
     unit = math.gcd(n, _WIDEST, *(pitch_of(tensor, n) for tensor in tensors))

@@ -181,7 +181,7 @@ def test_backward(
 
 
 def strided(tensor: Tensor, offset: int, gap: int) -> Tensor:
-    """The same values ``offset`` elements after an aligned address, the rows ``gap`` elements apart; NaN around them."""
+    """The same values ``offset`` elements after an aligned address, rows ``gap`` elements apart; NaN around them."""
     rows, n = tensor.shape
     room = torch.full((offset + rows * (n + gap),), torch.nan, dtype=tensor.dtype)
     assert room.data_ptr() % 16 == 0

@@ -13,6 +13,7 @@ import torch
 
 import fastinvdpo
 from fastinvdpo import _native
+from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.kernels.cases import at_offset, check_gradient, check_loss, check_step, problem
 
@@ -84,3 +85,26 @@ def test_affine_step(dtypes: tuple[torch.dtype, ...], count: int) -> None:
         with fastinvdpo.use_backend("native"):
             found = fastinvdpo.affine_step(sample, outputs, coefficients, **options)
         check_step(sample, outputs, (coefficients, *options.values()), found)
+        with fastinvdpo.use_backend("native"):
+            stored = at_offset(torch.empty(rows, n, dtype=dtypes[1]), (number + 2) % 9)
+            wide = fastinvdpo.affine_step(sample.float(), outputs, coefficients, **options)
+            fastinvdpo.affine_step(sample, outputs, coefficients, **options, out=sample, trajectory=stored)
+        assert torch.equal(sample, found) and torch.equal(stored, wide.to(dtypes[1]))
+
+
+@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(dtype)[6:] for dtype in mix))
+def test_affine_step_backward(dtypes: tuple[torch.dtype, ...]) -> None:
+    """One product, rounded like that of the reference."""
+    for number, n in enumerate(LENGTHS if len(set(dtypes)) == 1 else LENGTHS[MIXES.index(dtypes) % 9 :: 9]):
+        rows = 1 + number % 3
+        leaves = [torch.zeros(rows, n, dtype=dtypes[i % 3], requires_grad=True) for i in range(1 + number % 5)]
+        coefficients, active = torch.randn(rows, len(leaves)), None if number % 2 else torch.arange(rows) % 2 == 0
+        grad = at_offset(torch.randn(rows, n).to(dtypes[0]), number % 9)
+        if number % 4 == 3:
+            grad = grad[:, :1].expand(rows, n)
+        with fastinvdpo.use_backend("native"):
+            result = fastinvdpo.affine_step(leaves[0], leaves[1:], coefficients, active=active)
+            found = torch.autograd.grad(result, leaves, grad)
+        columns, kinds = list(range(len(leaves))), [leaf.dtype for leaf in leaves]
+        expected = step_reference.backward(grad, coefficients, active, columns, kinds)
+        assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in zip(found, expected, strict=True))

@@ -10,7 +10,7 @@ import fastinvdpo
 from fastinvdpo import _native
 from fastinvdpo.ops import layout, philox
 from fastinvdpo.ops.affine_step import op
-from fastinvdpo.ops.affine_step.op import affine_step_op, affine_step_out_op
+from fastinvdpo.ops.affine_step.op import affine_step_op
 
 BACKENDS = [
     "reference",
@@ -217,17 +217,6 @@ def test_a_saved_tensor_that_was_stepped_in_place_is_noticed() -> None:
         product.sum().backward()
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("stored", [None, torch.bfloat16])
-def test_opcheck_into_given_memory(in_place: bool, stored: torch.dtype | None) -> None:
-    sample, outputs, table = inputs(2, dtype=torch.float32)
-    out = sample if in_place else torch.empty_like(sample)
-    trajectory = None if stored is None else torch.empty(5, 2, 3, 4, 4, dtype=stored)[:, 1]
-    active, index = torch.tensor([True, False, True, True, False]), torch.arange(5)
-    arguments = (sample, outputs, table.float(), active, torch.rand(5), index, 3, 4, out, trajectory)
-    torch.library.opcheck(affine_step_out_op.default, arguments)
-
-
 def test_steps_into_given_memory_compile_without_graph_break() -> None:
     values, outputs, table = inputs(1, dtype=torch.float32)
 
@@ -314,14 +303,6 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.
             fastinvdpo.affine_step(leaves[0], leaves[1:], table.float()).sum().backward()
             assert asked.pop() == (wanted, [leaves[i].dtype for i in wanted]) and not asked
             assert [leaf.grad is not None for leaf in leaves] == [i in wanted for i in range(4)]
-
-
-@pytest.mark.parametrize("grad", ["contiguous", "one number"])
-def test_opcheck_of_the_backward(grad: str) -> None:
-    sample, _, table = inputs(2, dtype=torch.float32)
-    active = torch.tensor([True, False, True, True, False])
-    arguments = (GRADS[grad](sample), table.float(), active, [0, 2], ["float32", "bfloat16"])
-    torch.library.opcheck(torch.ops.fastinvdpo.affine_step_backward.default, arguments)
 
 
 def test_a_training_step_compiles_without_graph_break() -> None:

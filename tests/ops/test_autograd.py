@@ -47,7 +47,21 @@ def test_opcheck_of_the_backward_of_affine_step(place: Place, active: bool) -> N
     grad, table = torch.randn(3, 4, 5, device=place.device), torch.randn(3, 3, device=place.device)
     mask = torch.tensor([True, False, True], device=place.device) if active else None
     with fastinvdpo.use_backend(place.backend):
-        torch.library.opcheck(torch.ops.fastinvdpo.affine_step_backward.default, (grad, table, mask))
+        for given in (grad, grad[:1].expand_as(grad), grad[:1, :1, :1].expand_as(grad)):
+            arguments = (given, table, mask, [0, 2], ["float32", "bfloat16"])
+            torch.library.opcheck(torch.ops.fastinvdpo.affine_step_backward.default, arguments)
+
+
+@everywhere
+@pytest.mark.parametrize("in_place", [True, False])
+def test_opcheck_of_affine_step_into_given_memory(place: Place, in_place: bool) -> None:
+    sample, output = torch.randn(2, 3, 4, 5, device=place.device)
+    table, mask = torch.randn(3, 2, device=place.device), torch.tensor([True, False, True], device=place.device)
+    trajectory = torch.zeros(3, 2, 4, 5, dtype=torch.bfloat16, device=place.device)[:, 1]
+    into = (sample, None) if in_place else (torch.zeros_like(sample), trajectory)
+    with fastinvdpo.use_backend(place.backend):
+        arguments = (sample, [output], table, mask, None, None, 0, 0, *into)
+        torch.library.opcheck(torch.ops.fastinvdpo.affine_step_out.default, arguments)
 
 
 @everywhere

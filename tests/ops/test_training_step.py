@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 import fastinvdpo
@@ -83,7 +84,8 @@ def test_a_step_compiled_by_inductor(place: Place) -> None:
     step = step_on(place.device)
     torch._dynamo.reset()
     compiled = torch.compile(step.loss, fullgraph=True)
-    with fastinvdpo.use_backend(place.backend):
+    # PyTorch's cache on disk knows nothing of the ops' backwards: it would bring back what another checkout compiled.
+    with fastinvdpo.use_backend(place.backend), torch._inductor.config.patch(force_disable_caches=True):
         loss = compiled(step.latents, step.table)
         loss.backward()
     expected, gradients = in_float64(step)

@@ -142,9 +142,10 @@ def _backward(
     return _BACKWARD[backend](grad, coefficients, active, columns, wanted)
 
 
-def _by_reference(*arguments: Any) -> list[Tensor]:
-    *tensors, columns, dtypes = arguments
-    return _reference.backward(*tensors, columns, [getattr(torch, name) for name in dtypes])
+def _by_reference(
+    grad: Tensor, coefficients: Tensor, active: Tensor | None, columns: list[int], dtypes: list[str]
+) -> list[Tensor]:
+    return _reference.backward(grad, coefficients, active, columns, [getattr(torch, name) for name in dtypes])
 
 
 @torch.library.register_fake("fastinvdpo::affine_step", lib=_library)
@@ -177,7 +178,8 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dtypes = [ctx.dtypes[column] for column in columns]
     # With create_graph=True they may be differentiated again: the reference's can be, as plain PyTorch.
     backward = _by_reference if torch.is_grad_enabled() else torch.ops.fastinvdpo.affine_step_backward
-    made = iter(backward(grad, *ctx.saved_tensors, columns, dtypes))
+    coefficients, active = ctx.saved_tensors
+    made = iter(backward(grad, coefficients, active, columns, dtypes))
     grad_sample, *grad_outputs = (next(made) if need else None for need in needed)
     return grad_sample, grad_outputs, None, None, None, None, None, None
 
