@@ -8,11 +8,12 @@ ENVIRONMENT ?= any
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help demo test test-gpu check bench
+.PHONY: help demo test test-sanitized test-gpu check bench
 
 help:
 	@echo "make demo      align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
 	@echo "make test      the test suite: JOBS=2 ARGS='-k schedule'"
+	@echo "make test-sanitized  the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-gpu  what only a GPU can check: ARGS=--no-sanitizer"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     time the ops beside plain PyTorch: ARGS='--quick --filter sdxl'"
@@ -42,6 +43,9 @@ demo: $(READY)
 # One thread for each test process: two processes with all threads each would fight for the cores.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(ARGS)
+
+test-sanitized: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) tests/kernels/sanitized.py $(ARGS)
 
 # Fails without a GPU, and where a part could not be run.
 test-gpu: $(READY)

@@ -1,4 +1,7 @@
-"""The C++ kernels for the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, with every instruction set."""
+"""The C++ kernels for the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, with every instruction set.
+
+``make test-sanitized`` runs this file, by name: it takes minutes.
+"""
 
 from __future__ import annotations
 
