@@ -107,7 +107,13 @@ def cases() -> Iterator[Case]:
                 yield step_case(affine, (dtype,) * (count + 1), small, noisy)
         yield step_case(affine, (dtype,) * 2, odd, True)
         yield step_case(affine, (dtype,) * 5, huge, True)
+        yield step_into_case(affine, (dtype,) * 3, small, torch.float32 if dtype == bf16 else bf16)
+        yield step_backward_case(affine, dtype, (dtype,) * 5, small)
+        yield step_backward_case(affine, dtype, (dtype,) * 2, odd)
+        yield step_backward_case(affine, dtype, (dtype,) * 3, huge)
+        yield step_backward_case(affine, dtype, (dtype,) * 3, small, constant=True)
     yield step_case(affine, (bf16, f32, bf16), small, False)
+    yield step_backward_case(affine, bf16, (bf16, f32), small)
     for utility, smoothing in utilities[1:]:
         yield forward_case(loss, (bf16,) * 3, small, utility=utility, smoothing=smoothing)
         yield backward_case(loss, (bf16,) * 2, small, utility=utility, smoothing=smoothing)
@@ -163,6 +169,44 @@ def step_case(module: ModuleType, dtypes: tuple[torch.dtype, ...], shape: tuple[
         lambda: module.forward(tensors[0], tensors[1:], table, active, *noise, 2**40, 1),
         tensors,
         tensors[:1],
+        aligned(shape, None),
+    )
+
+
+def step_into_case(
+    module: ModuleType, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], stored: torch.dtype
+) -> Case:
+    """In place, the samples apart, with a trajectory of another dtype."""
+    tensors = [torch.empty(4, 2, *shape, dtype=dtype)[:, 1] for dtype in dtypes]
+    trajectory = torch.empty(4, 80, *shape, dtype=stored)[:, 7]
+    settings = (torch.empty(4, len(dtypes)), torch.ones(4, dtype=torch.bool), None, None, 0, 0)
+    name = describe(f"affine_step in place, {NAMES[stored]} trajectory", dtypes, shape, None)
+    return Case(
+        name,
+        lambda: module.forward(tensors[0], tensors[1:], *settings, tensors[0], trajectory),
+        tensors,
+        [tensors[0], trajectory],
+        aligned(shape, None),
+    )
+
+
+def step_backward_case(
+    module: ModuleType,
+    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    constant: bool = False,
+) -> Case:
+    """``dtypes``: of the gradients."""
+    grad = torch.empty(4, dtype=dtype) if constant else torch.empty(4, *shape, dtype=dtype)
+    gradients = [torch.empty(4, *shape, dtype=kind) for kind in dtypes]
+    table, active = torch.empty(4, len(dtypes)), torch.ones(4, dtype=torch.bool)
+    name = describe(f"affine_step_backward{' of one number a sample' if constant else ''}", dtypes, shape, None)
+    return Case(
+        name,
+        lambda: module.backward(grad, table, active, list(range(len(dtypes))), gradients),
+        [] if constant else [grad],
+        gradients,
         aligned(shape, None),
     )
 

@@ -63,13 +63,16 @@ void step_out(Tensor sample, std::vector<Tensor> outputs, Tensor coefficients, s
 Tensor step(Tensor sample, std::vector<Tensor> outputs, Tensor coefficients, std::optional<Tensor> active,
             std::optional<Tensor> noise_scale, std::optional<Tensor> noise_index, int64_t seed, int64_t offset) {
   Tensor result = torch::stable::empty_like(sample);
+  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * bytes_of(storage_of(sample, "sample")));
   step_out(sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset, result, std::nullopt);
   return result;
 }
 
 void step_backward(Tensor grad, Tensor coefficients, std::optional<Tensor> active, std::vector<int64_t> columns,
                    std::vector<Tensor> gradients) {
-  for_chunks(step_backward_arguments(grad, coefficients, active, columns, gradients), FID_FOR_THIS_CPU(step_backward_chunk));
+  const StepBackwardArguments a = step_backward_arguments(grad, coefficients, active, columns, gradients);
+  for (int k = 0; k < a.gradients; ++k) prefer_huge_pages(a.gradient[k].data, a.samples * a.n * bytes_of(a.gradient[k].storage));
+  for_chunks(a, FID_FOR_THIS_CPU(step_backward_chunk));
 }
 
 }  // namespace

@@ -285,21 +285,25 @@ class InversionDPO:
     def reference_trajectory(
         self, reference: Network, latents: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
     ) -> Tensor:
-        """The chain of ``latents`` ``(n, …)`` as the objective needs it: ``(n, N, …)``; for ``step`` ``(n, 2N, …)``,
-        latents, then targets.
+        """The chain of ``latents`` ``(n, …)`` as the objective needs it, in their dtype: ``(n, N, …)``; for ``step``
+        ``(n, 2N, …)``, latents, then targets.
         """
         prompt = Prompt(conditioning, unconditional, self.guidance_scale)
         plan = plan_grid(self.schedule, latents.shape[0], self.num_inference_steps)
         settings = InversionSettings(model_time=self.model_time)
-        states, targets = [], []
-        for position, step in enumerate(inversion_steps(reference, self.schedule, latents, plan, prompt, settings)):
-            states.append(step.source if self.scores_distance else step.latents)
+        count = self.num_inference_steps
+        chain = latents.new_empty(len(latents), 2 * count if self.variant == "step" else count, *latents.shape[1:])
+        visited = None if self.scores_distance else chain[:, :count]
+        walk = inversion_steps(reference, self.schedule, latents, plan, prompt, settings, trajectory=visited)
+        for position, step in enumerate(walk):
+            if self.scores_distance:
+                chain[:, position] = step.source
             if self.variant == "step":
                 used = weighted_sum(step.outputs, step.weights)
                 source, level = plan.source[:, position], plan.target[:, position]
                 clean, noise = predicted_clean_and_noise(self.schedule, step.source, used, source)
-                targets.append(prediction_target(self.schedule, clean, noise, level))
-        return torch.stack(states + targets, dim=1)
+                chain[:, count + position] = prediction_target(self.schedule, clean, noise, level)
+        return chain
 
     def __call__(
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()

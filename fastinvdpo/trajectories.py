@@ -212,12 +212,14 @@ def inversion_steps(
     *,
     noise_index: Tensor | None = None,
     noise: Tensor | None = None,
+    trajectory: Tensor | None = None,
 ) -> Iterator[InversionStep]:
     """Walk ``clean`` latents ``(n, …)`` along ``plan``, one :class:`InversionStep` at a time, without gradient.
 
     Args:
         noise_index: int64 ``(n,)``, the noise stream of each sample when ``eta > 0`` (position in the batch when None).
         noise: ``(S, n, …)``, the normal numbers to use instead of the counter-based ones.
+        trajectory: ``(n, S, …)`` in the dtype of ``clean``, receives the latents of the whole batch after every step.
     """
     device, latents = clean.device, clean
     scale_out, scale_in = affine_coefficients(schedule, plan.source, plan.target)
@@ -234,25 +236,30 @@ def inversion_steps(
         everyone = rows.numel() == clean.shape[0]
         source = latents if everyone else latents[rows_on_device]
         a, b = scale_out[rows, step], scale_in[rows, step]
+        # The step stores what it computes, where that is the latents of the whole batch.
+        stored = trajectory[:, step] if trajectory is not None and everyone and not settings.eta else None
         target = source
         outputs: list[Tensor] = []
         for iteration in range(1, settings.renoise_iterations + 2):
             predictions, guidance = evaluate(network, target, times[rows_on_device, step], active)
             outputs = outputs + predictions
             weights = [weight / iteration for weight in guidance] * iteration
-            target = _step(source, outputs, weights, a, b)
+            target = _step(source, outputs, weights, a, b, stored if iteration > settings.renoise_iterations else None)
         if settings.eta:
-            target = _add_step_noise(
-                target, noise_scale[rows, step], settings, step, noise_index[rows_on_device], noise, rows
-            )
+            _add_step_noise(target, noise_scale[rows, step], settings, step, noise_index[rows_on_device], noise, rows)
         latents = target if everyone else latents.index_copy(0, rows_on_device, target)
+        if trajectory is not None and stored is None:
+            trajectory[:, step] = latents
         yield InversionStep(latents, rows, source, outputs, weights)
 
 
-def _step(source: Tensor, outputs: list[Tensor], weights: list[float], a: Tensor, b: Tensor) -> Tensor:
+def _step(
+    source: Tensor, outputs: list[Tensor], weights: list[float], a: Tensor, b: Tensor, stored: Tensor | None
+) -> Tensor:
     if len(outputs) > MAX_OUTPUTS:
         outputs, weights = [weighted_sum(outputs, weights)], [1.0]
-    return affine_step(source, outputs, stack_coefficients(source, a, *(b * weight for weight in weights)))
+    table = stack_coefficients(source, a, *(b * weight for weight in weights))
+    return affine_step(source, outputs, table, trajectory=stored)
 
 
 def _add_step_noise(
@@ -263,12 +270,14 @@ def _add_step_noise(
     noise_index: Tensor,
     noise: Tensor | None,
     rows: Tensor,
-) -> Tensor:
+) -> None:
+    """To ``latents`` where they are: nobody has seen them yet."""
     one = torch.ones_like(scale)
     if noise is not None:
         given = noise[step, rows.to(noise.device)].to(latents.device)
-        return affine_step(latents, [given], stack_coefficients(latents, one, scale))
-    return affine_step(
+        affine_step(latents, [given], stack_coefficients(latents, one, scale), out=latents)
+        return
+    affine_step(
         latents,
         [],
         stack_coefficients(latents, one),
@@ -276,6 +285,7 @@ def _add_step_noise(
         noise_index=noise_index,
         seed=settings.seed,
         offset=settings.noise_offset + step,
+        out=latents,
     )
 
 

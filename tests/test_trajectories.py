@@ -158,6 +158,27 @@ def test_renoise_averages_all_predictions() -> None:
     torch.testing.assert_close(first.latents, x)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("renoise", [0, 2])
+@pytest.mark.parametrize("levels", [[700, 700], [10, 700]])
+def test_a_trajectory_holds_the_latents_after_every_step(levels: list[int], renoise: int, eta: float) -> None:
+    latents, prompt = batch(2)
+    latents, before = latents.float(), latents.float()
+    plan = plan_inversion(SCHEDULE, torch.tensor(levels), 4)
+    settings = InversionSettings(eta=eta, renoise_iterations=renoise, seed=3)
+    kept = torch.full((2, plan.target.shape[1] + 1, *latents.shape[1:]), torch.nan)
+    arguments = (toy_network(), SCHEDULE, latents, plan, prompt, settings)
+    plain = list(inversion_steps(*arguments))
+    walked = list(inversion_steps(*arguments, trajectory=kept[:, 1:]))
+    assert torch.equal(kept[:, 1:], torch.stack([step.latents for step in plain], dim=1)) and kept[:, 0].isnan().all()
+    # Whatever was yielded stays as it was.
+    assert torch.equal(latents, before)
+    for one, two in zip(plain, walked, strict=True):
+        assert torch.equal(one.latents, two.latents) and torch.equal(one.source, two.source)
+    for earlier, later in zip(walked, walked[1:], strict=False):
+        assert torch.equal(later.source, earlier.latents[later.rows])
+
+
 def test_step_noise_has_the_variance_of_the_interval_it_crossed() -> None:
     clean = torch.zeros(2, 4, 32, 32, dtype=torch.float64)
     told = Prompt({"prompt": torch.zeros(2)})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.ops import philox
+from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.kernels.cases import (
     ROUNDING,
@@ -127,6 +128,44 @@ def test_affine_step(
     extra = (torch.rand(rows, device="cuda"), torch.arange(rows, device="cuda") % 2 + 2**40) if noise else (None, None)
     settings = (torch.randn(rows, 1 + outputs, device="cuda"), active, *extra, 2**62 + 11, 2**32 - 1)
     check_step(sample, others, settings, torch.ops.fastinvdpo_native.affine_step(sample, others, *settings))
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [0, 2, 4])
+@pytest.mark.parametrize(("n", "gap"), [(16384, 0), (16384, 16384), (4107, 3)])
+def test_affine_step_in_place_with_a_trajectory(
+    n: int, gap: int, outputs: int, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    """The bits of a new result, and the trajectory rounded once; nothing is written between the rows."""
+    rows = 5
+    values = torch.randn(rows, n, device="cuda").to(dtype)
+    sample = torch.empty(rows, n + gap, dtype=dtype, device="cuda")[:, :n].copy_(values)
+    others = [torch.randn(rows, n, device="cuda").to(dtype) for _ in range(outputs)]
+    active = torch.tensor([True, False, True, True, False], device="cuda")
+    settings = (torch.randn(rows, 1 + outputs, device="cuda"), active, torch.rand(rows, device="cuda"), None, 3, 1)
+    expected = torch.ops.fastinvdpo_native.affine_step(values, others, *settings)
+    room = torch.full((rows, n + gap), torch.nan, dtype=stored, device="cuda")
+    torch.ops.fastinvdpo_native.affine_step_out(sample, others, *settings, sample, room[:, :n])
+    assert torch.equal(sample, expected)
+    check_step(values, others, settings, room[:, :n])
+    assert room[:, n:].isnan().all()
+
+
+@pytest.mark.parametrize("dtypes", [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("n", [1, 4107, 16384, 1_000_003])
+def test_affine_step_backward(n: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """One product, rounded like that of the reference."""
+    rows, columns = 3, [0, 2, 3]
+    table = torch.randn(rows, 5, device="cuda")
+    values, kinds = torch.randn(rows, n, device="cuda").to(dtypes[0]), [dtypes[0], dtypes[1], dtypes[1]]
+    for active in (None, torch.tensor([True, False, True], device="cuda")):
+        for grad in (values, values[:1].expand_as(values), values[:, 0]):
+            gradients = [torch.full((rows, n), torch.nan, dtype=kind, device="cuda") for kind in kinds]
+            torch.ops.fastinvdpo_native.affine_step_backward(grad, table, active, columns, gradients)
+            whole = grad.view(rows, -1).expand(rows, n)
+            expected = step_reference.backward(whole, table, active, columns, kinds)
+            assert all(torch.equal(one, two) for one, two in zip(gradients, expected, strict=True))
 
 
 def test_noise_is_that_of_every_backend() -> None:

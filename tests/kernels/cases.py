@@ -109,7 +109,7 @@ def check_gradient(p: Problem, gradients: Sequence[Tensor | None], margin: Tenso
 
 
 def check_step(sample: Tensor, outputs: Sequence[Tensor], settings: Sequence[Any], found: Tensor) -> None:
-    """``settings``: the arguments of affine_step from ``coefficients`` on."""
+    """``settings``: the arguments of affine_step from ``coefficients`` on; ``found``: the result, or the trajectory."""
     coefficients, active, noise_scale, *key = settings
     wide = [output.double() for output in outputs]
     expected = step_reference.forward(sample.double(), wide, *settings)
@@ -120,7 +120,7 @@ def check_step(sample: Tensor, outputs: Sequence[Tensor], settings: Sequence[Any
     allowed = 8 * ROUNDING * terms + 0.5 * torch.finfo(found.dtype).eps * expected.abs()
     assert ((found.double() - expected).abs() <= allowed + torch.finfo(torch.float16).tiny).all()
     if active is not None:
-        assert torch.equal(found[~active], sample[~active])
+        assert torch.equal(found[~active], sample[~active].to(found.dtype))
 
 
 def _wide(tensor: Tensor | None) -> Tensor | None:
