@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -175,7 +177,7 @@ def test_a_trajectory_holds_the_latents_after_every_step(levels: list[int], reno
     assert torch.equal(latents, before)
     for one, two in zip(plain, walked, strict=True):
         assert torch.equal(one.latents, two.latents) and torch.equal(one.source, two.source)
-    for earlier, later in zip(walked, walked[1:], strict=False):
+    for earlier, later in itertools.pairwise(walked):
         assert torch.equal(later.source, earlier.latents[later.rows])
 
 
