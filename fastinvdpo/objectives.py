@@ -163,13 +163,16 @@ def inpo(
     num_inference_steps: int = 10,
     eta: float = 0.1,
     model_time: str = "destination",
+    static_shapes: bool = False,
     compat: str | None = None,
     **preference: Any,
 ) -> SingleTimestepObjective:
     """DDIM-InPO (arXiv 2503.18454): the policy inverts each latent to the pair's timestep, with a little noise per
-    step.
+    step. ``static_shapes``: see :class:`~fastinvdpo.trajectories.InversionSettings`.
     """
-    settings = InversionSettings(eta=eta, model_time=model_time, noise_offset=STREAM_INVERSION)
+    settings = InversionSettings(
+        eta=eta, model_time=model_time, noise_offset=STREAM_INVERSION, static_shapes=static_shapes
+    )
     trajectory = _inversion(schedule, num_inference_steps, settings, compat)
     return SingleTimestepObjective(schedule, _preference(2000.0, preference), trajectory)
 
@@ -182,13 +185,16 @@ def smpo(
     preference_scale: float = 10.0,
     score_range: float = PICKSCORE_RANGE,
     model_time: str = "destination",
+    static_shapes: bool = False,
     compat: str | None = None,
     **preference: Any,
 ) -> SingleTimestepObjective:
     """SmPO-Diffusion (arXiv 2506.02698): the policy inverts with ReNoise; pairs weigh by the strength of their
-    preference.
+    preference. ``static_shapes``: see :class:`~fastinvdpo.trajectories.InversionSettings`.
     """
-    settings = InversionSettings(renoise_iterations=renoise_iterations, model_time=model_time)
+    settings = InversionSettings(
+        renoise_iterations=renoise_iterations, model_time=model_time, static_shapes=static_shapes
+    )
     trajectory = _inversion(schedule, num_inference_steps, settings, compat)
 
     def pair_weight(batch: PairBatch) -> Tensor:

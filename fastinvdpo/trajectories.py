@@ -2,8 +2,8 @@
 their own.
 
 An inversion follows an :class:`InversionPlan`, the levels each sample visits. Plans live on the host, so walking one
-never waits for the device; samples that have arrived leave the batch, so each costs exactly its own number of network
-evaluations.
+never waits for the device. The samples with the longest way go first in the batch, so those still on their way are its
+front: samples that have arrived leave it by slicing, and each costs exactly its own number of network evaluations.
 """
 
 from __future__ import annotations
@@ -60,6 +60,21 @@ class Prompt:
         unconditional = None if self.unconditional is None else pick(self.unconditional)
         return Prompt(pick(self.conditional), unconditional, self.guidance_scale)
 
+    def first(self, count: int) -> Prompt:
+        """The prompt of the first ``count`` samples, without copying anything."""
+
+        def cut(conditioning: Conditioning) -> Conditioning:
+            return {name: tensor[:count] for name, tensor in conditioning.items()}
+
+        unconditional = None if self.unconditional is None else cut(self.unconditional)
+        return Prompt(cut(self.conditional), unconditional, self.guidance_scale)
+
+    @property
+    def weights(self) -> list[float]:
+        """What each network output of :func:`evaluate` counts in the guided prediction."""
+        guided = self.guidance_scale != 1 and self.unconditional is not None
+        return [1.0 - self.guidance_scale, self.guidance_scale] if guided else [1.0]
+
     def repeat_interleave(self, repeats: int) -> Prompt:
         """The prompt of a batch in which every sample occurs ``repeats`` times in a row."""
         count = next(iter(self.conditional.values())).shape[0]
@@ -70,11 +85,11 @@ def evaluate(network: Network, latents: Tensor, timesteps: Tensor, prompt: Promp
     """Ask the network once for everything a guided prediction needs: ``(outputs, weights)`` with ``ε = Σ_j
     weights_j·outputs_j``.
     """
-    if prompt.guidance_scale == 1 or prompt.unconditional is None:
+    if prompt.unconditional is None or len(prompt.weights) == 1:
         return [network(latents, timesteps, prompt.conditional)], [1.0]
     both = {name: torch.cat([prompt.unconditional[name], prompt.conditional[name]]) for name in prompt.conditional}
     prediction = network(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
-    return list(prediction.chunk(2)), [1.0 - prompt.guidance_scale, prompt.guidance_scale]
+    return list(prediction.chunk(2)), prompt.weights
 
 
 def weighted_sum(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -111,6 +126,10 @@ class InversionPlan:
     steps: Tensor
     noise_lower: Tensor
     noise_upper: Tensor
+
+    def select(self, rows: Tensor) -> InversionPlan:
+        """The plan of some samples: ``rows`` is an int64 index into the batch, on the host."""
+        return InversionPlan(*(table[rows] for table in vars(self).values()))
 
 
 def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
@@ -158,7 +177,8 @@ class InversionStep(NamedTuple):
 
     Attributes:
         latents: ``(n, …)``, the whole batch after the step; samples that had arrived before are unchanged.
-        rows: int64 ``(m,)`` on the host, the samples that made the step.
+        rows: int64 ``(m,)`` on the host, the samples the network was asked about: those that made the step, longest way
+            first, or all of them with ``static_shapes``.
         source: ``(m, …)``, their latents before it.
         outputs, weights: the step used the prediction ``Σ_j weights_j·outputs_j`` ``(m, …)``.
     """
@@ -182,6 +202,9 @@ class InversionSettings:
         model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its
             "source".
         seed, noise_offset: the key of the noise; step ``j`` draws with offset ``noise_offset + j``.
+        static_shapes: ask the network about the whole batch in every step and discard what samples that have arrived
+            get, so that all calls have one shape, as CUDA graphs and ``torch.compile`` want it. The results are the
+            same; a batch costs its size times the longest way, not the sum of the ways.
     """
 
     eta: float = 0.0
@@ -189,6 +212,7 @@ class InversionSettings:
     model_time: str = "destination"
     seed: int = 0
     noise_offset: int = 0
+    static_shapes: bool = False
 
     def __post_init__(self) -> None:
         if self.model_time not in MODEL_TIMES:
@@ -221,45 +245,95 @@ def inversion_steps(
         noise: ``(S, n, …)``, the normal numbers to use instead of the counter-based ones.
         trajectory: ``(n, S, …)`` in the dtype of ``clean``, receives the latents of the whole batch after every step.
     """
-    device, latents = clean.device, clean
-    scale_out, scale_in = affine_coefficients(schedule, plan.source, plan.target)
-    noise_scale = settings.eta * ancestral_variance(schedule, plan.noise_lower, plan.noise_upper).sqrt()
-    times = (plan.target if settings.model_time == "destination" else plan.source.clamp(min=0)).to(device)
     if noise_index is None:
-        noise_index = torch.arange(clean.shape[0], device=device)
-    rows = torch.arange(clean.shape[0])
-    for step in range(plan.target.shape[1]):
-        running = (plan.steps > step).nonzero().squeeze(1)
-        if running.numel() != rows.numel() or step == 0:
-            rows, active = running, prompt if running.numel() == clean.shape[0] else prompt.select(running)
-            rows_on_device = rows.to(device)
-        everyone = rows.numel() == clean.shape[0]
-        source = latents if everyone else latents[rows_on_device]
-        a, b = scale_out[rows, step], scale_in[rows, step]
+        noise_index = torch.arange(clean.shape[0], device=clean.device)
+    order = None if settings.static_shapes else _longest_first(plan)
+    if order is not None:
+        back = torch.argsort(order).to(clean.device)
+        given = _reorder(order, clean, plan, prompt, noise_index, noise)
+        for number, step in enumerate(_walk(network, schedule, *given[:3], settings, *given[3:])):
+            latents = step.latents[back]
+            if trajectory is not None:
+                trajectory[:, number] = latents
+            yield step._replace(latents=latents, rows=order[step.rows])
+    else:
+        yield from _walk(network, schedule, clean, plan, prompt, settings, noise_index, noise, trajectory)
+
+
+def _longest_first(plan: InversionPlan) -> Tensor | None:
+    """The order in which the samples that are still on their way are always the first; None: they are as they stand."""
+    if bool((plan.steps.diff() <= 0).all()):
+        return None
+    return torch.argsort(plan.steps, descending=True, stable=True)
+
+
+def _reorder(
+    order: Tensor, clean: Tensor, plan: InversionPlan, prompt: Prompt, noise_index: Tensor, noise: Tensor | None
+) -> tuple[Tensor, InversionPlan, Prompt, Tensor, Tensor | None]:
+    rows = order.to(clean.device)
+    noise = None if noise is None else noise[:, order.to(noise.device)]
+    return clean[rows], plan.select(order), prompt.select(order), noise_index[order.to(noise_index.device)], noise
+
+
+def _walk(
+    network: Network,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    plan: InversionPlan,
+    prompt: Prompt,
+    settings: InversionSettings,
+    noise_index: Tensor,
+    noise: Tensor | None,
+    trajectory: Tensor | None = None,
+) -> Iterator[InversionStep]:
+    """The steps of a batch in which nobody's way is longer than their predecessor's, or with ``static_shapes``."""
+    device, samples = latents.device, latents.shape[0]
+    # All tables reach the device before the first step, and no step needs the host.
+    tables = _step_tables(schedule, plan, prompt, settings, latents)
+    noise_scale = settings.eta * ancestral_variance(schedule, plan.noise_lower, plan.noise_upper).sqrt()
+    noise_table = stack_coefficients(latents, noise_scale.T.flatten()).view(noise_scale.T.shape)
+    times = (plan.target if settings.model_time == "destination" else plan.source.clamp(min=0)).T.contiguous()
+    times = times.to(device)
+    moving = plan.steps > torch.arange(plan.target.shape[1]).unsqueeze(1)
+    counts, mask = moving.sum(1).tolist(), moving.to(device) if settings.static_shapes else None
+    for step, count in enumerate(counts):
+        m = samples if settings.static_shapes else count
+        active = None if mask is None or count == samples else mask[step]
+        told = prompt.first(m)
+        source = target = latents[:m]
         # The step stores what it computes, where that is the latents of the whole batch.
-        stored = trajectory[:, step] if trajectory is not None and everyone and not settings.eta else None
-        target = source
+        stored = trajectory[:, step] if trajectory is not None and m == samples and not settings.eta else None
         outputs: list[Tensor] = []
-        for iteration in range(1, settings.renoise_iterations + 2):
-            predictions, guidance = evaluate(network, target, times[rows_on_device, step], active)
+        for iteration, table in enumerate(tables, start=1):
+            predictions, guidance = evaluate(network, target, times[step, :m], told)
             outputs = outputs + predictions
             weights = [weight / iteration for weight in guidance] * iteration
-            target = _step(source, outputs, weights, a, b, stored if iteration > settings.renoise_iterations else None)
+            used = outputs if len(outputs) <= MAX_OUTPUTS else [weighted_sum(outputs, weights)]
+            last = iteration == len(tables)
+            target = affine_step(source, used, table[step, :m], active=active, trajectory=stored if last else None)
         if settings.eta:
-            _add_step_noise(target, noise_scale[rows, step], settings, step, noise_index[rows_on_device], noise, rows)
-        latents = target if everyone else latents.index_copy(0, rows_on_device, target)
+            given = None if noise is None else noise[step, :m].to(device)
+            _add_step_noise(target, noise_table[step, :m], settings, step, noise_index[:m], given, active)
+        latents = target if m == samples else torch.cat([target, latents[m:]])
         if trajectory is not None and stored is None:
             trajectory[:, step] = latents
-        yield InversionStep(latents, rows, source, outputs, weights)
+        yield InversionStep(latents, torch.arange(m), source, outputs, weights)
 
 
-def _step(
-    source: Tensor, outputs: list[Tensor], weights: list[float], a: Tensor, b: Tensor, stored: Tensor | None
-) -> Tensor:
-    if len(outputs) > MAX_OUTPUTS:
-        outputs, weights = [weighted_sum(outputs, weights)], [1.0]
-    table = stack_coefficients(source, a, *(b * weight for weight in weights))
-    return affine_step(source, outputs, table, trajectory=stored)
+def _step_tables(
+    schedule: NoiseSchedule, plan: InversionPlan, prompt: Prompt, settings: InversionSettings, like: Tensor
+) -> list[Tensor]:
+    """The coefficients of ``affine_step``, ``(S, n, ·)`` for every ReNoise iteration, on the device of ``like``."""
+    scale_out, scale_in = (table.T for table in affine_coefficients(schedule, plan.source, plan.target))
+    tables = []
+    for iteration in range(1, settings.renoise_iterations + 2):
+        weights = [weight / iteration for weight in prompt.weights] * iteration
+        if len(weights) > MAX_OUTPUTS:
+            weights = [1.0]
+        columns = [scale_out, *(scale_in * weight for weight in weights)]
+        flat = stack_coefficients(like, *(column.flatten() for column in columns))
+        tables.append(flat.unflatten(0, scale_out.shape))
+    return tables
 
 
 def _add_step_noise(
@@ -268,20 +342,20 @@ def _add_step_noise(
     settings: InversionSettings,
     step: int,
     noise_index: Tensor,
-    noise: Tensor | None,
-    rows: Tensor,
+    given: Tensor | None,
+    active: Tensor | None,
 ) -> None:
     """To ``latents`` where they are: nobody has seen them yet."""
     one = torch.ones_like(scale)
-    if noise is not None:
-        given = noise[step, rows.to(noise.device)].to(latents.device)
-        affine_step(latents, [given], stack_coefficients(latents, one, scale), out=latents)
+    if given is not None:
+        affine_step(latents, [given], torch.stack([one, scale], dim=1), active=active, out=latents)
         return
     affine_step(
         latents,
         [],
-        stack_coefficients(latents, one),
-        noise_scale=stack_coefficients(latents, scale).squeeze(1),
+        one.unsqueeze(1),
+        active=active,
+        noise_scale=scale,
         noise_index=noise_index,
         seed=settings.seed,
         offset=settings.noise_offset + step,
@@ -301,7 +375,12 @@ def invert(
     noise: Tensor | None = None,
 ) -> Tensor:
     """The latents ``(n, …)`` at the end of ``plan``; arguments as :func:`inversion_steps`."""
-    latents = clean
-    for step in inversion_steps(network, schedule, clean, plan, prompt, settings, noise_index=noise_index, noise=noise):
+    if noise_index is None:
+        noise_index = torch.arange(clean.shape[0], device=clean.device)
+    order, latents = None if settings.static_shapes else _longest_first(plan), clean
+    if order is not None:
+        latents, plan, prompt, noise_index, noise = _reorder(order, clean, plan, prompt, noise_index, noise)
+    walk = inversion_steps(network, schedule, latents, plan, prompt, settings, noise_index=noise_index, noise=noise)
+    for step in walk:
         latents = step.latents
-    return latents
+    return latents if order is None else latents[torch.argsort(order).to(latents.device)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastinvdpo.objectives import METHODS, STREAM_TIMESTEP, Draws, InversionDPO, PairBatch, Preference, build_objective
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import PREDICTION_TYPES, affine_coefficients, recover_noise
+from fastinvdpo.schedule import PREDICTION_TYPES, affine_coefficients, inversion_levels, recover_noise
 from tests.cases import sd_schedule, toy_network
 
 SCHEDULE = sd_schedule()
@@ -86,6 +86,45 @@ def test_a_batch_equals_its_pairs_one_by_one(method: str, prediction_type: str) 
         torch.testing.assert_close(alone.margin, together.margin[pair : pair + 1], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(alone.noisy_latents[0], together.noisy_latents[pair])
     torch.testing.assert_close(policy.weight.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+class Asked:
+    """A network that counts the samples it was asked about, and the most in one call."""
+
+    def __init__(self, network) -> None:
+        self.network, self.samples, self.largest = network, 0, 0
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        self.samples, self.largest = self.samples + latents.shape[0], max(self.largest, latents.shape[0])
+        return self.network(latents, timesteps, conditioning)
+
+
+@pytest.mark.parametrize("method", ["inpo", "smpo"])
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_sixteen_pairs_cost_their_own_steps(method: str, static_shapes: bool) -> None:
+    """Each is inverted to its own timestep; the cost is the sum of the ways, or with static shapes the longest for
+    all.
+    """
+    objective, batch = build_objective(method, SCHEDULE, beta=50.0, static_shapes=static_shapes), pairs(16)
+    alone = build_objective(method, SCHEDULE, beta=50.0)
+    timesteps = torch.arange(16) * 62 + 7
+    grid = inversion_levels(SCHEDULE, 10 if method == "inpo" else 5)
+    steps = [1 + sum(level < t for level in grid.tolist()) for t in timesteps.tolist()]
+    policy = Asked(Policy())
+    together = objective(policy, REFERENCE, batch, seed=3, draws=Draws(timesteps=timesteps))
+    together.loss.backward()
+    per_step = 1 if method == "inpo" else 2
+    inverted = 32 * max(steps) if static_shapes else 2 * sum(steps)
+    assert policy.samples == per_step * inverted + 32
+    gradient, policy.network.weight.grad = policy.network.weight.grad, None
+    for pair in range(16):
+        draws = Draws(timesteps=timesteps[pair : pair + 1])
+        one = alone(policy.network, REFERENCE, select(batch, [pair]), seed=3, draws=draws)
+        (one.loss / 16).backward()
+        torch.testing.assert_close(one.margin, together.margin[pair : pair + 1], rtol=1e-9, atol=1e-12)
+        for side, row in enumerate((pair, 16 + pair)):
+            torch.testing.assert_close(one.noisy_latents[side], together.noisy_latents[row], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(policy.network.weight.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)

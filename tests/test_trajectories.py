@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -33,14 +34,15 @@ def batch(n: int, seed: int = 0) -> tuple[Tensor, Prompt]:
 
 
 class Counting:
-    """A network that remembers how many samples it was asked for, and at which times."""
+    """A network that remembers how many samples it was asked for, at which times, and where their prompts lay."""
 
     def __init__(self) -> None:
-        self.network, self.samples, self.times = toy_network(), 0, []
+        self.network, self.samples, self.times, self.prompts = toy_network(), 0, [], []
 
     def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         self.samples += latents.shape[0]
         self.times.append(timesteps.tolist())
+        self.prompts.append(conditioning["prompt"].data_ptr())
         return self.network(latents, timesteps, conditioning)
 
 
@@ -67,9 +69,62 @@ def test_every_sample_costs_its_own_steps() -> None:
     assert network.samples == 2 * int(plan.steps.sum())
 
 
-@pytest.mark.parametrize(
-    "settings", [InversionSettings(), InversionSettings(eta=0.3, seed=5), InversionSettings(renoise_iterations=2)]
-)
+def test_samples_leave_from_the_end_of_the_batch() -> None:
+    """The longest way goes first, so that nothing is gathered again when a sample has arrived."""
+    latents, prompt = batch(6)
+    network = Counting()
+    levels = torch.tensor([0, 1, 150, 150, 999, 417])
+    invert(network, SCHEDULE, latents, plan_inversion(SCHEDULE, levels, 10), prompt)
+    assert [len(times) for times in network.times] == [6, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1]
+    assert network.times[2] == [201, 201, 150, 150] and len(set(network.prompts)) == 1
+
+
+KINDS_OF_STEPS = [
+    InversionSettings(),
+    InversionSettings(eta=0.3, seed=5),
+    InversionSettings(renoise_iterations=2),
+    InversionSettings(eta=0.2, renoise_iterations=1, model_time="source"),
+]
+
+
+@pytest.mark.parametrize("given_noise", [False, True])
+@pytest.mark.parametrize("settings", KINDS_OF_STEPS)
+def test_static_shapes_change_the_cost_alone(settings: InversionSettings, given_noise: bool) -> None:
+    levels = torch.tensor([700, 3, 250, 999, 0])
+    latents, prompt = batch(5)
+    prompt = Prompt(prompt.conditional, prompt.unconditional, 2.0)
+    plan = plan_inversion(SCHEDULE, levels, 10)
+    noise = torch.randn(11, 5, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results, networks = [], []
+    for static in (False, True):
+        networks.append(Counting())
+        chosen = dataclasses.replace(settings, static_shapes=static)
+        results.append(
+            invert(networks[-1], SCHEDULE, latents, plan, prompt, chosen, noise=noise if given_noise else None)
+        )
+    assert torch.equal(*results)
+    evaluations = 2 * (1 + settings.renoise_iterations)
+    assert networks[0].samples == evaluations * int(plan.steps.sum())
+    assert networks[1].samples == evaluations * 5 * 11
+    assert {len(times) for times in networks[1].times} == {10}
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_every_step_shows_the_whole_batch_in_its_own_order(static_shapes: bool) -> None:
+    levels = torch.tensor([150, 3, 999])
+    latents, prompt = batch(3)
+    plan, settings = plan_inversion(SCHEDULE, levels, 10), InversionSettings(static_shapes=static_shapes)
+    network, before = toy_network(), latents
+    for position, step in enumerate(inversion_steps(network, SCHEDULE, latents, plan, prompt, settings)):
+        made = [row for row in range(3) if plan.steps[row] > position]
+        assert step.rows.tolist() == ([0, 1, 2] if static_shapes else sorted(made, key=lambda row: -plan.steps[row]))
+        assert torch.equal(step.source, before[step.rows])
+        changed = (step.latents != before).flatten(1).any(1).nonzero().squeeze(1).tolist()
+        assert changed == made
+        before = step.latents
+
+
+@pytest.mark.parametrize("settings", KINDS_OF_STEPS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_a_batch_equals_its_samples_one_by_one(settings: InversionSettings, guidance_scale: float) -> None:
     levels, index = torch.tensor([700, 3, 250, 999, 0]), torch.tensor([40, 41, 7, 8, 9])

@@ -60,6 +60,7 @@ class InPOConfig(InversionConfig):
     beta: Positive = 2000.0
     num_inference_steps: Count = 10
     eta: Share = 0.1
+    static_shapes: bool = False
 
 
 class SmPOConfig(InversionConfig):
@@ -67,6 +68,7 @@ class SmPOConfig(InversionConfig):
     beta: Positive = 2000.0
     num_inference_steps: Count = 5
     renoise_iterations: Count = 1
+    static_shapes: bool = False
     preference_scale: Positive = 10.0
     score_range: Positive = 0.16658
 
