@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastinvdpo.errors import invalid
 from fastinvdpo.losses import (
@@ -26,11 +26,13 @@ from fastinvdpo.losses import (
 )
 from fastinvdpo.ops import philox
 from fastinvdpo.schedule import NoiseSchedule, add_noise, predicted_clean_and_noise, prediction_target, recover_noise
+from fastinvdpo.streaming import PASSES, LossTerms, Scored, StreamedLoss, WholeLoss
 from fastinvdpo.trajectories import (
     Conditioning,
     InversionSettings,
     Network,
     Prompt,
+    in_calls_of,
     inversion_steps,
     invert,
     plan_grid,
@@ -140,6 +142,21 @@ class SingleTimestepObjective:
         return ObjectiveOutput(**vars(result), timesteps=timesteps, noisy_latents=noisy, target=target,
                                policy_pred=policy_pred, reference_pred=reference_pred)  # fmt: skip
 
+    def stream(
+        self,
+        policy: Network,
+        reference: Network,
+        batch: PairBatch,
+        *,
+        seed: int,
+        max_batch: int | None = None,
+        passes: int = 2,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> LossTerms:
+        """As :meth:`InversionDPO.stream`. One timestep a pair makes one part; ``max_batch`` limits the calls."""
+        limited = in_calls_of(max_batch, policy), in_calls_of(max_batch, reference)
+        return WholeLoss(lambda: self(*limited, batch, seed=seed))
+
 
 def diffusion_dpo(schedule: NoiseSchedule, *, compat: str | None = None, **preference: Any) -> SingleTimestepObjective:
     """Diffusion-DPO (arXiv 2311.12908): one forward noising, its noise shared by winner and loser."""
@@ -236,6 +253,14 @@ def _inversion(
     return trajectory
 
 
+class _ScoringInputs(NamedTuple):
+    """Latents ``(n, …)``, the network's timesteps int64 ``(n,)`` on the host, and targets ``(n, …)``."""
+
+    noisy: Tensor
+    times: Tensor
+    target: Tensor | None
+
+
 VARIANTS = ("endpoint", "step", "distance", "distance-policy")
 
 
@@ -315,45 +340,148 @@ class InversionDPO:
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
     ) -> ObjectiveOutput:
         _check_batch(batch)
-        prompt, chain = batch.prompt(self.guidance_scale), batch.trajectory
-        if chain is None:
-            inverting = reference if self.trajectory_is_cacheable else policy
-            chain = self.reference_trajectory(inverting, batch.latents, batch.conditioning, batch.unconditional)
-        positions, weight = self._sample_positions(batch, seed)
-        rows = torch.arange(2 * batch.pairs, device=chain.device).unsqueeze(1)
-        where = positions.repeat(2, 1).to(chain.device)
-        noisy = chain[rows, where].to(batch.latents.device, batch.latents.dtype)
-        k = positions.shape[1]
-        plan = plan_grid(self.schedule, 1, self.num_inference_steps)
-        levels = plan.target[0][positions].repeat(2, 1)
-        times = levels
-        if self.scores_distance:
-            weight = weight / (2 * self.schedule.alpha_bar(levels[: batch.pairs]))
-            if self.model_time == "source":
-                times = plan.source[0].clamp(min=0)[positions].repeat(2, 1)
-        target = self._target(chain, rows, where, noisy, batch.latents, levels)
-        every_prompt, flat = prompt.repeat_interleave(k), noisy.flatten(0, 1)
-        flat_times = times.flatten().to(flat.device)
-        policy_pred = predict(policy, flat, flat_times, every_prompt).unflatten(0, (-1, k))
+        chain = self._chain(policy, reference, batch)
+        positions, weight = self._scored_positions(batch, seed)
+        rows, k = torch.arange(2 * batch.pairs), positions.shape[1]
+        inputs = self._inputs(batch, chain, rows.repeat_interleave(k), positions.repeat(2, 1).flatten())
+        times, told = inputs.times.to(chain.device), batch.prompt(self.guidance_scale).repeat_interleave(k)
+        policy_pred = predict(policy, inputs.noisy, times, told).unflatten(0, (-1, k))
         with torch.no_grad():
-            reference_pred = predict(reference, flat, flat_times, every_prompt).unflatten(0, (-1, k))
+            reference_pred = predict(reference, inputs.noisy, times, told).unflatten(0, (-1, k))
+        noisy, target = inputs.noisy.unflatten(0, (-1, k)), inputs.target
+        target = None if target is None else target.unflatten(0, (-1, k))
         result = preference_loss(
             policy_pred,
             reference_pred,
             target,
             # The distance enters with the opposite sign (+β/2).
-            pair_weight=-torch.ones(batch.pairs, device=flat.device) if self.scores_distance else None,
-            timestep_weight=weight.to(flat.device, torch.promote_types(flat.dtype, torch.float32)),
+            pair_weight=-torch.ones(batch.pairs, device=noisy.device) if self.scores_distance else None,
+            timestep_weight=weight.to(noisy.device, torch.promote_types(noisy.dtype, torch.float32)),
             **vars(self.preference),
         )
-        return ObjectiveOutput(**vars(result), timesteps=times, noisy_latents=noisy, target=target,
+        return ObjectiveOutput(**vars(result), timesteps=inputs.times.view(-1, k), noisy_latents=noisy, target=target,
                                policy_pred=policy_pred, reference_pred=reference_pred)  # fmt: skip
+
+    def stream(
+        self,
+        policy: Network,
+        reference: Network,
+        batch: PairBatch,
+        *,
+        seed: int,
+        max_batch: int | None = None,
+        passes: int = 2,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> LossTerms:
+        """The loss in parts, each with a graph of its own: the same gradient as of calling the objective, in memory
+        that does not depend on the number of timesteps (:mod:`fastinvdpo.streaming`, which also tells how to use the
+        parts; :meth:`backward` does).
+
+        Args:
+            policy, reference, batch, seed: as when calling the objective.
+            max_batch: network evaluations in one call at most, and whose graph is in memory at a time (but at least
+                those of one guided prediction); None: all in one.
+            passes: 2 evaluates everything without gradient first; 1 works pair by pair with a second gradient buffer.
+                It makes no difference to pairs whose timesteps fit into one call.
+            parameters: for ``passes=1``, all parameters that get a gradient.
+        """
+        _check_batch(batch)
+        if passes not in PASSES:
+            raise invalid("passes", passes, "is not known", "use 1 or 2")
+        policy, reference = in_calls_of(max_batch, policy), in_calls_of(max_batch, reference)
+        chain = self._chain(policy, reference, batch)
+        positions, weight = self._scored_positions(batch, seed)
+        prompt, pairs = batch.prompt(self.guidance_scale), batch.pairs
+        if self.scores_distance:
+            weight = -weight
+
+        def score(rows: Tensor, columns: Tensor, reference_pred: Tensor | None) -> Scored:
+            pair, n = rows % pairs, rows.numel()
+            inputs, told = self._inputs(batch, chain, rows, positions[pair, columns]), prompt.select(rows)
+            times = inputs.times.to(chain.device)
+            policy_pred = predict(policy, inputs.noisy, times, told)
+            if reference_pred is None:
+                with torch.no_grad():
+                    reference_pred = predict(reference, inputs.noisy, times, told)
+            # To the loss each term is a pair of its own: a winner whose loser stays where the reference is, so that
+            # the loser's part is zero; terms of losers count with the opposite sign.
+            signed = weight[pair, columns] * (1 - 2 * (rows // pairs))
+            result = preference_loss(
+                torch.cat([policy_pred, reference_pred]),
+                torch.cat([reference_pred, reference_pred]),
+                None if inputs.target is None else torch.cat([inputs.target, inputs.target]),
+                pair_weight=signed.to(chain.device, torch.promote_types(inputs.noisy.dtype, torch.float32)),
+                **vars(self.preference),
+            )
+            return Scored(result.margin, result.policy_mse[:n], result.reference_mse[:n], reference_pred)
+
+        return StreamedLoss(
+            score,
+            pairs=pairs,
+            timesteps=positions.shape[1],
+            terms_per_call=None if max_batch is None else max(1, max_batch // len(prompt.weights)),
+            passes=passes,
+            parameters=parameters,
+            **vars(self.preference),
+        )
+
+    def backward(
+        self,
+        policy: Network,
+        reference: Network,
+        batch: PairBatch,
+        *,
+        seed: int,
+        max_batch: int | None = None,
+        passes: int = 2,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> PreferenceLoss:
+        """Add the gradient of the loss to the parameters' ``grad``, part by part; arguments as of :meth:`stream`."""
+        terms = self.stream(
+            policy, reference, batch, seed=seed, max_batch=max_batch, passes=passes, parameters=parameters
+        )
+        for call in range(terms.calls):
+            terms.term(call).backward()
+        return terms.result
+
+    def _chain(self, policy: Network, reference: Network, batch: PairBatch) -> Tensor:
+        """The trajectories ``(2B, …)``, from the cache if the batch has them, where the batch is."""
+        if batch.trajectory is not None:
+            return batch.trajectory.to(batch.latents.device)
+        inverting = reference if self.trajectory_is_cacheable else policy
+        return self.reference_trajectory(inverting, batch.latents, batch.conditioning, batch.unconditional)
+
+    def _inputs(self, batch: PairBatch, chain: Tensor, rows: Tensor, positions: Tensor) -> _ScoringInputs:
+        """What samples ``rows`` are scored on at ``positions`` of the chain, both int64 ``(n,)`` on the host."""
+        plan = plan_grid(self.schedule, 1, self.num_inference_steps)
+        levels, device = plan.target[0][positions], chain.device
+        on_device, where = rows.to(device), positions.to(device)
+        noisy = chain[on_device, where].to(batch.latents.dtype)
+        if self.scores_distance:
+            times = plan.source[0].clamp(min=0)[positions] if self.model_time == "source" else levels
+            return _ScoringInputs(noisy, times, None)
+        if self.variant == "step":
+            target = chain[on_device, where + self.num_inference_steps].to(noisy.dtype)
+            return _ScoringInputs(noisy, levels, target)
+        clean = batch.latents[on_device]
+        noise = recover_noise(self.schedule, noisy, clean, levels)
+        return _ScoringInputs(noisy, levels, prediction_target(self.schedule, clean, noise, levels))
+
+    def _scored_positions(self, batch: PairBatch, seed: int) -> tuple[Tensor, Tensor]:
+        """Positions ``(B, K)`` and the weights of their scores, float64 ``(B, K)``."""
+        positions, weight = self._sample_positions(batch, seed)
+        if self.scores_distance:
+            levels = plan_grid(self.schedule, 1, self.num_inference_steps).target[0][positions]
+            weight = weight / (2 * self.schedule.alpha_bar(levels))
+        return positions, weight
 
     def _sample_positions(self, batch: PairBatch, seed: int) -> tuple[Tensor, Tensor]:
         """Which positions of the chain each pair is scored at, int64 ``(B, K)``, and their weights, float64 ``(B, K)``.
 
         All N with weight 1/N, or one drawn from each of k equal strata of the chain, with weight 1/k: the sum over the
-        drawn positions is an unbiased estimate of the mean over the chain.
+        drawn positions is an unbiased estimate of the mean over the chain, so margins are estimated without bias. The
+        loss is not linear in the margin, and is biased: by about ``u''(z)·Var(ẑ)/2``, upwards for a convex utility, and
+        its gradient by ``Cov(u'(ẑ), ∇ẑ)`` and the like. Both fall with k.
         """
         n, k = self.num_inference_steps, self.timesteps_per_step
         if k is None or k == n:
@@ -362,18 +490,6 @@ class InversionDPO:
         draw = torch.stack([philox.uniform(seed, STREAM_STRATUM + s, batch.draw) for s in range(k)], dim=1)
         positions = ((strata + draw) * (n / k)).long().clamp(max=n - 1)
         return positions, torch.full((batch.pairs, k), 1 / k, dtype=torch.float64)
-
-    def _target(
-        self, chain: Tensor, rows: Tensor, where: Tensor, noisy: Tensor, clean: Tensor, levels: Tensor
-    ) -> Tensor | None:
-        if self.scores_distance:
-            return None
-        if self.variant == "step":
-            return chain[rows, where + self.num_inference_steps].to(noisy.device, noisy.dtype)
-        k, flat_levels = levels.shape[1], levels.flatten()
-        clean = clean.repeat_interleave(k, dim=0)
-        noise = recover_noise(self.schedule, noisy.flatten(0, 1), clean, flat_levels)
-        return prediction_target(self.schedule, clean, noise, flat_levels).unflatten(0, (-1, k))
 
 
 def inversion_dpo(

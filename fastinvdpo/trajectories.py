@@ -92,6 +92,24 @@ def evaluate(network: Network, latents: Tensor, timesteps: Tensor, prompt: Promp
     return list(prediction.chunk(2)), prompt.weights
 
 
+def in_calls_of(max_batch: int | None, network: Network) -> Network:
+    """``network``, asked about at most ``max_batch`` samples at a time; None: about all at once."""
+    if max_batch is None:
+        return network
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+        raise invalid("max_batch", max_batch, "must be a positive whole number", "pass None for calls of any size")
+    size = max_batch
+
+    def limited(latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        if latents.shape[0] <= size:
+            return network(latents, timesteps, conditioning)
+        told = {name: tensor.split(size) for name, tensor in conditioning.items()}
+        parts = enumerate(zip(latents.split(size), timesteps.split(size), strict=True))
+        return torch.cat([network(*part, {name: told[name][i] for name in told}) for i, part in parts])
+
+    return limited
+
+
 def weighted_sum(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``Σ_j weights_j·outputs_j`` through ``affine_step``, differentiable; one output of weight 1 is returned."""
     first, *others = outputs

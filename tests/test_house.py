@@ -26,6 +26,7 @@ LAYERS = {
     "schedule": 3,
     "losses": 3,
     "trajectories": 4,
+    "streaming": 4,
     "inverse_scheduler": 4,
     "objectives": 5,
     "data": 5.1,  # stands beside objectives; knows no model

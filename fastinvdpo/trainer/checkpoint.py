@@ -37,6 +37,8 @@ _FREE = (
     "training.gradient_checkpointing",
     "training.batch_size",
     "training.gradient_accumulation_steps",
+    "training.max_batch",
+    "training.gradient_passes",
     "data.cache_gib",
     "output.",
 )

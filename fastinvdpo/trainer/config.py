@@ -133,13 +133,22 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    """``batch_size`` counts pairs per micro-batch and process."""
+    """``batch_size`` counts pairs per micro-batch and process.
+
+    ``max_batch``: network evaluations in one call at most. It also sets the memory of a step that scores a whole
+    trajectory, whose gradient is streamed in calls of that size; null: as many as memory has room for
+    (``trainer/call_size.py``), and no limit for other methods. ``gradient_passes``: how such a gradient is
+    streamed, 2 with a first pass that has no gradient, 1 with a second gradient buffer; null: 1 with adapters or with
+    one pair per step and process, else 2.
+    """
 
     steps: Count = 2000
     batch_size: Count = 1
     gradient_accumulation_steps: Count = 1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    max_batch: Count | None = None
+    gradient_passes: Literal[1, 2] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     cache_trajectories: bool = False

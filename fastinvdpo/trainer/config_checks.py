@@ -137,6 +137,9 @@ def _training(config: TrainConfig) -> Iterator[InvalidInput]:
         yield invalid("output.directory", str(directory), "is a file", "name a directory")
     if not math.isfinite(config.optimizer.learning_rate * config.effective_batch()):
         yield invalid("optimizer.learning_rate", config.optimizer.learning_rate, "overflows", "lower it")
+    if training.gradient_passes is not None and config.method.name != "inversion-dpo":
+        key, problem = "training.gradient_passes", f"means nothing for method {config.method.name!r}"
+        yield invalid(key, training.gradient_passes, problem, "set it to null")
     if not training.cache_trajectories:
         return
     key = "training.cache_trajectories"

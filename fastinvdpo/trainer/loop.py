@@ -15,6 +15,7 @@ from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.objectives import InversionDPO, build_objective
 from fastinvdpo.trainer.atomic import clean_leftovers
 from fastinvdpo.trainer.batches import BatchBuilder, Pairs
+from fastinvdpo.trainer.call_size import choose_max_batch, gradient_passes
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -34,6 +35,7 @@ from fastinvdpo.trainer.random_state import random_state, set_random_state
 from fastinvdpo.trainer.reporting import Reporter
 from fastinvdpo.trainer.step import TrainingState, build_optimizer, training_step
 from fastinvdpo.trainer.trajectory_cache import TrajectoryCache, distinct_items, fingerprint, inverter, tensors_digest
+from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -191,6 +193,7 @@ class _Run:
         caching = self.config.training.cache_trajectories
         base_weights = tensors_digest(self.model.network.state_dict()) if caching else ""
         self.state = self._build_state()
+        self._limit_calls()
         if caching:
             self._cache_trajectories(base_weights)
         if self._stored is not None:
@@ -246,6 +249,19 @@ class _Run:
         prepared = self.accelerator.prepare_optimizer(optimizer)
         return TrainingState(networks, prepared, scheduler, parameters, ema, MetricSums(device), FiniteGuard(device))
 
+    def _limit_calls(self) -> None:
+        """Decide how many samples a network is asked about at once, and how a gradient is streamed."""
+        training, state = self.config.training, self.state
+        state.gradient_passes = gradient_passes(self.config, str(self.accelerator.distributed_type.value))
+        if training.max_batch is not None:
+            state.max_batch = training.max_batch
+        elif isinstance(self.objective, InversionDPO):
+            pair = self.builder.build(self.order.micro_batch(0, 0)[:1])
+            networks, passes = state.networks, state.gradient_passes
+            state.max_batch = choose_max_batch(networks, self.objective, pair, self.accelerator, passes=passes)
+            if self.accelerator.device.type == "cuda":
+                self.reporter.say(f"{state.max_batch} network evaluations fit into one call (training.max_batch).")
+
     def _cache_trajectories(self, weights: str) -> None:
         assert isinstance(self.objective, InversionDPO)  # the configuration was checked
         accelerator, chunk = self.accelerator, 2 * self.config.training.batch_size
@@ -254,7 +270,8 @@ class _Run:
         probe = self.builder.embed([items[0][0]], [items[0][1].geometry])
         key = fingerprint(weights, self.model.scheduler_config, options, items, probe)
         cache = TrajectoryCache(self.directory / "trajectories", key, chunk, self.reporter.say)
-        invert = inverter(self.objective, self.state.networks.reference, self.builder, accelerator.device)
+        reference = in_calls_of(self.state.max_batch, self.state.networks.reference)
+        invert = inverter(self.objective, reference, self.builder, accelerator.device)
         cache.compute(items, invert, rank=accelerator.process_index, processes=accelerator.num_processes)
         accelerator.wait_for_everyone()
         cache.open(items)
@@ -298,9 +315,10 @@ class _Run:
             draws = [draw for micro in micros for draw in self.order.micro_batch(at - 1, micro)]
             report_gradient(step=at, rows=[self.builder.row(draw) for draw in draws], kept=kept)
         batch = self.builder.build(range(draw, draw + 1))
-        networks = self.state.networks
+        networks, size = self.state.networks, self.state.max_batch
+        limited = in_calls_of(size, networks.policy), in_calls_of(size, networks.reference)
         with torch.no_grad():
-            out = self.objective(networks.policy, networks.reference, batch, seed=self.config.training.seed)
+            out = self.objective(*limited, batch, seed=self.config.training.seed)
         report_loss(batch, out, step=at, row=self.builder.row(draw), kept=kept)
 
     def _log(self, step: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastinvdpo.objectives import ObjectiveOutput
+from fastinvdpo.ops import PreferenceLoss
 
 NAMES = (
     "loss",
@@ -28,7 +28,7 @@ class MetricSums:
         self._steps = 0
 
     @torch.no_grad()
-    def add(self, out: ObjectiveOutput) -> None:
+    def add(self, out: PreferenceLoss) -> None:
         """Add one micro-batch."""
         scalars = torch.stack([out.loss.detach(), out.margin.detach().mean(), out.implicit_accuracy])
         errors = torch.stack([out.policy_mse.detach(), out.reference_mse])

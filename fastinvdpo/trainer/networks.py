@@ -72,6 +72,13 @@ class Networks:
         # An inversion needs no gradient, so it must not enter a wrapper that prepares to exchange gradients.
         return self._predict("without_gradient", self.policy_module, latents, timesteps, conditioning)
 
+    def probe(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`policy`, for a measurement: it does not count, and no gradients are exchanged."""
+        before = dict(self.evaluations)
+        prediction = self._predict("with_gradient", self.policy_module, latents, timesteps, conditioning)
+        self.evaluations = before
+        return prediction
+
     @torch.no_grad()
     def reference(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Prediction of the reference, never with gradient."""

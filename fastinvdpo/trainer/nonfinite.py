@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.objectives import ObjectiveOutput, PairBatch
+from fastinvdpo.ops import PreferenceLoss
 
 _LOSS, _GRADIENT = 1, 2
 
@@ -31,7 +32,7 @@ class FiniteGuard:
         self._draw = torch.full((), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def watch(self, out: ObjectiveOutput, first_draw: int) -> None:
+    def watch(self, out: PreferenceLoss, first_draw: int) -> None:
         """Raise the flag if the loss of a micro-batch, or anything about one of its pairs, is not finite."""
         errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).unflatten(1, (2, -1))
         finite = torch.isfinite(errors if errors.ndim == 3 else errors.sum(3)).all(0).all(0)

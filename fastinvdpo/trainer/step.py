@@ -32,6 +32,8 @@ class TrainingState:
         scheduler: learning rate schedule, stepped once per optimiser step.
         parameters: the trained weights.
         learning_rate: of the step made last.
+        max_batch: network evaluations in one call at most; None: no limit.
+        gradient_passes: how the gradient of a whole trajectory is streamed (:mod:`fastinvdpo.streaming`).
     """
 
     networks: Networks
@@ -42,6 +44,8 @@ class TrainingState:
     metrics: MetricSums
     guard: FiniteGuard
     learning_rate: float = 0.0
+    max_batch: int | None = None
+    gradient_passes: int = 2
 
 
 def training_step(
@@ -63,13 +67,25 @@ def training_step(
     for micro, batch in enumerate(batches):
         draw = int(batch.draw[0])
         first_draw = draw if micro == 0 else first_draw
-        # Processes exchange gradients once per optimiser step.
-        with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(wrapped):
-            out = objective(state.networks.policy, state.networks.reference, batch, seed=seed)
-            guard.watch(out, draw)
-            state.metrics.add(out)
-            loss = out.loss / accumulation
-            accelerator.backward(guard.poison(loss) if accelerator.scaler is not None else loss)
+        terms = objective.stream(
+            state.networks.policy,
+            state.networks.reference,
+            batch,
+            seed=seed,
+            max_batch=state.max_batch,
+            passes=state.gradient_passes,
+            parameters=state.parameters,
+        )
+        for call in range(terms.calls):
+            last_call = call == terms.calls - 1
+            # Processes exchange gradients once per optimiser step.
+            exchange = micro == accumulation - 1 and last_call
+            with nullcontext() if exchange else accelerator.no_sync(wrapped):
+                loss = terms.term(call) / accumulation
+                if last_call:
+                    guard.watch(terms.result, draw)
+                    state.metrics.add(terms.result)
+                accelerator.backward(guard.poison(loss) if accelerator.scaler is not None else loss)
     norm = accelerator.clip_grad_norm_(state.parameters, torch.inf if max_grad_norm is None else max_grad_norm)
     state.metrics.add_step(norm)
     _update(state, accelerator, norm, first_draw)

@@ -70,6 +70,10 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "smoothing without its utility": ("inpo", {"method.label_smoothing": 0.1}, r"label_smoothing = 0\.1: .*'sigmoid'"),
     "cdpo without smoothing": ("inpo", {"method.utility": "cdpo"}, r"label_smoothing = 0\.0: .*same as sigmoid"),
+    "one pass without a trajectory": ("inpo", {"training.gradient_passes": 1}, r"gradient_passes = 1: means nothing"),
+    "three passes": ("inversion-dpo", {"training.gradient_passes": 3}, r"gradient_passes = 3: .*1 or 2"),
+    "calls of no size": ("inpo", {"training.max_batch": 0}, r"training\.max_batch = 0: .*greater than or equal to 1"),
+    "calls of unknown size": ("inpo", {"training.max_batch": "auto"}, r"training\.max_batch = 'auto'.*whole number"),
     "fp16 on a CPU": ("inpo", {"training.mixed_precision": "fp16"}, r"mixed_precision = 'fp16': needs a GPU"),
     "8-bit optimiser on a CPU": (
         "inpo",

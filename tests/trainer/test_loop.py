@@ -18,6 +18,7 @@ from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.streaming import WholeLoss
 from fastinvdpo.trainer import TrainResult, train, train_model
 from fastinvdpo.trainer import loop as loop_module
 from tests.trainer import tiny
@@ -226,8 +227,12 @@ def test_a_step_reads_no_number_from_the_device(workspace: Path, monkeypatch: py
             counter.count = before
             return output
 
+        class Uncounted:
+            def stream(self, policy: Any, reference: Any, batch: Any, *, seed: int, **_: Any) -> WholeLoss:
+                return WholeLoss(lambda: uncounted(policy, reference, batch, seed=seed))
+
         with ScalarReads() as counter:
-            step(state, uncounted, *arguments, **options)
+            step(state, Uncounted(), *arguments, **options)
         reads.append(counter.count)
 
     monkeypatch.setattr(loop_module, "training_step", counted)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -41,7 +42,12 @@ def _weights(result: TrainResult) -> dict[str, torch.Tensor]:
     return load_file(result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_two_processes_equal_one(workspace: Path) -> None:
+@pytest.mark.parametrize(
+    "streaming",
+    [{}, {"max_batch": 4, "gradient_passes": 1}, {"max_batch": 4, "gradient_passes": 2}],
+    ids=["whole", "one pass", "two passes"],
+)
+def test_two_processes_equal_one(workspace: Path, streaming: dict[str, int]) -> None:
     def run(name: str, steps: int, batch: int) -> dict[str, Any]:
         return tiny.mapping(
             workspace,
@@ -52,6 +58,7 @@ def test_two_processes_equal_one(workspace: Path) -> None:
                 "batch_size": batch,
                 "gradient_accumulation_steps": 2,
                 "cache_trajectories": True,
+                **streaming,
             },
             # Far from Adam's sign-like first steps, so that the order of a sum over processes stays rounding.
             optimizer={"epsilon": 1.0, "learning_rate": 0.1, "warmup_steps": 1, "max_grad_norm": None},

@@ -1,0 +1,362 @@
+"""The streamed gradient is that of the full graph, in fewer bytes: one pass, two passes, any size of call."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.objectives import VARIANTS, InversionDPO, PairBatch, Preference, build_objective
+from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.cases import sd_schedule
+
+SCHEDULE = sd_schedule()
+pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
+PAIRS, LEVELS, GUIDED = 3, 5, 2
+TERMS = PAIRS * LEVELS * 2
+
+
+class Small(nn.Module):
+    """Two convolutions with time and prompt; counts the samples of its calls, with and without gradient."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"first": (6, 4, 3, 3), "second": (4, 6, 3, 3), "told": (6, 2)}
+        for name, shape in shapes.items():
+            weight = 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+            setattr(self, name, nn.Parameter(weight.to(dtype)))
+        self.calls: list[tuple[bool, int]] = []
+
+    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        self.calls.append((torch.is_grad_enabled(), latents.shape[0]))
+        told = torch.stack([timesteps.to(latents.dtype) / 1000, conditioning["prompt"].to(latents.dtype)], dim=1)
+        hidden = torch.nn.functional.conv2d(latents, self.first, padding=1) + (told @ self.told.T)[..., None, None]
+        return torch.nn.functional.conv2d(torch.tanh(hidden), self.second, padding=1)
+
+    def evaluations(self, with_gradient: bool) -> int:
+        return sum(samples for gradient, samples in self.calls if gradient == with_gradient)
+
+    def gradient(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+
+
+def networks(dtype: torch.dtype = torch.float64) -> tuple[Small, Small]:
+    """A policy, and a reference a little off it."""
+    policy, reference = Small(0, dtype), Small(0, dtype)
+    with torch.no_grad():
+        for parameter, other in zip(reference.parameters(), Small(1, dtype).parameters(), strict=True):
+            parameter += 0.1 * other
+    return policy, reference.requires_grad_(False)
+
+
+def pairs(count: int = PAIRS, dtype: torch.dtype = torch.float64) -> PairBatch:
+    generator = torch.Generator().manual_seed(4)
+    prompt = torch.randn(count, generator=generator, dtype=torch.float64).to(dtype).repeat(2)
+    return PairBatch(
+        latents=torch.randn(2 * count, 4, 4, 4, generator=generator, dtype=torch.float64).to(dtype),
+        conditioning={"prompt": prompt},
+        unconditional={"prompt": torch.zeros_like(prompt)},
+        draw=torch.arange(100, 100 + count),
+    )
+
+
+def objective(variant: str = "endpoint", **options: Any) -> InversionDPO:
+    built = build_objective(
+        "inversion-dpo", SCHEDULE, **{"variant": variant, "num_inference_steps": LEVELS, "beta": 20.0, **options}
+    )
+    assert isinstance(built, InversionDPO)
+    return built
+
+
+def full_graph(method: InversionDPO, batch: PairBatch) -> tuple[Tensor, Any]:
+    policy, reference = networks(batch.latents.dtype)
+    output = method(policy, reference, batch, seed=3)
+    output.loss.backward()
+    assert float(policy.gradient().norm()) > 1e-4
+    return policy.gradient(), output
+
+
+def streamed(method: InversionDPO, batch: PairBatch, **options: Any) -> tuple[Small, Small, Any]:
+    policy, reference = networks(batch.latents.dtype)
+    result = method.backward(policy, reference, batch, seed=3, parameters=list(policy.parameters()), **options)
+    return policy, reference, result
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+# From less than one guided prediction over parts of a pair, whole pairs and several of them, to everything at once.
+SIZES = [1, 2, 6, 8, 20, 27, 40, None]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_is_that_of_the_full_graph(variant: str, passes: int) -> None:
+    method, batch = objective(variant), pairs()
+    expected, output = full_graph(method, batch)
+    for max_batch in SIZES:
+        policy, _, result = streamed(method, batch, max_batch=max_batch, passes=passes)
+        assert relative(policy.gradient(), expected) < 1e-9, max_batch
+        for name in ("loss", "margin", "policy_mse", "reference_mse"):
+            ours = getattr(result, name)
+            torch.testing.assert_close(ours, getattr(output, name).detach(), rtol=1e-9, atol=1e-12)
+            assert not ours.requires_grad
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("max_batch", [2, 8, None])
+def test_float32(passes: int, max_batch: int | None) -> None:
+    method, batch = objective(), pairs(dtype=torch.float32)
+    expected, output = full_graph(method, pairs())
+    policy, _, result = streamed(method, batch, max_batch=max_batch, passes=passes)
+    assert policy.gradient().dtype == torch.float32
+    assert relative(policy.gradient().double(), expected) < 1e-4
+    torch.testing.assert_close(result.loss.double(), output.loss.detach(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_every_utility(utility: str, passes: int) -> None:
+    smoothing = 0.1 if UTILITIES[utility].smoothed else 0.0
+    method, batch = objective(utility=utility, label_smoothing=smoothing, guidance_scale=1.0, beta=2.0), pairs()
+    expected, output = full_graph(method, batch)
+    policy, _, result = streamed(method, batch, max_batch=3, passes=passes)
+    assert relative(policy.gradient(), expected) < 1e-9
+    torch.testing.assert_close(result.loss, output.loss.detach(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("variant", ["endpoint", "step", "distance"])
+def test_cached_trajectories_and_sampled_timesteps(variant: str, passes: int) -> None:
+    batch = pairs()
+    for sampled in (None, 2):
+        method = objective(variant, timesteps_per_step=sampled, model_time="source" if sampled else "destination")
+        expected, output = full_graph(method, batch)
+        _, reference = networks()
+        chain = method.reference_trajectory(reference, batch.latents, batch.conditioning, batch.unconditional)
+        cached = dataclasses.replace(batch, trajectory=chain)
+        policy, reference, result = streamed(method, cached, max_batch=4, passes=passes)
+        assert relative(policy.gradient(), expected) < 1e-9
+        torch.testing.assert_close(result.margin, output.margin.detach(), rtol=1e-9, atol=1e-12)
+        assert reference.evaluations(False) == PAIRS * 2 * (sampled or LEVELS) * GUIDED  # scores alone
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_predictions(prediction_type: str) -> None:
+    method = objective()
+    method = dataclasses.replace(method, schedule=sd_schedule(prediction_type=prediction_type))
+    expected, _ = full_graph(method, pairs())
+    for passes in (1, 2):
+        assert relative(streamed(method, pairs(), max_batch=6, passes=passes)[0].gradient(), expected) < 1e-9
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_accumulate(passes: int) -> None:
+    """Two micro-batches of other pairs, and a gradient from before: nothing of it is lost or scaled."""
+    method, first = objective(), pairs()
+    second = dataclasses.replace(first, latents=first.latents.flip(0), draw=first.draw + 7)
+    policy, reference = networks()
+    for parameter in list(policy.parameters())[:2]:
+        parameter.grad = torch.ones_like(parameter)
+    plain = networks()[0]
+    for parameter, other in zip(plain.parameters(), policy.parameters(), strict=True):
+        parameter.grad = None if other.grad is None else other.grad.clone()
+    for batch in (first, second):
+        method(plain, reference, batch, seed=3).loss.backward()
+        options = {"max_batch": 8, "passes": passes, "parameters": list(policy.parameters())}
+        method.backward(policy, reference, batch, seed=3, **options)
+    assert relative(policy.gradient(), plain.gradient()) < 1e-9
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_parts_can_be_scaled(passes: int) -> None:
+    """As accumulation and fp16's gradient scaler do, under a network in half precision."""
+    method, batch = objective(), pairs()
+    expected, _ = full_graph(method, batch)
+    policy, reference = networks()
+    terms = method.stream(
+        policy, reference, batch, seed=3, max_batch=4, passes=passes, parameters=list(policy.parameters())
+    )
+    for call in range(terms.calls):
+        (terms.term(call) * 4096 / 3).backward()
+    assert relative(policy.gradient() * 3 / 4096, expected) < 1e-9
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_prediction_may_have_less_precision_than_the_latents(passes: int) -> None:
+    method, batch = objective(), pairs(dtype=torch.float32)
+
+    def rounded(network: Small) -> Any:
+        return lambda latents, times, told: network(latents, times, told).bfloat16()
+
+    policy, reference = networks(torch.float32)
+    output = method(rounded(policy), reference, batch, seed=3)
+    output.loss.backward()
+    expected = policy.gradient()
+    policy, reference = networks(torch.float32)
+    trained = list(policy.parameters())
+    options = {"max_batch": 4, "passes": passes, "parameters": trained}
+    result = method.backward(rounded(policy), reference, batch, seed=3, **options)
+    torch.testing.assert_close(result.margin, output.margin.detach(), rtol=1e-4, atol=1e-5)
+    assert relative(policy.gradient(), expected) < 0.01  # gradients pass through bfloat16: 2⁻⁸ each, times the slope
+
+
+def test_unused_parameters_keep_their_gradient() -> None:
+    method, batch = objective(), pairs()
+    policy, reference = networks()
+    idle, with_one = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    with_one.grad = torch.ones(2)
+    trained = [*policy.parameters(), idle, with_one]
+    method.backward(policy, reference, batch, seed=3, max_batch=2, passes=1, parameters=trained)
+    assert idle.grad is None and with_one.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("variant", ["endpoint", "distance-policy"])
+def test_calls_are_no_larger_than_asked_and_no_more_than_needed(variant: str, passes: int) -> None:
+    method, inverting = objective(variant), 1 if variant == "distance-policy" else 0
+    for max_batch in (1, 2, 6, 8, 19, 20, 45, 60, None):
+        policy, reference, _ = streamed(method, pairs(), max_batch=max_batch, passes=passes)
+        everything = TERMS * GUIDED
+        assert max(samples for _, samples in policy.calls + reference.calls) <= (max_batch or everything)
+        assert policy.evaluations(True) == everything
+        whole_pairs = max_batch is None or max_batch >= 2 * LEVELS * GUIDED
+        first_pass = 0 if passes == 1 or whole_pairs else everything
+        assert policy.evaluations(False) == first_pass + inverting * everything
+        assert reference.evaluations(False) == everything + (1 - inverting) * everything
+        calls = [samples for gradient, samples in policy.calls if gradient]
+        if max_batch in (8, None):
+            assert len(calls) == {None: 1, 8: 9 if passes == 1 else 8}[max_batch]
+
+
+def test_policy_equal_to_reference_gives_ln_2_to_the_last_bit() -> None:
+    policy, reference = Small(0), Small(0).requires_grad_(False)
+    for passes in (1, 2):
+        trained = list(policy.parameters())
+        result = objective().backward(
+            policy, reference, pairs(), seed=0, max_batch=4, passes=passes, parameters=trained
+        )
+        assert float(result.loss) == math.log(2) and not result.margin.any()
+
+
+class Live:
+    """Bytes that autograd holds for backward passes, now and at most. A tensor saved twice counts once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.peak, self._held, self._bytes = 0, {}, 0
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key in self._weights:
+            return tensor
+        self._bytes += 0 if self._held.get(key) else storage.nbytes()
+        self._held[key] = self._held.get(key, 0) + 1
+        self.peak = max(self.peak, self._bytes)
+        holder = _Holder(tensor)
+        weakref.finalize(holder, self._drop, key, storage.nbytes())
+        return holder
+
+    def unpack(self, packed: Any) -> Tensor:
+        return packed.tensor if isinstance(packed, _Holder) else packed
+
+    def _drop(self, key: int, size: int) -> None:
+        self._held[key] -= 1
+        self._bytes -= 0 if self._held[key] else size
+
+
+class _Holder:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(levels: int, **options: Any) -> int:
+    method, batch = objective(num_inference_steps=levels), pairs(1)
+    policy, reference = networks()
+    live = Live(policy)
+    gc.collect()
+    with torch.autograd.graph.saved_tensors_hooks(live.pack, live.unpack):
+        if options:
+            method.backward(policy, reference, batch, seed=3, parameters=list(policy.parameters()), **options)
+        else:
+            method(policy, reference, batch, seed=3).loss.backward()
+    assert live.peak > 0
+    return live.peak
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("max_batch", [2, 8])
+def test_saved_activations_do_not_grow_with_the_trajectory(max_batch: int, passes: int) -> None:
+    short, long = (saved_bytes(levels, max_batch=max_batch, passes=passes) for levels in (20, 80))
+    assert long < 1.1 * short
+    # The control: the whole graph grows with it, and is that many times larger.
+    whole = saved_bytes(20)
+    assert saved_bytes(80) > 3.5 * whole
+    # (Not quite: a streamed term also keeps a copy of its prediction, which next to this network is not small.)
+    assert whole > 0.7 * (2 * 20 * GUIDED / max_batch) * short
+
+
+def test_a_sampled_loss_is_biased_and_its_margin_is_not() -> None:
+    """What the docs say of timesteps_per_step: by about u''(z)·Var/2, upwards."""
+    method = InversionDPO(SCHEDULE, Preference(300.0), "endpoint", 6, 1.0)
+    policy, reference = networks()
+    one = pairs(1)
+    draws = 1500
+    many = PairBatch(
+        latents=one.latents.repeat_interleave(draws, 0),
+        conditioning={"prompt": one.conditioning["prompt"].repeat_interleave(draws)},
+        draw=torch.arange(draws),
+    )
+    with torch.no_grad():
+        full = method(policy, reference, one, seed=0)
+        sampled = dataclasses.replace(method, timesteps_per_step=1)(policy, reference, many, seed=0)
+    z, margins = float(full.margin), sampled.margin
+    assert abs(float(margins.mean()) - z) < 4 * float(margins.std()) / math.sqrt(draws)
+    losses = torch.nn.functional.softplus(-margins)
+    bias, error = float(losses.mean() - full.loss), float(losses.std()) / math.sqrt(draws)
+    curvature = math.exp(-z) / (1 + math.exp(-z)) ** 2
+    assert bias > 4 * error
+    assert bias == pytest.approx(curvature * float(margins.var()) / 2, rel=0.5)
+
+
+def test_a_margin_that_is_not_finite_reaches_the_gradient() -> None:
+    """Where hinge is flat its slope is zero, and would hide an infinite margin."""
+    method, batch = objective(utility="hinge"), pairs(1)
+    for passes in (1, 2):
+        policy, reference = networks()
+
+        def broken(latents: Tensor, timesteps: Tensor, conditioning: Any, inner: Small = reference) -> Tensor:
+            prediction = inner(latents, timesteps, conditioning)
+            return torch.where((timesteps == 201).view(-1, 1, 1, 1), math.inf, prediction)
+
+        cached = dataclasses.replace(batch, trajectory=torch.zeros(2, LEVELS, 4, 4, 4, dtype=torch.float64))
+        trained = list(policy.parameters())
+        result = method.backward(policy, broken, cached, seed=3, max_batch=2, passes=passes, parameters=trained)
+        assert not torch.isfinite(result.margin).any()
+        assert not torch.isfinite(policy.gradient()).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch": 0}, "max_batch = 0"),
+        ({"max_batch": True}, "max_batch = True"),
+        ({"max_batch": 2.0}, "max_batch = 2.0"),
+        ({"passes": 3}, "passes = 3"),
+        ({"passes": 1, "max_batch": 2}, "parameters = .*one pass scales their gradients"),
+    ],
+)
+def test_bad_inputs(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        objective().stream(*networks(), pairs(), seed=0, **options)
+    assert "Remedy: " in str(caught.value)
