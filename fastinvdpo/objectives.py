@@ -58,6 +58,8 @@ class PairBatch:
         scores: preference scores ``(2B,)``; needed by SmPO.
         trajectory: what :meth:`InversionDPO.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
             None.
+        reference_pred: what :meth:`InversionDPO.reference_predictions` gave for that trajectory, ``(2B, N, …)``; the
+            reference is asked when None, and not at all otherwise.
     """
 
     latents: Tensor
@@ -66,6 +68,7 @@ class PairBatch:
     unconditional: dict[str, Tensor] | None = None
     scores: Tensor | None = None
     trajectory: Tensor | None = None
+    reference_pred: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -336,6 +339,25 @@ class InversionDPO:
                 chain[:, count + position] = prediction_target(self.schedule, clean, noise, level)
         return chain
 
+    @torch.no_grad()
+    def reference_predictions(
+        self, reference: Network, chain: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
+    ) -> Tensor:
+        """The (guided) predictions of the reference that the objective scores against, ``(n, N, …)``.
+
+        Args:
+            chain: what :meth:`reference_trajectory` gave, ``(n, N, …)`` or ``(n, 2N, …)``, in the networks' type.
+        """
+        prompt = Prompt(conditioning, unconditional, self.guidance_scale)
+        plan = plan_grid(self.schedule, 1, self.num_inference_steps)
+        from_source = self.scores_distance and self.model_time == "source"
+        times = (plan.source[0].clamp(min=0) if from_source else plan.target[0]).to(chain.device)
+        levels = [
+            predict(reference, chain[:, k], times[k].expand(chain.shape[0]), prompt)
+            for k in range(self.num_inference_steps)
+        ]
+        return torch.stack(levels, dim=1)
+
     def __call__(
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
     ) -> ObjectiveOutput:
@@ -343,11 +365,10 @@ class InversionDPO:
         chain = self._chain(policy, reference, batch)
         positions, weight = self._scored_positions(batch, seed)
         rows, k = torch.arange(2 * batch.pairs), positions.shape[1]
-        inputs = self._inputs(batch, chain, rows.repeat_interleave(k), positions.repeat(2, 1).flatten())
-        times, told = inputs.times.to(chain.device), batch.prompt(self.guidance_scale).repeat_interleave(k)
-        policy_pred = predict(policy, inputs.noisy, times, told).unflatten(0, (-1, k))
-        with torch.no_grad():
-            reference_pred = predict(reference, inputs.noisy, times, told).unflatten(0, (-1, k))
+        rows, columns = rows.repeat_interleave(k), positions.repeat(2, 1).flatten()
+        inputs, told = self._inputs(batch, chain, rows, columns), batch.prompt(self.guidance_scale).repeat_interleave(k)
+        policy_pred = predict(policy, inputs.noisy, inputs.times.to(chain.device), told).unflatten(0, (-1, k))
+        reference_pred = self._reference_pred(reference, batch, rows, columns, inputs, told).unflatten(0, (-1, k))
         noisy, target = inputs.noisy.unflatten(0, (-1, k)), inputs.target
         target = None if target is None else target.unflatten(0, (-1, k))
         result = preference_loss(
@@ -398,11 +419,9 @@ class InversionDPO:
         def score(rows: Tensor, columns: Tensor, reference_pred: Tensor | None) -> Scored:
             pair, n = rows % pairs, rows.numel()
             inputs, told = self._inputs(batch, chain, rows, positions[pair, columns]), prompt.select(rows)
-            times = inputs.times.to(chain.device)
-            policy_pred = predict(policy, inputs.noisy, times, told)
+            policy_pred = predict(policy, inputs.noisy, inputs.times.to(chain.device), told)
             if reference_pred is None:
-                with torch.no_grad():
-                    reference_pred = predict(reference, inputs.noisy, times, told)
+                reference_pred = self._reference_pred(reference, batch, rows, positions[pair, columns], inputs, told)
             # To the loss each term is a pair of its own: a winner whose loser stays where the reference is, so that
             # the loser's part is zero; terms of losers count with the opposite sign.
             signed = weight[pair, columns] * (1 - 2 * (rows // pairs))
@@ -450,6 +469,22 @@ class InversionDPO:
             return batch.trajectory.to(batch.latents.device)
         inverting = reference if self.trajectory_is_cacheable else policy
         return self.reference_trajectory(inverting, batch.latents, batch.conditioning, batch.unconditional)
+
+    @torch.no_grad()
+    def _reference_pred(
+        self,
+        reference: Network,
+        batch: PairBatch,
+        rows: Tensor,
+        positions: Tensor,
+        inputs: _ScoringInputs,
+        told: Prompt,
+    ) -> Tensor:
+        """The reference's predictions at ``inputs`` of samples ``rows``, from the cache if the batch has them."""
+        stored, noisy = batch.reference_pred, inputs.noisy
+        if stored is None:
+            return predict(reference, noisy, inputs.times.to(noisy.device), told)
+        return stored[rows.to(stored.device), positions.to(stored.device)].to(noisy.device, noisy.dtype)
 
     def _inputs(self, batch: PairBatch, chain: Tensor, rows: Tensor, positions: Tensor) -> _ScoringInputs:
         """What samples ``rows`` are scored on at ``positions`` of the chain, both int64 ``(n,)`` on the host."""

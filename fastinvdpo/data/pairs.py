@@ -44,6 +44,22 @@ class Pair:
     loser_geometry: ImageGeometry
 
 
+@dataclass(frozen=True)
+class PairEntry:
+    """What is known of a pair without decoding its images.
+
+    Attributes:
+        winner_key, loser_key: SHA-256 of encoded bytes and caption; equal for equal images of one caption.
+        scores: those of winner and loser, where the file has them.
+    """
+
+    row: int
+    caption: str
+    winner_key: str
+    loser_key: str
+    scores: tuple[float, float] | None
+
+
 class PairDataset:
     """Preference pairs of one parquet file or a directory of shards.
 
@@ -121,6 +137,14 @@ class PairDataset:
         (won, won_at, won_key), (lost, lost_at, lost_key) = sides
         return Pair(won, lost, caption, scores[0], scores[1], row, won_key, lost_key, won_at, lost_at)
 
+    def entry(self, i: int) -> PairEntry:
+        """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
+        row = self._rows[i]
+        winner, caption = self._winners[row], self._captions[row]
+        keys = [self._content_key(row, side, caption).hexdigest() for side in (winner, 1 - winner)]
+        scores = None if self._scores is None else (self._scores[winner][row], self._scores[1 - winner][row])
+        return PairEntry(row, caption, keys[0], keys[1], scores)
+
     @property
     def has_scores(self) -> bool:
         """Whether pairs carry preference scores."""
@@ -139,11 +163,16 @@ class PairDataset:
         name = f"jpg_{side}"
         data = image_bytes(self._column(name)[row], row, self._columns[name])
         image, geometry = transform(decode(data, row, self._columns[name]), self.resolution, decisions)
-        key = hashlib.sha256(data)
-        key.update(b"\0" + caption.encode())
+        key = self._content_key(row, side, caption)
         if self.resolution is not None or decisions.flip:
             key.update(repr((self.resolution, decisions.flip, geometry)).encode())
         return image, geometry, key.hexdigest()
+
+    def _content_key(self, row: int, side: int, caption: str) -> Any:
+        name = f"jpg_{side}"
+        key = hashlib.sha256(image_bytes(self._column(name)[row], row, self._columns[name]))
+        key.update(b"\0" + caption.encode())
+        return key
 
     def _read_scores(self) -> tuple[list[float], list[float]] | None:
         stored = [name for name in ("score_0", "score_1") if name in self._columns]

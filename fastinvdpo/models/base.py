@@ -84,6 +84,10 @@ class DiffusionModel(ABC):
         conditioned on it ignore it, and SDXL uses its own resolution where it is missing.
         """
 
+    def encode_geometry(self, geometry: Sequence[ImageGeometry]) -> dict[str, Tensor]:
+        """The tensors of :meth:`encode_prompts` that follow from the geometry alone, float32; empty where none do."""
+        return {}
+
     @abstractmethod
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
@@ -111,6 +115,7 @@ def load_model(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    frozen_parts: bool = True,
     **options: Any,
 ) -> DiffusionModel:
     """Load a model of the named family.
@@ -122,6 +127,8 @@ def load_model(
         revision: branch, tag or commit on the hub.
         variant: file variant such as ``"fp16"``.
         dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
+        frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode
+            or decode.
         options: further arguments of one family, such as ``vae`` (path or hub id) of ``stable-diffusion``.
 
     Raises:
@@ -137,9 +144,39 @@ def load_model(
     module_name, class_name = _FAMILIES[family]
     loader = getattr(importlib.import_module(module_name), class_name)
     model: DiffusionModel = loader.load(
-        path, unet_init=unet_init, revision=revision, variant=variant, dtype=dtype, **options
+        path,
+        unet_init=unet_init,
+        revision=revision,
+        variant=variant,
+        dtype=dtype,
+        frozen_parts=frozen_parts,
+        **options,
     )
     return model
+
+
+def checkpoint_files(
+    family: str,
+    path: str | Path,
+    *,
+    unet_init: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> dict[str, list[Path]]:
+    """The files that :func:`load_model` reads, by part: ``unet``, ``scheduler``, ``vae``, ``text_encoder``, …
+
+    Weights in other formats than safetensors are left out. Files of a hub repository are downloaded if need be.
+    Raises ``InvalidInput`` where nothing is found.
+    """
+    module_name, class_name = _FAMILIES[family]
+    kind = getattr(importlib.import_module(module_name), class_name)
+    files: dict[str, list[Path]] = kind.files(path, unet_init=unet_init, revision=revision, variant=variant)
+    return files
+
+
+def part_files(folder: Path) -> list[Path]:
+    """Configuration, vocabulary and safetensors files of one part, in the order of their names."""
+    return sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model", ".safetensors"))
 
 
 def check_images(images: Sequence[Image]) -> None:

@@ -26,6 +26,7 @@ from fastinvdpo.models.base import (
     check_images,
     check_latents,
     check_prompts,
+    part_files,
     saveable_network,
 )
 from fastinvdpo.models.digits_text import embed_prompts
@@ -61,8 +62,9 @@ class DigitsModel(DiffusionModel):
         revision: str | None = None,
         variant: str | None = None,
         dtype: torch.dtype = torch.float32,
+        frozen_parts: bool = True,
     ) -> DigitsModel:
-        """Load the directory ``path``. Weights stored in half precision are upcast to ``dtype``.
+        """Load the directory ``path``; there are no frozen parts. Weights stored in half precision are upcast to ``dtype``.
 
         Raises:
             InvalidInput: a file is missing, the UNet has other channels, or ``revision`` is given.
@@ -78,6 +80,23 @@ class DigitsModel(DiffusionModel):
         else:
             network = _load_unet("model.unet_init", Path(unet_init), None, dtype)
         return cls(network, json.loads(config_file.read_text()))
+
+    @classmethod
+    def files(
+        cls,
+        path: str | Path,
+        *,
+        unet_init: str | Path | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> dict[str, list[Path]]:
+        root, network = Path(path), Path(path if unet_init is None else unet_init)
+        folders = {"unet": _unet_folder(network), "scheduler": root / "scheduler"}
+        found = {part: part_files(folder) for part, folder in folders.items()}
+        for part, files in found.items():
+            if not files:
+                raise invalid("model.path", str(path), f"holds no {part}", _MODEL_REMEDY)
+        return found
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         """Latents ``(n, 1, 8, 8)`` of 8x8 pictures; colours become grey."""
@@ -128,7 +147,7 @@ _MODEL_REMEDY = "name a directory with unet/ and scheduler/, such as one the dem
 def _load_unet(argument: str, root: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """The UNet in ``root/unet``, or in ``root`` itself when that is a UNet directory."""
     diffusers = require("diffusers", extra="train", purpose="loading a digits model")
-    folder = root / "unet" if (root / "unet").is_dir() else root
+    folder = _unet_folder(root)
     if not (folder / "config.json").is_file():
         raise invalid(argument, str(root), "holds no unet/config.json", _MODEL_REMEDY)
     try:
@@ -141,6 +160,10 @@ def _load_unet(argument: str, root: Path, variant: str | None, dtype: torch.dtyp
     if channels != 1:
         raise invalid(argument, str(folder), f"its UNet has {channels} input channels, digits have 1", _MODEL_REMEDY)
     return cast_weights(network, dtype)
+
+
+def _unet_folder(root: Path) -> Path:
+    return root / "unet" if (root / "unet").is_dir() else root
 
 
 def _grey_pixels(image: Image) -> Tensor:

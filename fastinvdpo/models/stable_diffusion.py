@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from fastinvdpo.models.base import (
     check_prompts,
     saveable_network,
 )
-from fastinvdpo.models.checkpoints import load_pipeline
+from fastinvdpo.models.checkpoints import copy_other_parts, load_pipeline, local_folder, pipeline_files, vae_config
 from fastinvdpo.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 
 # Images that pass the VAE at once: it runs in float32, and at 1024 x 1024 its activations are the largest of the run.
 _VAE_BATCH = 4
+
+
+class Origin(NamedTuple):
+    """The checkpoint whose frozen parts were left on the disk."""
+
+    path: str | Path
+    revision: str | None
+    variant: str | None
 
 
 class StableDiffusionModel(DiffusionModel):
@@ -42,16 +50,19 @@ class StableDiffusionModel(DiffusionModel):
 
     family = "stable-diffusion"
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, origin: Origin | None = None) -> None:
         self.pipeline = pipeline
+        self._origin = origin
         self.network: nn.Module = pipeline.unet
         self.is_sdxl = hasattr(pipeline, "text_encoder_2")
         self.scheduler_config = dict(pipeline.scheduler.config)
         self.schedule = NoiseSchedule.from_config(self.scheduler_config)
-        _check_unet(pipeline, self.is_sdxl)
+        vae = pipeline.vae.config if origin is None else vae_config(origin.path, origin.revision)
+        _check_unet(pipeline, self.is_sdxl, vae["latent_channels"], whole=origin is None)
         side = _side(pipeline.unet.config.sample_size)
-        self.latent_shape = (pipeline.vae.config.latent_channels, *side)
-        self.image_size = (side[0] * pipeline.vae_scale_factor, side[1] * pipeline.vae_scale_factor)
+        self._vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.latent_shape = (vae["latent_channels"], *side)
+        self.image_size = (side[0] * self._vae_factor, side[1] * self._vae_factor)
         for module in self.frozen_modules():
             module.requires_grad_(False).eval()
 
@@ -65,6 +76,7 @@ class StableDiffusionModel(DiffusionModel):
         revision: str | None = None,
         variant: str | None = None,
         dtype: torch.dtype = torch.float32,
+        frozen_parts: bool = True,
     ) -> StableDiffusionModel:
         """Load a directory in diffusers' format or a hub id; safetensors only.
 
@@ -75,8 +87,29 @@ class StableDiffusionModel(DiffusionModel):
         Raises:
             InvalidInput: nothing loadable there, another kind of pipeline, or a UNet that does not fit.
         """
-        pipeline = load_pipeline(path, unet_init=unet_init, vae=vae, revision=revision, variant=variant, dtype=dtype)
-        return cls(pipeline)
+        if not frozen_parts and vae is not None:
+            raise invalid("vae", str(vae), "would not be loaded", "leave it out, or load the frozen parts as well")
+        pipeline = load_pipeline(
+            path,
+            unet_init=unet_init,
+            vae=vae,
+            revision=revision,
+            variant=variant,
+            dtype=dtype,
+            frozen_parts=frozen_parts,
+        )
+        return cls(pipeline, None if frozen_parts else Origin(path, revision, variant))
+
+    @classmethod
+    def files(
+        cls,
+        path: str | Path,
+        *,
+        unet_init: str | Path | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> dict[str, list[Path]]:
+        return pipeline_files(path, unet_init, revision, variant)
 
     def frozen_modules(self) -> tuple[nn.Module, ...]:
         names = ("vae", "text_encoder", "text_encoder_2")
@@ -89,6 +122,7 @@ class StableDiffusionModel(DiffusionModel):
         The mean, not a sample: the same picture must have the same latent each time it is drawn, or cached trajectories
         and resumed runs would differ. Images of one call share a size, whose sides are multiples of the VAE's factor.
         """
+        self._need_frozen_parts()
         check_images(images)
         self._check_sizes(images)
         vae = self.pipeline.vae
@@ -101,6 +135,7 @@ class StableDiffusionModel(DiffusionModel):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image]:
+        self._need_frozen_parts()
         check_latents(latents, channels=self.latent_shape[0])
         image_module = require("PIL.Image", extra="train", purpose="writing pictures")
         vae = self.pipeline.vae
@@ -123,6 +158,7 @@ class StableDiffusionModel(DiffusionModel):
         gives that one, as sampling without a negative prompt does. ``time_ids`` come from ``geometry``, or describe an
         uncropped image of the model's own resolution.
         """
+        self._need_frozen_parts()
         texts = check_prompts(prompts)
         if geometry is not None and len(geometry) != len(texts):
             problem = f"has not one entry for each of {len(texts)} prompts"
@@ -140,6 +176,9 @@ class StableDiffusionModel(DiffusionModel):
                 for name, value in conditioning.items()
             }
         return {**conditioning, "time_ids": self._time_ids(len(texts), geometry)}
+
+    def encode_geometry(self, geometry: Sequence[ImageGeometry]) -> dict[str, Tensor]:
+        return {"time_ids": self._time_ids(len(geometry), geometry)} if self.is_sdxl else {}
 
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
@@ -160,13 +199,27 @@ class StableDiffusionModel(DiffusionModel):
         return output
 
     def save(self, directory: str | Path, network: nn.Module | None = None) -> None:
-        """Write the whole pipeline as safetensors; diffusers loads the directory as well."""
-        own = self.pipeline.unet
-        self.pipeline.unet = saveable_network(self.network if network is None else network)
-        try:
-            self.pipeline.save_pretrained(directory, safe_serialization=True)
-        finally:
-            self.pipeline.unet = own
+        """Write the whole pipeline as safetensors; diffusers loads the directory as well.
+
+        Frozen parts that were not loaded are copied from the checkpoint, or where it has them as a variant, loaded for
+        this.
+        """
+        plain: Any = saveable_network(self.network if network is None else network)
+        if self._origin is None or self._origin.variant is not None:
+            whole = self if self._origin is None else self.load(**self._origin._asdict())
+            own, whole.pipeline.unet = whole.pipeline.unet, plain
+            try:
+                whole.pipeline.save_pretrained(directory, safe_serialization=True)
+            finally:
+                whole.pipeline.unet = own
+            return
+        copy_other_parts(local_folder(self._origin.path, self._origin.revision, None), Path(directory))
+        plain.save_pretrained(Path(directory) / "unet", safe_serialization=True)
+
+    def _need_frozen_parts(self) -> None:
+        if self._origin is not None:
+            remedy = "load the model with frozen_parts=True"
+            raise invalid("frozen_parts", False, "left text encoders and VAE out, which this needs", remedy)
 
     def _latent_affine(self) -> tuple[Any, Any]:
         """``(shift, scale)`` with ``latents = (vae output - shift) * scale``; tensors where they differ by channel."""
@@ -178,7 +231,7 @@ class StableDiffusionModel(DiffusionModel):
         return config.get("shift_factor") or 0.0, config["scaling_factor"]
 
     def _check_sizes(self, images: Sequence[Image]) -> None:
-        factor = self.pipeline.vae_scale_factor
+        factor = self._vae_factor
         for i, image in enumerate(images):
             if image.size != images[0].size:
                 problem = f"differs from that of the first image, {images[0].size}"
@@ -198,10 +251,9 @@ class StableDiffusionModel(DiffusionModel):
         return torch.tensor(rows, dtype=torch.float32, device=self.device)
 
 
-def _check_unet(pipeline: Any, is_sdxl: bool) -> None:
+def _check_unet(pipeline: Any, is_sdxl: bool, channels: int, *, whole: bool) -> None:
     """Raise ``InvalidInput`` for relatives that want other inputs: inpainting, depth, consistency, refiner."""
     config, remedy = pipeline.unet.config, "use a text-to-image checkpoint of SD 1.x, 2.x or SDXL"
-    channels = pipeline.vae.config.latent_channels
     if config.in_channels != channels:
         problem = f"the UNet takes {config.in_channels} channels, the VAE gives {channels}"
         raise invalid("model.path", pipeline.name_or_path, problem, remedy)
@@ -210,7 +262,7 @@ def _check_unet(pipeline: Any, is_sdxl: bool) -> None:
     if (config.addition_embed_type == "text_time") != is_sdxl:
         problem = f"addition_embed_type {config.addition_embed_type!r} does not belong to this kind of pipeline"
         raise invalid("model.path", pipeline.name_or_path, problem, remedy)
-    if is_sdxl and (pipeline.text_encoder is None or pipeline.text_encoder_2 is None):
+    if whole and is_sdxl and (pipeline.text_encoder is None or pipeline.text_encoder_2 is None):
         raise invalid("model.path", pipeline.name_or_path, "one of the two text encoders is missing", remedy)
 
 
