@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastinvdpo import _mapped
 from fastinvdpo.errors import invalid
+
+if TYPE_CHECKING:
+    from fastinvdpo.trainer import TrainConfig
 
 app = typer.Typer(
     help="Align diffusion models to preference pairs by inversion-based DPO.",
@@ -47,10 +50,7 @@ def train(
     if preset == "list":
         typer.echo("\n".join(config_files.presets()))
         return
-    path, overrides = _split(arguments or [])
-    if path is None and preset is None:
-        raise invalid("CONFIG.yaml", None, "is missing", "name a configuration file, or a preset with --preset")
-    config = config_files.load_config(path, overrides, preset=preset)
+    config = _config(arguments, preset)
     if dry_run:
         typer.echo(config_files.to_yaml(config), nl=False)
         return
@@ -61,6 +61,32 @@ def train(
         typer.echo(
             f"{result.steps} steps in {result.seconds:.0f} s, {result.network_evaluations:,} network evaluations. "
             f"Model: {result.model_directory}"
+        )
+
+
+@app.command()
+def precompute(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [section.key=value]...",
+            help="The configuration of the training, with cache.path; then values that override it.",
+            show_default=False,
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from published hyper-parameters.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Store what does not depend on the policy: latents, embeddings, and for Inversion-DPO all of the reference."""
+    config = _config(arguments, preset)
+    from fastinvdpo.trainer import precompute as fill
+
+    cache = fill(config, progress=progress)
+    if os.environ.get("RANK", "0") == "0":
+        images, captions = cache.index.first["image"][-1], cache.index.first["caption"][-1]
+        typer.echo(
+            f"{len(cache)} pairs: {images} images, {captions} captions, {cache.network_evaluations:,} network "
+            f"evaluations. Cache: {cache.directory}"
         )
 
 
@@ -146,6 +172,15 @@ def bench(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = 
     """Measure the ops beside plain PyTorch and torch.compile; --quick takes a minute, --help tells of the rest."""
     runner = _mapped.load("_benchmarks", "benchmarks", "run")
     raise typer.Exit(runner.main(arguments or []))
+
+
+def _config(arguments: list[str] | None, preset: str | None) -> TrainConfig:
+    from fastinvdpo.trainer import config_files
+
+    path, overrides = _split(arguments or [])
+    if path is None and preset is None:
+        raise invalid("CONFIG.yaml", None, "is missing", "name a configuration file, or a preset with --preset")
+    return config_files.load_config(path, overrides, preset=preset)
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -255,7 +255,7 @@ def test_configuration_survives_its_file(method: str, preference: str, tmp_path:
         sure = config.method.preference_scale * (2 / (1 + math.exp(-1)) - 1)
         assert sure == pytest.approx(1.0) if preference == "digit" else config.method.preference_scale == 10
     assert config.training.steps == {"slant": 200, "bold": 100, "digit": 300}[preference]
-    assert config.training.cache_trajectories == (method == "inversion-dpo")
+    assert (config.cache.path is not None) == (method == "inversion-dpo")
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,10 @@ class PairDataset:
         scores = None if self._scores is None else (self._scores[winner][row], self._scores[1 - winner][row])
         return PairEntry(row, caption, keys[0], keys[1], scores)
 
+    def caption(self, i: int) -> str:
+        """Caption of pair ``i``."""
+        return self._captions[self._rows[i]]
+
     @property
     def has_scores(self) -> bool:
         """Whether pairs carry preference scores."""

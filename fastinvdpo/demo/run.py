@@ -168,8 +168,8 @@ def build_config(
                 "steps": steps,
                 "batch_size": 32,
                 "seed": seed,
-                "cache_trajectories": method == "inversion-dpo",
             },
+            "cache": {"path": str(directory / "training" / "cache") if method == "inversion-dpo" else None},
             "output": {
                 "directory": str(directory / "training"),
                 "checkpoint_every": steps,

@@ -58,7 +58,8 @@ def load_pipeline(
 ) -> Any:
     """The diffusers pipeline of SD 1.x, 2.x or SDXL with every part but the safety checker, on the CPU.
 
-    Without ``frozen_parts`` VAE, text encoders and tokenizers are None. The VAE is read in float32 (SDXL's overflows in float16), everything else as ``dtype``.
+    The VAE is read in float32 (SDXL's overflows in float16), everything else as ``dtype``. Without ``frozen_parts`` the
+    VAE, text encoders and tokenizers are None.
     """
     diffusers = require("diffusers", extra="train", purpose="loading a Stable Diffusion model")
     require("transformers", extra="train", purpose="loading a Stable Diffusion model")

@@ -64,7 +64,8 @@ class DigitsModel(DiffusionModel):
         dtype: torch.dtype = torch.float32,
         frozen_parts: bool = True,
     ) -> DigitsModel:
-        """Load the directory ``path``; there are no frozen parts. Weights stored in half precision are upcast to ``dtype``.
+        """Load the directory ``path``. Weights stored in half precision are upcast to ``dtype``; ``frozen_parts`` means
+        nothing, since there are none.
 
         Raises:
             InvalidInput: a file is missing, the UNet has other channels, or ``revision`` is given.

@@ -1,4 +1,4 @@
-"""From draws to a batch on the device: decode, encode, look up the cached trajectory.
+"""From draws to a batch on the device: decode and encode.
 
 Latents and prompt embeddings that are the same at every visit are kept in host memory, up to ``data.cache_gib``.
 """
@@ -6,7 +6,7 @@ Latents and prompt embeddings that are the same at every visit are kept in host 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -38,9 +38,8 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True)
 class Side:
-    """One image of a pair after encoding. ``key`` names image and caption; ``latents`` is ``(C, h, w)``."""
+    """One image of a pair after encoding; ``latents`` is ``(C, h, w)``."""
 
-    key: str
     latents: Tensor
     geometry: ImageGeometry | None
     score: float | None
@@ -80,7 +79,6 @@ class BatchBuilder:
         caption_dropout: share of draws whose caption is replaced by the empty prompt, on both sides.
         cache_gib: host memory for latents and embeddings, in GiB.
         num_workers: threads that decode images ahead of time (decoding leaves the interpreter lock).
-        trajectory_of: keys of ``2B`` images -> their cached trajectories ``(2B, N, …)`` on the host.
     """
 
     def __init__(
@@ -93,7 +91,6 @@ class BatchBuilder:
         caption_dropout: float = 0.0,
         cache_gib: float = 2.0,
         num_workers: int = 0,
-        trajectory_of: Callable[[Sequence[str]], Tensor] | None = None,
     ) -> None:
         self._model, self._dataset, self._order = model, dataset, order
         self._with_unconditional, self._caption_dropout = with_unconditional, caption_dropout
@@ -102,7 +99,6 @@ class BatchBuilder:
         self._pairs: dict[int, EncodedPair] = {}
         self._embeddings: dict[Hashable, Tensors] = {}
         self._threads = ThreadPoolExecutor(num_workers, "decode") if num_workers else None
-        self.trajectory_of = trajectory_of
 
     def close(self) -> None:
         if self._threads is not None:
@@ -122,12 +118,6 @@ class BatchBuilder:
     def build(self, draws: range) -> PairBatch:
         """The batch of these draws."""
         return self._build(draws, {})
-
-    def every_pair(self, batch_size: int) -> Iterator[EncodedPair]:
-        """All pairs of the data set in its own order, encoded ``batch_size`` at a time."""
-        for start in range(0, len(self._dataset), batch_size):
-            indices = range(start, min(start + batch_size, len(self._dataset)))
-            yield from self._encode([(index, index) for index in indices], {})
 
     def row(self, draw: int) -> int:
         """Row in the data file of the pair that a draw takes."""
@@ -173,8 +163,8 @@ class BatchBuilder:
             latents = self._model.encode_images(images)
             for (draw, index), pair, both in zip(missing, pairs, latents.unflatten(0, (-1, 2)), strict=True):
                 found[draw] = EncodedPair(
-                    Side(pair.winner_key, both[0], pair.winner_geometry, pair.winner_score),
-                    Side(pair.loser_key, both[1], pair.loser_geometry, pair.loser_score),
+                    Side(both[0], pair.winner_geometry, pair.winner_score),
+                    Side(both[1], pair.loser_geometry, pair.loser_score),
                     pair.caption,
                     pair.row,
                 )
@@ -195,14 +185,12 @@ class BatchBuilder:
         unconditional = self.embed([""] * len(sides), geometry) if self._with_unconditional else None
         latents = _stack([side.latents for side in sides], device)
         scores = torch.tensor([side.score for side in sides], dtype=latents.dtype) if self._dataset.has_scores else None
-        trajectory = None if self.trajectory_of is None else self.trajectory_of([side.key for side in sides])
         return PairBatch(
             latents=latents,
             conditioning=conditioning,
             draw=torch.arange(draws.start, draws.stop),
             unconditional=unconditional,
-            scores=None if scores is None else _to_device(scores, device),
-            trajectory=None if trajectory is None else _to_device(trajectory, device),
+            scores=None if scores is None else to_device(scores, device),
         )
 
 
@@ -213,11 +201,12 @@ def _host_copy(tensor: Tensor) -> Tensor:
 def _stack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """One tensor on the device from tensors that are on the host (cached) or already on the device (new)."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
-        return _to_device(torch.stack(list(tensors)), device)
-    return torch.stack([_to_device(tensor, device) for tensor in tensors])
+        return to_device(torch.stack(list(tensors)), device)
+    return torch.stack([to_device(tensor, device) for tensor in tensors])
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on the device; from the host to a GPU without waiting for it."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # from pinned memory the host need not wait

@@ -40,6 +40,8 @@ _FREE = (
     "training.max_batch",
     "training.gradient_passes",
     "data.cache_gib",
+    "cache.path",
+    "cache.batch_size",
     "output.",
 )
 

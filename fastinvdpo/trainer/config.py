@@ -91,12 +91,15 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
+    """``reference_dtype``: type of the frozen copy's weights in full fine-tuning; the policy's when null."""
+
     family: Literal["digits", "stable-diffusion"]
     path: NonEmpty
     unet_init: NonEmpty | None = None
     revision: NonEmpty | None = None
     variant: NonEmpty | None = None
     lora: LoraSection | None = None
+    reference_dtype: Literal["fp32", "bf16"] | None = None
     init_perturbation: Share = 0.0
 
 
@@ -151,8 +154,20 @@ class TrainingSection(Section):
     gradient_passes: Literal[1, 2] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    cache_trajectories: bool = False
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+
+
+class CacheSection(Section):
+    """What does not depend on the policy, stored by ``fastinvdpo precompute`` and read in training.
+
+    ``dtype``: of embeddings, trajectories and reference predictions. fp32 gives the losses of training without a cache;
+    bf16 needs half the space, and rounds them to 8 bits. ``batch_size``: pairs that are encoded and inverted at once;
+    ``training.batch_size`` when null.
+    """
+
+    path: NonEmpty | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    batch_size: Count | None = None
 
 
 class OutputSection(Section):
@@ -182,6 +197,7 @@ class TrainConfig(Section):
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
+    cache: CacheSection = CacheSection()
     output: OutputSection
 
     sections: ClassVar[dict[str, type[Section]]] = {
@@ -190,6 +206,7 @@ class TrainConfig(Section):
         "data": DataSection,
         "optimizer": OptimizerSection,
         "training": TrainingSection,
+        "cache": CacheSection,
         "output": OutputSection,
     }
 
@@ -211,6 +228,11 @@ class TrainConfig(Section):
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain numbers, strings, lists and dictionaries."""
         return self.model_dump(mode="python")
+
+    @property
+    def reference_chain(self) -> bool:
+        """Whether the method scores along a chain that the reference inverts, which a cache can hold."""
+        return self.method.name == "inversion-dpo" and self.method.variant != "distance-policy"
 
     def effective_batch(self, processes: int = 1) -> int:
         """Pairs per optimiser step over all processes."""

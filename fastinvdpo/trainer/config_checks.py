@@ -21,7 +21,14 @@ DISTANCE_VARIANTS = ("distance", "distance-policy")
 
 def check_combinations(config: TrainConfig) -> None:
     """Raise one ``InvalidInput`` with a line for each impossible combination."""
-    problems = [*_method(config), *_model(config), *_data(config), *_optimizer(config), *_training(config)]
+    problems = [
+        *_method(config),
+        *_model(config),
+        *_data(config),
+        *_optimizer(config),
+        *_training(config),
+        *_cache(config),
+    ]
     if problems:
         raise InvalidInput("\n".join(str(problem) for problem in problems))
 
@@ -84,6 +91,13 @@ def _model(config: TrainConfig) -> Iterator[InvalidInput]:
         yield invalid(
             "model.revision", model.revision, "names a hub revision; digits models are directories", "set it to null"
         )
+    if model.reference_dtype is not None and model.lora is not None:
+        yield invalid(
+            "model.reference_dtype",
+            model.reference_dtype,
+            "has no meaning with LoRA, where the reference is the policy with its adapters off",
+            "set it to null, or drop model.lora",
+        )
 
 
 def _data(config: TrainConfig) -> Iterator[InvalidInput]:
@@ -129,7 +143,7 @@ def _optimizer(config: TrainConfig) -> Iterator[InvalidInput]:
 
 
 def _training(config: TrainConfig) -> Iterator[InvalidInput]:
-    training, data = config.training, config.data
+    training = config.training
     if training.mixed_precision == "fp16" and runs_on_cpu():
         yield invalid("training.mixed_precision", "fp16", "needs a GPU, and none is in use", "choose no or bf16")
     directory = Path(config.output.directory)
@@ -140,24 +154,19 @@ def _training(config: TrainConfig) -> Iterator[InvalidInput]:
     if training.gradient_passes is not None and config.method.name != "inversion-dpo":
         key, problem = "training.gradient_passes", f"means nothing for method {config.method.name!r}"
         yield invalid(key, training.gradient_passes, problem, "set it to null")
-    if not training.cache_trajectories:
+
+
+def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
+    data, path = config.data, config.cache.path
+    if path is None:
         return
-    key = "training.cache_trajectories"
-    if config.method.name != "inversion-dpo":
-        yield invalid(key, True, f"means nothing for method {config.method.name!r}", "set it to false")
-    elif config.method.variant == "distance-policy":
-        yield invalid(
-            key,
-            True,
-            "cannot be used with variant distance-policy, whose trajectory changes with the policy",
-            "set it to false, or choose variant endpoint",
-        )
-    moving = {
-        "data.random_flip": data.random_flip,
-        "data.center_crop = false": not data.center_crop,
-        "data.caption_dropout": data.caption_dropout > 0,
-    }
+    if Path(path).exists() and not Path(path).is_dir():
+        yield invalid("cache.path", path, "is a file", "name a directory")
+    moving = {"data.random_flip": data.random_flip, "data.center_crop = false": not data.center_crop}
     for name, used in moving.items():
         if used:
-            problem = f"needs the same latents and captions at every visit, and {name} changes them"
-            yield invalid(key, True, problem, f"drop {name}")
+            problem = f"needs the same latents at every visit, and {name} changes them"
+            yield invalid("cache.path", path, problem, f"drop {name}, or set cache.path to null")
+    if config.reference_chain and data.caption_dropout > 0:
+        problem = "holds trajectories, which follow the captions, and data.caption_dropout changes those"
+        yield invalid("cache.path", path, problem, "drop data.caption_dropout, or set cache.path to null")

@@ -22,7 +22,7 @@ def export_model(model: DiffusionModel, networks: Networks, ema: EMA | None, dir
     """
     network = networks.policy_module
     with nullcontext() if ema is None else ema.applied():
-        if networks.reference_module is None:
+        if networks.lora:
             with atomic_directory(directory / "adapter") as temporary:
                 save_adapter(network, temporary)
             network = merged_copy(network)

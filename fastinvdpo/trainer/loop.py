@@ -15,6 +15,9 @@ from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.objectives import InversionDPO, build_objective
 from fastinvdpo.trainer.atomic import clean_leftovers
 from fastinvdpo.trainer.batches import BatchBuilder, Pairs
+from fastinvdpo.trainer.cache import PairCache
+from fastinvdpo.trainer.cache_writing import precompute
+from fastinvdpo.trainer.cached_batches import CachedBatches
 from fastinvdpo.trainer.call_size import choose_max_batch, gradient_passes
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
@@ -31,15 +34,13 @@ from fastinvdpo.trainer.export import export_model
 from fastinvdpo.trainer.metrics import MetricSums, names
 from fastinvdpo.trainer.networks import Networks, perturb
 from fastinvdpo.trainer.nonfinite import FiniteGuard, report_gradient, report_loss
+from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 from fastinvdpo.trainer.reporting import Reporter
 from fastinvdpo.trainer.step import TrainingState, build_optimizer, training_step
-from fastinvdpo.trainer.trajectory_cache import TrajectoryCache, distinct_items, fingerprint, inverter, tensors_digest
 from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from fastinvdpo.models import DiffusionModel
 
 
@@ -50,8 +51,8 @@ class TrainResult:
     Attributes:
         directory: the output directory; model_directory: the trained model, for ``load_model``.
         steps: optimiser steps made, over all attempts of the run.
-        network_evaluations: samples sent through a network, over all attempts and processes, with those of cached
-            trajectories.
+        network_evaluations: samples sent through a network, over all attempts and processes, with what the cache cost
+            whenever it was computed.
         seconds: wall time of all attempts, without the part of a killed one after its last checkpoint.
         history: the rows of history.jsonl.
     """
@@ -67,6 +68,9 @@ class TrainResult:
 def train(config: TrainConfig, *, resume: str | Path = "auto", progress: bool = True) -> TrainResult:
     """Train as configured: open the data, load the model, run the loop, write the model.
 
+    With ``cache.path`` the cache is completed first where something of it is missing; the run then reads nothing else,
+    and loads neither text encoders nor VAE.
+
     Args:
         resume: ``"auto"`` continues from the newest complete checkpoint of ``output.directory`` if there is one,
             ``"never"`` starts and refuses a directory that has checkpoints, anything else is the path of a checkpoint.
@@ -79,39 +83,21 @@ def train(config: TrainConfig, *, resume: str | Path = "auto", progress: bool = 
     """
     for package in ("accelerate", "diffusers"):
         require(package, extra="train", purpose="training")
-    from fastinvdpo.data import PairDataset
-    from fastinvdpo.models import load_model
-
-    data, source = config.data, config.model
-    dataset = PairDataset(
-        data.path,
-        columns=data.columns,
-        ties=data.ties,
-        resolution=data.resolution,
-        random_flip=data.random_flip,
-        center_crop=data.center_crop,
-        relabel_by_score=data.relabel_by_score,
-        seed=config.training.seed,
-        max_broken=data.max_broken,
-    )
-    check_dataset(config, dataset)
-    model = load_model(
-        source.family, source.path, unet_init=source.unet_init, revision=source.revision, variant=source.variant
-    )
-    return train_model(config, model, dataset, resume=resume, progress=progress)
-
-
-def check_dataset(config: TrainConfig, dataset: Pairs) -> None:
-    """Raise ``InvalidInput`` when the method needs what the data set lacks."""
-    if config.method.name == "smpo" and not dataset.has_scores:
-        remedy = "add columns score_0 and score_1, or name yours in data.columns"
-        raise invalid("method.name", "smpo", f"weighs pairs by scores, and {config.data.path} has none", remedy)
+    if config.cache.path is None:
+        dataset = open_dataset(config)
+        return train_model(config, open_model(config), dataset, resume=resume, progress=progress)
+    find_checkpoint(resume, Path(config.output.directory) / "checkpoints")  # refused before anything is computed
+    cache = precompute(config, progress=progress)
+    return _Run(config, open_model(config, frozen_parts=False), cache, resume, progress).run()
 
 
 def train_model(
     config: TrainConfig, model: DiffusionModel, dataset: Pairs, *, resume: str | Path = "auto", progress: bool = True
 ) -> TrainResult:
     """As :func:`train`, with model and data set at hand. The model's network is trained in place."""
+    if config.cache.path is not None:
+        problem = "belongs to the files that the configuration names, not to a model at hand"
+        raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
     return _Run(config, model, dataset, resume, progress).run()
 
 
@@ -119,7 +105,12 @@ class _Run:
     """The parts of one run, and the order in which they are used."""
 
     def __init__(
-        self, config: TrainConfig, model: DiffusionModel, dataset: Pairs, resume: str | Path, progress: bool
+        self,
+        config: TrainConfig,
+        model: DiffusionModel,
+        dataset: Pairs | PairCache,
+        resume: str | Path,
+        progress: bool,
     ) -> None:
         self._began = time.perf_counter()
         self.config, self.model = config, model
@@ -127,7 +118,7 @@ class _Run:
         self.checkpoints = self.directory / "checkpoints"
         check_dataset(config, dataset)
         found = find_checkpoint(resume, self.checkpoints)
-        self.accelerator = _accelerator(config.training.mixed_precision, config.training.seed)
+        self.accelerator = open_accelerator(config.training.mixed_precision, config.training.seed)
         self.order = self._deal(len(dataset))
         self._identity = {"effective batch": self.order.effective_batch, "pairs in the data set": len(dataset)}
         # Another run's checkpoint is refused before anything is computed or written.
@@ -144,15 +135,8 @@ class _Run:
             active=self.accelerator.is_main_process,
         )
         model.to(self.accelerator.device)
-        self.builder = BatchBuilder(
-            model,
-            dataset,
-            self.order,
-            with_unconditional=isinstance(self.objective, InversionDPO) and self.objective.guidance_scale != 1,
-            caption_dropout=config.data.caption_dropout,
-            cache_gib=config.data.cache_gib,
-            num_workers=config.training.num_workers,
-        )
+        self.cache = dataset if isinstance(dataset, PairCache) else None
+        self.builder = self._batches(dataset)
 
     def run(self) -> TrainResult:
         """Train from the first step that is missing, and write the model."""
@@ -164,6 +148,16 @@ class _Run:
         finally:
             self.builder.close()
             self.reporter.close()
+
+    def _batches(self, source: Pairs | PairCache) -> BatchBuilder | CachedBatches:
+        options: dict[str, Any] = {
+            "with_unconditional": isinstance(self.objective, InversionDPO) and self.objective.guidance_scale != 1,
+            "caption_dropout": self.config.data.caption_dropout,
+            "num_workers": self.config.training.num_workers,
+        }
+        if isinstance(source, PairCache):
+            return CachedBatches(source, self.accelerator.device, self.order, **options)
+        return BatchBuilder(self.model, source, self.order, cache_gib=self.config.data.cache_gib, **options)
 
     def _deal(self, pairs: int) -> DrawOrder:
         training, accelerator = self.config.training, self.accelerator
@@ -189,13 +183,9 @@ class _Run:
         return stored
 
     def _set_up(self) -> None:
-        """Build what training changes, invert the data if asked to, and continue from the checkpoint."""
-        caching = self.config.training.cache_trajectories
-        base_weights = tensors_digest(self.model.network.state_dict()) if caching else ""
+        """Build what training changes, and continue from the checkpoint."""
         self.state = self._build_state()
         self._limit_calls()
-        if caching:
-            self._cache_trajectories(base_weights)
         if self._stored is not None:
             self._restore(self._stored)
             self._stored = None  # its weights need not stay in memory
@@ -235,7 +225,14 @@ class _Run:
 
     def _build_state(self) -> TrainingState:
         config, training = self.config, self.config.training
-        networks = Networks(self.model, lora=config.model.lora, gradient_checkpointing=training.gradient_checkpointing)
+        dtype = config.model.reference_dtype
+        networks = Networks(
+            self.model,
+            lora=config.model.lora,
+            gradient_checkpointing=training.gradient_checkpointing,
+            reference="none" if self.cache is not None and self.cache.has_reference else "copy",
+            reference_dtype=None if dtype is None else DTYPES[dtype],
+        )
         networks.policy_module.to(self.accelerator.device)
         if config.model.init_perturbation > 0:
             perturb(networks.policy_module, config.model.init_perturbation, training.seed)
@@ -261,21 +258,6 @@ class _Run:
             state.max_batch = choose_max_batch(networks, self.objective, pair, self.accelerator, passes=passes)
             if self.accelerator.device.type == "cuda":
                 self.reporter.say(f"{state.max_batch} network evaluations fit into one call (training.max_batch).")
-
-    def _cache_trajectories(self, weights: str) -> None:
-        assert isinstance(self.objective, InversionDPO)  # the configuration was checked
-        accelerator, chunk = self.accelerator, 2 * self.config.training.batch_size
-        items = distinct_items(list(self.builder.every_pair(self.config.training.batch_size)))
-        options = self.config.method.objective_options()
-        probe = self.builder.embed([items[0][0]], [items[0][1].geometry])
-        key = fingerprint(weights, self.model.scheduler_config, options, items, probe)
-        cache = TrajectoryCache(self.directory / "trajectories", key, chunk, self.reporter.say)
-        reference = in_calls_of(self.state.max_batch, self.state.networks.reference)
-        invert = inverter(self.objective, reference, self.builder, accelerator.device)
-        cache.compute(items, invert, rank=accelerator.process_index, processes=accelerator.num_processes)
-        accelerator.wait_for_everyone()
-        cache.open(items)
-        self.builder.trajectory_of = cache.lookup
 
     def _restore(self, stored: Checkpoint) -> None:
         state = self.state
@@ -381,7 +363,7 @@ class _Run:
             directory=self.directory,
             model_directory=self.directory / "model",
             steps=max(self.first_step, self.config.training.steps),
-            network_evaluations=sum(evaluations.values()),
+            network_evaluations=sum(evaluations.values()) + (self.cache.network_evaluations if self.cache else 0),
             seconds=self._seconds(),
             history=self.reporter.rows,
         )
@@ -396,12 +378,3 @@ class _Run:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._began
-
-
-def _accelerator(mixed_precision: str, seed: int) -> Accelerator:
-    """A fresh accelerator. Its state is shared in the process, and an earlier run may have had another precision."""
-    accelerate = require("accelerate", extra="train", purpose="training")
-    accelerate.state.AcceleratorState._reset_state()
-    accelerator: Accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
-    accelerate.utils.set_seed(seed)
-    return accelerator

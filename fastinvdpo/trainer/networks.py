@@ -1,7 +1,8 @@
 """Policy and reference from one model: full fine-tuning beside a frozen copy, or adapters that can be switched off.
 
-Both are kept in the same precision: the signal is the small difference between their predictions, and a reference with
-rounded weights would add the rounding to it. Both are in evaluation mode: dropout would put noise into that difference.
+Both are kept in the same precision unless model.reference_dtype says otherwise: the signal is the small difference
+between their predictions, and a reference with rounded weights adds the rounding to it. Both are in evaluation mode:
+dropout would put noise into that difference.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +30,42 @@ if TYPE_CHECKING:
 class Networks:
     """The network that is trained and the one it is compared with.
 
+    Args:
+        reference: ``"copy"`` keeps a frozen copy of the network (with ``lora`` its adapters are switched off instead);
+            ``"none"`` has no reference, for cached predictions; ``"self"`` takes the network itself, which must then
+            not be trained.
+        reference_dtype: type of the reference's weights where it is a network of its own; the policy's when None.
+
     Attributes:
         policy_module: the trained network, with adapters inside when ``lora`` is given.
-        reference_module: the frozen copy, or None when the reference is the policy with its adapters off.
+        lora: whether it has adapters.
+        reference_module: the frozen copy, or None when there is no reference or it is the policy with its adapters off.
         evaluations: counts of network evaluations (one sample through one network), with and without gradient.
     """
 
-    def __init__(self, model: DiffusionModel, *, lora: LoraSection | None, gradient_checkpointing: bool) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: DiffusionModel,
+        *,
+        lora: LoraSection | None,
+        gradient_checkpointing: bool,
+        reference: Literal["copy", "none", "self"] = "copy",
+        reference_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._model, self._reference = model, reference
         network = model.network.eval()
+        self.lora = lora is not None
         self.reference_module: nn.Module | None = None
-        if lora is None:
-            self.reference_module = copy.deepcopy(network).requires_grad_(False)
-            network.requires_grad_(True)
-        else:
+        if lora is not None:
             add_lora(network, lora, model.default_lora_targets)
+        elif reference == "self":
+            self.reference_module = network.requires_grad_(False)
+            if reference_dtype is not None:
+                network.to(reference_dtype)
+        else:
+            if reference == "copy":
+                self.reference_module = frozen_copy(network, reference_dtype)
+            network.requires_grad_(True)
         if gradient_checkpointing:
             _checkpoint_activations(network)
         self.policy_module = network
@@ -54,6 +76,10 @@ class Networks:
     def prepare(self, accelerator: Accelerator) -> None:
         """Let accelerate wrap the policy for its device, process group and precision."""
         self._wrapped = accelerator.prepare_model(self.policy_module)
+        self.use_precision(accelerator)
+
+    def use_precision(self, accelerator: Accelerator) -> None:
+        """Predict in the accelerator's mixed precision."""
         self._accelerator = accelerator
 
     @property
@@ -82,6 +108,8 @@ class Networks:
     @torch.no_grad()
     def reference(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Prediction of the reference, never with gradient."""
+        if self._reference == "none":
+            raise RuntimeError("the reference was asked although its predictions are cached")
         if self.reference_module is not None:
             return self._predict("without_gradient", self.reference_module, latents, timesteps, conditioning)
         with adapters_disabled(self.policy_module):
@@ -92,11 +120,21 @@ class Networks:
     ) -> Tensor:
         self.evaluations[kind] += latents.shape[0]
         if self._accelerator is None or self._accelerator.mixed_precision == "no":
-            return self._model.predict(network, latents, timesteps, conditioning)
+            return self._model.predict(network, latents, timesteps, conditioning).to(latents.dtype)
         with self._accelerator.autocast():
             prediction = self._model.predict(network, latents, timesteps, conditioning)
         # The objective's own arithmetic stays in the latents' type (float32).
         return prediction.to(latents.dtype)
+
+
+def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy without gradients, its floating-point weights as ``dtype``; never a whole copy in another type first."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if dtype is not None and tensor.is_floating_point():
+            cast = tensor.detach().to(dtype, copy=True)
+            memo[id(tensor)] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
+    return copy.deepcopy(network, memo).requires_grad_(False)
 
 
 def add_lora(network: nn.Module, lora: LoraSection, default_targets: tuple[str, ...]) -> None:

@@ -1,0 +1,190 @@
+"""The cache of what does not depend on the policy: its files, and reading single pairs of it.
+
+A directory with::
+
+    manifest.json              what it was computed from (cache_key.py), and when complete the size of every shard
+    index.safetensors          which images and which caption belong to each pair, its row in the data and its scores
+    unconditional.safetensors  the embedding of the empty prompt
+    pairs-000000.safetensors   the images and captions that occur first in pairs 0 … 31, and so on
+
+An image that occurs in several pairs under one caption is stored once, and so is a caption. Tensors of a shard, one row
+an image or caption::
+
+    image.latents              (n, C, h, w) float32
+    image.geometry.NAME        (n, …) float32: the part of the conditioning that follows from size and crop (SDXL)
+    image.trajectory           (n, N, …), Inversion-DPO: the chain inverted by the reference; (n, 2N, …) with targets
+    image.reference_pred       (n, N, …), Inversion-DPO: the reference's guided predictions there
+    caption.NAME               (m, …): the rest of the conditioning
+
+Clean latents and geometry are float32 always; the others are of the type ``cache.dtype``. Files appear atomically.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import invalid
+from fastinvdpo.trainer.atomic import atomic_file
+
+PAIRS_PER_SHARD = 32
+MANIFEST, INDEX, UNCONDITIONAL = "manifest.json", "index.safetensors", "unconditional.safetensors"
+_OPEN_SHARDS = 64
+_REMEDY = "delete that directory and run fastinvdpo precompute again"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds.
+
+    Attributes:
+        key: what the cache was computed from; hash: its digest, which every shard carries.
+        sizes: bytes of every shard, None until all are there.
+        network_evaluations: samples that were sent through the reference for the whole cache.
+        files: remembered digests of the files in the key.
+    """
+
+    key: dict[str, Any]
+    hash: str
+    pairs_per_shard: int
+    sizes: list[int] | None = None
+    network_evaluations: int = 0
+    files: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest | None:
+        """The manifest of a directory, None where there is none. Raises ``InvalidInput`` for a damaged one."""
+        path = directory / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            problem = f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+            raise invalid("cache.path", str(directory), problem, _REMEDY) from None
+
+    def write(self, directory: Path) -> None:
+        with atomic_file(directory / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    def complete(self, directory: Path) -> bool:
+        """Whether every shard is there, with the size it was written with."""
+        if self.sizes is None:
+            return False
+        files = [shard_path(directory, shard) for shard in range(len(self.sizes))]
+        return all(file.is_file() and file.stat().st_size == size for file, size in zip(files, self.sizes, strict=True))
+
+
+def shard_path(directory: Path, shard: int) -> Path:
+    return directory / f"pairs-{shard:06d}.safetensors"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a file that is there completely or not at all."""
+    safetensors = require("safetensors.torch", extra="train", purpose="writing a cache")
+    with atomic_file(path) as temporary:
+        safetensors.save_file(dict(tensors), temporary, metadata=metadata)
+
+
+def stored_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file; empty where it is missing, damaged or not ours."""
+    safetensors = require("safetensors", extra="train", purpose="reading a cache")
+    if not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as stored:
+            return dict(stored.metadata() or {})
+    except safetensors.SafetensorError:
+        return {}
+
+
+class PairIndex:
+    """Which images and captions the pairs of a cache consist of.
+
+    Attributes:
+        images: int64 ``(pairs, 2)``, the numbers of winner and loser.
+        captions: int64 ``(pairs,)``, the number of the caption.
+        rows: int64 ``(pairs,)``, row in the data file.
+        scores: float64 ``(pairs, 2)``, or None.
+        first: for ``"image"`` and ``"caption"`` the number of the first one of every shard, and the count at the end.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.images, self.captions, self.rows = tensors["images"], tensors["captions"], tensors["rows"]
+        self.scores = tensors.get("scores")
+        self.first = {kind: tensors[f"first_{kind}"].tolist() for kind in ("image", "caption")}
+
+    @classmethod
+    def read(cls, directory: Path) -> PairIndex:
+        safetensors = require("safetensors.torch", extra="train", purpose="reading a cache")
+        return cls(safetensors.load_file(directory / INDEX))
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def shards(self) -> int:
+        return len(self.first["image"]) - 1
+
+
+class PairCache:
+    """A complete cache, read pair by pair: files are mapped, and only the rows asked for are read.
+
+    Attributes:
+        index: which images and captions belong to the pairs.
+        unconditional: the conditioning of the empty prompt, ``(1, …)``, without geometry.
+        image_tensors, caption_tensors: names of what is stored for each.
+        network_evaluations: what the whole cache cost.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        safetensors = require("safetensors.torch", extra="train", purpose="reading a cache")
+        self.directory, self.network_evaluations = directory, manifest.network_evaluations
+        self._hash = manifest.hash
+        self.index = PairIndex.read(directory)
+        self.unconditional: dict[str, Tensor] = safetensors.load_file(directory / UNCONDITIONAL)
+        self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        names = list(self._shard(0).keys())
+        self.image_tensors = [name.removeprefix("image.") for name in names if name.startswith("image.")]
+        self.caption_tensors = [name.removeprefix("caption.") for name in names if name.startswith("caption.")]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def has_scores(self) -> bool:
+        return self.index.scores is not None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference's predictions are stored, so that training needs no reference."""
+        return "reference_pred" in self.image_tensors
+
+    def lookup(self, kind: str, name: str, numbers: Sequence[int]) -> Tensor:
+        """One tensor of some images or captions, ``(n, …)`` on the host, in its stored type.
+
+        ``kind`` is ``"image"`` or ``"caption"``. Raises ``InvalidInput`` for a shard that is damaged or not ours.
+        """
+        first, rows = self.index.first[kind], []
+        for number in numbers:
+            shard = bisect_right(first, number) - 1
+            place = number - first[shard]
+            rows.append(self._shard(shard).get_slice(f"{kind}.{name}")[place : place + 1])
+        return torch.cat(rows)
+
+    def _open(self, shard: int) -> Any:
+        safetensors = require("safetensors", extra="train", purpose="reading a cache")
+        path = shard_path(self.directory, shard)
+        if stored_metadata(path).get("hash") != self._hash:
+            problem = f"its shard {path.name} is missing, damaged, or belongs to another cache"
+            raise invalid("cache.path", str(self.directory), problem, f"delete {path} and run fastinvdpo precompute")
+        return safetensors.safe_open(path, framework="pt")

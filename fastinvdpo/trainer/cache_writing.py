@@ -1,0 +1,268 @@
+"""``fastinvdpo precompute``: fill a cache with everything that does not depend on the policy.
+
+For every pair latents and embeddings; for Inversion-DPO also the reference's trajectories, targets and predictions.
+InPO and SmPO invert with the policy, which changes at every step, so there is nothing more of them to store.
+
+Shards are computed in fixed batches of their own, so their content does not depend on which process makes them, nor on
+how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import invalid
+from fastinvdpo.objectives import InversionDPO, build_objective
+from fastinvdpo.trainer.atomic import clean_leftovers
+from fastinvdpo.trainer.cache import (
+    INDEX,
+    PAIRS_PER_SHARD,
+    UNCONDITIONAL,
+    Manifest,
+    PairCache,
+    PairIndex,
+    shard_path,
+    stored_metadata,
+    write_tensors,
+)
+from fastinvdpo.trainer.cache_key import Digests, cache_key, check_key, key_hash
+from fastinvdpo.trainer.config import TrainConfig
+from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fastinvdpo.data import PairDataset
+    from fastinvdpo.models import DiffusionModel
+
+_LOGGER = logging.getLogger("fastinvdpo.trainer")
+Tensors = dict[str, Tensor]
+
+
+def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
+    """Compute the shards that ``config.cache.path`` lacks, and open the cache. A complete one costs nothing but its
+    check; several processes share the work.
+
+    Raises:
+        InvalidInput: no ``cache.path``; the directory holds what was computed from something else, naming what differs;
+            another process is writing there; or data, model and configuration do not fit together.
+    """
+    if config.cache.path is None:
+        raise invalid("cache.path", None, "names no directory to store into", "set it, as in cache.path=runs/cache")
+    directory = Path(config.cache.path)
+    manifest = Manifest.read(directory)
+    digests = Digests(manifest.files if manifest else None)
+    key = cache_key(config, digests)
+    if manifest is not None:
+        check_key(manifest.key, key, directory)
+        if manifest.complete(directory):
+            return _opened(config, directory, manifest)
+    manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
+    manifest = replace(manifest, sizes=None, files=digests.remembered)
+    accelerator = open_accelerator(config.training.mixed_precision, config.training.seed)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    dataset = open_dataset(config)
+    with _only_writer(directory) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            manifest.write(directory)
+            if stored_metadata(directory / INDEX).get("hash") != manifest.hash:
+                write_tensors(directory / INDEX, _index(dataset, manifest.pairs_per_shard), hash=manifest.hash)
+        accelerator.wait_for_everyone()
+        _fill(config, manifest, dataset, accelerator, progress=progress)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _completed(manifest, directory).write(directory)
+    accelerator.wait_for_everyone()
+    finished = Manifest.read(directory)
+    assert finished is not None
+    return _opened(config, directory, finished)
+
+
+def _opened(config: TrainConfig, directory: Path, manifest: Manifest) -> PairCache:
+    cache = PairCache(directory, manifest)
+    check_dataset(config, cache)
+    return cache
+
+
+def _completed(manifest: Manifest, directory: Path) -> Manifest:
+    files = [shard_path(directory, shard) for shard in range(PairIndex.read(directory).shards)]
+    evaluations = sum(int(stored_metadata(file)["network_evaluations"]) for file in files)
+    return replace(manifest, sizes=[file.stat().st_size for file in files], network_evaluations=evaluations)
+
+
+def _index(dataset: PairDataset, pairs_per_shard: int) -> Tensors:
+    """Number the distinct images and captions in the order of their first occurrence."""
+    numbers: dict[str, dict[str, int]] = {"image": {}, "caption": {}}
+    first: dict[str, list[int]] = {"image": [], "caption": []}
+    images, captions, rows, scores = [], [], [], []
+    for i in range(len(dataset)):
+        if i % pairs_per_shard == 0:
+            for kind, known in numbers.items():
+                first[kind].append(len(known))
+        entry = dataset.entry(i)
+        known = numbers["image"]
+        images.append([known.setdefault(key, len(known)) for key in (entry.winner_key, entry.loser_key)])
+        captions.append(numbers["caption"].setdefault(entry.caption, len(numbers["caption"])))
+        rows.append(entry.row)
+        if entry.scores is not None:
+            scores.append(entry.scores)
+    stored = {"images": images, "captions": captions, "rows": rows}
+    stored |= {f"first_{kind}": [*first[kind], len(known)] for kind, known in numbers.items()}
+    tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in stored.items()}
+    return {**tensors, "scores": torch.tensor(scores, dtype=torch.float64)} if scores else tensors
+
+
+def _fill(
+    config: TrainConfig, manifest: Manifest, dataset: PairDataset, accelerator: Accelerator, *, progress: bool
+) -> None:
+    """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``."""
+    directory = Path(str(config.cache.path))
+    index = PairIndex.read(directory)
+    paths = {shard: shard_path(directory, shard) for shard in range(index.shards)}
+    missing = [shard for shard in paths if stored_metadata(paths[shard]).get("hash") != manifest.hash]
+    own = [shard for shard in missing if shard % accelerator.num_processes == accelerator.process_index]
+    _LOGGER.info("%s: computing %d of %d shards (%d pairs)", directory, len(missing), len(paths), len(index))
+    maker = _ShardMaker(config, open_model(config), dataset, index, manifest.pairs_per_shard, accelerator)
+    if accelerator.is_main_process and not stored_metadata(directory / UNCONDITIONAL):
+        write_tensors(directory / UNCONDITIONAL, maker.unconditional, hash=manifest.hash)
+    with _bar(len(own), progress and accelerator.is_local_main_process) as advance:
+        for shard in own:
+            before = maker.networks.evaluations["without_gradient"]
+            tensors = maker.make(shard)
+            evaluations = maker.networks.evaluations["without_gradient"] - before
+            write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=str(evaluations))
+            advance()
+
+
+class _ShardMaker:
+    """Computes the tensors of a shard; see cache.py for their names."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: DiffusionModel,
+        dataset: PairDataset,
+        index: PairIndex,
+        pairs_per_shard: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self._model, self._dataset, self._index, self._pairs_per_shard = model, dataset, index, pairs_per_shard
+        self._dtype = DTYPES[config.cache.dtype]
+        self._chunk = 2 * (config.cache.batch_size or config.training.batch_size)
+        self._workers = config.training.num_workers
+        model.to(accelerator.device)
+        self._objective: InversionDPO | None = None
+        if config.reference_chain:
+            options = config.method.objective_options()
+            objective = build_objective(config.method.name, model.schedule, **options)
+            assert isinstance(objective, InversionDPO)
+            self._objective = objective
+        dtype = None if config.model.reference_dtype is None else DTYPES[config.model.reference_dtype]
+        self.networks = Networks(
+            model, lora=None, gradient_checkpointing=False, reference="self", reference_dtype=dtype
+        )
+        self.networks.use_precision(accelerator)
+        self.unconditional = self._embed([""])
+
+    def make(self, shard: int) -> Tensors:
+        sides, captions = self._new(shard)
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(captions), self._chunk):
+            for name, tensor in self._embed(captions[start : start + self._chunk]).items():
+                parts.setdefault(f"caption.{name}", []).append(tensor)
+        for start in range(0, len(sides), self._chunk):
+            for name, tensor in self._images(sides[start : start + self._chunk]).items():
+                parts.setdefault(f"image.{name}", []).append(tensor.cpu())
+        return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+
+    def _new(self, shard: int) -> tuple[list[tuple[int, int]], list[str]]:
+        """The (pair, side) of every image that occurs first in this shard, in the order of their numbers; the captions
+        likewise.
+        """
+        index, start = self._index, shard * self._pairs_per_shard
+        pairs = range(start, min(start + self._pairs_per_shard, len(index)))
+        sides: dict[int, tuple[int, int]] = {}
+        captions: dict[int, str] = {}
+        for pair in pairs:
+            for side in (0, 1):
+                sides.setdefault(int(index.images[pair, side]), (pair, side))
+            captions.setdefault(int(index.captions[pair]), self._dataset.caption(pair))
+        new_image, new_caption = index.first["image"][shard], index.first["caption"][shard]
+        return (
+            [sides[number] for number in sorted(sides) if number >= new_image],
+            [captions[number] for number in sorted(captions) if number >= new_caption],
+        )
+
+    def _images(self, sides: Sequence[tuple[int, int]]) -> Tensors:
+        numbers = sorted({pair for pair, _ in sides})
+        with ThreadPoolExecutor(max(1, self._workers)) as threads:  # decoding leaves the interpreter lock
+            pairs = dict(zip(numbers, threads.map(lambda i: self._dataset.pair(i, draw=i), numbers), strict=True))
+        pictures = [pairs[i].loser if side else pairs[i].winner for i, side in sides]
+        shapes = [pairs[i].loser_geometry if side else pairs[i].winner_geometry for i, side in sides]
+        latents = self._model.encode_images(pictures)
+        geometry = self._model.encode_geometry(shapes)
+        stored = {"latents": latents, **{f"geometry.{name}": tensor for name, tensor in geometry.items()}}
+        if self._objective is None:
+            return stored
+        captions = [pairs[i].caption for i, _ in sides]
+        distinct = list(dict.fromkeys(captions))
+        embedded, device = self._embed(distinct), latents.device
+        which = torch.tensor([distinct.index(caption) for caption in captions])
+        # What is stored is rounded before it is used, so that training sees exactly what the reference saw.
+        conditional = {name: t[which].to(device, torch.float32) for name, t in embedded.items()} | geometry
+        empty = {
+            name: t.to(device, torch.float32).expand(len(sides), *t.shape[1:]) for name, t in self.unconditional.items()
+        } | geometry
+        reference = self.networks.reference
+        chain = self._objective.reference_trajectory(reference, latents, conditional, empty).to(self._dtype)
+        predictions = self._objective.reference_predictions(reference, chain.to(latents.dtype), conditional, empty)
+        return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}
+
+    def _embed(self, captions: list[str]) -> Tensors:
+        """The part of the conditioning that follows from the captions, as stored, on the host."""
+        encoded = self._model.encode_prompts(captions)
+        shaped = self._model.encode_geometry([])
+        return {name: t.to("cpu", self._dtype) for name, t in encoded.items() if name not in shaped}
+
+
+@contextmanager
+def _only_writer(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, which the system drops with the process; leftovers of killed ones are deleted."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on this system: two writers are then up to the user
+        clean_leftovers(directory)
+        yield
+        return
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise invalid("cache.path", str(directory), "another process is writing there", "wait for it") from None
+        clean_leftovers(directory)
+        yield
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Any]:
+    if not shown or total == 0:
+        yield lambda: None
+        return
+    module = require("rich.progress", extra="train", purpose="the progress bar")
+    console = require("rich.console", extra="train", purpose="the progress bar").Console(stderr=True)
+    columns = ("precomputing", module.BarColumn(), module.MofNCompleteColumn(), "shards", module.TimeRemainingColumn())
+    with module.Progress(*columns, console=console, refresh_per_second=2) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,75 @@
+"""What a configuration names, opened: data set, model, accelerator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import invalid
+from fastinvdpo.trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fastinvdpo.data import PairDataset
+    from fastinvdpo.models import DiffusionModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Scored(Protocol):
+    @property
+    def has_scores(self) -> bool: ...
+
+
+def open_dataset(config: TrainConfig) -> PairDataset:
+    """The pairs. Raises ``InvalidInput`` when they, or the method's needs, are not met."""
+    from fastinvdpo.data import PairDataset
+
+    data = config.data
+    dataset = PairDataset(
+        data.path,
+        columns=data.columns,
+        ties=data.ties,
+        resolution=data.resolution,
+        random_flip=data.random_flip,
+        center_crop=data.center_crop,
+        relabel_by_score=data.relabel_by_score,
+        seed=config.training.seed,
+        max_broken=data.max_broken,
+    )
+    check_dataset(config, dataset)
+    return dataset
+
+
+def check_dataset(config: TrainConfig, dataset: Scored) -> None:
+    """Raise ``InvalidInput`` when the method needs what the data set lacks."""
+    if config.method.name == "smpo" and not dataset.has_scores:
+        remedy = "add columns score_0 and score_1, or name yours in data.columns"
+        raise invalid("method.name", "smpo", f"weighs pairs by scores, and {config.data.path} has none", remedy)
+
+
+def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionModel:
+    """The model to start from, on the host; without text encoders and VAE when ``frozen_parts`` is False."""
+    from fastinvdpo.models import load_model
+
+    source = config.model
+    return load_model(
+        source.family,
+        source.path,
+        unet_init=source.unet_init,
+        revision=source.revision,
+        variant=source.variant,
+        frozen_parts=frozen_parts,
+    )
+
+
+def open_accelerator(mixed_precision: str, seed: int) -> Accelerator:
+    """A fresh accelerator. Its state is shared in the process, and an earlier run may have had another precision."""
+    accelerate = require("accelerate", extra="train", purpose="training")
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator: Accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
+    accelerate.utils.set_seed(seed)
+    return accelerator
