@@ -38,6 +38,7 @@ from fastinvdpo.trainer.atomic import atomic_file
 
 PAIRS_PER_SHARD = 32
 MANIFEST, INDEX, UNCONDITIONAL = "manifest.json", "index.safetensors", "unconditional.safetensors"
+_METADATA = "fastinvdpo"
 _OPEN_SHARDS = 64
 _REMEDY = "delete that directory and run fastinvdpo precompute again"
 
@@ -88,22 +89,24 @@ def shard_path(directory: Path, shard: int) -> Path:
     return directory / f"pairs-{shard:06d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Write a file that is there completely or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str | int) -> None:
+    """Write a file that is there completely or not at all, and has the same bytes each time it is written."""
     safetensors = require("safetensors.torch", extra="train", purpose="writing a cache")
     with atomic_file(path) as temporary:
-        safetensors.save_file(dict(tensors), temporary, metadata=metadata)
+        # In one entry: safetensors writes several in any order.
+        safetensors.save_file(dict(tensors), temporary, metadata={_METADATA: json.dumps(metadata)})
 
 
-def stored_metadata(path: Path) -> dict[str, str]:
+def stored_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a file; empty where it is missing, damaged or not ours."""
     safetensors = require("safetensors", extra="train", purpose="reading a cache")
     if not path.is_file():
         return {}
     try:
         with safetensors.safe_open(path, framework="pt") as stored:
-            return dict(stored.metadata() or {})
-    except safetensors.SafetensorError:
+            metadata: dict[str, Any] = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
+            return metadata
+    except (safetensors.SafetensorError, ValueError):
         return {}
 
 

@@ -97,7 +97,7 @@ def _opened(config: TrainConfig, directory: Path, manifest: Manifest) -> PairCac
 
 def _completed(manifest: Manifest, directory: Path) -> Manifest:
     files = [shard_path(directory, shard) for shard in range(PairIndex.read(directory).shards)]
-    evaluations = sum(int(stored_metadata(file)["network_evaluations"]) for file in files)
+    evaluations = sum(stored_metadata(file)["network_evaluations"] for file in files)
     return replace(manifest, sizes=[file.stat().st_size for file in files], network_evaluations=evaluations)
 
 
@@ -141,7 +141,7 @@ def _fill(
             before = maker.networks.evaluations["without_gradient"]
             tensors = maker.make(shard)
             evaluations = maker.networks.evaluations["without_gradient"] - before
-            write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=str(evaluations))
+            write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations)
             advance()
 
 

@@ -1,0 +1,495 @@
+"""The cache: training from it is training without it, from less; it is resumable, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fastinvdpo.data import PairDataset, write_pairs
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.models import load_model
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.objectives import build_objective
+from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train, train_model
+from fastinvdpo.trainer.cache import PairCache
+from fastinvdpo.trainer.cached_batches import CachedBatches
+from fastinvdpo.trainer.checkpoint import load_checkpoint
+from fastinvdpo.trainer.draws import DrawOrder
+from fastinvdpo.trainer.networks import Networks, perturb
+from tests.trainer import tiny
+
+LEVELS, PAIRS, IMAGES, CAPTIONS, GUIDED = 3, 10, 20, 4, 2
+ROOT = Path(__file__).parents[2]
+
+
+def _mapping(root: Path, method: str = "inversion-dpo", name: str = "run", /, **sections: Any) -> dict[str, Any]:
+    """The tiny configuration with a cache in ``root/cache``."""
+    changes = {**sections, "output": {"directory": str(root / name), "log_every": 1, **sections.get("output", {})}}
+    cached = {"path": str(root / "cache"), **changes.pop("cache", {})}
+    return {**tiny.mapping(root, method, **changes), "cache": cached}
+
+
+def _config(root: Path, method: str = "inversion-dpo", name: str = "run", /, **sections: Any) -> TrainConfig:
+    return TrainConfig.from_mapping(_mapping(root, method, name, **sections))
+
+
+def _weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def _shards(root: Path) -> list[Path]:
+    return sorted((root / "cache").glob("pairs-*"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four shards: three, three, three pairs and one."""
+    monkeypatch.setattr(cache_writing, "PAIRS_PER_SHARD", 3)
+
+
+# --- the same training ---
+
+
+@pytest.mark.parametrize("method", ["diffusion-dpo", "inpo", "smpo"])
+def test_training_from_the_cache_is_the_same_bit_for_bit(workspace: Path, method: str, small_shards: None) -> None:
+    changes: dict[str, Any] = {
+        "data": {"caption_dropout": 0.3},
+        "training": {"gradient_accumulation_steps": 2, "steps": 4},
+    }
+    cached = train(_config(workspace, method, **changes), progress=False)
+    spot = train(_config(workspace, method, "spot", cache={"path": None}, **changes), progress=False)
+    assert [row["loss"] for row in cached.history] == [row["loss"] for row in spot.history]
+    assert cached.network_evaluations == spot.network_evaluations
+    base, spot_weights = tiny.unet().state_dict(), _weights(spot)
+    for name, value in _weights(cached).items():
+        assert torch.equal(value, spot_weights[name])
+    assert any(not torch.equal(value, base[name]) for name, value in spot_weights.items())
+
+
+# Far from Adam's sign-like first steps, so that rounding in a prediction stays rounding in the weights.
+SMOOTH = {"epsilon": 1e3, "learning_rate": 1.0, "max_grad_norm": None}
+
+
+@pytest.mark.parametrize("variant", ["endpoint", "step", "distance", "distance-policy"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.filterwarnings("ignore:variant 'distance:UserWarning")
+def test_inversion_dpo_from_the_cache_differs_by_rounding(
+    workspace: Path, variant: str, guidance: float, small_shards: None
+) -> None:
+    """The reference is asked in other batches than in training, where a network may round otherwise."""
+    changes: dict[str, Any] = {
+        "method": {"variant": variant, "guidance_scale": guidance},
+        "model": {"init_perturbation": 0.05 if variant.startswith("distance") else 0.0},
+        "optimizer": SMOOTH,
+        "training": {"steps": 4},
+    }
+    cached = train(_config(workspace, **changes), progress=False)
+    spot = train(_config(workspace, "inversion-dpo", "spot", cache={"path": None}, **changes), progress=False)
+    for row, expected in zip(cached.history, spot.history, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+    base, spot_weights = tiny.unet().state_dict(), _weights(spot)
+    for name, value in _weights(cached).items():
+        torch.testing.assert_close(value, spot_weights[name], rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(value, base[name]) for name, value in spot_weights.items())
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_sampled_levels_and_lora(workspace: Path, lora: dict[str, Any] | None) -> None:
+    changes: dict[str, Any] = {
+        "method": {"timesteps_per_step": 2},
+        "model": {"lora": lora},
+        "optimizer": SMOOTH,
+        "training": {"steps": 3},
+    }
+    cached = train(_config(workspace, **changes), progress=False)
+    spot = train(_config(workspace, "inversion-dpo", "spot", cache={"path": None}, **changes), progress=False)
+    for row, expected in zip(cached.history, spot.history, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+
+
+def test_bf16_rounds_what_is_stored_and_nothing_else(workspace: Path) -> None:
+    """Storing a reference prediction r as r(1 + δ), |δ| ≤ 2⁻⁸, moves a score m((p − r)(p + r − 2τ)) by at most
+    m(2|r − τ||δr| + (δr)²). The trajectory is rounded before the reference is asked there, so that it adds nothing.
+    """
+    config = _config(workspace, cache={"dtype": "bf16"})
+    stored = precompute(config, progress=False)
+    assert set(stored.image_tensors) == {"latents", "trajectory", "reference_pred"}
+    tensors = load_file(_shards(workspace)[0])
+    assert {name: value.dtype for name, value in tensors.items()} == {
+        "image.latents": torch.float32,
+        "image.trajectory": torch.bfloat16,
+        "image.reference_pred": torch.bfloat16,
+        "caption.encoder_hidden_states": torch.bfloat16,
+    }
+    model = load_model("digits", workspace / "model")
+    objective = build_objective("inversion-dpo", model.schedule, **config.method.objective_options())
+    networks = Networks(model, lora=None, gradient_checkpointing=False)
+    perturb(networks.policy_module, 0.02, seed=0)
+    builder = CachedBatches(stored, model.device, DrawOrder(PAIRS, 0, PAIRS, 1), with_unconditional=True)
+    batch = builder.build(range(PAIRS))
+    with torch.no_grad():
+        rounded = objective(networks.policy, networks.reference, batch, seed=0)
+        vars(batch).pop("reference_pred")
+        object.__setattr__(batch, "reference_pred", None)
+        exact = objective(networks.policy, networks.reference, batch, seed=0)
+    assert exact.target is not None
+    error = 2.0**-8 * exact.reference_pred.abs()
+    bound = (2 * (exact.reference_pred - exact.target).abs() * error + error**2).flatten(2).mean((1, 2))
+    allowed = 500.0 / 2 * (bound[:PAIRS] + bound[PAIRS:])
+    difference = (rounded.margin - exact.margin).abs()
+    assert (difference <= allowed + 1e-4).all()
+    assert difference.max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_mixed_precision_and_a_bf16_reference(workspace: Path, dtype: str) -> None:
+    changes: dict[str, Any] = {
+        "training": {"mixed_precision": "bf16", "steps": 2},
+        "model": {"reference_dtype": "bf16"},
+        "optimizer": SMOOTH,
+    }
+    cached = train(_config(workspace, cache={"dtype": dtype}, **changes), progress=False)
+    spot = train(_config(workspace, "inversion-dpo", "spot", cache={"path": None}, **changes), progress=False)
+    # bf16 predictions carry 8 bits, as what is stored does.
+    assert cached.history[0]["reference_mse_winner"] == pytest.approx(spot.history[0]["reference_mse_winner"], rel=2e-2)
+    assert cached.history[-1]["gradient_norm"] == pytest.approx(spot.history[-1]["gradient_norm"], rel=0.2)
+
+
+def test_a_run_from_the_cache_is_resumed_bit_for_bit(workspace: Path) -> None:
+    changes: dict[str, Any] = {"training": {"gradient_accumulation_steps": 2, "num_workers": 1, "steps": 6}}
+    train(_config(workspace, "inversion-dpo", "whole", **changes), progress=False)
+    # Each micro-batch asks the policy once; number 10 is the second of step 5.
+    assert _elsewhere([_mapping(workspace, "inversion-dpo", "killed", **changes)], fatal=10) == (-signal.SIGKILL, [])
+    assert (workspace / "killed" / "checkpoints" / "step-00000004").is_dir()
+    train(_config(workspace, "inversion-dpo", "killed", **changes), progress=False)
+    one, other = (load_checkpoint(workspace / name / "checkpoints" / "step-00000006") for name in ("killed", "whole"))
+    for name, value in one.trainable.items():
+        assert torch.equal(value, other.trainable[name])
+    for state, expected in zip(
+        one.state["optimizer"]["state"].values(), other.state["optimizer"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+# --- from less ---
+
+
+def test_training_from_a_complete_cache_touches_nothing_else(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = precompute(_config(workspace), progress=False)
+    assert before.network_evaluations == IMAGES * LEVELS * GUIDED * 2  # inverted, then asked along the chain
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("training from the cache asked for this")
+
+    monkeypatch.setattr(DigitsModel, "encode_images", refuse)
+    monkeypatch.setattr(DigitsModel, "encode_prompts", refuse)
+    monkeypatch.setattr(PairDataset, "__init__", refuse)
+    monkeypatch.setattr(Networks, "reference", refuse)
+    monkeypatch.setattr("fastinvdpo.trainer.networks.frozen_copy", refuse)
+    result = train(_config(workspace), progress=False)
+    policy = 6 * 2 * 2 * LEVELS * GUIDED
+    assert result.history[-1]["network_evaluations_with_gradient"] == policy
+    assert result.history[-1]["network_evaluations_without_gradient"] == 0
+    assert result.network_evaluations == policy + before.network_evaluations
+    assert load_model("digits", result.model_directory)
+
+
+def test_a_reference_that_is_not_there_is_not_asked(workspace: Path) -> None:
+    model = load_model("digits", workspace / "model")
+    networks = Networks(model, lora=None, gradient_checkpointing=False, reference="none")
+    assert networks.reference_module is None
+    with pytest.raises(RuntimeError, match="predictions are cached"):
+        networks.reference(torch.zeros(1, 1, 8, 8), torch.tensor([1]), model.encode_prompts([""]))
+
+
+def test_equal_images_and_captions_are_stored_once(workspace: Path, small_shards: None) -> None:
+    rng = np.random.default_rng(1)
+    pictures = [Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(4)]
+    rows = [
+        {"jpg_0": pictures[a], "jpg_1": pictures[b], "label_0": 1, "label_1": 0, "caption": caption}
+        for a, b, caption in [(0, 1, "a"), (1, 2, "a"), (2, 0, "a"), (0, 3, "a"), (0, 1, "b"), (3, 3, "b"), (1, 0, "a")]
+    ]
+    write_pairs(workspace / "pairs.parquet", rows)
+    stored = precompute(_config(workspace), progress=False)
+    assert stored.index.images.tolist() == [[0, 1], [1, 2], [2, 0], [0, 3], [4, 5], [6, 6], [1, 0]]
+    assert stored.index.captions.tolist() == [0, 0, 0, 0, 1, 1, 0]
+    assert stored.index.first == {"image": [0, 3, 7, 7], "caption": [0, 1, 2, 2]}
+    assert stored.network_evaluations == 7 * LEVELS * GUIDED * 2
+    changes: dict[str, Any] = {"optimizer": SMOOTH, "training": {"steps": 7}}
+    cached = train(_config(workspace, **changes), progress=False)
+    spot = train(_config(workspace, "inversion-dpo", "spot", cache={"path": None}, **changes), progress=False)
+    for row, expected in zip(cached.history, spot.history, strict=True):
+        assert row["policy_mse_winner"] == pytest.approx(expected["policy_mse_winner"], rel=1e-4)
+        assert row["policy_mse_loser"] == pytest.approx(expected["policy_mse_loser"], rel=1e-4)
+
+
+def test_only_the_rows_asked_for_are_read(workspace: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = precompute(_config(workspace), progress=False)
+    everything = torch.cat([load_file(path)["image.trajectory"] for path in _shards(workspace)])
+    numbers = [19, 0, 7, 7, 12]
+    monkeypatch.setattr(cache, "_OPEN_SHARDS", 1)
+    opened: list[int] = []
+    one_open = PairCache(workspace / "cache", cache.Manifest.read(workspace / "cache"))  # type: ignore[arg-type]
+    original = one_open._open
+    monkeypatch.setattr(one_open, "_shard", lambda shard: opened.append(shard) or original(shard))
+    for reader in (stored, one_open):
+        assert torch.equal(reader.lookup("image", "trajectory", numbers), everything[numbers])
+    assert opened == [3, 0, 1, 1, 2]
+
+
+# --- resumable ---
+
+# Kills itself at the n-th prediction of a network, or runs to the end, and tells how many predictions it made.
+SCRIPT = """
+import json, os, signal, sys
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.trainer import TrainConfig, cache_writing, precompute, train
+
+predict, count = DigitsModel.predict, 0
+runs, fatal, shard, fill = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "fill"
+
+def counted(self, network, latents, *arguments):
+    global count
+    count += 1
+    if count == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return predict(self, network, latents, *arguments)
+
+DigitsModel.predict = counted
+cache_writing.PAIRS_PER_SHARD = shard
+for run in runs:
+    count = 0
+    config = TrainConfig.from_mapping(run)
+    precompute(config, progress=False) if fill else train(config, progress=False)
+    print(count, flush=True)
+"""
+
+
+def _elsewhere(
+    runs: list[dict[str, Any]], fatal: int = 0, *, shard: int = 32, fill: bool = False
+) -> tuple[int, list[int]]:
+    """Exit status of a process that trains or fills caches, and how often each run asked a network."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(runs), str(fatal), str(shard), "fill" if fill else "train"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, timeout=300, stdout=subprocess.PIPE, text=True)
+    return done.returncode, [int(line) for line in done.stdout.splitlines()]
+
+
+def test_a_killed_precompute_resumes_without_recomputing_finished_shards(workspace: Path) -> None:
+    killed, whole = (_mapping(workspace, cache={"path": str(workspace / name)}) for name in ("killed", "whole"))
+    # A shard of three pairs is inverted in two chunks (two pairs at once), each asks 2 · LEVELS times.
+    per_shard = 2 * 2 * LEVELS
+    assert _elsewhere([killed], per_shard * 2 + 3, shard=3, fill=True) == (-signal.SIGKILL, [])
+    finished = sorted(path.name for path in (workspace / "killed").glob("pairs-*"))
+    assert finished == ["pairs-000000.safetensors", "pairs-000001.safetensors"]
+    times = [(workspace / "killed" / name).stat().st_mtime_ns for name in finished]
+    (workspace / "killed" / ".writing-pairs-000002.safetensors").write_bytes(b"half a shard")
+    # The third shard, and the fourth with its single pair in one chunk.
+    expected = per_shard + per_shard // 2
+    status, counts = _elsewhere([killed, whole, killed], shard=3, fill=True)
+    assert (status, counts) == (0, [expected, 2 * per_shard + expected, 0])
+    assert [(workspace / "killed" / name).stat().st_mtime_ns for name in finished] == times
+    names = {path.name for path in (workspace / "whole").iterdir()}
+    assert {path.name for path in (workspace / "killed").iterdir()} == names
+    for name in names:
+        if name.endswith(".safetensors"):
+            assert (workspace / "killed" / name).read_bytes() == (workspace / "whole" / name).read_bytes()
+    one, other = (cache.Manifest.read(workspace / name) for name in ("killed", "whole"))
+    assert one is not None and other is not None
+    assert one.network_evaluations == other.network_evaluations == IMAGES * LEVELS * GUIDED * 2
+    assert one.sizes == other.sizes
+
+
+def test_training_completes_an_incomplete_cache(workspace: Path, small_shards: None) -> None:
+    first = precompute(_config(workspace), progress=False)
+    shards = _shards(workspace)
+    contents = [path.read_bytes() for path in shards]
+    shards[1].unlink()
+    with shards[2].open("r+b") as file:
+        file.truncate(1000)
+    kept = shards[0].stat().st_mtime_ns
+    result = train(_config(workspace), progress=False)
+    assert [path.read_bytes() for path in _shards(workspace)] == contents
+    assert shards[0].stat().st_mtime_ns == kept
+    assert result.network_evaluations == first.network_evaluations + 6 * 2 * 2 * LEVELS * GUIDED
+
+
+def test_one_process_writes(workspace: Path) -> None:
+    (workspace / "cache").mkdir()
+    with (workspace / "cache" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InvalidInput, match=r"cache\.path = .*: another process is writing there"):
+            precompute(_config(workspace), progress=False)
+    precompute(_config(workspace), progress=False)
+
+
+# --- never used where it does not fit ---
+
+
+def _other_weights(root: Path) -> None:
+    model = load_model("digits", root / "model")
+    perturb(model.network, 1e-3, seed=0)
+    model.save(root / "model")
+
+
+def _other_schedule(root: Path) -> None:
+    file = root / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("0.012", "0.02"))
+
+
+def _other_pairs(root: Path) -> None:
+    tiny.write_data(root / "pairs.parquet", pairs=11)
+
+
+def _swapped_scores(root: Path) -> None:
+    tiny.write_data(root / "pairs.parquet", scores=False)
+
+
+STALE: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "weights": (_other_weights, {}, r"model unet \(sha256:[0-9a-f]{12}… there, sha256:[0-9a-f]{12}… here\)"),
+    "schedule": (_other_schedule, {}, r"different are scheduler beta_end \(0\.012 there, 0\.02 here\)\. Remedy"),
+    "rows": (_other_pairs, {}, r"data rows \(10 there, 11 here\), data content \(sha256"),
+    "content": (_swapped_scores, {}, r"different are data content \(sha256:\w+… there, sha256:\w+… here\)\. Remedy"),
+    "levels": (None, {"method": {"num_inference_steps": 4}}, r"method\.num_inference_steps \(3 there, 4 here\)"),
+    "guidance": (None, {"method": {"guidance_scale": 3.0}}, r"method\.guidance_scale \(2\.0 there, 3\.0 here\)"),
+    "variant": (None, {"method": {"variant": "step"}}, r"method\.variant \('endpoint' there, 'step' here\)"),
+    "model time": (None, {"method": {"model_time": "source"}}, r"method\.model_time \('destination' there, 'source'"),
+    "dtype": (None, {"cache": {"dtype": "bf16"}}, r"cache\.dtype \('fp32' there, 'bf16' here\)"),
+    "resolution": (None, {"data": {"resolution": 8}}, r"data\.resolution \(None there, 8 here\)"),
+    "precision": (None, {"training": {"mixed_precision": "bf16"}}, r"training\.mixed_precision \('no' there, 'bf16'"),
+    "reference": (None, {"model": {"reference_dtype": "bf16"}}, r"model\.reference_dtype \(None there, 'bf16' here\)"),
+    "method": (None, {"method": {"name": "inpo", "guidance_scale": None}}, r"contents \('latents, embeddings, traj"),
+}
+
+
+@pytest.fixture(scope="module")
+def filled(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a complete cache and one more that lacks a shard."""
+    root = Path(shutil.copytree(template, tmp_path_factory.mktemp("filled") / "root"))
+    precompute(_config(root), progress=False)
+    return root
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "incomplete"])
+@pytest.mark.parametrize("name", STALE)
+def test_a_stale_cache_is_refused_with_the_reason(filled: Path, tmp_path: Path, name: str, complete: bool) -> None:
+    change, settings, reason = STALE[name]
+    root = Path(shutil.copytree(filled, tmp_path / "root"))
+    if not complete:
+        _shards(root)[0].unlink()
+    if change is not None:
+        change(root)
+    before = {path: path.read_bytes() for path in (root / "cache").iterdir()}
+    values = _mapping(root, **settings)
+    if name == "method":
+        values["method"] = {"name": "inpo"}
+    for command in (precompute, train):
+        with pytest.raises(InvalidInput, match=reason) as caught:
+            command(TrainConfig.from_mapping(values), progress=False)  # type: ignore[operator]
+        assert str(caught.value).startswith(f"cache.path = {str(root / 'cache')!r}: holds what was computed from")
+        assert "Remedy: restore those values, name another cache.path, or delete that directory" in str(caught.value)
+    assert {path: path.read_bytes() for path in (root / "cache").iterdir()} == before
+    assert not (root / "run").exists()
+
+
+def test_what_changes_nothing_stored_keeps_the_cache(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(filled, tmp_path / "moved"))  # other paths, other times
+    monkeypatch.setattr(cache_writing, "_fill", lambda *arguments, **options: pytest.fail("computed again"))
+    changes: dict[str, Any] = {
+        "method": {"beta": 7.0, "utility": "hinge", "timesteps_per_step": 2},
+        "model": {"lora": {"rank": 2}, "init_perturbation": 0.01},
+        "training": {"batch_size": 3, "seed": 5},
+        "cache": {"batch_size": 7},
+    }
+    precompute(_config(root, **changes), progress=False)
+
+
+def test_other_methods_do_not_depend_on_unet_and_schedule(workspace: Path) -> None:
+    stored = precompute(_config(workspace, "diffusion-dpo"), progress=False)
+    assert stored.network_evaluations == 0
+    _other_weights(workspace)
+    _other_schedule(workspace)
+    again = train(_config(workspace, "smpo", training={"steps": 2}), progress=False)
+    spot = train(_config(workspace, "smpo", "spot", training={"steps": 2}, cache={"path": None}), progress=False)
+    assert again.history[0]["policy_mse_winner"] == spot.history[0]["policy_mse_winner"]
+
+
+def test_digests_are_remembered_until_a_file_changes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastinvdpo.trainer import cache_key
+
+    file = workspace / "pairs.parquet"
+    digests = cache_key.Digests()
+    first = digests.of([file])
+    assert digests.remembered == {}  # too young to tell a second change within the clock's resolution
+    monkeypatch.setattr(cache_key, "_SETTLED_NS", 0)
+    assert digests.of([file]) == first
+    remembered = cache_key.Digests(json.loads(json.dumps(digests.remembered)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda *arguments: pytest.fail("read again"))
+        assert remembered.of([file]) == first
+    content = bytearray(file.read_bytes())
+    times = file.stat()
+    content[100] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same size and time of modification
+    assert remembered.of([file]) != first
+
+
+def test_a_shard_of_somebody_else_is_not_trusted(workspace: Path) -> None:
+    precompute(_config(workspace), progress=False)
+    (shard,) = _shards(workspace)
+    before = shard.read_bytes()
+    tensors = {name: torch.zeros_like(value) for name, value in load_file(shard).items()}
+    save_file(tensors, shard, metadata={"fastinvdpo": json.dumps({"hash": "0" * 64, "network_evaluations": 240})})
+    assert shard.stat().st_size == len(before)
+    with pytest.raises(InvalidInput, match=r"shard pairs-000000\.safetensors is missing, damaged, or belongs to an"):
+        train(_config(workspace), progress=False)
+    shard.unlink()  # the remedy
+    precompute(_config(workspace), progress=False)
+    assert shard.read_bytes() == before
+
+
+def test_a_damaged_manifest_is_refused(workspace: Path) -> None:
+    precompute(_config(workspace), progress=False)
+    (workspace / "cache" / "manifest.json").write_text('{"key": {}')
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*its manifest\.json cannot be read.*delete that directory"):
+        train(_config(workspace), progress=False)
+
+
+def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"cache\.path = None: names no directory"):
+        precompute(_config(workspace, cache={"path": None}), progress=False)
+    with pytest.raises(InvalidInput, match=r"model\.path = .*nowhere'?: holds no"):
+        precompute(_config(workspace, model={"path": str(workspace / "nowhere")}), progress=False)
+    with pytest.raises(InvalidInput, match=r"data\.path = .*does not exist"):
+        precompute(_config(workspace, data={"path": str(workspace / "nowhere")}), progress=False)
+    tiny.write_data(workspace / "pairs.parquet", scores=False)
+    with pytest.raises(InvalidInput, match=r"method\.name = 'smpo': weighs pairs by scores"):
+        precompute(_config(workspace, "smpo"), progress=False)
+    precompute(_config(workspace, "inpo"), progress=False)
+    with pytest.raises(InvalidInput, match=r"method\.name = 'smpo': weighs pairs by scores"):
+        train(_config(workspace, "smpo"), progress=False)
+    model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet")
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*not to a model at hand"):
+        train_model(_config(workspace), model, dataset, progress=False)
+    train(_config(workspace, "inpo", training={"steps": 2}), progress=False)
+    with pytest.raises(InvalidInput, match=r"resume = 'never'"):
+        train(_config(workspace, "inpo", cache={"path": str(workspace / "other")}), resume="never", progress=False)
+    assert not (workspace / "other").exists()
