@@ -58,6 +58,20 @@ def test_train_end_to_end_and_resume(workspace: Path, capfd: pytest.CaptureFixtu
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
 
 
+def test_precompute_then_train(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(workspace / "run.yaml"), f"cache.path={workspace / 'cache'}", "--no-progress"]
+    assert cli.main(["precompute", *arguments]) == 0
+    assert (
+        f"10 pairs: 20 images, 4 captions, 0 network evaluations. Cache: {workspace / 'cache'}"
+        in capfd.readouterr().out
+    )
+    assert cli.main(["train", *arguments]) == 0
+    assert cli.main(["precompute", *arguments, "cache.dtype=bf16"]) == 2
+    assert "cache.dtype ('fp32' there, 'bf16' here)" in capfd.readouterr().err
+    assert cli.main(["precompute", str(workspace / "run.yaml")]) == 2
+    assert "cache.path = None: names no directory to store into" in capfd.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_ends_with_status_1(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = load_model("digits", workspace / "model")
     with torch.no_grad():

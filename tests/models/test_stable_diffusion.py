@@ -210,6 +210,37 @@ def test_saved_models_load_here_and_in_diffusers(models: dict[str, DiffusionMode
     assert torch.equal(again.encode_images([picture()]), model.encode_images([picture()]))
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_without_frozen_parts_it_predicts_and_saves_the_whole(
+    directories: dict[str, Path], tmp_path: Path, variant: str | None
+) -> None:
+    source = tmp_path / "source"
+    tiny.sdxl_pipeline().save_pretrained(source, safe_serialization=True, variant=variant)
+    for file in ("vae/diffusion_pytorch_model.bf16.safetensors", "vae/diffusion_pytorch_model.bin"):
+        (source / file).write_bytes(b"not asked for")
+    whole = load_model("stable-diffusion", source, variant=variant)
+    model = load_model("stable-diffusion", source, variant=variant, frozen_parts=False)
+    assert model.frozen_modules() == ()
+    assert (model.latent_shape, model.image_size) == (whole.latent_shape, whole.image_size)
+    for encode in (lambda: model.encode_images([picture()]), lambda: model.encode_prompts(["a"])):
+        with pytest.raises(InvalidInput, match=r"frozen_parts = False: left text encoders and VAE out"):
+            encode()
+    prompts = whole.encode_prompts(["a", "b c"])
+    latents = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = whole.predict(whole.network, latents, TIMES, prompts)
+        assert torch.equal(model.predict(model.network, latents, TIMES, prompts), expected)
+        next(model.network.parameters()).add_(1.0)
+    model.save(tmp_path / "saved")
+    saved = load_model("stable-diffusion", tmp_path / "saved")
+    assert torch.equal(saved.encode_images([picture()]), whole.encode_images([picture()]))
+    assert torch.equal(saved.encode_prompts(["a"])["text_embeds"], whole.encode_prompts(["a"])["text_embeds"])
+    for one, other in zip(saved.network.parameters(), model.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not list((tmp_path / "saved").rglob("*.bin"))
+    DiffusionPipeline.from_pretrained(tmp_path / "saved")
+
+
 def test_unet_init_and_variant(directories: dict[str, Path], tmp_path: Path) -> None:
     other = tiny.unet()
     with torch.no_grad():

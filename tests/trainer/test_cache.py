@@ -379,7 +379,7 @@ STALE: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def filled(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a complete cache and one more that lacks a shard."""
+    """A workspace with a complete cache."""
     root = Path(shutil.copytree(template, tmp_path_factory.mktemp("filled") / "root"))
     precompute(_config(root), progress=False)
     return root

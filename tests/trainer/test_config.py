@@ -80,30 +80,37 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"optimizer.name": "adamw8bit"},
         r"optimizer\.name = 'adamw8bit': needs a GPU",
     ),
-    "cache with another method": (
-        "inpo",
-        {"training.cache_trajectories": True},
-        r"cache_trajectories = True: .*'inpo'",
-    ),
     "cache with flips": (
-        "inversion-dpo",
-        {"training.cache_trajectories": True, "data.random_flip": True},
-        r"cache_trajectories = True: .*random_flip",
+        "inpo",
+        {"cache": {"path": "cache"}, "data.random_flip": True},
+        r"cache\.path = 'cache': needs the same latents at every visit, and data\.random_flip changes them",
     ),
     "cache with random crops": (
-        "inversion-dpo",
-        {"training.cache_trajectories": True, "data.center_crop": False, "data.resolution": 8},
-        r"cache_trajectories = True: .*center_crop",
+        "diffusion-dpo",
+        {"cache": {"path": "cache"}, "data.center_crop": False, "data.resolution": 8},
+        r"cache\.path = 'cache': .*center_crop",
     ),
-    "cache with caption dropout": (
+    "trajectories with caption dropout": (
         "inversion-dpo",
-        {"training.cache_trajectories": True, "data.caption_dropout": 0.1},
-        r"cache_trajectories = True: .*caption_dropout",
+        {"cache": {"path": "cache"}, "data.caption_dropout": 0.1},
+        r"cache\.path = 'cache': .*caption_dropout",
     ),
-    "cache of the policy's own chain": (
+    "cache in a file": ("inpo", {"cache": {"path": __file__}}, r"cache\.path = .*: is a file"),
+    "unknown type of a cache": ("inpo", {"cache": {"dtype": "fp16"}}, r"cache\.dtype = 'fp16'.*'fp32' or 'bf16'"),
+    "former key of the cache": (
         "inversion-dpo",
-        {"training.cache_trajectories": True, "method.variant": "distance-policy", "model.init_perturbation": 0.01},
-        r"cache_trajectories = True: .*distance-policy",
+        {"training.cache_trajectories": True},
+        r"training\.cache_trajectories = True: is not a known key",
+    ),
+    "type of a reference that is the policy": (
+        "inpo",
+        {"model.lora": {"rank": 2}, "model.reference_dtype": "bf16"},
+        r"model\.reference_dtype = 'bf16': has no meaning with LoRA",
+    ),
+    "unknown type of the reference": (
+        "inpo",
+        {"model.reference_dtype": "8bit"},
+        r"model\.reference_dtype = '8bit'.*'fp32' or 'bf16'",
     ),
     "distance without perturbation": (
         "inversion-dpo",

@@ -58,6 +58,25 @@ def test_reference_is_the_base_model_bit_for_bit(model: DigitsModel, inputs: Any
     assert networks.evaluations == {"with_gradient": 6, "without_gradient": 6}
 
 
+def test_a_reference_in_bf16_is_the_rounded_base_model(model: DigitsModel, inputs: Any) -> None:
+    with torch.no_grad():
+        rounded = copy.deepcopy(model.network.eval()).to(torch.bfloat16)
+        expected = model.predict(rounded, *inputs).float()
+    weights = {name: value.clone() for name, value in model.network.state_dict().items()}
+    networks = Networks(model, lora=None, gradient_checkpointing=False, reference_dtype=torch.bfloat16)
+    assert networks.reference_module is not None
+    assert {parameter.dtype for parameter in networks.reference_module.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in networks.reference_module.parameters())
+    reference = networks.reference(*inputs)
+    assert reference.dtype == torch.float32
+    assert torch.equal(reference, expected)
+    for name, parameter in networks.policy_module.named_parameters():  # the policy is untouched
+        assert parameter.requires_grad
+        assert torch.equal(parameter, weights[name])
+    _shake(networks.policy_module)
+    assert torch.equal(networks.reference(*inputs), expected)
+
+
 def test_adapters_are_back_after_an_exception(model: DigitsModel, inputs: Any) -> None:
     networks = Networks(model, lora=LORA, gradient_checkpointing=False)
     _shake(networks.policy_module)

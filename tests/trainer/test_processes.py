@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastinvdpo.trainer import TrainConfig, TrainResult, train
+from fastinvdpo.trainer import TrainConfig, TrainResult, cache_writing, train
 from tests.trainer import tiny
 
 SCRIPT = """
 import json, sys
-from fastinvdpo.trainer import TrainConfig, train
+from fastinvdpo.trainer import TrainConfig, cache_writing, train
+cache_writing.PAIRS_PER_SHARD = 3
 train(TrainConfig.from_mapping(json.loads(sys.argv[1])), progress=False)
 """
 
@@ -47,9 +48,11 @@ def _weights(result: TrainResult) -> dict[str, torch.Tensor]:
     [{}, {"max_batch": 4, "gradient_passes": 1}, {"max_batch": 4, "gradient_passes": 2}],
     ids=["whole", "one pass", "two passes"],
 )
-def test_two_processes_equal_one(workspace: Path, streaming: dict[str, int]) -> None:
+def test_two_processes_equal_one(workspace: Path, streaming: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_writing, "PAIRS_PER_SHARD", 3)
+
     def run(name: str, steps: int, batch: int) -> dict[str, Any]:
-        return tiny.mapping(
+        run = tiny.mapping(
             workspace,
             "inversion-dpo",
             model={"lora": {"rank": 2}},
@@ -57,16 +60,21 @@ def test_two_processes_equal_one(workspace: Path, streaming: dict[str, int]) -> 
                 "steps": steps,
                 "batch_size": batch,
                 "gradient_accumulation_steps": 2,
-                "cache_trajectories": True,
                 **streaming,
             },
             # Far from Adam's sign-like first steps, so that the order of a sum over processes stays rounding.
             optimizer={"epsilon": 1.0, "learning_rate": 0.1, "warmup_steps": 1, "max_grad_norm": None},
             output={"directory": str(workspace / name), "log_every": 1},
         )
+        # Two processes share the work of theirs; one pair at once in both, so that they hold the same bits.
+        return {**run, "cache": {"path": str(workspace / f"{name}-cache"), "batch_size": 1}}
 
     alone = train(TrainConfig.from_mapping(run("alone", 4, 2)), progress=False)
     _train_in_two_processes(run("together", 2, 1))
+    files = {path.name for path in (workspace / "alone-cache").glob("*.safetensors")}
+    assert len(files) == 2 + 4  # index, unconditional, shards
+    for name in files:
+        assert (workspace / "together-cache" / name).read_bytes() == (workspace / "alone-cache" / name).read_bytes()
     together = train(TrainConfig.from_mapping(run("together", 4, 2)), progress=False)
     # Each row holds the metrics of all processes, and the evaluations of both count.
     keys = ("step", "loss", "margin", "policy_mse_winner", "gradient_norm", "network_evaluations_with_gradient")

@@ -1,0 +1,132 @@
+"""The cache with text encoders and a VAE: training from it loads neither, and SDXL keeps each image's geometry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from fastinvdpo.data import write_pairs
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.trainer import TrainConfig, precompute, train
+from tests.models import tiny as models
+from tests.trainer import tiny
+
+PAIRS = 5
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of pictures of several sizes; three captions."""
+    root, rng = tmp_path_factory.mktemp("sd"), np.random.default_rng(0)
+    models.sd_pipeline().save_pretrained(root / "sd", safe_serialization=True)
+    models.sdxl_pipeline().save_pretrained(root / "sdxl", safe_serialization=True)
+    rows = []
+    for i in range(PAIRS):
+        sizes = [(16, 16 + 2 * i, 3), (18 + i, 16, 3)]
+        first, second = (Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes)
+        rows.append(
+            {"jpg_0": first, "jpg_1": second, "label_0": 1, "label_1": 0, "caption": "abc"[i % 3] * (1 + i % 3)}
+        )
+    write_pairs(root / "pairs.parquet", rows)
+    return root
+
+
+def _config(root: Path, output: Path, model: str, method: str, /, **sections: Any) -> TrainConfig:
+    values = tiny.mapping(
+        root,
+        method,
+        model={"family": "stable-diffusion", "path": str(root / model), **sections.pop("model", {})},
+        data={"resolution": 16},
+        training={"steps": 3},
+        optimizer={"epsilon": 1e3, "learning_rate": 1.0, "max_grad_norm": None},
+        output={"directory": str(output), "log_every": 1},
+    )
+    return TrainConfig.from_mapping({**values, **sections})
+
+
+def _refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("training from the cache loaded this")
+
+    for part in (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer):
+        monkeypatch.setattr(part, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize(("model", "method"), [("sd", "diffusion-dpo"), ("sdxl", "inversion-dpo")])
+def test_training_from_the_cache_loads_neither_vae_nor_text_encoder(
+    pictures: Path, tmp_path: Path, model: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = {"cache": {"path": str(tmp_path / "cache")}}
+    spot = train(_config(pictures, tmp_path / "spot", model, method), progress=False)
+    stored = precompute(_config(pictures, tmp_path / "run", model, method, **cached), progress=False)
+    assert stored.index.first["caption"][-1] == 3
+    assert ("geometry.time_ids" in stored.image_tensors) == (model == "sdxl")
+    with monkeypatch.context() as patched:
+        _refuse(patched)
+        result = train(_config(pictures, tmp_path / "run", model, method, **cached), progress=False)
+    # Text encoder and VAE saw other batches, where they may round otherwise.
+    for row, expected in zip(result.history, spot.history, strict=True):
+        for name in ("loss", "policy_mse_winner", "policy_mse_loser", "gradient_norm"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-3), name
+    one, other = (DiffusionPipeline.from_pretrained(run.model_directory) for run in (result, spot))
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        if (module := getattr(other, part, None)) is not None:
+            for name, value in getattr(one, part).state_dict().items():
+                assert torch.equal(value, module.state_dict()[name])
+    assert one.tokenizer("a bc").input_ids == other.tokenizer("a bc").input_ids
+    index = [json.loads((run.model_directory / "model_index.json").read_text()) for run in (result, spot)]
+    index[1].pop("_name_or_path", None)
+    assert index[0] == index[1]
+
+
+def test_sdxl_geometry_belongs_to_the_image(pictures: Path, tmp_path: Path) -> None:
+    config = _config(pictures, tmp_path, "sdxl", "inpo", cache={"path": str(tmp_path / "cache"), "dtype": "bf16"})
+    stored = precompute(config, progress=False)
+    sizes = [size for i in range(PAIRS) for size in ((16, 16 + 2 * i), (18 + i, 16))]
+    ids = stored.lookup("image", "geometry.time_ids", range(2 * PAIRS))
+    assert ids.dtype == torch.float32
+    assert ids[:, :2].tolist() == [[float(height), float(width)] for height, width in sizes]
+    assert set(stored.caption_tensors) == set(stored.unconditional) == {"encoder_hidden_states", "text_embeds"}
+    assert all(float(tensor.abs().max()) == 0 for tensor in stored.unconditional.values())  # force_zeros
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
+def test_every_part_that_matters_is_in_the_key(pictures: Path, tmp_path: Path, part: str) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "root"))
+    cached = {"cache": {"path": str(tmp_path / "cache")}}
+    precompute(_config(root, tmp_path / "run", "sd", "inpo", **cached), progress=False)
+    (file,) = (root / "sd" / part).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1  # one bit of one weight
+    file.write_bytes(content)
+    config = _config(root, tmp_path / "run", "sd", "inpo", **cached)
+    if part == "unet":  # the policy, which InPO's cache does not depend on
+        precompute(config, progress=False)
+        return
+    with pytest.raises(InvalidInput, match=rf"different are model {part} \(sha256:\w+… there, sha256:\w+… here\)\. "):
+        precompute(config, progress=False)
+
+
+def test_another_unet_to_start_from_is_the_one_in_the_key(pictures: Path, tmp_path: Path) -> None:
+    cached = {"cache": {"path": str(tmp_path / "cache")}}
+    precompute(_config(pictures, tmp_path / "run", "sd", "inversion-dpo", **cached), progress=False)
+    other = models.unet()
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    other.save_pretrained(tmp_path / "unet", safe_serialization=True)
+    config = _config(
+        pictures, tmp_path / "run", "sd", "inversion-dpo", model={"unet_init": str(tmp_path / "unet")}, **cached
+    )
+    with pytest.raises(InvalidInput, match=r"different are model unet \(sha256"):
+        train(config, progress=False)
+    assert load_file(tmp_path / "cache" / "index.safetensors")["rows"].tolist() == list(range(PAIRS))
