@@ -39,6 +39,7 @@ from fastinvdpo.trainer.cache_key import Digests, cache_key, check_key, key_hash
 from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
+from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,7 +161,7 @@ class _ShardMaker:
         self._model, self._dataset, self._index, self._pairs_per_shard = model, dataset, index, pairs_per_shard
         self._dtype = DTYPES[config.cache.dtype]
         self._chunk = 2 * (config.cache.batch_size or config.training.batch_size)
-        self._workers = config.training.num_workers
+        self._workers, self._max_batch = config.training.num_workers, config.training.max_batch
         model.to(accelerator.device)
         self._objective: InversionDPO | None = None
         if config.reference_chain:
@@ -224,7 +225,7 @@ class _ShardMaker:
         empty = {
             name: t.to(device, torch.float32).expand(len(sides), *t.shape[1:]) for name, t in self.unconditional.items()
         } | geometry
-        reference = self.networks.reference
+        reference = in_calls_of(self._max_batch, self.networks.reference)
         chain = self._objective.reference_trajectory(reference, latents, conditional, empty).to(self._dtype)
         predictions = self._objective.reference_predictions(reference, chain.to(latents.dtype), conditional, empty)
         return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}
