@@ -37,7 +37,7 @@ def test_no_spills(table: str) -> None:
 
 
 def test_wide_accesses(table: str) -> None:
-    """Every access to a large tensor has 128 bits, where rows start at 16 bytes. One number a sample is no large one."""
+    """Every access to a large tensor has 128 bits, where rows start at 16 bytes."""
     reads = {(row[0], row[1]): row[4].split("/") for row in rows_of(table)}
     wide = [case for case, (made, possible) in reads.items() if made == possible != "0"]
     assert len(wide) > 130
