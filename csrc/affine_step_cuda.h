@@ -222,7 +222,7 @@ __device__ __forceinline__ void for_groups(Range range, int64_t head, const Scal
 }
 
 template <class T, int kMost, bool kNoise>
-__global__ void __launch_bounds__(kThreads, 4) affine_step_kernel(const StepLaunch a) {
+__global__ void __launch_bounds__(kThreads, 3) affine_step_kernel(const StepLaunch a) {
   for (int64_t task = blockIdx.x; task < a.work.tasks(); task += gridDim.x) {
     const int64_t row = task / a.work.spans, span = task % a.work.spans;
     const Step<T, kMost, kNoise> step(a.step, row);
