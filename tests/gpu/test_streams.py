@@ -16,7 +16,7 @@ import fastinvdpo
 from benchmarks.measure import Task, footprint
 from tests.cases import predictions
 from tests.kernels.cases import check_loss, problem
-from tests.ops.test_backends import check, check_affine, images, latents, options_of
+from tests.ops.test_backends import check, check_affine, check_given_memory, images, latents, options_of
 from tests.places import GPU, Place, on_gpu
 
 everyone = pytest.mark.parametrize("place", GPU)
@@ -63,8 +63,10 @@ def run(i: Inputs) -> tuple[Tensor, ...]:
     noise = {"noise_scale": i.scale, "noise_index": i.index, "seed": 2**40 + 3, "offset": 7}
     step = fastinvdpo.affine_step(i.sample, [i.output, gradient], i.table, active=i.active, **noise)
     gradients = torch.autograd.grad(step, (i.sample, i.output), i.reference)
+    given, stored = torch.empty_like(i.reference), torch.empty_like(i.reference, dtype=torch.bfloat16)
+    fastinvdpo.affine_step(i.reference, [gradient], i.table[:, :2], out=given, trajectory=stored)
     values = (result.loss, result.margin, result.policy_mse, result.reference_mse, gradient, step, *gradients)
-    return tuple(value.detach() for value in values)
+    return tuple(value.detach() for value in (*values, given, stored))
 
 
 def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
@@ -174,11 +176,13 @@ def test_launches(place: Place) -> None:
     policy = one.policy.detach()
     grad, margin = torch.ones((), device=place.device), torch.zeros(PAIRS, device=place.device)
     backward = torch.ops.fastinvdpo.preference_loss_backward
+    step_backward = torch.ops.fastinvdpo.affine_step_backward
     table, settings = one.table[:, :2].contiguous(), (one.rho, None, 20.0, "sigmoid", 0.0)
     calls = {
         "forward": lambda: torch.ops.fastinvdpo.preference_loss(policy, one.reference, one.target, *settings),
         "backward": lambda: backward(grad, None, None, policy, one.target, margin, *settings),
         "step": lambda: fastinvdpo.affine_step(one.reference, [one.target], table),
+        "step backward": lambda: step_backward(one.reference, table, one.active, [0, 1], ["float32"] * 2),
     }
     found = {}
     for name, call in calls.items():
@@ -186,7 +190,7 @@ def test_launches(place: Place) -> None:
         with task.context():
             call()
         found[name] = footprint(task, torch.device(place.device)).launches
-    assert found == {"forward": 1 if place.backend == "triton" else 2, "backward": 1, "step": 1}
+    assert found == {"forward": 1 if place.backend == "triton" else 2, "backward": 1, "step": 1, "step backward": 1}
 
 
 @everyone
@@ -216,3 +220,4 @@ def test_for_the_sanitizer(place: Place, options: dict[str, bool | int], n: int)
 def test_affine_step_for_the_sanitizer(place: Place, count: int, noise: bool) -> None:
     sample, *outputs = images(place, count)
     check_affine(place, sample, outputs, **options_of(place, True, noise))
+    check_given_memory(place, torch.float32, noise)

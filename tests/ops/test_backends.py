@@ -229,6 +229,28 @@ def test_affine_step_layouts(place: Place, layout: str, noise: bool) -> None:
     check_affine(place, tensors[0], tensors[1:], **options_of(place, True, noise))
 
 
+def check_given_memory(place: Place, dtype: torch.dtype, noise: bool) -> None:
+    """In place, with a second store between others."""
+    sample, *outputs = images(place, 2, (dtype,))
+    options, table = options_of(place, True, noise), torch.randn(4, 3, device=place.device)
+    result, stored = sample.clone(), torch.full((4, 3, *sample.shape[1:]), torch.nan, dtype=BF16, device=place.device)
+    with fastinvdpo.use_backend(place.backend):
+        fastinvdpo.affine_step(result, outputs, table, out=result, trajectory=stored[:, 1], **options)
+    names = ("active", "noise_scale", "noise_index")
+    settings = (table, *(options.get(name) for name in names), options.get("seed", 0), options.get("offset", 0))
+    check_step(sample, outputs, settings, result)
+    if dtype in (F32, BF16):  # float16 has lost what bfloat16 would still have rounded
+        assert torch.equal(stored[:, 1], result.to(BF16))
+    assert stored[:, ::2].isnan().all()
+
+
+@everywhere
+@pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_affine_step_into_given_memory(place: Place, dtype: torch.dtype, noise: bool) -> None:
+    check_given_memory(place, dtype, noise)
+
+
 @everywhere
 def test_affine_step_tables_of_other_dtypes_and_strides(place: Place) -> None:
     sample, output = images(place, 1)
