@@ -85,23 +85,43 @@ def size_by_doubling(peak_bytes: Callable[[int], int | None], budget: int) -> in
 
 def saved_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
     """Bytes that the graph of ``run()`` keeps for its backward pass, beside the module's own weights."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def unpack(tensor: Any) -> Any:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    saved = SavedStorages(module)
+    with saved.counted():
         output = run()  # the graph must live until all is counted, or an address could come twice
-    total = sum(found.values())
+    total = sum(saved.found.values())
     del output
     return total
+
+
+class SavedStorages:
+    """Counts the storages that graphs keep for their backward pass, once each, but for those of the module's weights.
+
+    Attributes:
+        found: bytes by address of the storage object; tensors without content have one too.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._own = {_storage(tensor)[0] for tensor in (*module.parameters(), *module.buffers())}
+        self.found: dict[int, int] = {}
+
+    def counted(self, found: dict[int, int] | None = None) -> Any:
+        """A context: what is saved inside is counted in ``found``, or in :attr:`found`."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            self.add(tensor, found)
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed)
+
+    def add(self, tensor: Tensor, found: dict[int, int] | None = None) -> None:
+        key, size = _storage(tensor)
+        if key not in self._own:
+            (self.found if found is None else found)[key] = size
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
 
 
 def _peak_bytes(

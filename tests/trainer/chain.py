@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,14 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastinvdpo import cli
-from fastinvdpo.data import write_pairs
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.models import DiffusionModel, load_model
 from fastinvdpo.trainer.config import LoraSection
 from fastinvdpo.trainer.networks import add_lora, merged_copy
 from tests.models import tiny as models
 from tests.trainer import tiny
-from tests.trainer.test_families import LENGTH, LORA, images
+from tests.trainer.test_families import LENGTH, LORA, images, write_two_pairs
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a cat", "zebra"]
@@ -55,14 +53,8 @@ class Chain(NamedTuple):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, rng = tmp_path_factory.mktemp("chain"), np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (16, 18, 3), dtype=np.uint8)) for _ in range(4)]
-    rows = [
-        {"jpg_0": pictures[2 * i], "jpg_1": pictures[2 * i + 1], "label_0": 1, "label_1": 0, "caption": "ab"[i],
-         "score_0": 0.3, "score_1": 0.2}
-        for i in range(2)
-    ]  # fmt: skip
-    write_pairs(root / "pairs.parquet", rows)
+    root = tmp_path_factory.mktemp("chain")
+    write_two_pairs(root)
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     return root
 

@@ -57,15 +57,8 @@ def test_a_device_without_kernels_is_told() -> None:
 @needs_bitsandbytes
 def test_adamw8bit_resumes_bit_for_bit(workspace: Path) -> None:
     def weights(name: str, *attempts: int) -> dict[str, Tensor]:
-        for steps in attempts:
-            config = tiny.config(
-                workspace,
-                optimizer={"name": "adamw8bit"},
-                training={"steps": steps},
-                output={"directory": str(workspace / name)},
-            )
-            result = train(config, progress=False)
-        return load_file(result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
+        directory = tiny.trained_in_attempts(workspace / name, *attempts, optimizer={"name": "adamw8bit"})
+        return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
     resumed, whole = weights("resumed", 4, 6), weights("whole", 6)
     stored = load_checkpoint(complete_checkpoints(workspace / "whole" / "checkpoints")[-1])

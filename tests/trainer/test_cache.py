@@ -297,22 +297,13 @@ def test_only_the_rows_asked_for_are_read(workspace: Path, small_shards: None, m
 
 def counted_runs(runs: list[dict[str, Any]], fatal: int, shard: int, fill: bool) -> list[int]:
     """Kills its process at the n-th prediction of a network, or runs to the end. How often each run asked a network."""
-    predict, count, counts = DigitsModel.predict, 0, []
-
-    def counted(self: DigitsModel, *arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return predict(self, *arguments)
-
-    DigitsModel.predict = counted  # type: ignore[method-assign]
+    predictions, counts = tiny.CountedPredictions(fatal), []
     cache_writing.PAIRS_PER_SHARD = shard
     for run in runs:
-        count = 0
+        predictions.count = 0
         config = TrainConfig.from_mapping(run)
         precompute(config, progress=False) if fill else train(config, progress=False)
-        counts.append(count)
+        counts.append(predictions.count)
     return counts
 
 

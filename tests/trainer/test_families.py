@@ -26,11 +26,9 @@ RUNS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, rng = tmp_path_factory.mktemp("families"), np.random.default_rng(0)
-    for name, build in models.PIPELINES.items():
-        build().save_pretrained(root / name, safe_serialization=True)
+def write_two_pairs(root: Path) -> None:
+    """``pairs.parquet``: two pairs of pictures of 18 by 16 pixels, with scores."""
+    rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (16, 18, 3), dtype=np.uint8)) for _ in range(4)]
     rows = [
         {"jpg_0": pictures[2 * i], "jpg_1": pictures[2 * i + 1], "label_0": 1, "label_1": 0, "caption": "ab"[i],
@@ -38,6 +36,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(2)
     ]  # fmt: skip
     write_pairs(root / "pairs.parquet", rows)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("families")
+    for name, build in models.PIPELINES.items():
+        build().save_pretrained(root / name, safe_serialization=True)
+    write_two_pairs(root)
     return root
 
 

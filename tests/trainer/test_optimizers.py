@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastinvdpo.trainer import train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.config import OptimizerSection
 from fastinvdpo.trainer.step import build_optimizer
@@ -83,19 +82,9 @@ def test_the_schedule_sets_the_rate_of_adafactor() -> None:
     ids=["full", "lora", "channels_last"],
 )
 def test_adafactor_resumes_bit_for_bit(workspace: Path, sections: dict[str, Any]) -> None:
-    def finished(name: str, *attempts: int) -> Path:
-        for steps in attempts:
-            config = tiny.config(
-                workspace,
-                optimizer={"name": "adafactor"},
-                training={"steps": steps},
-                output={"directory": str(workspace / name)},
-                **sections,
-            )
-            result = train(config, progress=False)
-        return result.directory
-
-    resumed, whole = finished("resumed", 3, 6), finished("whole", 6)
+    sections = {"optimizer": {"name": "adafactor"}, **sections}
+    resumed = tiny.trained_in_attempts(workspace / "resumed", 3, 6, **sections)
+    whole = tiny.trained_in_attempts(workspace / "whole", 6, **sections)
     stored = [load_checkpoint(complete_checkpoints(root / "checkpoints")[-1]) for root in (resumed, whole)]
     _assert_same(stored[0].trainable, stored[1].trainable)
     _assert_same(stored[0].state, stored[1].state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import TrainConfig, train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from tests.trainer import tiny
@@ -22,16 +20,7 @@ from tests.trainer.forked import Server
 
 def train_counted(runs: list[dict[str, Any]], fatal: int) -> None:
     """Kills its process at the n-th prediction of a network, or trains to the end, as often as it is asked."""
-    predict, count = DigitsModel.predict, 0
-
-    def counted(self: DigitsModel, *arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return predict(self, *arguments)
-
-    DigitsModel.predict = counted  # type: ignore[method-assign]
+    tiny.CountedPredictions(fatal)
     for run in runs:
         train(TrainConfig.from_mapping(run), progress=False)
 

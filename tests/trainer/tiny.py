@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from fastinvdpo.data import write_pairs
-from fastinvdpo.trainer import TrainConfig
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.trainer import TrainConfig, train
 from tests.cases import SD_SCHEDULER
 
 WORDS = ("zero", "one", "two", "three")
@@ -83,3 +86,27 @@ def mapping(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, An
 
 def config(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_mapping(mapping(root, name, **sections))
+
+
+def trained_in_attempts(directory: Path, *attempts: int, **sections: Any) -> Path:
+    """``directory``, where a run on the files beside it is made in attempts that each end after so many steps."""
+    for steps in attempts:
+        output = {"directory": str(directory)}
+        train(config(directory.parent, training={"steps": steps}, output=output, **sections), progress=False)
+    return directory
+
+
+class CountedPredictions:
+    """Counts the predictions of digits models from now on, and kills this process when ``count`` reaches ``fatal``."""
+
+    def __init__(self, fatal: int) -> None:
+        self.count = 0
+        predict = DigitsModel.predict
+
+        def counted(model: DigitsModel, *arguments: Any) -> Any:
+            self.count += 1
+            if self.count == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return predict(model, *arguments)
+
+        DigitsModel.predict = counted  # type: ignore[method-assign]

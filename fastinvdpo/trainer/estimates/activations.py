@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastinvdpo.trainer.accounting import AUTOCAST, forward_flops
+from fastinvdpo.trainer.call_size import SavedStorages
 from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.estimates.architecture import Architecture
 from fastinvdpo.trainer.networks import Networks
@@ -87,22 +88,23 @@ class FakeNetworks:
         in the precision of the run.
         """
         network = self.networks.policy_module
-        saved = _Saved(network)
         policy = in_calls_of(max_batch, self.networks.policy)
         checkpointing = self._config.training.gradient_checkpointing
         with self._measuring(device_type):
+            saved = SavedStorages(network)
+            blocks = _Blocks(saved)
             if checkpointing:
                 enable: Any = network.enable_gradient_checkpointing
-                enable(saved.call_block)
+                enable(blocks.call)
             inputs, kept = self._inputs(samples), []
 
             def call() -> None:
-                with saved:
+                with saved.counted():
                     kept.append(policy(*inputs))  # storages are told apart while the graph lives
 
             flops = forward_flops(call)
         casts = self._casts() if checkpointing else 0
-        return Activations(samples, sum(saved.graph.values()), saved.largest_block, casts, flops / samples)
+        return Activations(samples, sum(saved.found.values()), blocks.largest, casts, flops / samples)
 
     def _casts(self) -> int:
         if self._config.training.mixed_precision == "no":
@@ -136,57 +138,29 @@ class FakeNetworks:
         return torch.zeros(samples, *architecture.latents), torch.zeros(samples, dtype=torch.int64), told
 
 
-class _Saved:
-    """Inside, the storages that graphs keep are counted once each, but for those of the network's weights.
+class _Blocks:
+    """Stands in for gradient checkpointing.
 
     Attributes:
-        graph: bytes by storage; largest_block: of what a checkpointed block alone would keep.
+        largest: bytes of what a checkpointed block alone would keep, at most.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._own: set[int] = set()
+    def __init__(self, saved: SavedStorages) -> None:
+        self._saved, self.largest = saved, 0
         self._kept: list[Tensor] = []
-        self.graph: dict[int, int] = {}
-        self.largest_block = 0
 
-    def __enter__(self) -> None:
-        self._own = {_storage(t)[0] for t in (*self._network.parameters(), *self._network.buffers())}
-        self._hooks = self._into(self.graph)
-        self._hooks.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def call_block(self, block: Any, *inputs: Any) -> Any:
+    def call(self, block: Any, *inputs: Any) -> Any:
         """In the place of ``torch.utils.checkpoint.checkpoint``, which keeps inputs and nothing of the inside."""
         given = [value for value in inputs if isinstance(value, Tensor)]
         self._kept += given  # nothing else may keep them, and an address could come twice
         for value in given:
-            self._add(self.graph, value)
+            self._saved.add(value)
         inside: dict[int, int] = {}
-        with self._into(inside):
+        with self._saved.counted(inside):
             output = block(*inputs)
-        alone = sum(size for key, size in inside.items() if key not in self.graph)
-        self.largest_block = max(self.largest_block, alone)
+        alone = sum(size for key, size in inside.items() if key not in self._saved.found)
+        self.largest = max(self.largest, alone)
         return output
-
-    def _into(self, found: dict[int, int]) -> Any:
-        def pack(tensor: Tensor) -> Tensor:
-            self._add(found, tensor)
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed)
-
-    def _add(self, found: dict[int, int], tensor: Tensor) -> None:
-        key, size = _storage(tensor)
-        if key not in self._own:
-            found[key] = size
-
-
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage._cdata, storage.nbytes()
 
 
 @contextmanager
