@@ -88,9 +88,9 @@ def choose(op: str, device_type: str, float64: bool = False) -> str:
 
 def requested() -> tuple[str, str]:
     """Who asks for what: ``("use_backend", name)``, ``("FASTINVDPO_BACKEND", name)`` or ``("default", "auto")``."""
-    for request in (_here.get(), *_entered[-1:]):
-        if request is not None:
-            return "use_backend", request.backend
+    request = _here.get()
+    for request in (request,) if request is not None else _entered[-1:]:
+        return "use_backend", request.backend
     name = os.environ.get(VARIABLE, "")
     return (VARIABLE, name) if name else ("default", "auto")
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
+
+import torch
 
 
 @cache
@@ -20,6 +24,13 @@ def _load() -> tuple[ModuleType | None, str]:
 def unavailable() -> str | None:
     """Why the extension cannot be used; None when it is loaded, and with it the ops of ``fastinvdpo_native``."""
     return _load()[1] or None
+
+
+@cache
+def op(name: str) -> Callable[..., Any]:
+    """The op ``fastinvdpo_native::<name>`` of the extension, which is loaded."""
+    overload: Callable[..., Any] = getattr(torch.ops.fastinvdpo_native, name).default
+    return overload
 
 
 def cuda_unavailable() -> str | None:

@@ -81,16 +81,15 @@ def preference_loss(
     check_predictions(policy_pred, reference_pred, target)
     check_beta(beta)
     check_utility(utility, label_smoothing)
-    pairs = policy_pred.shape[0] // 2
     if pair_weight is not None:
-        _check_weight("pair_weight", pair_weight, policy_pred, ((pairs,),))
+        _check_weight("pair_weight", pair_weight, policy_pred, ((policy_pred.shape[0] // 2,),))
     if timestep_weight is not None:
         if policy_pred.ndim < 3:
             shape = tuple(policy_pred.shape)
             raise invalid(
                 "policy_pred.shape", shape, "has no timestep dimension", "pass (2B, K, …) with timestep_weight"
             )
-        steps = policy_pred.shape[1]
+        pairs, steps = policy_pred.shape[0] // 2, policy_pred.shape[1]
         _check_weight("timestep_weight", timestep_weight, policy_pred, ((steps,), (pairs, steps)))
         timestep_weight = timestep_weight.expand(pairs, steps)
 
@@ -116,33 +115,39 @@ def check_predictions(
 ) -> None:
     """Raise unless these are predictions of pairs; ``names``: what the caller calls the first two."""
     first = names[0]
-    for name, tensor in ((first, policy_pred), (names[1], reference_pred), ("target", target)):
+    _check_tensor(first, policy_pred)
+    shape, device = policy_pred.shape, policy_pred.device
+    for name, tensor in ((names[1], reference_pred), ("target", target)):
         if tensor is None and name == "target":
             continue
-        if not isinstance(tensor, Tensor):
-            raise invalid(name, type(tensor).__name__, "must be a tensor", "pass the network's prediction")
-        if not tensor.is_floating_point():
-            raise invalid(f"{name}.dtype", tensor.dtype, "must be floating point", "pass float32, bfloat16 or float16")
-        if tensor.shape != policy_pred.shape:
-            shapes = f"differs from {first}'s {tuple(policy_pred.shape)}"
+        _check_tensor(name, tensor)
+        if tensor.shape != shape:
+            shapes = f"differs from {first}'s {tuple(shape)}"
             raise invalid(f"{name}.shape", tuple(tensor.shape), shapes, "pass tensors of one shape, [winners; losers]")
-        if tensor.device != policy_pred.device:
-            where = f"differs from {first}'s {policy_pred.device}"
-            raise invalid(f"{name}.device", str(tensor.device), where, f"move it with .to({str(policy_pred.device)!r})")
-        if tensor.requires_grad and name != first and torch.is_grad_enabled():
+        if tensor.device != device:
+            where = f"differs from {first}'s {device}"
+            raise invalid(f"{name}.device", str(tensor.device), where, f"move it with .to({str(device)!r})")
+        if tensor.requires_grad and torch.is_grad_enabled():
             problem = "no gradient flows to it"
             raise invalid(
                 f"{name}.requires_grad", True, problem, f"compute it under torch.no_grad() or pass {name}.detach()"
             )
-    shape = tuple(policy_pred.shape)
-    if policy_pred.ndim < 2:
-        raise invalid(f"{first}.shape", shape, "must have a batch and at least one more dimension", "pass (2B, …)")
+    if len(shape) < 2:
+        problem = "must have a batch and at least one more dimension"
+        raise invalid(f"{first}.shape", tuple(shape), problem, "pass (2B, …)")
     if shape[0] == 0 or shape[0] % 2:
         remedy = "stack [winners; losers] as (2B, …)"
-        raise invalid(f"{first}.shape", shape, "must hold as many losers as winners", remedy)
-    if policy_pred.numel() == 0:
-        problem = "has no elements"
-        raise invalid(f"{first}.shape", shape, problem, "pass predictions of at least one element per sample")
+        raise invalid(f"{first}.shape", tuple(shape), "must hold as many losers as winners", remedy)
+    if 0 in shape:
+        remedy = "pass predictions of at least one element per sample"
+        raise invalid(f"{first}.shape", tuple(shape), "has no elements", remedy)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise invalid(name, type(tensor).__name__, "must be a tensor", "pass the network's prediction")
+    if not tensor.is_floating_point():
+        raise invalid(f"{name}.dtype", tensor.dtype, "must be floating point", "pass float32, bfloat16 or float16")
 
 
 def check_beta(beta: float, name: str = "beta") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo import _backend, _triton_kernels
+from fastinvdpo import _backend, _native, _triton_kernels
 from fastinvdpo.ops.layout import as_rows, like
 from fastinvdpo.ops.preference_loss import reference as _reference
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
@@ -42,7 +42,7 @@ def _native_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     predictions = [policy, reference] if target is None else [policy, reference, target]
     policy, reference, *targets = as_rows(predictions, 1 if timestep_weight is None else 2)
-    return torch.ops.fastinvdpo_native.preference_loss(
+    return _native.op("preference_loss")(
         policy,
         reference,
         targets[0] if targets else None,
@@ -67,8 +67,10 @@ def _native_backward(
 ) -> Tensor:
     beta, utility, label_smoothing = settings
     rows = as_rows([policy, target], 1 if timestep_weight is None else 2)
-    gradient = torch.ops.fastinvdpo_native.preference_loss_backward(
-        *(_float32(grad) for grad in (grad_loss, grad_margin, grad_policy_mse)),
+    gradient = _native.op("preference_loss_backward")(
+        _float32(grad_loss),
+        _float32(grad_margin),
+        _float32(grad_policy_mse),
         *rows,
         margin,
         _float32(pair_weight),
@@ -118,7 +120,9 @@ def _triton_backward(
 
 
 def _float32(table: Tensor | None) -> Tensor | None:
-    return None if table is None else table.float().contiguous()
+    if table is None or (table.dtype is torch.float32 and table.is_contiguous()):
+        return table
+    return table.float().contiguous()
 
 
 # PyTorch's dispatcher tells the native kernels for the CPU from those for CUDA.
@@ -140,7 +144,7 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 def _forward(
     policy: Tensor, reference: Tensor, target: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    float64 = _reference.accumulation_dtype(policy, reference, target) == torch.float64
+    float64 = _reference.accumulation_dtype(policy, reference, target) is torch.float64
     return _FORWARD[_backend.choose(NAME, policy.device.type, float64)](policy, reference, target, *arguments)
 
 
@@ -154,7 +158,7 @@ def _backward(
     margin: Tensor,
     *arguments: Any,
 ) -> Tensor:
-    kernel = _BACKWARD[_backend.choose(NAME, policy.device.type, margin.dtype == torch.float64)]
+    kernel = _BACKWARD[_backend.choose(NAME, policy.device.type, margin.dtype is torch.float64)]
     return kernel(grad_loss, grad_margin, grad_policy_mse, policy, target, margin, *arguments)
 
 
@@ -210,16 +214,19 @@ def _autograd(
 torch.library.register_autograd("fastinvdpo::preference_loss", _autograd, setup_context=_setup_context, lib=_library)
 
 _op = torch.ops.fastinvdpo.preference_loss.default
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 def _unobserved(*tensors: Tensor | None) -> bool:
     """Whether nothing watches or changes what ops do: no compiler, mode, transform or tensor of another class."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-    ) and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    )
 
 
 class _Direct(torch.autograd.Function):
@@ -236,8 +243,11 @@ class _Direct(torch.autograd.Function):
     backward = staticmethod(_autograd)
 
 
+_apply = super(torch.autograd.Function, _Direct).apply  # Function's own prepares for transforms, and none is active
+
+
 def preference_loss_op(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.fastinvdpo.preference_loss``."""
     if _unobserved(*inputs[:5]):
-        return _Direct.apply(*inputs) if torch.is_grad_enabled() and inputs[0].requires_grad else _forward(*inputs)
+        return _apply(*inputs) if inputs[0].requires_grad and torch.is_grad_enabled() else _forward(*inputs)
     return _op(*inputs)

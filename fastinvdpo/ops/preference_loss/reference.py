@@ -87,5 +87,7 @@ def pair_scale(beta: float, pair_weight: Tensor | None, timestep_weight: Tensor 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any input is float64, float32 otherwise."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
