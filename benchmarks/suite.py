@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastinvdpo import _native
+
 from . import registry
 from .measure import LARGE, Copy, Task, footprint, free_memory, interleaved, percentiles
 from .problem import Case, Problem
@@ -118,6 +120,7 @@ def _rows(
     for provider, task in tasks.items():
         with task.context():
             task.call(*task.arguments(1)[0])  # compiles what is not compiled yet, and fills the caches of allocators
+        _native.release_kept_memory()  # or the call would seem to need none
         seen[provider] = footprint(task, device, visible=provider != "compile" or device.type != "cpu")
     beside = moved >= LARGE or not copy.samples
     samples = interleaved({**tasks, **({"copy": Task(copy)} if beside else {})}, device, seconds)

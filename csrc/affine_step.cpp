@@ -7,6 +7,7 @@
 
 #include "affine_step_check.h"
 #include "isa.h"
+#include "kept_memory.h"
 
 namespace fastinvdpo {
 namespace {
@@ -62,8 +63,7 @@ void step_out(Tensor sample, std::vector<Tensor> outputs, Tensor coefficients, s
 
 Tensor step(Tensor sample, std::vector<Tensor> outputs, Tensor coefficients, std::optional<Tensor> active,
             std::optional<Tensor> noise_scale, std::optional<Tensor> noise_index, int64_t seed, int64_t offset) {
-  Tensor result = torch::stable::empty_like(sample);
-  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * bytes_of(storage_of(sample, "sample")));
+  Tensor result = empty_result(sample, sample.numel() * bytes_of(storage_of(sample, "sample")));
   step_out(sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset, result, std::nullopt);
   return result;
 }

@@ -1,8 +1,10 @@
-// The Python module fastinvdpo._C. Importing it registers the native ops (namespace fastinvdpo_native); it offers build_info().
+// The Python module fastinvdpo._C. Importing it registers the native ops (namespace fastinvdpo_native); it offers build_info()
+// and release_kept_memory().
 
 #include <pybind11/pybind11.h>
 
 #include "isa.h"
+#include "kept_memory.h"
 
 namespace py = pybind11;
 
@@ -19,4 +21,5 @@ PYBIND11_MODULE(_C, module) {
         return info;
       },
       "How this module was built, and the instruction set its CPU kernels use here.");
+  module.def("release_kept_memory", &fastinvdpo::release_kept_memory, "Free the memory that is kept for the next large result.");
 }

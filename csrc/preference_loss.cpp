@@ -4,11 +4,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "common.h"
 #include "isa.h"
+#include "kept_memory.h"
 #include "utilities.h"
 
 namespace fastinvdpo {
@@ -96,6 +98,18 @@ const float* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// A contiguous tensor of NaN on the CPU, so that a number that is not written shows. For so few the way through the dispatcher would take
+// longest.
+Tensor nan_float32(const int64_t* sizes, int dims) {
+  const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), kNoDeviceIndex, &handle));
+  Tensor result(handle);
+  std::fill_n(static_cast<float*>(result.mutable_data_ptr()), result.numel(), std::numeric_limits<float>::quiet_NaN());
+  return result;
+}
+
 void check_weights(const Shape& s, const std::optional<Tensor>& pair_weight, const std::optional<Tensor>& timestep_weight) {
   STD_TORCH_CHECK(!pair_weight || is_float32_vector(*pair_weight, s.pairs), "pair_weight: float32 (B,) expected");
   STD_TORCH_CHECK(!timestep_weight || is_float32_vector(*timestep_weight, s.pairs * s.timesteps),
@@ -123,12 +137,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     kernel(pointers, begin, end, &partial[static_cast<size_t>((row * s.chunks + chunk) * 3)]);
   });
 
-  std::vector<int64_t> errors = {2 * s.pairs};
-  if (timestep_weight) errors.push_back(s.timesteps);
-  Tensor loss = torch::stable::new_empty(policy, {}, ScalarType::Float);
-  Tensor margin = torch::stable::new_empty(policy, {s.pairs}, ScalarType::Float);
-  Tensor policy_mse = torch::stable::new_empty(policy, errors, ScalarType::Float);
-  Tensor reference_mse = torch::stable::new_empty(policy, errors, ScalarType::Float);
+  const int64_t errors[2] = {2 * s.pairs, s.timesteps};
+  const int error_dims = timestep_weight ? 2 : 1;
+  Tensor loss = nan_float32(nullptr, 0), margin = nan_float32(&s.pairs, 1);
+  Tensor policy_mse = nan_float32(errors, error_dims), reference_mse = nan_float32(errors, error_dims);
   float* z = static_cast<float*>(margin.mutable_data_ptr());
   float* pe = static_cast<float*>(policy_mse.mutable_data_ptr());
   float* re = static_cast<float*>(reference_mse.mutable_data_ptr());
@@ -167,7 +179,8 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
   STD_TORCH_CHECK(!grad_margin || is_float32_vector(*grad_margin, s.pairs), "grad_margin: float32 (B,) expected");
   STD_TORCH_CHECK(!grad_policy_mse || is_float32_vector(*grad_policy_mse, s.rows), "grad_policy_mse: float32 expected");
   const Storage policy_storage = storage_of(policy, "policy"), target_storage = storage_of(target, "target");
-  Tensor gradient = torch::stable::empty_like(policy);
+  const int64_t bytes = policy.numel() * bytes_of(policy_storage);
+  Tensor gradient = empty_result(policy, bytes);
   const float *z = static_cast<const float*>(margin.const_data_ptr());
   const float *rho = data_or_null(pair_weight), *weight = data_or_null(timestep_weight);
   const float *from_loss = data_or_null(grad_loss), *from_margin = data_or_null(grad_margin);
@@ -190,10 +203,8 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
     }
   }
   char* out = static_cast<char*>(gradient.mutable_data_ptr());
-  const int64_t bytes = gradient.numel() * bytes_of(policy_storage);
   const bool past_caches = bytes >= kPastCaches;
   const auto kernel = FID_FOR_THIS_CPU(backward_chunk);
-  prefer_huge_pages(out, bytes);
   for_each_chunk(s, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
     const BackwardRow pointers{row_of(policy, policy_storage, row, s.n), row_of(target, target_storage, row, s.n),
                                out + row * s.n * bytes_of(policy_storage), policy_storage, target_storage,

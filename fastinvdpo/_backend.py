@@ -88,8 +88,8 @@ def choose(op: str, device_type: str, float64: bool = False) -> str:
 
 def requested() -> tuple[str, str]:
     """Who asks for what: ``("use_backend", name)``, ``("FASTINVDPO_BACKEND", name)`` or ``("default", "auto")``."""
-    request = _here.get()
-    for request in (request,) if request is not None else _entered[-1:]:
+    here = _here.get()
+    for request in _entered[-1:] if here is None else (here,):
         return "use_backend", request.backend
     name = os.environ.get(VARIABLE, "")
     return (VARIABLE, name) if name else ("default", "auto")

@@ -40,6 +40,13 @@ def cuda_unavailable() -> str | None:
     return None if info["cuda"] else "fastinvdpo._C was built without CUDA (FASTINVDPO_CUDA=1 pip install . builds it)"
 
 
+def release_kept_memory() -> None:
+    """Free the memory that the extension keeps for the next large result on the CPU; nothing without an extension."""
+    module = _load()[0]
+    if module is not None:
+        module.release_kept_memory()
+
+
 def build_info() -> dict[str, object] | None:
     """How the extension was built (compiler, cuda, cpu_instructions); None without one."""
     module = _load()[0]

@@ -115,12 +115,12 @@ def check_predictions(
 ) -> None:
     """Raise unless these are predictions of pairs; ``names``: what the caller calls the first two."""
     first = names[0]
-    _check_tensor(first, policy_pred)
+    _floating_tensor(first, policy_pred)
     shape, device = policy_pred.shape, policy_pred.device
     for name, tensor in ((names[1], reference_pred), ("target", target)):
         if tensor is None and name == "target":
             continue
-        _check_tensor(name, tensor)
+        tensor = _floating_tensor(name, tensor)
         if tensor.shape != shape:
             shapes = f"differs from {first}'s {tuple(shape)}"
             raise invalid(f"{name}.shape", tuple(tensor.shape), shapes, "pass tensors of one shape, [winners; losers]")
@@ -143,16 +143,17 @@ def check_predictions(
         raise invalid(f"{first}.shape", tuple(shape), "has no elements", remedy)
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _floating_tensor(name: str, tensor: Tensor | None) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise invalid(name, type(tensor).__name__, "must be a tensor", "pass the network's prediction")
     if not tensor.is_floating_point():
         raise invalid(f"{name}.dtype", tensor.dtype, "must be floating point", "pass float32, bfloat16 or float16")
+    return tensor
 
 
 def check_beta(beta: float, name: str = "beta") -> None:
     """Raise unless ``beta``, which the caller calls ``name``, is a positive number."""
-    if isinstance(beta, Tensor) or not isinstance(beta, (int, float)):
+    if not isinstance(beta, (int, float)):
         raise invalid(name, beta, "must be a Python number", f"pass {name}=5000.0")
     if not (math.isfinite(beta) and beta > 0):
         raise invalid(name, beta, "must be positive and finite", "published values are 2000 and 5000")
