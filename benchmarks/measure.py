@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -33,6 +34,7 @@ class Task(NamedTuple):
 
 
 SHORTEST_SAMPLE = 1e-3  # seconds: below it a task is repeated within a sample, for the clock's sake
+SETTLING = 10e-3  # seconds of calls before a sample on the CPU: the system is still taking back what others have freed
 LARGE = 32 * 2**20  # bytes: tasks that move as much leave the caches; the copy is then measured beside them
 
 # Ops that allocate, or look at memory in another way, and launch nothing.
@@ -63,13 +65,16 @@ def percentiles(samples: Sequence[float]) -> Percentiles:
 def timed(task: Task, repetitions: int, device: torch.device) -> float:
     """Seconds that one call takes, from the host's clock or from CUDA events.
 
-    One more call goes before, off the clock: caches and freed memory are then as the task itself leaves them, not as
-    whoever ran before it did.
+    Others go before, off the clock: caches and freed memory are then as the task itself leaves them, not as whoever ran
+    before it did.
     """
     with task.context():
-        first, *prepared = task.arguments(repetitions + 1)
-        task.call(*first)
-        del first
+        start = time.perf_counter()
+        while True:
+            task.call(*task.arguments(1)[0])
+            if device.type != "cpu" or time.perf_counter() - start > SETTLING:
+                break
+        prepared = task.arguments(repetitions)
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)  # or the launches would hide behind the preparations
@@ -112,8 +117,7 @@ def interleaved(
         for done in range(most):
             if done >= rounds and time.perf_counter() - start > seconds:
                 break
-            shift = done % len(names)  # nobody always runs after the same neighbour
-            for name in names[shift:] + names[:shift]:
+            for name in random.Random(done).sample(names, len(names)):  # nobody always runs after the same neighbour
                 samples[name].append(timed(tasks[name], repetitions[name], device))
     finally:
         if collecting:
