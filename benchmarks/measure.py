@@ -70,11 +70,11 @@ def timed(task: Task, repetitions: int, device: torch.device) -> float:
     """
     with task.context():
         start = time.perf_counter()
-        while True:
+        while device.type == "cpu" and time.perf_counter() - start < SETTLING:
             task.call(*task.arguments(1)[0])
-            if device.type != "cpu" or time.perf_counter() - start > SETTLING:
-                break
-        prepared = task.arguments(repetitions)
+        first, *prepared = task.arguments(repetitions + 1)
+        task.call(*first)
+        del first
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)  # or the launches would hide behind the preparations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ def tiny(op: str = "preference_loss", timesteps: int = 1, dtype: torch.dtype = t
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few samples, a small copy."""
+    """Few and short samples, a small copy."""
     monkeypatch.setattr(measure, "SHORTEST_SAMPLE", 0.0)
+    monkeypatch.setattr(measure, "SETTLING", 0.0)
     monkeypatch.setattr(run, "Copy", lambda device: measure.Copy(device, 2**16))
 
 
@@ -56,11 +58,22 @@ def test_tasks_take_turns_and_preparations_come_first(quickly: None) -> None:
         "a": measure.Task(lambda: calls.append("a")),
         "b": measure.Task(lambda given: calls.append(given), prepare=lambda: calls.append("p") or "b"),
     }
-    samples = measure.interleaved(tasks, CPU, 0.0, rounds=4)
-    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4}
+    samples = measure.interleaved(tasks, CPU, 0.0, rounds=20)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 20, "b": 20}
     # Each sample is a call off the clock and one on it.
-    assert "".join(calls) == "aa" * 3 + "ppbb" * 3 + "aappbb" + "ppbbaa" + "aappbb" + "ppbbaa"
+    tries, rounds = "".join(calls[: 3 * 6]), "".join(calls[3 * 6 :])
+    assert tries == "aa" * 3 + "ppbb" * 3
+    orders = [rounds[start : start + 6] for start in range(0, len(rounds), 6)]
+    assert len(orders) == 20
+    assert set(orders) == {"aappbb", "ppbbaa"}
     assert all(time > 0 for times in samples.values() for time in times)
+
+
+def test_on_the_cpu_a_task_settles_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SETTLING", 0.05)
+    calls: list[float] = []
+    measure.timed(measure.Task(lambda: calls.append(time.perf_counter())), 3, CPU)
+    assert calls[-4] - calls[0] > 0.04
 
 
 def test_footprint_counts_ops_that_work_and_the_memory_they_hold() -> None:
