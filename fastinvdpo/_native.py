@@ -29,8 +29,8 @@ def unavailable() -> str | None:
 @cache
 def op(name: str) -> Callable[..., Any]:
     """The op ``fastinvdpo_native::<name>`` of the extension, which is loaded."""
-    overload: Callable[..., Any] = getattr(torch.ops.fastinvdpo_native, name).default
-    return overload
+    found: Callable[..., Any] = getattr(torch.ops.fastinvdpo_native, name).default
+    return found
 
 
 def cuda_unavailable() -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo import _backend, _triton_kernels
+from fastinvdpo import _backend, _native, _triton_kernels
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops.affine_step import reference as _reference
 from fastinvdpo.ops.layout import fits, is_constant, like, overlap, overlaps_itself, sample_order, sample_rows
@@ -79,15 +79,16 @@ def _native_forward(*arguments: Any) -> Tensor:
     def launch(*prepared: Any) -> Tensor:
         *functional, out, _ = prepared
         if out is None:
-            return torch.ops.fastinvdpo_native.affine_step(*functional)
-        torch.ops.fastinvdpo_native.affine_step_out(*prepared)
+            result: Tensor = _native.op("affine_step")(*functional)
+            return result
+        _native.op("affine_step_out")(*prepared)
         return out
 
     return _forward_fused(launch, *arguments)
 
 
 def _native_backward(*arguments: Any) -> list[Tensor]:
-    return _backward_fused(torch.ops.fastinvdpo_native.affine_step_backward, *arguments)
+    return _backward_fused(_native.op("affine_step_backward"), *arguments)
 
 
 def _triton_forward(*arguments: Any) -> Tensor:
