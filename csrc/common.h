@@ -17,6 +17,8 @@ namespace fastinvdpo {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int32_t kNoDeviceIndex = -1;  // of the CPU
+
 inline Storage storage_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:

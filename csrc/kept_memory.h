@@ -2,19 +2,14 @@
 // again, page by page, can take several times as long as the kernels do.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <cstdint>
 
+#include "common.h"
+
 #if defined(__linux__)
+#include <sys/mman.h>
+
 // PyTorch has it since 2.11; in 2.10, whose stable ABI this is built for and does not declare it, it is null.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t dims, const int64_t* sizes, const int64_t* strides,
                                                                 int64_t storage_offset, int32_t dtype, int32_t device_type,
@@ -25,10 +20,7 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int6
 
 namespace fastinvdpo {
 
-using torch::stable::Tensor;
-
 constexpr int64_t kWorthKeeping = 1 << 20;  // bytes; freed memory of less stays in the process anyway
-constexpr int32_t kNoDeviceIndex = -1;
 
 // Asks for huge pages behind a large output: to touch its 4 KB pages for the first time takes longer than the kernels do.
 inline void prefer_huge_pages(void* memory, int64_t bytes) {
@@ -60,7 +52,7 @@ inline Block* take_block(const Tensor& like, int64_t bytes) {
   Block* const kept = kept_block().exchange(nullptr);
   if (kept != nullptr && kept->bytes >= bytes && kept->bytes / 2 <= bytes) return kept;
   delete kept;
-  Block* const block = new Block{torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte), bytes};
+  Block* const block = new Block{torch::stable::new_empty(like, {bytes}, ScalarType::Byte), bytes};
   prefer_huge_pages(block->memory.mutable_data_ptr(), bytes);
   return block;
 }

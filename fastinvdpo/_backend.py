@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from fastinvdpo import _native, _triton_kernels
 from fastinvdpo.errors import invalid
@@ -86,11 +87,16 @@ def choose(op: str, device_type: str, float64: bool = False) -> str:
     return _select(op, device_type, float64, asked_by, name)
 
 
+def device_type(tensor: Tensor) -> str:
+    """``tensor.device.type``. A device takes as long to tell its name as the rest of a choice."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def requested() -> tuple[str, str]:
     """Who asks for what: ``("use_backend", name)``, ``("FASTINVDPO_BACKEND", name)`` or ``("default", "auto")``."""
-    here = _here.get()
-    for request in _entered[-1:] if here is None else (here,):
-        return "use_backend", request.backend
+    for request in (_here.get(), *_entered[-1:]):
+        if request is not None:
+            return "use_backend", request.backend
     name = os.environ.get(VARIABLE, "")
     return (VARIABLE, name) if name else ("default", "auto")
 

@@ -90,10 +90,12 @@ def arguments_of(command: str) -> list[str]:
         arguments = [argument.replace(name, stand_in) for argument in arguments]
     if arguments[0] == "evaluate":
         arguments.append("num_inference_steps=2")
-    if "--dry-run" in arguments and "--preset" in arguments:
-        arguments += [*SMALL, "model.path=base"]  # of the published checkpoint: tests/trainer/estimated.py
+    if "--preset" in arguments:
+        arguments += SMALL
+        # Dry runs of published checkpoints: tests/trainer/estimated.py.
+        arguments += ["model.path=base"] * ("--dry-run" in arguments)
     if arguments[0] in ("train", "precompute") and "--dry-run" not in arguments:
-        arguments += [*(SMALL if "--preset" in arguments else ()), "--no-progress"]
+        arguments.append("--no-progress")
         arguments += ["method.num_inference_steps=8"] * ("inversion-dpo-sdxl" in arguments)
     return arguments
 

@@ -15,10 +15,7 @@ def as_rows(tensors: Sequence[Tensor], batch_dims: int) -> list[Tensor]:
     Contiguous tensors, and tensors that share such a layout (channels_last, say), are returned as they are; others are
     copied into the layout of the first where that one will do, else made contiguous.
     """
-    for tensor in tensors:  # the usual case, and a generator would take longer
-        if not tensor.is_contiguous():
-            break
-    else:
+    if all(tensor.is_contiguous() for tensor in tensors):
         return list(tensors)
     first = tensors[0]
     if not _rows_are_dense(first, batch_dims):

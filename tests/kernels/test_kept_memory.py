@@ -20,11 +20,15 @@ VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
 needs_2_11 = pytest.mark.skipif(VERSION < (2, 11), reason="PyTorch 2.10 cannot hand memory back to the extension")
 
 
-def gradient(seed: int, backend: str = "native", pairs: int = 4) -> Tensor:
+def policy_and_loss(seed: int, pairs: int = 4) -> tuple[Tensor, Tensor]:
     policy, reference, target = predictions(pairs, SHAPE, seed=seed, dtype=torch.float32)
     policy.requires_grad_()
+    return policy, fastinvdpo.preference_loss(policy, reference, target, beta=50.0).loss
+
+
+def gradient(seed: int, backend: str = "native", pairs: int = 4) -> Tensor:
     with fastinvdpo.use_backend(backend):
-        loss = fastinvdpo.preference_loss(policy, reference, target, beta=50.0).loss
+        policy, loss = policy_and_loss(seed, pairs)
         return torch.autograd.grad(loss, policy)[0]
 
 
@@ -34,10 +38,8 @@ def assert_right(found: Tensor, seed: int, pairs: int = 4) -> None:
 
 def allocated(seed: int, pairs: int = 4) -> int:
     """Bytes of the largest piece of memory that PyTorch allocates for a gradient, which is freed again."""
-    policy, reference, target = predictions(pairs, SHAPE, seed=seed, dtype=torch.float32)
-    policy.requires_grad_()
     with fastinvdpo.use_backend("native"):
-        loss = fastinvdpo.preference_loss(policy, reference, target, beta=50.0).loss
+        policy, loss = policy_and_loss(seed, pairs)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             torch.autograd.grad(loss, policy)
     return max(event.self_cpu_memory_usage for event in recorded.key_averages())

@@ -117,7 +117,7 @@ _BACKWARD: dict[str, Callable[..., list[Tensor]]] = {
 
 def _step(sample: Tensor, outputs: list[Tensor], *arguments: Any) -> Tensor:
     float64 = _reference.arithmetic_dtype(sample, *outputs) == torch.float64
-    backend = _backend.choose(NAME, sample.device.type, float64)
+    backend = _backend.choose(NAME, _backend.device_type(sample), float64)
     return _FORWARD[backend](sample, outputs, *arguments)
 
 
@@ -139,7 +139,7 @@ def _backward(
     grad: Tensor, coefficients: Tensor, active: Tensor | None, columns: list[int], dtypes: list[str]
 ) -> list[Tensor]:
     wanted = [getattr(torch, name) for name in dtypes]
-    backend = _backend.choose(NAME, grad.device.type, torch.float64 in (grad.dtype, *wanted))
+    backend = _backend.choose(NAME, _backend.device_type(grad), torch.float64 in (grad.dtype, *wanted))
     return _BACKWARD[backend](grad, coefficients, active, columns, wanted)
 
 

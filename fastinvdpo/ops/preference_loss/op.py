@@ -140,17 +140,13 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _choose(policy: Tensor, float64: bool) -> str:
-    device_type = "cpu" if policy.is_cpu else policy.device.type  # a device takes long to tell its name
-    return _backend.choose(NAME, device_type, float64)
-
-
 @torch.library.impl(_library, "preference_loss", "CompositeExplicitAutograd")
 def _forward(
     policy: Tensor, reference: Tensor, target: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     float64 = _reference.accumulation_dtype(policy, reference, target) is torch.float64
-    return _FORWARD[_choose(policy, float64)](policy, reference, target, *arguments)
+    kernel = _FORWARD[_backend.choose(NAME, _backend.device_type(policy), float64)]
+    return kernel(policy, reference, target, *arguments)
 
 
 @torch.library.impl(_library, "preference_loss_backward", "CompositeExplicitAutograd")
@@ -163,7 +159,7 @@ def _backward(
     margin: Tensor,
     *arguments: Any,
 ) -> Tensor:
-    kernel = _BACKWARD[_choose(policy, margin.dtype is torch.float64)]
+    kernel = _BACKWARD[_backend.choose(NAME, _backend.device_type(policy), margin.dtype is torch.float64)]
     return kernel(grad_loss, grad_margin, grad_policy_mse, policy, target, margin, *arguments)
 
 
