@@ -46,7 +46,7 @@ test: $(READY)
 
 # Named one by one, the longest first: pytest collects none of them by itself. A file stays with one process, which makes what its
 # tests share once.
-DEEP = $(addprefix tests/kernels/,interpreted.py sanitized.py) $(addprefix tests/trainer/,estimated.py chain.py) \
+DEEP = $(addprefix tests/kernels/,interpreted.py sanitized.py) tests/trainer/chain.py \
   tests/kernels/packaging.py $(addprefix tests/trainer/,sharded.py killed.py launched.py) tests/bench_step.py \
   $(addprefix tests/kernels/,compiled.py instruction_sets.py) $(addprefix tests/trainer/,processes.py shared_gradients.py)
 

@@ -13,7 +13,6 @@ from fastinvdpo._extras import require
 from fastinvdpo.data import ImageGeometry, Pair
 from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.schedule import NoiseSchedule
-from fastinvdpo.trainer.estimates.published import PUBLISHED, SCHEDULER
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,31 @@ class Size:
     gpu: bool = False
 
 
-def _published_unet(path: str) -> dict[str, Any]:
-    settings: dict[str, Any] = PUBLISHED[path]["unet"][1]
-    return settings
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "prediction_type": "epsilon",
+}
+
+# As their configuration files publish them: what differs from the defaults of diffusers' class.
+_SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
+_SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 SIZES = {
@@ -58,14 +79,14 @@ SIZES = {
         (8, 64),
     ),
     "sd15": Size(  # 512 x 512 pixels
-        _published_unet("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        _SD15_UNET,
         (4, 64, 64),
         (77, 768),
         mixed_precision="bf16",
         gpu=True,
     ),
     "sdxl": Size(  # 1024 x 1024 pixels
-        _published_unet("stabilityai/stable-diffusion-xl-base-1.0"),
+        _SDXL_UNET,
         (4, 128, 128),
         (77, 2048),
         pooled=1280,

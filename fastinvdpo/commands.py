@@ -58,7 +58,7 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the resolved configuration and an estimate of evaluations, memory and time, and stop.",
+            help="Print the resolved configuration and the count of network evaluations, and stop.",
         ),
     ] = False,
     progress: Progress = True,
@@ -72,9 +72,9 @@ def train(
     config = _config(arguments, preset, defaults={"data": {"path": _NO_DATA}} if dry_run and preset else None)
     if dry_run:
         typer.echo(config_files.to_yaml(config), nl=False)
-        from fastinvdpo.trainer.estimates.report import commented
+        from fastinvdpo.trainer.dry_run import described
 
-        typer.echo(commented(config))
+        typer.echo(described(config))
         return
     from fastinvdpo.trainer import loop
 

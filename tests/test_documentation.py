@@ -92,8 +92,6 @@ def arguments_of(command: str) -> list[str]:
         arguments.append("num_inference_steps=2")
     if "--preset" in arguments:
         arguments += SMALL
-        # Dry runs of published checkpoints: tests/trainer/estimated.py.
-        arguments += ["model.path=base"] * ("--dry-run" in arguments)
     if arguments[0] in ("train", "precompute") and "--dry-run" not in arguments:
         arguments.append("--no-progress")
         arguments += ["method.num_inference_steps=8"] * ("inversion-dpo-sdxl" in arguments)

@@ -1,0 +1,111 @@
+"""What ``fastinvdpo train --dry-run`` tells of a run beside its configuration: how often networks will be evaluated.
+
+The objective itself counts, on networks that only count and latents of one element, with the draws of the run's first
+steps: nothing is loaded or measured, and there is no second copy of a method's arithmetic to keep true.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
+from fastinvdpo.schedule import NoiseSchedule
+from fastinvdpo.trainer.call_size import gradient_passes
+from fastinvdpo.trainer.config import TrainConfig
+from fastinvdpo.trainer.draws import DrawOrder
+from fastinvdpo.trainer.opening import FLOW_FAMILIES
+
+_PAIRS = 256  # counted at least, in whole micro-batches
+_USUAL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Network evaluations (one sample through one network) a pair, mean over the ``pairs`` pairs counted."""
+
+    with_gradient: float
+    without_gradient: float
+    pairs: int
+
+
+class _Counter:
+    """A network that answers zero."""
+
+    def __init__(self) -> None:
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.counts = {True: 0, False: 0}
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        self.counts[torch.is_grad_enabled()] += len(latents)
+        return latents * self.weight
+
+
+def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
+    """Count the network evaluations of the first pairs of a run on the first of ``processes`` processes.
+
+    Raises ``InvalidInput`` where method and schedule do not fit.
+    """
+    training, options = config.training, config.method.objective_options()
+    if options.get("score_range") == "auto":
+        options["score_range"] = 1.0  # a weight, and no evaluation, follows from it
+    objective = build_objective(config.method.name, _schedule(config), **options)
+    policy, reference = _Counter(), _Counter()
+    order = DrawOrder(1, training.seed, training.batch_size, training.gradient_accumulation_steps, processes)
+    micro_batches = math.ceil(_PAIRS / training.batch_size)
+    for number in range(micro_batches):
+        step, micro = divmod(number, training.gradient_accumulation_steps)
+        terms = objective.stream(
+            policy,
+            torch.no_grad()(reference),
+            _batch(config, objective, order.micro_batch(step, micro)),
+            seed=training.seed,
+            max_batch=training.max_batch,
+            passes=gradient_passes(config, "NO"),
+            parameters=[policy.weight],
+        )
+        for call in range(terms.calls):
+            terms.term(call).backward()
+    pairs = micro_batches * training.batch_size
+    return Evaluations(policy.counts[True] / pairs, (policy.counts[False] + reference.counts[False]) / pairs, pairs)
+
+
+def described(config: TrainConfig) -> str:
+    """The counts as comment lines that may follow the configuration in YAML."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    found, pairs = count_evaluations(config, processes), config.effective_batch(processes)
+    return (
+        f"# Network evaluations a pair: {found.with_gradient:.6g} with gradient, {found.without_gradient:.6g} without"
+        f" (mean of the first {found.pairs} pairs).\n"
+        f"# Pairs a step: {pairs:,}, processes: {processes}; the run: "
+        f"{pairs * config.training.steps * (found.with_gradient + found.without_gradient):,.0f} evaluations."
+    )
+
+
+def _schedule(config: TrainConfig) -> NoiseSchedule:
+    """That of a checkpoint in a directory, else one of as many levels as published models have."""
+    stored = Path(config.model.path, "scheduler", "scheduler_config.json")
+    settings = json.loads(stored.read_text()) if stored.is_file() else _USUAL
+    if config.model.family in FLOW_FAMILIES or str(settings.get("_class_name", "")).startswith("FlowMatch"):
+        return NoiseSchedule.flow(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    return NoiseSchedule.from_config(settings)
+
+
+def _batch(config: TrainConfig, objective: object, draws: range) -> PairBatch:
+    """A batch of latents of one element; with a cache that stores the reference's chain, its predictions too."""
+    count = 2 * len(draws)
+    latents, told = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
+    batch = PairBatch(latents, told, torch.arange(draws.start, draws.stop), told, scores=torch.zeros(count))
+    if not (isinstance(objective, InversionDPO) and config.cache.path is not None and config.reference_chain):
+        return batch
+    levels = objective.num_inference_steps
+    chain = torch.zeros(count, levels * (2 if objective.variant == "step" else 1), 1, 1, 1)
+    predictions = torch.zeros(count, levels, 1, 1, 1)
+    return PairBatch(latents, told, batch.draw, told, batch.scores, chain, predictions)
