@@ -76,14 +76,11 @@ def train(
 
         typer.echo(described(config))
         return
-    from fastinvdpo.trainer import loop
+    from fastinvdpo.evaluation import EvaluationCallback
+    from fastinvdpo.trainer import train as run
 
-    evaluate = None
-    if config.evaluation is not None:
-        from fastinvdpo.evaluation.in_training import evaluator
-
-        evaluate = evaluator(config.evaluation)
-    result = loop.train(config, resume=resume, progress=progress, evaluate=evaluate)
+    callbacks = [] if config.evaluation is None else [EvaluationCallback(config.evaluation)]
+    result = run(config, resume=resume, progress=progress, callbacks=callbacks)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(
             f"{result.steps} steps in {result.seconds:.0f} s, {result.network_evaluations:,} network evaluations. "

@@ -43,6 +43,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "scikit-learn",
         "scipy",
         "tensorboard",
+        "tqdm",
         "transformers",
         "typer",
     ),

@@ -138,10 +138,14 @@ def _load(config: TrainConfig, frozen_parts: bool) -> DiffusionModel:
     )
 
 
-def open_accelerator(mixed_precision: str, seed: int) -> Accelerator:
+def open_accelerator(config: TrainConfig) -> Accelerator:
     """A fresh accelerator. Its state is shared in the process, and an earlier run may have had another precision."""
     accelerate = require("accelerate", extra="train", purpose="training")
     accelerate.state.AcceleratorState._reset_state()
-    accelerator: Accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
-    accelerate.utils.set_seed(seed)
+    accelerator: Accelerator = accelerate.Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        log_with=list(config.output.trackers) or None,
+        project_dir=f"{config.output.directory}/tensorboard",
+    )
+    accelerate.utils.set_seed(config.training.seed)
     return accelerator

@@ -30,7 +30,6 @@ from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.trainer.atomic import atomic_file, discard, only_writer
 from fastinvdpo.trainer.opening import open_data_source
-from fastinvdpo.trainer.reporting import counting_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -198,11 +197,11 @@ class _Work:
     def parts(self, bad: BrokenRows, progress: bool) -> Iterator[_Part]:
         """All parts in order; adds their broken rows to ``bad``, which may raise."""
         total = -(-len(self._source) // ROWS_PER_PART)
-        with (
-            ThreadPoolExecutor(_THREADS) as threads,
-            counting_bar("scoring", f"parts of {ROWS_PER_PART} rows", total, progress) as advance,
-        ):
-            for number in range(total):
+        tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for number in tqdm(
+                range(total), desc="scoring", unit=f"part of {ROWS_PER_PART} rows", disable=not progress
+            ):
                 path = self._directory / f"part-{number:06d}.json"
                 part = _read_part(path, self._hash)
                 if part is None:
@@ -213,7 +212,6 @@ class _Work:
                     self.computed += 1
                 for entry in part.broken:
                     bad.add(entry["row"], entry["place"], BrokenRow(entry["cause"], entry["problem"]))
-                advance()
                 yield part
 
     def _score(self, rows: range, threads: ThreadPoolExecutor) -> _Part:

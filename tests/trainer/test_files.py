@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastinvdpo.trainer.atomic import atomic_directory, atomic_file, clean_leftovers
+from fastinvdpo.trainer.callbacks import read_history
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
     check_versions,
@@ -22,7 +23,6 @@ from fastinvdpo.trainer.checkpoint import (
 )
 from fastinvdpo.trainer.draws import DrawOrder, drops_caption
 from fastinvdpo.trainer.random_state import random_state, set_random_state
-from fastinvdpo.trainer.reporting import read_history
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
-from fastinvdpo.trainer import train, train_model
+from fastinvdpo.trainer import train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.config import LoraSection
 from fastinvdpo.trainer.networks import Networks, merged_into, perturb
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from fastinvdpo.trainer.quantization import Kind, QuantizedLinear, quantize_network
+from tests.evaluation.test_in_training import SECTION, Planned, run
 from tests.trainer import tiny
-from tests.trainer.test_evaluating import SECTION, Planned, run
 from tests.trainer.test_resume import _assert_same
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes cannot be imported")
@@ -234,7 +234,7 @@ def test_a_model_at_hand_keeps_its_own_weights(workspace: Path) -> None:
         for parameter in model.network.parameters():
             parameter.add_(0.01)
     own = {name: value.clone() for name, value in model.network.state_dict().items()}
-    written = load_file(train_model(config, model, open_dataset(config), progress=False).model_directory / UNET)
+    written = load_file(tiny.train_model(config, model, open_dataset(config), progress=False).model_directory / UNET)
     for name, value in own.items():
         assert torch.equal(written[name], value) or "to_" in name or "proj" in name or "conv1" in name
 

@@ -1,8 +1,9 @@
-"""The training loop: one for all methods, for full fine-tuning and for LoRA."""
+"""The trainer: one loop for all methods, for full fine-tuning and for LoRA."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -12,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastinvdpo._extras import require
-from fastinvdpo.data import PairDataset
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.atomic import clean_leftovers
-from fastinvdpo.trainer.batches import BatchBuilder, Pairs
+from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.cache_writing import precompute
-from fastinvdpo.trainer.cached_batches import CachedBatches
 from fastinvdpo.trainer.call_size import choose_max_batch, gradient_passes
+from fastinvdpo.trainer.callbacks import Callback, Reporting
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -31,12 +31,11 @@ from fastinvdpo.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fastinvdpo.trainer.config import TrainConfig
+from fastinvdpo.trainer.config import TrainConfig, complete
 from fastinvdpo.trainer.draws import DrawOrder, epoch_order
-from fastinvdpo.trainer.evaluating import Evaluate, open_evaluation
 from fastinvdpo.trainer.export import export_model
+from fastinvdpo.trainer.hub import Publishing, data_digest, model_card
 from fastinvdpo.trainer.metrics import names
-from fastinvdpo.trainer.model_card import data_digest, model_card
 from fastinvdpo.trainer.nonfinite import report_gradient, report_loss
 from fastinvdpo.trainer.opening import (
     check_dataset,
@@ -46,15 +45,7 @@ from fastinvdpo.trainer.opening import (
     open_model,
     with_score_range,
 )
-from fastinvdpo.trainer.performance import (
-    decide,
-    require_extras,
-    set_tf32,
-    speed_up,
-    tell_changes,
-)
-from fastinvdpo.trainer.publishing import check_publishing, publish
-from fastinvdpo.trainer.reporting import Reporter
+from fastinvdpo.trainer.performance import decide, require_extras, set_tf32, speed_up, tell_changes
 from fastinvdpo.trainer.sharding import check_launch
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
 from fastinvdpo.trainer.step import training_step
@@ -64,13 +55,13 @@ if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainResult:
     """What a run left behind.
 
     Attributes:
         directory: the output directory; model_directory: the trained model, for ``load_model``.
-        steps: optimiser steps made, over all attempts of the run.
+        steps: optimizer steps made, over all attempts of the run.
         network_evaluations: samples sent through a network, over all attempts and processes, with what the cache cost
             whenever it was computed.
         seconds: wall time of all attempts, without the part of a killed one after its last checkpoint.
@@ -92,7 +83,7 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, resume: str | Path = "auto", progress: bool = True, evaluate: Evaluate | None = None
+    config: TrainConfig, *, resume: str | Path = "auto", progress: bool = True, callbacks: Sequence[Callback] = ()
 ) -> TrainResult:
     """Train as configured: open the data, load the model, run the loop, write the model.
 
@@ -100,10 +91,8 @@ def train(
     and loads neither text encoders nor VAE.
 
     Args:
-        resume: ``"auto"`` continues from the newest complete checkpoint of ``output.directory`` if there is one,
-            ``"never"`` starts and refuses a directory that has checkpoints, anything else is the path of a checkpoint.
-        progress: show a progress bar on standard error.
-        evaluate: draws and scores what the section ``evaluation`` asks for; it is needed exactly with that section.
+        resume, progress, callbacks: as in :class:`PreferenceTrainer`. The section ``evaluation`` needs a callback:
+            ``fastinvdpo.evaluation.EvaluationCallback(config.evaluation)``.
 
     Raises:
         InvalidInput: configuration, data, model and checkpoint do not fit together.
@@ -113,125 +102,179 @@ def train(
     for package in ("accelerate", "diffusers"):
         require(package, extra="train", purpose="training")
     require_extras(config)
+    if config.evaluation is not None and not callbacks:
+        remedy = (
+            "pass callbacks=[fastinvdpo.evaluation.EvaluationCallback(config.evaluation)], as fastinvdpo train does"
+        )
+        raise invalid("evaluation", config.evaluation.prompts, "needs a callback that samples and scores", remedy)
+    options: dict[str, Any] = {"callbacks": callbacks, "resume": resume, "progress": progress}
     if config.cache.path is None:
         dataset = open_dataset(config)
         config = with_score_range(config, dataset.source)
-        return train_model(config, open_model(config), dataset, resume=resume, progress=progress, evaluate=evaluate)
+        return PreferenceTrainer(open_model(config), config.method, dataset, config, **options).train()
     find_checkpoint(resume, Path(config.output.directory) / "checkpoints")  # refused before anything is computed
     if config.method.name == "smpo":
         config = with_score_range(config, open_data_source(config.data))
     cache = precompute(config, progress=progress)
     model = open_model(config, frozen_parts=config.evaluation is not None)
-    return _Run(config, model, cache, resume, progress, evaluate).run()
+    return PreferenceTrainer(model, config.method, cache, config, **options).train()
 
 
-def train_model(
-    config: TrainConfig,
-    model: DiffusionModel,
-    dataset: Pairs,
-    *,
-    resume: str | Path = "auto",
-    progress: bool = True,
-    evaluate: Evaluate | None = None,
-) -> TrainResult:
-    """As :func:`train`, with model and data set at hand. The model's network is trained in place."""
-    if config.cache.path is not None:
-        problem = "belongs to the files that the configuration names, not to a model at hand"
-        raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
-    config = with_score_range(config, getattr(dataset, "source", None))
-    return _Run(config, model, dataset, resume, progress, evaluate).run()
+class PreferenceTrainer:
+    """Aligns a model to preference pairs::
 
+        model = fastinvdpo.models.load_model("auto", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+        pairs = fastinvdpo.data.PairDataset("pairs.parquet", resolution=512)
+        config = {"optimizer": {"learning_rate": 1e-8}, "training": {"steps": 400}, "output": {"directory": "run"}}
+        result = PreferenceTrainer(model, {"name": "inpo", "beta": 2000.0}, pairs, config).train()
 
-class _Run:
-    """The parts of one run, and the order in which they are used."""
+    Args:
+        model: its network is trained in place.
+        method: the method with its options.
+        pairs: the data set, or a complete cache.
+        config: the other sections of a configuration, as a mapping or whole; ``model.path`` and ``data.path`` are only
+            recorded, since model and pairs are at hand.
+        callbacks: called in this order, after :class:`Reporting`.
+        resume: ``"auto"`` continues from the newest complete checkpoint of ``output.directory`` if there is one,
+            ``"never"`` starts and refuses a directory that has checkpoints, anything else is the path of a checkpoint.
+        progress: show a progress bar on standard error.
+
+    Attributes:
+        config, model, objective, directory: of the run.
+        accelerator: accelerate's, made for this run.
+        order: which pair is drawn when. builder: makes batches of them.
+        state: what training changes, once :meth:`train` has begun.
+        first_step: the step that the run continues after; 0 for a new one.
+        reporting: the log.
+
+    Raises:
+        InvalidInput: arguments, launch and checkpoint do not fit together; nothing was computed or written.
+    """
 
     def __init__(
         self,
-        config: TrainConfig,
         model: DiffusionModel,
-        dataset: Pairs | PairCache,
-        resume: str | Path,
-        progress: bool,
-        evaluate: Evaluate | None = None,
+        method: Any,
+        pairs: Pairs | PairCache,
+        config: TrainConfig | Mapping[str, Any],
+        *,
+        callbacks: Sequence[Callback] = (),
+        resume: str | Path = "auto",
+        progress: bool = True,
     ) -> None:
         self._began = time.perf_counter()
-        self.config, self.model = config, model
-        self.directory = Path(config.output.directory)
-        self.checkpoints = self.directory / "checkpoints"
-        check_dataset(config, dataset)
-        check_publishing(config)
-        found = find_checkpoint(resume, self.checkpoints)
-        self.accelerator = open_accelerator(config.training.mixed_precision, config.training.seed)
+        self.cache = pairs if isinstance(pairs, PairCache) else None
+        self._source = getattr(pairs, "source", None)
+        config = with_score_range(complete(config, method, model, pairs), self._source)
+        self.config, self.model, self.directory = config, model, Path(config.output.directory)
+        if self.cache is None and config.cache.path is not None:
+            problem = "belongs to the files that the configuration names, not to pairs at hand"
+            raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
+        check_dataset(config, pairs)
+        found = find_checkpoint(resume, self._checkpoints)
+        self.accelerator = open_accelerator(config)
         check_launch(config, self.accelerator)
-        self.evaluation = open_evaluation(config, evaluate, self.directory, self.accelerator)
+        self.reporting = Reporting(progress)
+        self._callbacks: list[Callback] = [self.reporting, *callbacks]
+        if config.output.push_to_hub is not None:
+            self._callbacks.append(Publishing(config))
+        for callback in self._callbacks:
+            callback.on_init(self)
         self.performance = decide(config, model.network, self.accelerator)
         set_tf32(self.performance, self.accelerator.device)
-        self.order = self._deal(dataset)
-        self._identity = {"effective batch": self.order.effective_batch, "pairs in the data set": len(dataset)}
+        self.order = self._deal(pairs)
+        self._identity = {"effective batch": self.order.effective_batch, "pairs in the data set": len(pairs)}
         if config.data.buckets is not None:
             self._identity["pairs in a batch of one bucket"] = config.training.batch_size
         # Another run's checkpoint is refused before anything is computed or written.
         self._stored = self._load(found)
         self._last_checkpoint = found
         self.objective = build_objective(config.method.name, model.schedule, **config.method.objective_options())
-        self._prepare_directory()
-        self.reporter = Reporter(
-            self.directory,
-            first_step=self.first_step,
-            total_steps=config.training.steps,
-            tensorboard=config.output.tensorboard,
-            progress=progress and self.accelerator.is_local_main_process,
-            active=self.accelerator.is_main_process,
-        )
-        model.to(self.accelerator.device)
-        self.cache = dataset if isinstance(dataset, PairCache) else None
-        self._source = getattr(dataset, "source", None)
-        self.summary = self._report_data(dataset)
-        self.builder = self._batches(dataset)
+        self._pairs = pairs
 
-    def run(self) -> TrainResult:
-        """Train from the first step that is missing, and write the model."""
+    def train(self) -> TrainResult:
+        """Train from the first step that is missing, and write the model.
+
+        Raises:
+            NonFiniteLoss: a loss or gradient was not finite; the last good checkpoint is kept.
+        """
         try:
-            self.reporter.start()
-            self._set_up()
-            self._train()
+            self.start()
+            self._loop()
             return self._finish()
         finally:
+            self.close()
+
+    def start(self) -> None:
+        """Build what training changes, and continue from the checkpoint."""
+        self._prepare_directory()
+        self.model.to(self.accelerator.device)
+        self.builder = self._batches()
+        self.state = build_state(
+            self.config,
+            self.model,
+            self.accelerator,
+            self.performance,
+            effective_batch=self.order.effective_batch,
+            reference_is_cached=self.cache is not None and self.cache.has_reference,
+        )
+        pair = self.builder.build(self.order.micro_batch(0, 0)[:1])
+        self._limit_calls(pair)
+        # Counted once; the log multiplies.
+        self.costs = measure_costs(self.state.networks, pair, self.config.training)
+        for callback in self._callbacks:
+            callback.on_start(self)
+        # The probes of size and cost see the networks as they are: each size would be compiled otherwise.
+        speed_up(self.state.networks, self.performance)
+        self.say(str(self.performance))
+        if self._stored is not None:
+            check_versions(self._stored.meta, self.say)
+            tell_changes(self._stored.meta.get("performance"), self.performance, self.say)
+            restore_state(self.state, self._stored, self.accelerator)
+            self._stored = None  # its weights need not stay in memory
+            self.say(f"Resuming after step {self.first_step}.")
+
+    def close(self) -> None:
+        """Stop threads and close the log; :meth:`train` does."""
+        if hasattr(self, "builder"):
             self.builder.close()
-            self.reporter.close()
+        for callback in reversed(self._callbacks):
+            callback.close()
 
-    def _batches(self, source: Pairs | PairCache) -> BatchBuilder | CachedBatches:
-        options: dict[str, Any] = {
-            "with_unconditional": isinstance(self.objective, InversionDPO) and self.objective.guidance_scale != 1,
-            "caption_dropout": self.config.data.caption_dropout,
-            "num_workers": self.config.training.num_workers,
-        }
-        if isinstance(source, PairCache):
-            return CachedBatches(source, self.accelerator.device, self.order, **options)
-        data = self.config.data
-        options |= {"sampled_latents": data.latents == "sampled", "cache_gib": data.cache_gib}
-        return BatchBuilder(self.model, source, self.order, **options)
+    def say(self, message: str) -> None:
+        """Show a line above the progress bar, or where there is none, log it."""
+        self.reporting.say(message)
 
-    def _report_data(self, source: Pairs | PairCache) -> DataSummary | None:
-        """Write the counts of the data and the list of broken rows beside the run."""
-        summary: DataSummary | None = getattr(source, "summary", None)
-        if summary is not None and self.accelerator.is_main_process:
-            if isinstance(source, PairCache):
-                copy_report(source.directory, self.directory)
-            elif isinstance(source, PairDataset):
-                write_report(summary, source.broken, self.directory)
-        return summary
+    @property
+    def _checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
 
-    def _deal(self, dataset: Pairs | PairCache) -> DrawOrder:
+    def _batches(self) -> BatchBuilder:
+        data, pairs = self.config.data, self._pairs
+        encoded: EncodedPairs = (
+            pairs
+            if isinstance(pairs, PairCache)
+            else PairEncoder(self.model, pairs, sampled_latents=data.latents == "sampled", cache_gib=data.cache_gib)
+        )
+        return BatchBuilder(
+            encoded,
+            self.accelerator.device,
+            self.order,
+            with_unconditional=isinstance(self.objective, InversionDPO) and self.objective.guidance_scale != 1,
+            caption_dropout=data.caption_dropout,
+            num_workers=self.config.training.num_workers,
+        )
+
+    def _deal(self, pairs: Pairs | PairCache) -> DrawOrder:
         training, accelerator = self.config.training, self.accelerator
         return DrawOrder(
-            len(dataset),
+            len(pairs),
             training.seed,
             training.batch_size,
             training.gradient_accumulation_steps,
             accelerator.num_processes,
             accelerator.process_index,
-            epochs=epoch_order(dataset, training.batch_size),
+            epochs=epoch_order(pairs, training.batch_size),
         )
 
     def _load(self, path: Path | None) -> Checkpoint | None:
@@ -246,33 +289,31 @@ class _Run:
         self._evaluations_before = stored.meta["network_evaluations"]
         return stored
 
-    def _set_up(self) -> None:
-        """Build what training changes, and continue from the checkpoint."""
-        self.state = build_state(
-            self.config,
-            self.model,
-            self.accelerator,
-            self.performance,
-            effective_batch=self.order.effective_batch,
-            reference_is_cached=self.cache is not None and self.cache.has_reference,
-        )
-        pair = self.builder.build(self.order.micro_batch(0, 0)[:1])
-        self._limit_calls(pair)
-        # Counted once; the log multiplies.
-        self.costs = measure_costs(self.state.networks, pair, self.config.training)
-        if self.evaluation is not None:
-            self.evaluation.start(self.model, self.state, self.reporter, self.first_step)
-        # The probes of size and cost see the networks as they are: each size would be compiled otherwise.
-        speed_up(self.state.networks, self.performance)
-        self.reporter.say(str(self.performance))
-        if self._stored is not None:
-            check_versions(self._stored.meta, self.reporter.say)
-            tell_changes(self._stored.meta.get("performance"), self.performance, self.reporter.say)
-            restore_state(self.state, self._stored, self.accelerator)
-            self._stored = None  # its weights need not stay in memory
-            self.reporter.say(f"Resuming after step {self.first_step}.")
+    def _prepare_directory(self) -> None:
+        """Make the output directory, and write the counts of the data and the list of broken rows into it."""
+        self.summary: DataSummary | None = getattr(self._pairs, "summary", None)
+        if self.accelerator.is_main_process:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(self._checkpoints)
+            clean_leftovers(self.directory)
+            if self.summary is not None and self.cache is not None:
+                copy_report(self.cache.directory, self.directory)
+            elif self.summary is not None:
+                broken: Any = getattr(self._pairs, "broken")  # noqa: B009 - of a PairDataset
+                write_report(self.summary, broken, self.directory)
+        self.accelerator.wait_for_everyone()
 
-    def _train(self) -> None:
+    def _limit_calls(self, pair: PairBatch) -> None:
+        """Choose the largest forward batch, tried on a pair, and how gradients are streamed."""
+        training, state = self.config.training, self.state
+        state.gradient_passes = gradient_passes(self.config, str(self.accelerator.distributed_type.value))
+        if training.max_batch is not None:
+            state.max_batch = training.max_batch
+        elif isinstance(self.objective, InversionDPO):
+            networks, passes = state.networks, state.gradient_passes
+            state.max_batch = choose_max_batch(networks, self.objective, pair, self.accelerator, passes=passes)
+
+    def _loop(self) -> None:
         config, training = self.config, self.config.training
         requests = (
             self.order.micro_batch(step, micro)
@@ -292,37 +333,18 @@ class _Run:
                 max_grad_norm=config.optimizer.max_grad_norm,
                 seed=training.seed,
             )
-            self.reporter.step()
             last = step == training.steps
             if step == 1 or last or step % config.output.log_every == 0:
                 self._log(step)
-            if self.evaluation is not None and (last or step % self.evaluation.every == 0):
-                self._check_finite(step)
-                self._logged_at += self.evaluation.after(step, self.model, self.state, self._card)  # not training
+            began = time.perf_counter()
+            for callback in self._callbacks:
+                callback.on_step(self, step)
+            self._logged_at += time.perf_counter() - began
             if last or step % config.output.checkpoint_every == 0:
                 self._save(step)
 
-    def _prepare_directory(self) -> None:
-        if self.accelerator.is_main_process:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            clean_leftovers(self.checkpoints)
-            clean_leftovers(self.directory)
-        self.accelerator.wait_for_everyone()
-
-    def _limit_calls(self, pair: PairBatch) -> None:
-        """Decide how many samples a network is asked about at once, tried on a pair, and how gradients are streamed."""
-        training, state = self.config.training, self.state
-        state.gradient_passes = gradient_passes(self.config, str(self.accelerator.distributed_type.value))
-        if training.max_batch is not None:
-            state.max_batch = training.max_batch
-        elif isinstance(self.objective, InversionDPO):
-            networks, passes = state.networks, state.gradient_passes
-            state.max_batch = choose_max_batch(networks, self.objective, pair, self.accelerator, passes=passes)
-            if self.accelerator.device.type == "cuda":
-                self.reporter.say(f"{state.max_batch} network evaluations fit into one call (training.max_batch).")
-
-    def _check_finite(self, step: int) -> None:
-        """Raise if a step since the last look met something that is not finite."""
+    def check_finite(self, step: int) -> None:
+        """Raise ``NonFiniteLoss`` if a step since the last look met something that is not finite."""
         accelerator, guard = self.accelerator, self.state.guard
         several = accelerator.num_processes > 1
         found = float(accelerator.reduce(guard.found.clone(), "sum")) if several else float(guard.found)
@@ -350,7 +372,7 @@ class _Run:
         report_loss(batch, out, step=at, row=self.builder.row(draw), kept=kept)
 
     def _log(self, step: int) -> None:
-        self._check_finite(step)
+        self.check_finite(step)
         means = self.state.metrics.device_means()
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, "mean")
@@ -367,10 +389,11 @@ class _Run:
         row["peak_memory_bytes"] = peak_memory(self.accelerator)
         row["seconds"] = self._seconds()
         self._logged_at, self._logged_step, self._logged_evaluations = now, step, evaluations
-        self.reporter.row(row)
+        for callback in self._callbacks:
+            callback.on_log(self, row)
 
     def _save(self, step: int) -> None:
-        self._check_finite(step)
+        self.check_finite(step)
         meta = {
             "format": 1,
             "config": self.config.as_dict(),
@@ -383,7 +406,7 @@ class _Run:
         checkpoint = as_checkpoint(self.state, self.accelerator, meta)
         if checkpoint is not None:
             keep = self.config.output.keep_checkpoints
-            self._last_checkpoint = save_checkpoint(self.checkpoints, step, checkpoint, keep)
+            self._last_checkpoint = save_checkpoint(self._checkpoints, step, checkpoint, keep)
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> TrainResult:
@@ -392,40 +415,38 @@ class _Run:
         if main and networks.shards is None:
             self.accelerator.unwrap_model(networks.wrapped, keep_fp32_wrapper=False)
         if main or networks.shards is not None:
-            export_model(
-                self.model,
-                networks,
-                self.state.ema,
-                self.directory,
-                write=main,
-                pipeline=self.config.output.pipeline,
-                card=self._card(steps) if main else None,
-            )
+            self.export(self.directory, steps)
         self.accelerator.wait_for_everyone()
-        if main and (address := publish(self.config, self.directory)) is not None:
-            self.reporter.say(f"Uploaded to {address}.")
-        return TrainResult(
+        result = TrainResult(
             directory=self.directory,
             model_directory=self.directory / "model",
             steps=steps,
             network_evaluations=sum(evaluations.values()) + (self.cache.network_evaluations if self.cache else 0),
             seconds=self._seconds(),
-            history=self.reporter.rows,
+            history=self.reporting.rows,
             data=self.summary,
-            evaluation=[] if self.evaluation is None else self.evaluation.rows,
-            best_model_directory=None if self.evaluation is None else self.evaluation.best_model,
+        )
+        for callback in self._callbacks:
+            callback.on_end(self, result)
+        return result
+
+    def export(self, directory: Path, step: int) -> None:
+        """Write the model of now, after ``step``, with its card into ``directory``."""
+        main = self.accelerator.is_main_process
+        export_model(
+            self.model,
+            self.state.networks,
+            self.state.ema,
+            directory,
+            write=main,
+            pipeline=self.config.output.pipeline,
+            card=self._card(step) if main else None,
         )
 
     def _card(self, step: int) -> str:
-        return model_card(
-            self.config,
-            self.model,
-            self.reporter.rows,
-            step=step,
-            pairs=self.order.pairs,
-            digest=self._digest,
-            evaluation=[] if self.evaluation is None else self.evaluation.rows,
-        )
+        sections = [section for callback in self._callbacks for section in callback.card(step)]
+        rows = [row for row in self.reporting.rows if row["step"] <= step]
+        return model_card(self.config, self.model, rows, sections, step, self.order.pairs, self._digest)
 
     @cached_property
     def _digest(self) -> str:

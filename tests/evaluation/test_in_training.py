@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from fastinvdpo.data.scoring import FunctionScorer
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.evaluation import in_training
-from fastinvdpo.evaluation.in_training import Evaluator, evaluator
+from fastinvdpo.evaluation import EvaluationCallback, in_training
 from fastinvdpo.models import load_model
-from fastinvdpo.trainer import TrainConfig, TrainResult, loop, train
+from fastinvdpo.trainer import TrainConfig, TrainResult, train
+from fastinvdpo.trainer import trainer as loop
 from fastinvdpo.trainer.checkpoint import load_checkpoint
 from tests.evaluation.tiny import PROMPTS, brightness
 from tests.trainer import tiny
@@ -50,7 +50,8 @@ def mapping(root: Path, name: str, evaluation: dict[str, Any] | None = None, **s
 def run(root: Path, name: str, scorer: Any = brightness, **sections: Any) -> TrainResult:
     config = TrainConfig.from_mapping(mapping(root, name, **sections))
     assert config.evaluation is not None
-    return train(config, progress=False, evaluate=evaluator(config.evaluation, [FunctionScorer(scorer, "brightness")]))
+    callback = EvaluationCallback(config.evaluation, [FunctionScorer(scorer, "brightness")])
+    return train(config, progress=False, callbacks=[callback])
 
 
 def scores_of(root: Path, model: Path, section: dict[str, Any] | None = None) -> list[float]:
@@ -58,7 +59,7 @@ def scores_of(root: Path, model: Path, section: dict[str, Any] | None = None) ->
     config = TrainConfig.from_mapping(mapping(root, "unused", section))
     assert config.evaluation is not None
     loaded = load_model("digits", model)
-    return evaluator(config.evaluation)(loaded, loaded.network, range(5))["brightness"]
+    return EvaluationCallback(config.evaluation).scores(loaded, loaded.network, range(5))["brightness"]
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +100,7 @@ def test_training_does_not_notice(workspace: Path) -> None:
 
 @pytest.mark.parametrize("ema", [None, 0.5], ids=["weights", "averages"])
 def test_rows_are_the_scores_of_the_models(workspace: Path, ema: float | None) -> None:
-    result = run(workspace, "run", training={"ema_decay": ema}, output={"tensorboard": True})
+    result = run(workspace, "run", training={"ema_decay": ema}, output={"trackers": ["tensorboard"]})
     base, final = (scores_of(workspace, model) for model in (workspace / "model", result.model_directory))
     first, last = result.evaluation[0], result.evaluation[-1]
     assert first == {"step": 0, "brightness": np.mean(base), "brightness_win_rate": 0.5}
@@ -222,15 +223,10 @@ def test_a_run_without_evaluation_may_continue_with_one(workspace: Path) -> None
     assert [row["step"] for row in run(workspace, "run").evaluation] == [0, 4, 6]
 
 
-def test_section_and_function_belong_together(workspace: Path) -> None:
+def test_the_section_needs_a_callback(workspace: Path) -> None:
     config = TrainConfig.from_mapping(mapping(workspace, "run"))
-    with pytest.raises(InvalidInput, match=r"pass evaluate=fastinvdpo\.evaluation\.in_training\.evaluator"):
+    with pytest.raises(InvalidInput, match=r"pass callbacks=\[fastinvdpo\.evaluation\.EvaluationCallback"):
         train(config, progress=False)
-    assert config.evaluation is not None
-    evaluate = evaluator(config.evaluation)
-    assert isinstance(evaluate, Evaluator) and evaluate.prompts == 5
-    with pytest.raises(InvalidInput, match="evaluation = None"):
-        train(tiny.config(workspace), progress=False, evaluate=evaluate)
     assert not (workspace / "run" / "checkpoints").exists()
 
 
@@ -251,7 +247,7 @@ def test_bad_sections(workspace: Path, change: dict[str, Any], message: str) -> 
 def run_as_configured(values: dict[str, Any]) -> None:
     config = TrainConfig.from_mapping(values)
     assert config.evaluation is not None
-    train(config, progress=False, evaluate=evaluator(config.evaluation))
+    train(config, progress=False, callbacks=[EvaluationCallback(config.evaluation)])
 
 
 def test_two_processes_share_the_prompts(workspace: Path, forks: Server) -> None:
