@@ -18,6 +18,7 @@ from tests.layout import PACKAGE, ROOT, Import, imports, modules, optional_depen
 # From the bottom up: a room may import from itself and from the rooms of lower numbers.
 LAYERS = {
     "errors": 0,
+    "io": 1,
     "_extras": 1,
     "_backend": 1,
     "_native": 0.5,

@@ -18,9 +18,9 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
 from fastinvdpo.evaluation.report import print_table, save_curves, save_grid, write_summary
 from fastinvdpo.evaluation.sampling import sample
+from fastinvdpo.io import discard
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
-from fastinvdpo.trainer.atomic import discard
 
 if TYPE_CHECKING:
     from PIL.Image import Image

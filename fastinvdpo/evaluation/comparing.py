@@ -31,9 +31,9 @@ from fastinvdpo.evaluation.page import write_page
 from fastinvdpo.evaluation.report import write_summary
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import check_scorers
+from fastinvdpo.io import TEMPORARY, clean_leftovers
 from fastinvdpo.models import checkpoint_files, load_model, resolve_family
 from fastinvdpo.models.base import check_prompts
-from fastinvdpo.trainer.atomic import TEMPORARY, clean_leftovers
 from fastinvdpo.trainer.opening import DTYPES
 
 if TYPE_CHECKING:

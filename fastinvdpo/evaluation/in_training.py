@@ -27,7 +27,7 @@ from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import check_scorers, open_scorers
-from fastinvdpo.trainer.atomic import atomic_directory, atomic_file, clean_leftovers, discard
+from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard
 from fastinvdpo.trainer.callbacks import Callback
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 

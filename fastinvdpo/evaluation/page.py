@@ -11,7 +11,7 @@ from typing import Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.evaluation.report import plot_scores
-from fastinvdpo.trainer.atomic import atomic_file
+from fastinvdpo.io import atomic_file
 
 _LARGEST = 512  # longest side of a picture on the page, in pixels; larger ones are scaled down and stored as JPEG
 _STYLE = """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.trainer.atomic import atomic_file
+from fastinvdpo.io import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -36,7 +36,7 @@ from torch import Tensor
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import read_summary
 from fastinvdpo.errors import invalid
-from fastinvdpo.trainer.atomic import atomic_file
+from fastinvdpo.io import atomic_file
 from fastinvdpo.trainer.batches import EncodedPair, Tensors
 
 PAIRS_PER_SHARD = 32

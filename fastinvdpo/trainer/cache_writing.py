@@ -24,8 +24,8 @@ from fastinvdpo._extras import require
 from fastinvdpo.data.broken import write_report
 from fastinvdpo.data.digests import Digests, key_hash
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import only_writer
 from fastinvdpo.objectives import InversionDPO, build_objective
-from fastinvdpo.trainer.atomic import only_writer
 from fastinvdpo.trainer.batches import Tensors, embed, encode
 from fastinvdpo.trainer.cache import (
     INDEX,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.trainer.atomic import atomic_file
+from fastinvdpo.io import atomic_file
 
 if TYPE_CHECKING:
     from fastinvdpo.trainer.trainer import PreferenceTrainer, TrainResult

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.trainer.quantization import quantize_linear_layers, whole_weight
+from fastinvdpo.models.quantization import quantize_linear_layers, whole_weight
 from fastinvdpo.trainer.sharding import Shards
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.config import DataSection, TrainConfig
-from fastinvdpo.trainer.quantization import quantize_network
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -28,7 +28,7 @@ from fastinvdpo.data.scoring.ranges import METADATA, ScoreRange
 from fastinvdpo.data.scoring.scored_table import write_scored
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.trainer.atomic import atomic_file, discard, only_writer
+from fastinvdpo.io import atomic_file, discard, only_writer
 from fastinvdpo.trainer.opening import open_data_source
 
 if TYPE_CHECKING:

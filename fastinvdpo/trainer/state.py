@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.checkpoint import Checkpoint
 from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.ema import EMA
@@ -14,7 +15,6 @@ from fastinvdpo.trainer.networks import Networks, perturb
 from fastinvdpo.trainer.nonfinite import FiniteGuard
 from fastinvdpo.trainer.opening import DTYPES
 from fastinvdpo.trainer.performance import Performance, arrange, match_layout
-from fastinvdpo.trainer.quantization import quantize_network
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 from fastinvdpo.trainer.sharding import like, sharded_state, whole
 from fastinvdpo.trainer.step import TrainingState, build_optimizer

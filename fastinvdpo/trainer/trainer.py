@@ -15,9 +15,9 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.errors import NonFiniteLoss, invalid
+from fastinvdpo.io import clean_leftovers
 from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
-from fastinvdpo.trainer.atomic import clean_leftovers
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.cache_writing import precompute

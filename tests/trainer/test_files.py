@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastinvdpo.trainer.atomic import atomic_directory, atomic_file, clean_leftovers
+from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers
 from fastinvdpo.trainer.callbacks import read_history
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
