@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastinvdpo import cli
+from fastinvdpo import io as atomic
 from fastinvdpo.data import write_pairs
-from fastinvdpo.trainer import atomic, cache_writing, scoring
+from fastinvdpo.trainer import cache_writing, scoring
 from fastinvdpo.trainer.cache import Manifest
 from fastinvdpo.trainer.checkpoint import load_checkpoint
 from tests.data.scoring import tiny as tiny_clip

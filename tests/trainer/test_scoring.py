@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from fastinvdpo import cli
+from fastinvdpo import io as atomic
 from fastinvdpo.data import PairDataset, open_source
 from fastinvdpo.data.scoring import FunctionScorer, open_scorer
 from fastinvdpo.data.scoring.clip import Clip
 from fastinvdpo.data.scoring.ranges import METADATA, stored_range
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.trainer import atomic, scoring
+from fastinvdpo.trainer import scoring
 from fastinvdpo.trainer.config_files import load_data_section
 from fastinvdpo.trainer.scoring import list_of_broken, open_to_score, score_pairs
 from tests.data.scoring import tiny
