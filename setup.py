@@ -129,17 +129,11 @@ def extension():
     return module, Build
 
 
+# Kernels, benchmarks and examples are linked into the package's folder, so that they are installed with it. The map
+# keeps an editable installation from putting the checkout itself on the path, where kernels/ would shadow the package
+# of that name that diffusers looks for.
 packages = find_packages(include=["fastinvdpo", "fastinvdpo.*"])
-package_dir = {}
-# Triton kernels live outside the package's folder. kernels/ itself must not become a package: it would shadow the one
-# that diffusers imports.
-if any(Path("kernels/triton").glob("*.py")):
-    packages.append("fastinvdpo._triton")
-    package_dir["fastinvdpo._triton"] = "kernels/triton"
-# Likewise the benchmarks, so that `fastinvdpo bench` runs without a checkout.
-if Path("benchmarks/__init__.py").is_file():
-    packages += ["fastinvdpo._benchmarks", "fastinvdpo._benchmarks.peers"]
-    package_dir["fastinvdpo._benchmarks"] = "benchmarks"
+package_dir = {"fastinvdpo._triton": "kernels/triton"}
 
 options = {}
 if CHOICE != "0":

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from fastinvdpo import _mapped
 from fastinvdpo.errors import invalid
 
 if TYPE_CHECKING:
@@ -237,7 +236,7 @@ def demo(
     progress: Annotated[bool, typer.Option(help="Show a progress bar and the table at the end.")] = True,
 ) -> None:
     """Align a small model of handwritten digits to a preference in minutes on a CPU, and show what changed."""
-    from fastinvdpo.demo.run import run_demo
+    from fastinvdpo._examples.digits.run import run_demo
 
     run_demo(
         method=method,
@@ -354,8 +353,9 @@ def doctor(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] =
 @app.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
 def bench(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
     """Measure the ops beside plain PyTorch and torch.compile; --quick takes a minute, --help tells of the rest."""
-    runner = _mapped.load("_benchmarks", "benchmarks", "run")
-    raise typer.Exit(runner.main(arguments or []))
+    from fastinvdpo._benchmarks import run
+
+    raise typer.Exit(run.main(arguments or []))
 
 
 def _config(arguments: list[str] | None, preset: str | None, defaults: dict[str, Any] | None = None) -> TrainConfig:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastinvdpo.errors import invalid
 
@@ -69,6 +71,19 @@ def clean_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name.startswith((TEMPORARY, DISCARDED)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_json(target: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON, completely or not at all. Raises ``InvalidInput`` for NaN or infinity, which JSON lacks."""
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise invalid(
+            target.name, dict(content), f"cannot be written as JSON ({error})", "leave the value out"
+        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as partial:
+        partial.write_text(text + "\n")
 
 
 @contextmanager

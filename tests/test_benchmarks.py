@@ -269,11 +269,10 @@ def test_every_case_is_listed_once_and_quick_is_a_part() -> None:
 def test_the_command_measures_and_compares(
     monkeypatch: pytest.MonkeyPatch, quickly: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # The command runs the installed modules, or those of the checkout, under the package's own name.
-    from fastinvdpo import _mapped
+    # The command runs the modules under the package's own name.
+    from fastinvdpo._benchmarks import registry as installed
+    from fastinvdpo._benchmarks import run as command
 
-    command = _mapped.load("_benchmarks", "benchmarks", "run")
-    installed = _mapped.load("_benchmarks", "benchmarks", "registry")
     monkeypatch.setattr(command, "Copy", lambda device: measure.Copy(device, 2**16))
     monkeypatch.setattr(installed, "SHAPES", {"sdxl": (1, 4, 4)})
     arguments = ["bench", "--quick", "--filter", "pairs=1 float32", "--seconds", "0.001", "--device", "cpu"]

@@ -172,7 +172,7 @@ def test_warnings_are_one_line(workspace: Path, capfd: pytest.CaptureFixture[str
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastinvdpo.demo import run
+    from fastinvdpo._examples.digits import run
 
     received: dict[str, Any] = {}
     monkeypatch.setattr(run, "run_demo", lambda **options: received.update(options))

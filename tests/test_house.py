@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import importlib
 import json
 import re
@@ -13,7 +14,18 @@ import pytest
 
 import fastinvdpo
 from fastinvdpo import _backend
-from tests.layout import PACKAGE, ROOT, Import, imports, modules, optional_dependencies, pyproject
+from tests.layout import (
+    EXAMPLES,
+    PACKAGE,
+    ROOT,
+    Import,
+    benchmark_modules,
+    imports,
+    module_name,
+    modules,
+    optional_dependencies,
+    pyproject,
+)
 
 # From the bottom up: a room may import from itself and from the rooms of lower numbers.
 LAYERS = {
@@ -22,7 +34,6 @@ LAYERS = {
     "_extras": 1,
     "_backend": 1,
     "_native": 0.5,
-    "_mapped": 0,
     "_triton_kernels": 0.5,
     "ops": 2,
     "schedule": 3,
@@ -36,18 +47,22 @@ LAYERS = {
     "": 6,  # fastinvdpo/__init__.py, and what is imported from it
     "trainer": 7,
     "evaluation": 8,
-    "demo": 9,
+    "_triton": 0.4,
+    "_benchmarks": 8.5,
+    "_examples": 9,
     "doctor": 10,
     "commands": 11,
     "cli": 12,
 }
 BESIDE_OBJECTIVES = {"data", "models"}
-ABOVE = {"trainer", "evaluation", "demo", "commands", "doctor", "cli"}
+ABOVE = {"trainer", "evaluation", "_examples", "commands", "doctor", "cli"}
 IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 
 def room_of(path: Path) -> str:
     """``ops`` for fastinvdpo/ops/philox.py, ``cli`` for fastinvdpo/cli.py, ``""`` for fastinvdpo/__init__.py."""
+    if path.is_relative_to(EXAMPLES):
+        return "_examples"
     first = path.relative_to(PACKAGE).parts[0]
     return "" if first == "__init__.py" else first.removesuffix(".py")
 
@@ -125,9 +140,21 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_imports_go_down_only() -> None:
-    inside = [found for path in PACKAGE.rglob("*.py") for found in imports(path) if found.top == "fastinvdpo"]
+    paths = [*PACKAGE.rglob("*.py"), *EXAMPLES.rglob("*.py")]
+    inside = [found for path in paths for found in imports(path) if found.top == "fastinvdpo"]
     assert len(inside) > 20
     assert [str(found) for found in inside if forbidden(found)] == []
+
+
+def test_no_circles() -> None:
+    """Also inside a room, and counting imports for types alone: a module can be read with what stands below it."""
+    paths = [*modules(), *benchmark_modules()]
+    graph = {module_name(path): {found.module for found in imports(path)} for path in paths}
+    graph = {name: {found for found in targets if found in graph} - {name} for name, targets in graph.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +193,7 @@ def test_below_the_models_there_is_torch_alone() -> None:
     allowed = {"fastinvdpo", "torch"} | (
         sys.stdlib_module_names - {"json", "pickle", "sqlite3", "csv", "zipfile", "io"}
     )
-    core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_OBJECTIVES | ABOVE]
+    core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_OBJECTIVES | ABOVE | {"io"}]
     found = [item for path in core for item in imports(path)]
     wrong = [item for item in found if item.top not in allowed or item.module.startswith("torch.distributed")]
     # The drop-in for diffusers' class also loads as that one does: scheduler_config.json, or the hub through diffusers.
@@ -259,7 +286,7 @@ sys.exit(main(["demo"]) - 2)
 
 def test_loading_a_model_without_diffusers_names_the_extra() -> None:
     code = """
-from fastinvdpo.demo.base import WEIGHTS
+from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.models import load_model
 try:
     load_model("digits", WEIGHTS / "clean")

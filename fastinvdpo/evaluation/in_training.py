@@ -28,13 +28,12 @@ from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import check_scorers, open_scorers
 from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard
-from fastinvdpo.trainer.callbacks import Callback
+from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
     from fastinvdpo.trainer.config import EvaluationSection
-    from fastinvdpo.trainer.trainer import PreferenceTrainer, TrainResult
 
 Scores = dict[str, list[float]]
 
@@ -70,13 +69,13 @@ class EvaluationCallback(Callback):
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._base: Scores = {}
 
-    def on_init(self, trainer: PreferenceTrainer) -> None:
+    def on_init(self, trainer: Run) -> None:
         if str(trainer.accelerator.distributed_type.value) == "FSDP":
             remedy = "set it to null and use fastinvdpo evaluate, or launch without FSDP"
             raise invalid("evaluation", self.section.prompts, "is not supported with FSDP", remedy)
         self._folder, self._best = trainer.directory / "evaluation", trainer.directory / "best"
 
-    def on_start(self, trainer: PreferenceTrainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Score the policy before its first step, or take over what an earlier attempt of the run has found."""
         main = trainer.accelerator.is_main_process
         stored = self._read(trainer) if main else None
@@ -99,7 +98,7 @@ class EvaluationCallback(Callback):
         if not self.rows:
             self._add(trainer, {"step": 0, **self._row(self._base)})
 
-    def on_step(self, trainer: PreferenceTrainer, step: int) -> None:
+    def on_step(self, trainer: Run, step: int) -> None:
         if step % self.section.every and step != trainer.config.training.steps:
             return
         trainer.check_finite(step)
@@ -113,7 +112,7 @@ class EvaluationCallback(Callback):
                     self._keep(trainer, step)
             trainer.accelerator.wait_for_everyone()
 
-    def on_end(self, trainer: PreferenceTrainer, result: TrainResult) -> None:
+    def on_end(self, trainer: Run, result: TrainResult) -> None:
         result.evaluation = self.rows
         result.best_model_directory = self._best / "model" if (self._best / "best.json").is_file() else None
 
@@ -156,7 +155,7 @@ class EvaluationCallback(Callback):
                 found[scorer.name] += in_batches(scorer, images, texts).tolist()
         return found
 
-    def _shared_scores(self, trainer: PreferenceTrainer) -> Scores:
+    def _shared_scores(self, trainer: Run) -> Scores:
         """Those of all prompts, which the processes share out; whole on the first."""
         accelerator, total = trainer.accelerator, len(self._texts)
         several = accelerator.num_processes
@@ -181,7 +180,7 @@ class EvaluationCallback(Callback):
             numbers |= {name: fmean(found), f"{name}_win_rate": win_rate(found, self._base[name]).mean}
         return numbers
 
-    def _read(self, trainer: PreferenceTrainer) -> dict[str, Any] | None:
+    def _read(self, trainer: Run) -> dict[str, Any] | None:
         """What an earlier attempt found for the same settings; a run from its first step is another run."""
         file = self._folder / "base.json"
         if trainer.first_step == 0 or not file.is_file():
@@ -192,14 +191,14 @@ class EvaluationCallback(Callback):
         trainer.say("The evaluation is another one than before: its rows and the best model start over.")
         return None
 
-    def _add(self, trainer: PreferenceTrainer, row: dict[str, Any]) -> None:
+    def _add(self, trainer: Run, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self._write("history.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         trainer.reporting.scalars("evaluation", row)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
         trainer.say(f"Evaluation after step {row['step']}: {shown}.")
 
-    def _keep(self, trainer: PreferenceTrainer, step: int) -> None:
+    def _keep(self, trainer: Run, step: int) -> None:
         scorer = next(iter(self._base))
         mean, kept = self.rows[-1][scorer], self._best / "best.json"
         # A run that was killed after it kept this step's model comes here again with the same mean.
@@ -215,7 +214,7 @@ class EvaluationCallback(Callback):
             partial.write_text(text)
 
 
-def _anywhere(trainer: PreferenceTrainer, here: bool) -> bool:
+def _anywhere(trainer: Run, here: bool) -> bool:
     """Whether it holds on the first process, told to all."""
     told = [here]
     if trainer.accelerator.num_processes > 1:

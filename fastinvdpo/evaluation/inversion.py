@@ -22,7 +22,8 @@ from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.data.tables import parquet_files
 from fastinvdpo.data.transforms import Decisions, transform
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts, load_model
+from fastinvdpo.models import load_model
+from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts
 from fastinvdpo.trajectories import Conditioning, InversionPlan, InversionSettings, Prompt, invert, plan_grid
 
 if TYPE_CHECKING:

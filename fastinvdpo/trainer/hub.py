@@ -11,12 +11,11 @@ from fastinvdpo._extras import require
 from fastinvdpo.data.digests import Digests
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.trainer.cache import Manifest
-from fastinvdpo.trainer.callbacks import Callback
+from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
-    from fastinvdpo.trainer.trainer import PreferenceTrainer, TrainResult
 
 _PACKAGES = ("fastinvdpo", "torch", "diffusers", "transformers", "peft")
 
@@ -94,7 +93,7 @@ class Publishing(Callback):
         self._config, self._repository = config, config.output.push_to_hub
         self._hub = require("huggingface_hub", extra="train", purpose="output.push_to_hub")
 
-    def on_init(self, trainer: PreferenceTrainer) -> None:
+    def on_init(self, trainer: Run) -> None:
         try:
             self._hub.utils.validate_repo_id(self._repository)
         except ValueError as error:
@@ -103,7 +102,7 @@ class Publishing(Callback):
             remedy = "log in with `hf auth login`, or set HF_TOKEN"
             raise self._error("needs an account, and none is logged in", remedy)
 
-    def on_end(self, trainer: PreferenceTrainer, result: TrainResult) -> None:
+    def on_end(self, trainer: Run, result: TrainResult) -> None:
         """Raises ``InvalidInput`` when the hub refuses; the files stay."""
         if not trainer.accelerator.is_main_process:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, 
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.call_size import choose_max_batch, gradient_passes
-from fastinvdpo.trainer.callbacks import Callback, Reporting
+from fastinvdpo.trainer.callbacks import Callback, Reporting, TrainResult
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -53,33 +52,6 @@ from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
-
-
-@dataclass
-class TrainResult:
-    """What a run left behind.
-
-    Attributes:
-        directory: the output directory; model_directory: the trained model, for ``load_model``.
-        steps: optimizer steps made, over all attempts of the run.
-        network_evaluations: samples sent through a network, over all attempts and processes, with what the cache cost
-            whenever it was computed.
-        seconds: wall time of all attempts, without the part of a killed one after its last checkpoint.
-        history: the rows of history.jsonl.
-        data: what became of every row of the data, where the data set tells.
-        evaluation: the rows of evaluation/history.jsonl.
-        best_model_directory: the model with the best of them, where it is kept.
-    """
-
-    directory: Path
-    model_directory: Path
-    steps: int
-    network_evaluations: int
-    seconds: float
-    history: list[dict[str, Any]]
-    data: DataSummary | None = None
-    evaluation: list[dict[str, Any]] = field(default_factory=list)
-    best_model_directory: Path | None = None
 
 
 def train(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fastinvdpo._examples.digits import digits
 from fastinvdpo._extras import require
-from fastinvdpo.demo import digits
 from fastinvdpo.evaluation.metrics import accuracy, frechet_distance
 
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastinvdpo._examples.digits import base as base_models
+from fastinvdpo._examples.digits import digits
+from fastinvdpo._examples.digits.judge import Judge, Verdict
+from fastinvdpo._examples.digits.pictures import print_table, save_curves, save_grid
 from fastinvdpo.data import write_pairs
-from fastinvdpo.demo import base as base_models
-from fastinvdpo.demo import digits
-from fastinvdpo.demo.judge import Judge, Verdict
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
-from fastinvdpo.evaluation.report import print_table, save_curves, save_grid, write_summary
 from fastinvdpo.evaluation.sampling import sample
-from fastinvdpo.io import discard
+from fastinvdpo.io import discard, write_json
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
 
@@ -120,7 +120,7 @@ def run_demo(
         "classifier_accuracy": judge.held_out_accuracy,
         "status": "ok",
     }
-    write_summary(directory / "summary.json", summary)
+    write_json(directory / "summary.json", summary)
     if progress:
         _print_summary(title, before, after, rate, summary, directory)
     return summary

@@ -1,6 +1,7 @@
 """The two base models of the demo: a UNet of about a million parameters trained on the digits, and where it is kept.
 
-``python -m fastinvdpo.demo.base clean`` (or ``noisy``) trains one again, in five to eight minutes on one core.
+``python -m fastinvdpo._examples.digits.base clean`` (or ``noisy``) trains one again, in five to eight minutes on one
+core.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastinvdpo._examples.digits import digits
 from fastinvdpo._extras import require
-from fastinvdpo.demo import digits
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.digits_text import EMBEDDING_DIM, embed_prompts
 

@@ -1,38 +1,18 @@
-"""What a person looks at afterwards: a table, a before/after picture grid, training curves, a JSON summary.
-
-Files appear under their names only when they are complete.
-"""
+"""What a person looks at after the demo: a table, a grid of images before and after, training curves."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.evaluation.page import AFTER, DPI, histogram, new_figure
 from fastinvdpo.io import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_DPI = 120
-_BEFORE, _AFTER = "tab:gray", "tab:blue"
-
-
-def write_summary(path: str | Path, summary: Mapping[str, Any]) -> Path:
-    """Write ``summary`` as indented JSON. Raises InvalidInput for NaN or infinity, which JSON does not know."""
-    target = Path(path)
-    try:
-        text = json.dumps(summary, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise invalid("summary", dict(summary), f"cannot be written as JSON ({error})", "leave the value out") from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as partial:
-        partial.write_text(text + "\n")
-    return target
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -68,7 +48,7 @@ def save_grid(
     # One array for all pictures: axes of their own would take matplotlib seconds. NaN stays white.
     cell, band_height = 1.15 * width, 2.9 * height
     canvas = numpy.full((round(bands * band_height), round(columns * cell)), numpy.nan)
-    figure = _figure((0.8 * columns + 0.6, 2.0 * bands + 0.4))
+    figure = new_figure((0.8 * columns + 0.6, 2.0 * bands + 0.4))
     axis = figure.subplots()
     axis.set_axis_off()
     for place, (old, new, caption) in enumerate(zip(before, after, captions, strict=True)):
@@ -96,50 +76,21 @@ def save_curves(
     """Curves over the optimiser steps of ``history``, and histograms of the samples' rewards (before, after)."""
     if not history:
         raise invalid("history", history, "is empty", "pass the history of a training run")
-    figure = _figure((3.2 * (len(keys) + 1), 2.8))
+    figure = new_figure((3.2 * (len(keys) + 1), 2.8))
     *curves, last = figure.subplots(1, len(keys) + 1)
     steps = [row["step"] for row in history]
     for axis, key in zip(curves, keys, strict=True):
-        axis.plot(steps, [row[key] for row in history], color=_AFTER, linewidth=1)
+        axis.plot(steps, [row[key] for row in history], color=AFTER, linewidth=1)
         axis.set(xlabel="optimiser step", title=key.replace("_", " "))
-    _histogram(last, rewards, ("before", "after"))
+    histogram(last, rewards, ("before", "after"))
     last.set(xlabel="reward", ylabel="samples", title="reward of the samples")
     figure.suptitle(title, fontsize=9)
     return _save_figure(figure, path)
-
-
-def plot_scores(name: str, base: Sequence[float], aligned: Sequence[float]) -> bytes:
-    """A PNG: histograms of the scores of both sides, and the difference of every prompt, sorted."""
-    figure = _figure((9.6, 3.0))
-    left, right = figure.subplots(1, 2)
-    _histogram(left, (base, aligned), ("base", "aligned"))
-    left.set(xlabel=name, ylabel="pictures")
-    gains = sorted(new - old for old, new in zip(base, aligned, strict=True))
-    right.axhline(0, color="black", linewidth=0.5)
-    right.step([(place + 0.5) / len(gains) for place in range(len(gains))], gains, where="mid", color=_AFTER)
-    right.set(xlabel="share of the prompts", ylabel="aligned − base", xlim=(0, 1))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
-
-
-def _histogram(axis: Any, sides: tuple[Sequence[float], Sequence[float]], labels: tuple[str, str]) -> None:
-    low, high = (bound(bound(side) for side in sides) for bound in (min, max))
-    bins = [low + (high - low) * place / 30 for place in range(31)] if high > low else 30
-    for side, label, colour in zip(sides, labels, (_BEFORE, _AFTER), strict=True):
-        axis.hist(side, bins=bins, alpha=0.6, label=label, color=colour)
-    axis.legend()
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    """A figure of ``size`` inches that needs no display and touches none of matplotlib's global state."""
-    module = require("matplotlib.figure", extra="train", purpose="drawing the report")
-    return module.Figure(figsize=size, layout="constrained")
 
 
 def _save_figure(figure: Any, path: str | Path) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as partial:
-        figure.savefig(partial, format="png", dpi=_DPI)
+        figure.savefig(partial, format="png", dpi=DPI)
     return target
