@@ -1,6 +1,6 @@
 """The command ``fastinvdpo``.
 
-The commands themselves are in ``commands.py``, which needs the ``train`` extra; ``doctor`` works with torch alone.
+The commands need the ``train`` extra; ``doctor`` works with torch alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor.main(arguments[1:])
     try:
         require("typer", extra="train", purpose="the command line")
-        from fastinvdpo.commands import app
+        from fastinvdpo.cli.app import app
 
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -56,7 +56,3 @@ def _show_warning(
 ) -> None:
     """A warning without the place in the source that raised it, which says nothing to a user of the command."""
     print(f"warning: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
