@@ -2,7 +2,8 @@
 
 from fastinvdpo.data.buckets import Buckets
 from fastinvdpo.data.pairs import Pair, PairDataset
-from fastinvdpo.data.sources import PairSource, open_source
+from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.sources import open_source
 from fastinvdpo.data.transforms import ImageGeometry
 from fastinvdpo.data.writing import write_pairs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,8 @@ from fastinvdpo.errors import InvalidInput, invalid
 
 # A row with several faults counts under the first of these.
 CAUSES = (
-    "malformed row",
-    "malformed score",
-    "malformed label",
-    "missing caption",
-    "missing image",
-    "corrupt image",
+    *("malformed row", "malformed score", "malformed label"),
+    *("missing caption", "malformed caption", "missing image", "corrupt image"),
 )
 LISTED, SUMMARY = "broken.jsonl", "data.json"
 _SHOWN = 10
@@ -85,27 +81,20 @@ class BrokenRows:
     total: int
     found: dict[int, tuple[str, BrokenRow]] = field(default_factory=dict)
 
-    @property
-    def limit(self) -> int:
-        return math.floor(self.allowed * self.total) if isinstance(self.allowed, float) else self.allowed
-
     def add(self, row: int, place: str, error: BrokenRow) -> None:
         self.found[row] = (place, error)
         if self.allowed == 0:
             raise error
-        if len(self.found) > self.limit:
+        is_share = isinstance(self.allowed, float)
+        limit = math.floor(self.allowed * self.total) if is_share else self.allowed
+        if len(self.found) > limit:
             problem = f"more rows than that are broken: {self.shown()}; the last: {error}"
-            if isinstance(self.allowed, float):
-                problem = f"allows {self.limit} of {self.total} rows; {problem}"
+            problem = f"allows {limit} of {self.total} rows; {problem}" if is_share else problem
             raise invalid("data.max_broken", self.allowed, problem, "repair the file") from error
-
-    @property
-    def rows(self) -> list[int]:
-        return sorted(self.found)
 
     def shown(self) -> str:
         """The first rows, and how many there are of every cause."""
-        rows = self.rows
+        rows = sorted(self.found)
         more = ", …" if len(rows) > _SHOWN else ""
         return f"[{', '.join(map(str, rows[:_SHOWN]))}{more}] ({by_cause(self.counts())})"
 
@@ -116,10 +105,17 @@ class BrokenRows:
 
     def lines(self) -> list[dict[str, Any]]:
         """One entry for every broken row, in the order of the rows."""
-        return [
-            {"row": row, "place": place, "cause": error.cause, "problem": str(error)}
-            for row, (place, error) in sorted(self.found.items())
-        ]
+        return [entry(row, place, error) for row, (place, error) in sorted(self.found.items())]
+
+
+def entry(row: int, place: str, error: BrokenRow) -> dict[str, Any]:
+    """A broken row as it is listed."""
+    return {"row": row, "place": place, "cause": error.cause, "problem": str(error)}
+
+
+def jsonl(lines: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def by_cause(counts: Mapping[str, int]) -> str:
@@ -128,15 +124,24 @@ def by_cause(counts: Mapping[str, int]) -> str:
 
 
 def write_report(summary: DataSummary, rows: BrokenRows, directory: Path) -> None:
-    """Write ``data.json`` (the summary) and ``broken.jsonl`` (every row that was left out, maybe none)."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / SUMMARY).write_text(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in rows.lines())
-    (directory / LISTED).write_text("".join(lines), "utf-8")
+    """Write ``data.json`` (the summary) and ``broken.jsonl`` (every row that was left out, maybe none).
+
+    Raises:
+        InvalidInput: files of these names are there that are no such report, or the directory cannot be written.
+    """
+    check_report(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / SUMMARY).write_text(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (directory / LISTED).write_text(jsonl(rows.lines()), "utf-8")
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise invalid("output", str(directory), problem, "name another directory") from None
 
 
 def copy_report(source: Path, directory: Path) -> None:
-    """Copy what :func:`write_report` wrote."""
+    """Copy what :func:`write_report` wrote. Raises ``InvalidInput`` as it does."""
+    check_report(directory)
     for name in (SUMMARY, LISTED):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
@@ -146,3 +151,19 @@ def read_summary(directory: Path) -> DataSummary | None:
     """The summary in a directory, None where there is none."""
     path = directory / SUMMARY
     return DataSummary(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
+
+
+def check_report(directory: Path) -> None:
+    """Raise ``InvalidInput`` where another file than a report of ours has the name of one."""
+    for name, keys in ((SUMMARY, DataSummary.__dataclass_fields__), (LISTED, ("row", "place", "cause", "problem"))):
+        path = directory / name
+        try:
+            text = path.read_text("utf-8") if path.exists() else ""
+            texts = [text] if name == SUMMARY and path.exists() else text.splitlines()
+            objects = map(json.loads, texts)
+            ours = all(isinstance(one, dict) and set(one) == set(keys) for one in objects)
+        except (OSError, ValueError, RecursionError):
+            ours = False
+        if not ours:
+            problem = "is there, and no report of ours that could be replaced"
+            raise invalid("output", str(path), problem, "name another directory, or move that file")

@@ -1,4 +1,8 @@
-"""Encoded image bytes: checking and decoding them, with errors that name the place they came from."""
+"""Encoded image bytes: reading, checking and decoding them, with errors that name the place they came from.
+
+Images look as in a viewer: turned upright by their EXIF entry, 16-bit grey scaled to 8 bits, transparency composited on
+white, CMYK converted through its profile.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,16 @@ from fastinvdpo.data.broken import BrokenRow, broken
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# What PIL may open: no format that starts another program or reads other files.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _HEADER_BYTES = 64 * 1024
+_ORIENTATION = 0x0112
+_TURN_MARKS = (b"eXIf", b"exif", b"Orientation")  # in a PNG, before or after the pixels
+_BACKGROUND = (255, 255, 255, 255)
 _REMEDY = "re-encode or remove the row, or allow some broken rows with data.max_broken"
+_PURPOSE = "decoding images"
 
 
 def image_bytes(cell: Any, where: str, *, follow_paths: bool = False) -> memoryview:
@@ -40,12 +50,14 @@ def image_bytes(cell: Any, where: str, *, follow_paths: bool = False) -> memoryv
     raise broken("missing image", where, shown.as_py(), "holds no encoded image bytes", _REMEDY)
 
 
-def file_bytes(path: Path, where: str) -> memoryview:
-    """The content of an image file. Raises ``BrokenRow`` where there is none."""
+def file_bytes(path: Path, where: str, offset: int = 0, size: int = -1) -> memoryview:
+    """The content of an image file, or ``size`` bytes of it. Raises ``BrokenRow`` where there is none."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror or error})"
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except (OSError, ValueError) as error:  # a path may hold NUL
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise broken("missing image", where, str(path), problem, "restore the file, " + _REMEDY) from None
     if not data:
         raise broken("missing image", where, str(path), "is an empty file", "restore the file, " + _REMEDY)
@@ -53,19 +65,50 @@ def file_bytes(path: Path, where: str) -> memoryview:
 
 
 def decode(data: memoryview, where: str) -> Image:
-    """The whole picture, as RGB or 8-bit grey. Raises ``BrokenRow`` for bytes that are not an intact image."""
-    image_module = require("PIL.Image", extra="train", purpose="decoding images")
+    """The whole image, as RGB or 8-bit grey. Raises ``BrokenRow`` for bytes that are not an intact image."""
+    module = require("PIL.Image", extra="train", purpose=_PURPOSE)
     try:
         if bytes(data[: len(_PNG_START)]) == _PNG_START:
             # PIL decodes PNGs with damaged or missing data without complaint; only verify() looks at their checksums.
-            with image_module.open(io.BytesIO(data)) as opened:
+            with _open(module, data) as opened:
                 opened.verify()
-        with image_module.open(io.BytesIO(data)) as opened:
+        with _open(module, data) as opened:
             opened.load()
-            image: Image = opened.copy() if opened.mode in ("L", "RGB") else opened.convert("RGB")
-    except _broken_image_errors(image_module) as error:
+            return as_seen(opened)
+    except _broken_image_errors(module) as error:
         raise _broken(data, where, error) from error
-    return image
+
+
+def as_seen(image: Image) -> Image:
+    """A copy of a loaded image as a viewer shows it, in the mode RGB or L.
+
+    Raises:
+        ValueError: its pixels have no known black and white.
+    """
+    module = require("PIL.Image", extra="train", purpose=_PURPOSE)
+    ops = require("PIL.ImageOps", extra="train", purpose=_PURPOSE)
+    of_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    image = ops.exif_transpose(image)
+    if of_16_bits:
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode}) without a known black and white")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return module.alpha_composite(module.new("RGBA", image.size, _BACKGROUND), image).convert("RGB")
+    if image.mode == "CMYK" and image.info.get("icc_profile"):
+        return _through_profile(image)
+    return image.copy() if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _through_profile(image: Image) -> Image:
+    cms = require("PIL.ImageCms", extra="train", purpose="colors of CMYK images")
+    try:
+        profile = cms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        converted: Image = cms.profileToProfile(image, profile, cms.createProfile("sRGB"), outputMode="RGB")
+    except (cms.PyCMSError, OSError) as error:
+        raise ValueError(f"its color profile cannot be used ({error})") from error
+    return converted
 
 
 def probe(data: memoryview, where: str) -> tuple[int, int]:
@@ -73,36 +116,39 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
 
     Reads the ends of ``data`` only, so that opening a large memory-mapped set does not read all of it.
     """
-    image_module = require("PIL.Image", extra="train", purpose="decoding images")
-    if _looks_cut_off(data):
+    module = require("PIL.Image", extra="train", purpose=_PURPOSE)
+    head, tail = bytes(data[:_HEADER_BYTES]), bytes(data[-_HEADER_BYTES:])
+    is_png = head.startswith(_PNG_START)
+    cut_off = (is_png and _PNG_END not in tail[-16:]) or (head.startswith(_JPEG_START) and _JPEG_END not in tail[-16:])
+    if cut_off or (is_png and any(mark in part for mark in _TURN_MARKS for part in (head, tail))):
         image = decode(data, where)
         return image.height, image.width
     try:
-        return _stated_size(image_module, data[:_HEADER_BYTES])
-    except _broken_image_errors(image_module) as header_error:
+        return _stated_size(module, head)
+    except _broken_image_errors(module) as header_error:
         if len(data) <= _HEADER_BYTES:
             raise _broken(data, where, header_error) from header_error
     try:
-        return _stated_size(image_module, data)  # a long preamble, or a format that states its size at the end
-    except _broken_image_errors(image_module) as error:
+        return _stated_size(module, data)  # a long preamble, or a format that states its size at the end
+    except _broken_image_errors(module) as error:
         raise _broken(data, where, error) from error
 
 
-def _stated_size(image_module: Any, data: memoryview) -> tuple[int, int]:
-    with image_module.open(io.BytesIO(data)) as opened:
-        return int(opened.height), int(opened.width)
+def _stated_size(module: Any, data: bytes | memoryview) -> tuple[int, int]:
+    with _open(module, data) as opened:
+        size = int(opened.height), int(opened.width)
+        lies = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return size[::-1] if lies else size
 
 
-def _looks_cut_off(data: memoryview) -> bool:
-    head, tail = bytes(data[:16]), bytes(data[-16:])
-    if head.startswith(_JPEG_START):
-        return _JPEG_END not in tail
-    return head.startswith(_PNG_START) and _PNG_END not in tail
+def _open(module: Any, data: bytes | memoryview) -> Any:
+    module.init()
+    return module.open(io.BytesIO(data), formats=[name for name in FORMATS if name in module.OPEN])
 
 
-def _broken_image_errors(image_module: Any) -> tuple[type[BaseException], ...]:
+def _broken_image_errors(module: Any) -> tuple[type[BaseException], ...]:
     # All that PIL's parsers and decoders raise for damaged data; UnidentifiedImageError is an OSError.
-    return (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, image_module.DecompressionBombError)
+    return (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, module.DecompressionBombError)
 
 
 def _broken(data: memoryview, where: str, error: BaseException) -> BrokenRow:

@@ -1,48 +1,289 @@
-"""A pair as a JSON object, as folders and webdataset shards store it, in the names of the schema."""
+"""Pairs as JSON objects with images beside them: folders, ranked images (HPDv2), webdataset shards.
+
+``datasets`` has loaders for these, which end at the first malformed object or infer one type a column from the first
+rows, and copy all images. Here a bad row is counted and images stay where they are: files, or places in a tar file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import codecs
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from fastinvdpo.data.broken import broken
+from fastinvdpo.data.broken import BrokenRow, broken
+from fastinvdpo.data.images import file_bytes
+from fastinvdpo.data.rows import IMAGES, SCORES, choices, in_schema, number
+from fastinvdpo.data.source import PairSource
+from fastinvdpo.errors import invalid
 
-# Under which keys an object may hold a part of the schema, besides what data.columns names.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "jpg_0": ("jpg_0", "image_0"),
-    "jpg_1": ("jpg_1", "image_1"),
-    "label_0": ("label_0",),
-    "label_1": ("label_1",),
-    "caption": ("caption", "prompt"),
-    "score_0": ("score_0",),
-    "score_1": ("score_1",),
+PAIRS_FILE = "pairs.jsonl"
+_RANKED = {"rank": -1.0, "human_preference": 1.0}  # and whether higher is better
+_IMAGE_LISTS = ("image_path", "file_path", "images")
+_KINDS = ("jpg", "jpeg", "png", "webp")
+_ENDINGS = {
+    side: (side, *(f"{number}.{kind}" for kind in _KINDS), *(f"{word}.{kind}" for kind in _KINDS))
+    for number, (side, word) in enumerate(zip(IMAGES, ("winner", "loser"), strict=True))
 }
-_LABELS: dict[Any, tuple[float, float]] = {0: (1.0, 0.0), 1: (0.0, 1.0), 0.5: (0.5, 0.5), "tie": (0.5, 0.5)}
+Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
 
 
-def pair_values(record: Any, where: str, names: Mapping[str, str]) -> dict[str, Any]:
-    """The schema's values in an object. What is missing is left out; whether it is needed is decided elsewhere.
+class RecordSource(PairSource):
+    """Rows in memory, images where they lie: a path below ``root``, or ``(file, offset, size)``.
 
-    Either ``winner`` and ``loser`` (image 0 and 1 of the schema), or ``image_0`` and ``image_1`` with ``label``, the
-    number of the winning image (0, 1, or ``"tie"``), or with ``label_0`` and ``label_1`` as in parquet. ``names`` maps
-    names of the schema to other keys.
-
-    Raises:
-        BrokenRow: not an object.
+    Args:
+        listed: the files that list the pairs.
     """
-    if not isinstance(record, Mapping):
-        raise broken("malformed row", where, record, "is not an object", "write an object with images and caption")
-    found = {}
-    for name, aliases in ALIASES.items():
-        for key in (names[name],) if name in names else aliases:
-            if key in record:
-                found[name] = record[key]
-                break
-    if "winner" in record or "loser" in record:
-        sides = {"jpg_0": record.get("winner"), "jpg_1": record.get("loser"), "label_0": 1.0, "label_1": 0.0}
-        found = {**sides, **found}
-    if "label" in record and "label_0" not in found and "label_1" not in found:
-        label = record["label"]
-        known = isinstance(label, int | float | str) and not isinstance(label, bool) and label in _LABELS
-        found["label_0"], found["label_1"] = _LABELS[label] if known else (label, None)
+
+    def __init__(
+        self,
+        path: str,
+        format: str,
+        names: Mapping[str, str],
+        rows: Iterable[Row],
+        listed: Sequence[Path],
+        *,
+        root: Path | None = None,
+        streaming: bool = False,
+    ) -> None:
+        self.path, self.format, self.names, self.streaming = path, format, dict(names), streaming
+        self._rows, self._listed, self._root = list(rows), list(listed), root
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def resolve(self, required: Sequence[str]) -> set[str]:
+        # A row that lacks something is broken, not the whole set; scores are there when some row has them.
+        readable = [values for _, values in self._rows if isinstance(values, dict)]
+        scored = {name for name in SCORES if any(values.get(name) is not None for values in readable)}
+        for name in SCORES:
+            if name in required and name not in scored:
+                remedy = "add score_0 and score_1, or name yours in data.columns"
+                raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
+        return {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} | scored
+
+    def record(self, row: int) -> Mapping[str, Any]:
+        values = self._rows[row][1]
+        if isinstance(values, BrokenRow):
+            raise values
+        return values
+
+    def image(self, row: int, side: int) -> memoryview:
+        name = f"jpg_{side}"
+        where, place = self.where(row, name), self.record(row).get(name)
+        if isinstance(place, tuple):
+            file, offset, size = place
+            return file_bytes(self._listed[file], where, offset, size)
+        if not isinstance(place, str) or not place or self._root is None:
+            remedy = "add it, or name yours in data.columns"
+            raise broken("missing image", where, place, "names no image", remedy)
+        return file_bytes(self._root / place, where)
+
+    def files(self) -> list[Path]:
+        rows = [values for _, values in self._rows if isinstance(values, dict)]
+        named = {values.get(name) for values in rows for name in IMAGES if isinstance(values.get(name), str)}
+        images = [] if self._root is None else [self._root / path for path in sorted(map(str, named))]
+        return [*self._listed, *(image for image in images if image.is_file())]
+
+    def place(self, row: int) -> str:
+        return f"row {row} ({self._rows[row][0]})"
+
+
+def folder_rows(listing: Path, names: Mapping[str, str]) -> Iterator[Row]:
+    """Of a file with one JSON object a line; see :func:`fastinvdpo.data.rows.in_schema` for the keys."""
+    for line, record in json_lines(listing):
+        place = f"{listing.name}, line {line}"
+        yield place, _caught(in_schema, record, place, names)
+
+
+def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Iterator[Row]:
+    """Of several images of a prompt with ranks, as HPDv2 stores them; each entry gives several rows.
+
+    An entry has ``prompt``, image paths (``image_path``, ``file_path`` or ``images``), and ``rank`` (lower is better,
+    equal ranks tie) or ``human_preference`` (higher is better). ``rank_pairs``: ``all`` pairs of an entry, or its
+    ``best`` image against each of the rest.
+    """
+    for entry, record in json_records(listing):
+        place = f"{listing.name}, entry {entry}"
+        found = _caught(_ranked, record, place, names)
+        if isinstance(found, BrokenRow):
+            yield place, found
+            continue
+        images, orders, caption = found["images"], found["orders"], found["caption"]
+        best = max(range(len(images)), key=lambda i: orders[0][i])  # the first of several equally good ones
+        pairs = [(best, other) for other in range(len(images)) if other != best]
+        for first, second in combinations(range(len(images)), 2) if rank_pairs == "all" else pairs:
+            sides = [(order[first] < order[second]) - (order[first] > order[second]) for order in orders]
+            if min(sides) != max(sides):
+                problem = f"contradict one another about images {first} and {second}"
+                yield place, broken("malformed label", f"{place}, {' and '.join(_RANKED)}", None, problem, "correct it")
+                continue
+            label = 0.5 - sides[0] / 2
+            labels = {"label_0": label, "label_1": 1.0 - label}
+            yield place, {"jpg_0": images[first], "jpg_1": images[second], "caption": caption, **labels}
+
+
+def shard_rows(files: Sequence[Path], names: Mapping[str, str]) -> Iterator[Row]:
+    """Of webdataset shards: members that share the name up to the first dot make a row.
+
+    Two images (``KEY.0.jpg`` and ``KEY.1.jpg``, ``KEY.jpg_0`` and ``KEY.jpg_1``, or ``KEY.winner.jpg`` and
+    ``KEY.loser.jpg``; other kinds likewise), ``KEY.json`` with labels, caption and scores, and ``KEY.txt`` with the
+    caption if the JSON has none. ``names`` maps images to endings, the rest to keys of the JSON. Headers and small
+    members are read; images are jumped over.
+    """
+    for file, shard in enumerate(files):
+        for key, sample in _samples(shard).items():
+            place = f"{shard.name}, {key}"
+            yield place, _caught(_shard_row, file, sample, place, names)
+
+
+def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str]) -> dict[str, Any]:
+    members, texts = sample.members, sample.texts
+    if sample.twice is not None:
+        raise broken("malformed row", place, sample.twice, "is the name of two members", "write each member once")
+    images: dict[str, Any] = {}
+    named = []
+    for name, endings in _ENDINGS.items():
+        ending = next((e for e in ((names[name],) if name in names else endings) if e in members), None)
+        images[name] = None if ending is None or not members[ending][1] else (file, *members[ending])
+        named.append(ending is not None and ending.startswith(("winner.", "loser.")))
+    stored = _parsed(texts["json"], f"{place}.json") if "json" in texts else {}
+    row = in_schema(stored, f"{place}.json", names, images)
+    if "txt" in texts and "caption" not in row:
+        row["caption"] = _text(texts["txt"], f"{place}.txt").strip()
+    if any(named) and choices(names):
+        row["members"] = 0
+    return row
+
+
+@dataclass
+class _Sample:
+    """``members``: ending -> (offset, size); ``texts``: content of json and txt; ``twice``: a name that is repeated."""
+
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    twice: str | None = None
+
+
+def _samples(shard: Path) -> dict[str, _Sample]:
+    found: dict[str, _Sample] = {}
+    end = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                folder, _, name = member.name.rpartition("/")
+                if not member.isfile() or name.startswith(".") or "__MACOSX" in folder.split("/"):
+                    continue
+                stem, _, ending = name.partition(".")
+                ending = ending.lower()
+                sample = found.setdefault(f"{folder}/{stem}" if folder else stem, _Sample())
+                if ending in sample.members:
+                    sample.twice = member.name
+                sample.members[ending] = (member.offset_data, member.size)
+                if ending in ("json", "txt"):
+                    content = tar.extractfile(member)
+                    assert content is not None  # a regular file
+                    sample.texts[ending] = content.read()
+        with shard.open("rb") as file:
+            file.seek(end)
+            rest = file.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        problem = f"cannot be read as an uncompressed tar file ({error})"
+        raise invalid("data.path", str(shard), problem, "write the shard again, without compression") from error
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        problem = "ends early: its last members are missing" if not any(rest) else "holds more after its end"
+        raise invalid("data.path", str(shard), problem, "write the shard again, or copy it again")
     return found
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """``(line, value)`` of a JSON Lines file, lines counted from 1; empty ones are skipped. A line that is not JSON
+    gives the ``BrokenRow`` that says so.
+    """
+    try:
+        with path.open("rb") as file:
+            lines: Iterable[bytes] = file
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                lines = [line.encode() for line in path.read_bytes().decode("utf-16").split("\n")]
+            file.seek(0)
+            for line, text in enumerate(lines, start=1):
+                if text.strip():
+                    yield line, _caught(_parsed, text, f"{path.name}, line {line}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise invalid("data.path", str(path), f"cannot be read ({error})", "name a readable file") from None
+
+
+def json_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The entries of a JSON list, or of JSON Lines, with their numbers counted from 1."""
+    try:
+        with path.open("rb") as file:
+            is_list = file.read(4096).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
+        if is_list:
+            yield from enumerate(json.loads(path.read_bytes(), object_pairs_hook=_once), start=1)
+            return
+    except (ValueError, RecursionError) as error:
+        raise invalid("data.path", str(path), f"is not valid JSON ({error})", "write the file again") from None
+    except OSError as error:
+        raise invalid("data.path", str(path), f"cannot be read ({error})", "name a readable file") from None
+    yield from json_lines(path)
+
+
+def looks_ranked(path: Path) -> bool:
+    """Whether the first entry of a .json or .jsonl file ranks several images."""
+    record = next(json_records(path), (0, None))[1]
+    return isinstance(record, Mapping) and any(key in record for key in _RANKED)
+
+
+def _ranked(record: Any, where: str, names: Mapping[str, str]) -> dict[str, Any]:
+    """Images, how good they are by every order that is there (higher is better), and the prompt of an entry."""
+    caption = in_schema(record, where, names).get("caption")
+    images = next((record[name] for name in _IMAGE_LISTS if name in record), None)
+    if not isinstance(images, list) or len(images) < 2:
+        remedy = f"give at least two paths under one of {', '.join(_IMAGE_LISTS)}"
+        raise broken("malformed row", f"{where}, images", images, "is not a list of several images", remedy)
+    keys = [key for key in _RANKED if key in record]
+    for key in keys or ["rank"]:
+        ranks = record.get(key)
+        if not isinstance(ranks, list) or len(ranks) != len(images) or any(number(rank) is None for rank in ranks):
+            remedy = f"give one number for each of the {len(images)} images"
+            raise broken("malformed label", f"{where}, {key}", ranks, "does not rank the images", remedy)
+    orders = [[_RANKED[key] * float(rank) for rank in record[key]] for key in keys]
+    return {"images": images, "orders": orders, "caption": caption}
+
+
+def _caught(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``read`` returns, or the ``BrokenRow`` that it raises."""
+    try:
+        return read(*arguments)
+    except BrokenRow as error:
+        return error
+
+
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        shown = data[:80].decode("utf-8", "replace").strip()
+        raise broken("malformed row", where, shown, f"is not valid JSON ({error})", "write one object a line") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _text(data: bytes, where: str) -> str:
+    """Text as UTF-8, or with the encoding that its byte order mark tells."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        remedy = "write it again as UTF-8"
+        raise broken("malformed caption", where, data[:40], f"is not UTF-8 ({error.reason})", remedy) from None

@@ -1,91 +1,22 @@
-"""Where pairs come from: one protocol for every format, and the choice of the format from the path.
-
-A source is a numbered list of rows. Labels, captions and scores of all rows are read at once, since they are small;
-the encoded bytes of an image are read when they are asked for. ``PairDataset`` does the rest: which side won, what is
-broken, decoding and cropping.
-"""
+"""Open pairs of any format, and tell the format and the split from the path."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.records import PAIRS_FILE, RecordSource, folder_rows, looks_ranked, ranked_rows, shard_rows
+from fastinvdpo.data.rows import SCHEMA
+from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.tables import TableSource, parquet_locations
 from fastinvdpo.errors import invalid
 
-SCHEMA = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
 FORMATS = ("parquet", "folder", "hpd", "webdataset", "datasets")
-
-
-class PairSource(ABC):
-    """Rows of pairs, addressed by number.
-
-    Attributes:
-        path: what the user named; format: one of :data:`FORMATS`.
-        streaming: images are not looked at before they are drawn, and the order of draws follows :meth:`groups`.
-        groups_per_window: how many groups are mixed with one another.
-    """
-
-    path: str
-    format: str
-    streaming: bool = False
-    groups_per_window: int = 1
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def resolve(self, required: Sequence[str], optional: Sequence[str]) -> set[str]:
-        """Names of the schema that are stored. Raises ``InvalidInput`` where a required one is not."""
-
-    @abstractmethod
-    def values(self, name: str) -> list[Any]:
-        """Label, caption or score of every row as it is stored, None where there is none."""
-
-    @abstractmethod
-    def image(self, row: int, side: int) -> memoryview:
-        """The encoded bytes of image 0 or 1. Raises ``BrokenRow`` where there are none."""
-
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """Every local file that the pairs follow from. Raises ``InvalidInput`` where they are not all local."""
-
-    def shown(self, name: str) -> str:
-        """The name under which a part of the schema is stored, for messages."""
-        return name
-
-    def place(self, row: int) -> str:
-        """File and line of a row, for the list of broken rows."""
-        return f"row {row}"
-
-    def where(self, row: int, name: str) -> str:
-        """Row and column, as errors name them."""
-        return f"{self.place(row)}, column {self.shown(name)!r}"
-
-    def problem(self, row: int) -> BrokenRow | None:
-        """What is wrong with the row as a whole, where it could not even be read."""
-        return None
-
-    def groups(self) -> list[int] | None:
-        """Sizes of consecutive groups of rows that are read together; None where rows are read one by one."""
-        return None
-
-    def column_names(self) -> list[str]:
-        """All stored columns, those that are no part of the schema too; empty where rows are no table.
-
-        Raises ``InvalidInput`` where the files of a table have different ones.
-        """
-        return []
-
-    def tables(self) -> Iterator[Any]:
-        """All rows with all columns, as pieces of a ``pyarrow.Table``; nothing where rows are no table."""
-        return iter(())
-
-    def footers(self) -> list[Mapping[bytes, bytes]]:
-        """The metadata of every parquet file; empty for other formats."""
-        return []
+# Words in a file's name that tell its split, as `datasets` reads them.
+_SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
+_SPLITS |= {"test": ("test", "testing", "eval", "evaluation")}
 
 
 def open_source(
@@ -106,8 +37,9 @@ def open_source(
     Args:
         format: one of :data:`FORMATS`, or ``"auto"``: told from the path (:func:`detect_format`).
         columns: where the names of the schema are stored under other names.
-        split, revision, subset: of a ``datasets`` repository.
-        streaming: read images when they are drawn; parquet in row groups where it lies, without a copy.
+        split: of a ``datasets`` repository, or of the files in a directory whose names tell it.
+        revision, subset: of a ``datasets`` repository.
+        streaming: read images when they are needed; parquet in row groups where it lies, without a copy.
         shuffle_buffer: pairs that are mixed, and kept in memory, where parquet is streamed.
         image_root: directory that image paths are relative to; that of the file with the paths when None.
         rank_pairs: ``"all"`` pairs of a ranked list of images, or ``"best"`` against each of the rest.
@@ -115,37 +47,37 @@ def open_source(
     Raises:
         InvalidInput: nothing is there, the format cannot be told, or an option does not belong to it.
     """
-    from fastinvdpo.data.folders import FolderSource, HPDSource
-    from fastinvdpo.data.hub import hub_source
-    from fastinvdpo.data.shards import ShardSource
-    from fastinvdpo.data.tables import ParquetSource, StreamedParquet, parquet_files
-
-    names = dict(columns or {})
+    names, shown = dict(columns or {}), str(path)
     for name in names:
         if name not in SCHEMA:
             raise invalid("data.columns", names, f"maps {name!r}, which no pair has", f"map from {SCHEMA}")
+    if rank_pairs not in ("all", "best"):
+        raise invalid("data.rank_pairs", rank_pairs, "is not a choice of pairs", "use 'all' or 'best'")
     kind = detect_format(path) if format == "auto" else format
+    table = partial(TableSource, shown, kind, names, streaming=streaming, shuffle_buffer=shuffle_buffer)
     if kind == "parquet":
-        files = parquet_files(path)
-        if streaming:
-            return StreamedParquet(str(path), [str(file) for file in files], names, shuffle_buffer)
-        return ParquetSource(str(path), files, names)
-    if kind == "folder":
-        return FolderSource(path, names, image_root, streaming=streaming)
-    if kind == "hpd":
-        return HPDSource(path, names, image_root, rank_pairs, streaming=streaming)
-    if kind == "webdataset":
-        return ShardSource(path, names, streaming=streaming)
+        return table(locations=[str(file) for file in files_of(path, ".parquet", split)])
     if kind == "datasets":
         options = {"split": split, "revision": revision, "subset": subset}
-        return hub_source(str(path), names, options, streaming=streaming, shuffle_buffer=shuffle_buffer)
-    raise invalid("data.format", format, "is not a known format", f"use 'auto' or one of {FORMATS}")
+        return table(locations=parquet_locations(shown, options)) if streaming else table(repository=options)
+    if kind == "webdataset":
+        files = files_of(path, ".tar", split)
+        return RecordSource(shown, kind, names, shard_rows(files, names), files, streaming=streaming)
+    if kind not in FORMATS:
+        raise invalid("data.format", format, "is not a known format", f"use 'auto' or one of {FORMATS}")
+    listing = Path(path) / PAIRS_FILE if kind == "folder" and Path(path).is_dir() else Path(path)
+    if not listing.is_file():
+        raise invalid("data.path", shown, f"holds no {listing.name}", "name the file that lists the pairs")
+    root = Path(image_root) if image_root is not None else listing.parent
+    if not root.is_dir():
+        raise invalid("data.image_root", str(root), "is not a directory", "name the directory of the images")
+    _of_split([listing], split, shown)
+    rows = folder_rows(listing, names) if kind == "folder" else ranked_rows(listing, names, rank_pairs)
+    return RecordSource(shown, kind, names, rows, [listing], root=root, streaming=streaming)
 
 
 def detect_format(path: str | Path) -> str:
     """Which of :data:`FORMATS` a path holds. Raises ``InvalidInput`` saying why it cannot be told."""
-    from fastinvdpo.data.folders import first_record, looks_ranked
-
     root = Path(path)
     if root.is_dir():
         return _directory_format(root)
@@ -156,32 +88,75 @@ def detect_format(path: str | Path) -> str:
         raise invalid("data.path", str(path), "does not exist", remedy)
     suffix = root.suffix.lower()
     if suffix in (".json", ".jsonl"):
-        return "hpd" if looks_ranked(first_record(root)) else "folder"
-    if suffix == ".tar":
-        return "webdataset"
-    return "parquet"
+        return "hpd" if looks_ranked(root) else "folder"
+    return "webdataset" if suffix == ".tar" else "parquet"
+
+
+def files_of(path: str | Path, suffix: str, split: str | None = None) -> list[Path]:
+    """The file itself, or the files of a directory that end in ``suffix``, in the order of their names.
+
+    Where the names tell a split, only those of ``split`` count; None takes all, if they are of one split. Hidden files
+    are left out: temporary ones, and the ``._`` companions that a Mac writes.
+
+    Raises:
+        InvalidInput: nothing is there, or no such split.
+    """
+    root = Path(path)
+    if root.is_dir():
+        found = sorted(file for file in _visible(root, suffix) if file.is_file())
+        if not found:
+            problem = f"is a directory without *{suffix} files"
+            raise invalid("data.path", str(path), problem, "name a file, or a directory of shards")
+        return _of_split(found, split, str(path))
+    if not root.is_file():
+        raise invalid("data.path", str(path), "does not exist", f"name a {suffix} file or a directory of them")
+    return _of_split([root], split, str(path))
+
+
+def _of_split(files: list[Path], split: str | None, path: str) -> list[Path]:
+    told = {file: _split_of(file) for file in files}
+    found = {name for name in told.values() if name is not None}
+    if files == [Path(path)] and split == "train":
+        return files  # the default; a file that is named counts whatever its name
+    if not found and split in (None, "train"):
+        return files
+    if None in told.values() and found:
+        unnamed = next(file.name for file, name in told.items() if name is None)
+        problem = f"has files of the split {', '.join(sorted(found))}, and {unnamed}, whose name tells none"
+        raise invalid("data.path", path, problem, "rename or move those that are not meant, or name one file")
+    if split is None and len(found) == 1:
+        return files
+    asked = next((name for name, words in _SPLITS.items() if split in words), None)
+    if asked not in found:
+        problem = f"is not a split of {path}, whose file names tell {', '.join(sorted(found)) or 'none'}"
+        raise invalid("data.split", split, problem, "choose one of those, or name one file")
+    return [file for file, name in told.items() if name == asked]
+
+
+def _split_of(file: Path) -> str | None:
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    return next((name for name, known in _SPLITS.items() if any(word in known for word in words)), None)
+
+
+def _visible(root: Path, suffix: str) -> list[Path]:
+    return [file for file in root.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
 
 
 def _directory_format(root: Path) -> str:
-    found = [
-        kind
-        for kind, there in (
-            ("parquet", any(root.glob("*.parquet"))),
-            ("webdataset", any(root.glob("*.tar"))),
-            ("folder", (root / "pairs.jsonl").is_file()),
-        )
-        if there
-    ]
-    if not found and (any(root.glob("data/*.parquet")) or (root / "dataset_info.json").is_file()):
+    kinds = {
+        "parquet": bool(_visible(root, ".parquet")),
+        "webdataset": bool(_visible(root, ".tar")),
+        "folder": (root / PAIRS_FILE).is_file(),
+    }
+    found = [kind for kind, there in kinds.items() if there]
+    nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
+    if not found and (nested or (root / "dataset_info.json").is_file()):
         found = ["datasets"]  # the layout of a repository, or what Dataset.save_to_disk wrote
     if len(found) > 1:
         problem = f"holds what could be read as {' and as '.join(found)}"
         raise invalid("data.path", str(root), problem, "set data.format to one of them")
     if not found:
-        raise invalid(
-            "data.path",
-            str(root),
-            "is a directory without *.parquet files, *.tar shards or a pairs.jsonl, so its format cannot be told",
-            "name a directory of shards, the .json file of ranked images, or set data.format",
-        )
+        problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be told"
+        remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
+        raise invalid("data.path", str(root), problem, remedy)
     return found[0]

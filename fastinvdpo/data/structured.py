@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeAlias
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow
-from fastinvdpo.data.folders import json_lines
+from fastinvdpo.data.records import json_lines
 from fastinvdpo.errors import InvalidInput, invalid
 
 require("pydantic", extra="train", purpose="reading structured images")

@@ -1,7 +1,12 @@
-"""Parquet files as a source of pairs: in memory, memory-mapped, or streamed by row groups."""
+"""Pairs in the columns of tables: parquet files, and everything that ``datasets`` loads.
+
+``datasets`` keeps large sets and repositories as memory-mapped Arrow files. Streaming reads parquet by row groups here:
+the shuffle buffer of ``datasets`` is lost when a run resumes, and pairs would come in another order.
+"""
 
 from __future__ import annotations
 
+import glob
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -12,294 +17,250 @@ from typing import Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.images import image_bytes
-from fastinvdpo.data.sources import PairSource
+from fastinvdpo.data.rows import IMAGES, LABELS, SCHEMA, choices, stored_under
+from fastinvdpo.data.source import PairSource
 from fastinvdpo.errors import invalid
 
 # Larger sets are converted once to memory-mapped Arrow files by `datasets` (its cache directory, HF_DATASETS_CACHE):
 # parquet cannot read a single row, and every process of a run would otherwise hold its own copy.
 IN_MEMORY_BYTES = 2 * 1024**3
+_ROWS_PER_PIECE = 256
+_PURPOSE = "reading preference pairs"
 
 
 class TableSource(PairSource):
-    """Pairs in the columns of one ``pyarrow.Table``, opened by :meth:`open` when it is first needed."""
-
-    follow_paths = False
-
-    def __init__(self, path: str, names: Mapping[str, str]) -> None:
-        self.path, self._names = path, dict(names)
-        self._columns: dict[str, str] = {}
-        self._table: Any = None
-
-    def open(self, stored: list[str]) -> Any:
-        """The table with at least the columns ``stored``."""
-        raise NotImplementedError
-
-    def schemas(self) -> list[tuple[str, list[str]]]:
-        """``(file, its columns)`` for every file."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    @property
-    def table(self) -> Any:
-        if self._table is None:
-            arrow = require("pyarrow", extra="train", purpose="reading preference pairs")
-            table = self.open(list(dict.fromkeys(self._columns.values())))
-            self._table = arrow.table({name: table.column(column) for name, column in self._columns.items()})
-        return self._table
-
-    def resolve(self, required: Sequence[str], optional: Sequence[str]) -> set[str]:
-        self._columns = resolve_columns(self.schemas(), self._names, required, optional)
-        self._table = None
-        return set(self._columns)
-
-    def values(self, name: str) -> list[Any]:
-        values: list[Any] = self.table.column(name).to_pylist()
-        return values
-
-    def image(self, row: int, side: int) -> memoryview:
-        name = f"jpg_{side}"
-        return image_bytes(self.table.column(name)[row], self.where(row, name), follow_paths=self.follow_paths)
-
-    def shown(self, name: str) -> str:
-        return self._columns.get(name, name)
-
-    def column_names(self) -> list[str]:
-        return _same_columns(self.schemas())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Worker processes open the files themselves: a memory-mapped set must not be copied through a pipe.
-        return {**self.__dict__, "_table": None}
-
-
-class ParquetSource(TableSource):
-    """One parquet file, or a directory of shards in the order of their names."""
-
-    format = "parquet"
-
-    def __init__(self, path: str, files: Sequence[Path], names: Mapping[str, str]) -> None:
-        super().__init__(path, names)
-        self._files = list(files)
-
-    def schemas(self) -> list[tuple[str, list[str]]]:
-        return [(str(file), _metadata(file, str(file)).schema.to_arrow_schema().names) for file in self._files]
-
-    def open(self, stored: list[str]) -> Any:
-        return open_table(self._files, stored)
-
-    def files(self) -> list[Path]:
-        return list(self._files)
-
-    def tables(self) -> Iterator[Any]:
-        return _row_groups([str(file) for file in self._files])
-
-    def footers(self) -> list[Mapping[bytes, bytes]]:
-        return _footers([str(file) for file in self._files])
-
-
-class StreamedParquet(PairSource):
-    """Parquet files read a row group at a time, where they are: nothing is copied, and a few groups are in memory.
+    """The columns of one or several tables.
 
     Args:
-        locations: files, local paths or addresses that fsspec knows, such as ``hf://``.
-        shuffle_buffer: pairs that are mixed with one another. Twice as many are kept, at least two row groups.
+        locations: parquet files, local paths or addresses that fsspec knows, such as ``hf://``.
+        repository: ``split, revision, subset`` of what ``datasets`` loads from ``path``, instead of ``locations``.
+        shuffle_buffer: pairs that are mixed when streaming. Twice as many are kept, at least two row groups.
     """
-
-    streaming = True
 
     def __init__(
         self,
         path: str,
-        locations: Sequence[str],
+        format: str,
         names: Mapping[str, str],
-        shuffle_buffer: int,
         *,
-        format: str = "parquet",
-        follow_paths: bool = False,
+        locations: Sequence[str] = (),
+        repository: Mapping[str, str | None] | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1,
     ) -> None:
-        self.path, self.format, self._names = path, format, dict(names)
-        self._locations, self._follow_paths = list(locations), follow_paths
+        self.path, self.format, self.names, self.streaming = path, format, dict(names), streaming
+        self._locations, self._repository = list(locations), repository
+        self.split = None if repository is None else repository["split"]
         self._columns: dict[str, str] = {}
-        self._groups: list[tuple[str, int, int]] = []  # file, number in the file, rows
-        self._names_of_files: list[tuple[str, list[str]]] = []
-        for location in self._locations:
-            with _open(location) as file:
-                metadata = _metadata(file, location)
-                self._names_of_files.append((location, metadata.schema.to_arrow_schema().names))
-                rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-            self._groups += [(location, number, count) for number, count in enumerate(rows)]
-        self._starts = [0, *accumulate(rows for _, _, rows in self._groups)]
-        largest = max((rows for _, _, rows in self._groups), default=1)
-        self.groups_per_window = max(1, -(-shuffle_buffer // max(1, largest)))
+        self._values: dict[str, list[Any]] = {}
+        self._dataset: Any = None
         self._loaded: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
+        if self._locations:
+            metadata = [_metadata(location) for location in self._locations]
+            self._schemas = [(file, m.schema.to_arrow_schema()) for file, m in zip(locations, metadata, strict=True)]
+            self._groups = [
+                (file, number, m.row_group(number).num_rows)
+                for file, m in zip(locations, metadata, strict=True)
+                for number in range(m.num_row_groups)
+            ]
+        else:
+            table = self._repository_table()
+            self._schemas, self._groups = [(path, table.schema)], [(path, 0, table.num_rows)]
+        sizes = [rows for *_, rows in self._groups]
+        self._starts = [0, *accumulate(sizes if streaming else [sum(sizes)])]
+        self.groups_per_window = max(1, -(-shuffle_buffer // max([1, *sizes])))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def resolve(self, required: Sequence[str], optional: Sequence[str]) -> set[str]:
-        self._columns = resolve_columns(self._names_of_files, self._names, required, optional)
+    def resolve(self, required: Sequence[str]) -> set[str]:
+        found = [self._found(file, schema, required) for file, schema in self._schemas]
+        for (file, _), columns in zip(self._schemas, found, strict=True):
+            for name in {**found[0], **columns}:
+                if name not in columns or name not in found[0]:
+                    problem = f"{'lacks' if name not in columns else 'has'} the column of {name!r}, unlike other files"
+                    raise invalid("data.path", file, problem, "write all files with the same columns")
+        self._columns = found[0]
+        small = [name for name in self._columns if name not in IMAGES]
+        self._values = {name: self._read_small(self._columns[name]) for name in small}
         return set(self._columns)
 
-    def values(self, name: str) -> list[Any]:
-        parquet = require("pyarrow.parquet", extra="train", purpose="reading preference pairs")
-        column = self._columns[name]
-        found: list[Any] = []
-        for location in self._locations:
-            with _open(location) as file:
-                found += parquet.ParquetFile(file).read(columns=[column]).column(column).to_pylist()
-        return found
+    def record(self, row: int) -> Mapping[str, Any]:
+        return {name: values[row] for name, values in self._values.items()}
 
     def image(self, row: int, side: int) -> memoryview:
         number = bisect_right(self._starts, row) - 1
         name = f"jpg_{side}"
         cell = self._group(number).column(self._columns[name])[row - self._starts[number]]
-        return image_bytes(cell, self.where(row, name), follow_paths=self._follow_paths)
+        return image_bytes(cell, self.where(row, name), follow_paths=self.format == "datasets")
 
-    def groups(self) -> list[int]:
-        return [rows for _, _, rows in self._groups]
+    def groups(self) -> list[int] | None:
+        return [rows for *_, rows in self._groups] if self.streaming else None
 
     def files(self) -> list[Path]:
         if any("://" in location for location in self._locations):
             problem = "is read from a remote place, whose content cannot be hashed for a cache"
             raise invalid("data.streaming", True, problem, "set data.streaming to false, or cache.path to null")
-        return [Path(location) for location in self._locations]
+        self._repository_table()
+        cached = [] if self._dataset is None else [entry["filename"] for entry in self._dataset.cache_files]
+        if not (cached or self._locations):
+            remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
+            raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
+        return [Path(file) for file in (self._locations or cached)]
 
     def shown(self, name: str) -> str:
-        return self._columns.get(name, name)
+        return self._columns.get(name, self.names.get(name, name))
 
     def column_names(self) -> list[str]:
-        return _same_columns(self._names_of_files)
+        (first, schema), *others = self._schemas
+        for file, found in others:
+            if set(found.names) != set(schema.names):
+                problem = f"its columns {found.names} are not those of {first}, {schema.names}"
+                raise invalid("data.path", file, problem, "write files with the same columns")
+        return list(schema.names)
 
     def tables(self) -> Iterator[Any]:
-        return _row_groups(self._locations)
+        if self._locations:
+            for location, number, _ in self._groups:
+                yield _read(location, number)
+            return
+        whole = self._repository_table()
+        yield from (whole.slice(start, _ROWS_PER_PIECE) for start in range(0, whole.num_rows, _ROWS_PER_PIECE))
 
     def footers(self) -> list[Mapping[bytes, bytes]]:
-        return _footers(self._locations)
+        return [_metadata(location).metadata or {} for location in self._locations]
+
+    def _found(self, file: str, schema: Any, required: Sequence[str]) -> dict[str, str]:
+        """Which column of a file serves each part of the schema."""
+        types = require("pyarrow", extra="train", purpose=_PURPOSE).types
+        columns = {
+            name: next((key for key in stored_under(name, self.names) if key in schema.names), None) for name in SCHEMA
+        }
+        found = {name: key for name, key in columns.items() if key is not None}
+        for name in choices(self.names):
+            kinds = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
+            if name in schema.names and any(kind(schema.field(name).type) for kind in kinds):
+                found[name] = name
+        says_who_won = any(name in found for name in (*LABELS, *choices(self.names)))
+        for name in dict.fromkeys((*required, *self.names)):
+            if name not in found and (name in self.names or not (name == "label_0" and says_who_won)):
+                raise invalid(
+                    "data.path",
+                    file,
+                    f"has no column {self.names.get(name, name)!r}; its columns are {schema.names}",
+                    f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}",
+                )
+        return found
+
+    def _read_small(self, column: str) -> list[Any]:
+        if not self._locations:
+            found: list[Any] = self._repository_table().column(column).to_pylist()
+            return found
+        return [value for file in self._locations for value in _read(file, None, [column]).column(0).to_pylist()]
 
     def _group(self, number: int) -> Any:
-        parquet = require("pyarrow.parquet", extra="train", purpose="reading preference pairs")
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
-                location, group, _ = self._groups[number]
-                columns = list(dict.fromkeys(self._columns[name] for name in ("jpg_0", "jpg_1")))
-                with _open(location) as file:
-                    self._loaded[number] = parquet.ParquetFile(file).read_row_group(group, columns=columns)
+                self._loaded[number] = self._read_images(number)
                 # Two windows: images of the next one may be read ahead of the last ones of this one.
                 while len(self._loaded) > 2 * self.groups_per_window:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(number)
             return self._loaded[number]
 
+    def _read_images(self, number: int) -> Any:
+        columns = list(dict.fromkeys(self._columns[name] for name in IMAGES))
+        if not self._locations:
+            return self._repository_table().select(columns)
+        if self.streaming:
+            location, group, _ = self._groups[number]
+            return _read(location, group, columns)
+        return open_table(self._locations, columns)
+
+    def _repository_table(self) -> Any:
+        if self._repository is None:
+            return None
+        if self._dataset is None:
+            self._dataset = _load(self.path, self._repository)
+        return self._dataset.data.table
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": OrderedDict(), "_lock": None}
+        # Worker processes open the files themselves: a memory-mapped set must not be copied through a pipe.
+        return {**self.__dict__, "_dataset": None, "_values": {}, "_loaded": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
 
-def parquet_files(path: str | Path) -> list[Path]:
-    """The file itself, or the ``*.parquet`` shards of a directory in the order of their names.
-
-    Raises:
-        InvalidInput: nothing is there, or a directory without shards.
-    """
-    root = Path(path)
-    if root.is_dir():
-        files = sorted(root.glob("*.parquet"))
-        if not files:
-            raise invalid(
-                "data.path", str(path), "is a directory without *.parquet files", "name a directory of shards"
-            )
-        return files
-    if not root.is_file():
-        raise invalid("data.path", str(path), "does not exist", "name a parquet file or a directory of parquet shards")
-    return [root]
-
-
-def resolve_columns(
-    schemas: Sequence[tuple[str, list[str]]],
-    names: Mapping[str, str],
-    required: Sequence[str],
-    optional: Sequence[str],
-) -> dict[str, str]:
-    """Which stored column serves each schema name; optional ones that are not stored are left out.
-
-    Raises:
-        InvalidInput: a file lacks a required (or explicitly mapped) column.
-    """
-    known = (*required, *optional)
-    for file, found in schemas:
-        for name in known:
-            stored = names.get(name, name)
-            if stored not in found and (name in required or name in names):
-                raise invalid(
-                    "data.path",
-                    file,
-                    f"has no column {stored!r}; its columns are {found}",
-                    f"map your name with data.columns, such as {{{name}: {found[0] if found else 'my_column'}}}",
-                )
-    first = schemas[0][1]
-    return {name: names.get(name, name) for name in known if names.get(name, name) in first}
-
-
-def open_table(files: Sequence[Path], stored: list[str]) -> Any:
+def open_table(files: Sequence[str], stored: list[str]) -> Any:
     """One ``pyarrow.Table`` of the columns ``stored``; memory-mapped when the files exceed :data:`IN_MEMORY_BYTES`."""
-    arrow = require("pyarrow", extra="train", purpose="reading preference pairs")
+    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
     try:
-        if sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES:
-            return _memory_mapped(files, stored)
-        parquet = require("pyarrow.parquet", extra="train", purpose="reading preference pairs")
-        return arrow.concat_tables(
-            [parquet.read_table(file, columns=stored, partitioning=None) for file in files],
-            promote_options="permissive",
-        )
+        if sum(Path(file).stat().st_size for file in files) > IN_MEMORY_BYTES:
+            datasets = require("datasets", extra="train", purpose="reading large sets of preference pairs")
+            paths = [glob.escape(file) for file in files]
+            return datasets.load_dataset("parquet", data_files=paths, columns=stored, split="train").data.table
+        return arrow.concat_tables([_read(file, None, stored) for file in files], promote_options="permissive")
     except (arrow.ArrowInvalid, arrow.ArrowTypeError, OSError) as error:
-        shown = [str(file) for file in files]
-        raise invalid("data.path", shown, f"cannot be read as one table ({error})", "write the files again") from error
+        problem = f"cannot be read as one table ({error})"
+        raise invalid("data.path", list(files), problem, "write the files again") from error
 
 
-def _memory_mapped(files: Sequence[Path], stored: list[str]) -> Any:
-    datasets = require("datasets", extra="train", purpose="reading large sets of preference pairs")
-    loaded = datasets.load_dataset("parquet", data_files=[str(file) for file in files], columns=stored, split="train")
-    return loaded.data.table
+def parquet_locations(path: str, options: Mapping[str, str | None]) -> list[str]:
+    """The parquet files of a repository, where they lie. Raises ``InvalidInput`` where it stores anything else."""
+    splits = _datasets(path, "load_dataset_builder", options).config.data_files or {}
+    if options["split"] not in splits:
+        remedy = f"choose one of {', '.join(map(str, splits)) or 'none'}"
+        raise invalid("data.split", options["split"], f"{path} has no such split", remedy)
+    locations = [str(location) for location in splits[options["split"]]]
+    other = [location for location in locations if not location.endswith(".parquet")]
+    if other:
+        problem = f"{path} stores {other[0]}, and only parquet can be read by row groups"
+        raise invalid("data.streaming", True, problem, "set data.streaming to false")
+    return locations
 
 
-def _same_columns(schemas: Sequence[tuple[str, list[str]]]) -> list[str]:
-    (first, names), *others = schemas
-    for file, found in others:
-        if set(found) != set(names):
-            problem = f"its columns {found} are not those of {first}, {names}"
-            raise invalid("data.path", file, problem, "write files with the same columns")
-    return names
+def _load(path: str, options: Mapping[str, str | None]) -> Any:
+    """A split of a repository, or what ``Dataset.save_to_disk`` wrote."""
+    if (Path(path) / "dataset_info.json").is_file() and (Path(path) / "state.json").is_file():
+        found = _datasets(path, "load_from_disk", None)
+        if options["split"] not in ("train", str(found.split)):  # the default; a directory that is named counts
+            problem = f"is not the split that was saved in {path}, {found.split}"
+            raise invalid("data.split", options["split"], problem, "leave it out, or name another directory")
+    else:
+        found = _datasets(path, "load_dataset", options, split=options["split"])
+    return found if found._indices is None else found.flatten_indices()
 
 
-def _row_groups(locations: Sequence[str]) -> Iterator[Any]:
-    parquet = require("pyarrow.parquet", extra="train", purpose="reading preference pairs")
-    for location in locations:
-        with _open(location) as file:
-            opened = parquet.ParquetFile(file)
-            for number in range(opened.num_row_groups):
-                yield opened.read_row_group(number)
-
-
-def _footers(locations: Sequence[str]) -> list[Mapping[bytes, bytes]]:
-    found = []
-    for location in locations:
-        with _open(location) as file:
-            found.append(_metadata(file, location).metadata or {})
-    return found
-
-
-def _metadata(file: Any, shown: str) -> Any:
-    parquet = require("pyarrow.parquet", extra="train", purpose="reading preference pairs")
-    arrow = require("pyarrow", extra="train", purpose="reading preference pairs")
+def _datasets(path: str, function: str, options: Mapping[str, str | None] | None, **more: Any) -> Any:
+    datasets = require("datasets", extra="train", purpose="data.format = datasets")
+    which = {} if options is None else {"name": options["subset"], "revision": options["revision"]}
     try:
-        return parquet.ParquetFile(file).metadata
+        return getattr(datasets, function)(path, **which, **more)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        remedy = "check name, data.split, data.subset and data.revision, and whether the hub can be reached"
+        problem = f"cannot be loaded by datasets ({type(error).__name__}: {error})"
+        raise invalid("data.path", path, problem, remedy) from error
+
+
+def _read(location: str, group: int | None, columns: list[str] | None = None) -> Any:
+    """A row group, or the whole file."""
+    parquet = require("pyarrow.parquet", extra="train", purpose=_PURPOSE)
+    with _open(location) as file:
+        opened = parquet.ParquetFile(file)
+        return opened.read(columns=columns) if group is None else opened.read_row_group(group, columns=columns)
+
+
+def _metadata(location: str) -> Any:
+    parquet = require("pyarrow.parquet", extra="train", purpose=_PURPOSE)
+    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
+    try:
+        with _open(location) as file:
+            return parquet.ParquetFile(file).metadata
     except (arrow.ArrowInvalid, OSError) as error:
-        raise invalid("data.path", shown, f"is not a readable parquet file ({error})", "write it again") from error
+        raise invalid("data.path", location, f"is not a readable parquet file ({error})", "write it again") from error
 
 
 def _open(location: str) -> Any:

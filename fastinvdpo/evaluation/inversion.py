@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from fastinvdpo._extras import require
+from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.data.pairs import PairDataset
-from fastinvdpo.data.tables import parquet_files
+from fastinvdpo.data.sources import files_of
 from fastinvdpo.data.transforms import Decisions, transform
 from fastinvdpo.errors import invalid
 from fastinvdpo.models import load_model
@@ -273,14 +275,11 @@ def _pixel_mse(first: Image, second: Image) -> Tensor:
 
 def _open_files(inputs: Sequence[str | Path], max_images: int) -> list[tuple[str, Image]]:
     """``[(name, picture)]`` of the first ``max_images`` files; every one of them must be an image."""
-    image_module = require("PIL.Image", extra="train", purpose="reading images")
     pictures = []
     for number, file in enumerate(inputs[:max_images]):
         try:
-            with image_module.open(file) as opened:
-                opened.load()
-                pictures.append((str(file), opened.copy() if opened.mode == "L" else opened.convert("RGB")))
-        except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+            pictures.append((str(file), decode(file_bytes(Path(file), str(file)), str(file))))
+        except BrokenRow as error:
             raise invalid(f"inputs[{number}]", str(file), f"is not a readable image ({error})", _INPUTS) from error
     return pictures
 
@@ -293,7 +292,7 @@ def _pair_set(inputs: Sequence[str | Path]) -> Path | None:
     if sets and len(inputs) > 1:
         raise invalid("inputs", [str(path) for path in inputs], "mixes a pair set with other paths", _INPUTS)
     if sets:
-        parquet_files(sets[0])
+        files_of(sets[0], ".parquet", "train")
     return sets[0] if sets else None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.tables import parquet_files
+from fastinvdpo.data.sources import files_of
 from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
 
 # Keys and columns that are looked for where none is named, in this order.
@@ -81,7 +81,7 @@ def _entry(entry: Any, where: str, column: str | None) -> Any:
 def _column(path: Path, column: str | None) -> list[Any]:
     parquet = require("pyarrow.parquet", extra="train", purpose="reading prompts")
     found: list[Any] = []
-    for file in parquet_files(path):
+    for file in files_of(path, ".parquet"):
         try:
             table = parquet.ParquetFile(file)
             chosen = _chosen(table.schema_arrow.names, str(file), column)

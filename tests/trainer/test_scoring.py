@@ -22,9 +22,9 @@ from fastinvdpo.data.scoring import FunctionScorer, open_scorer
 from fastinvdpo.data.scoring.clip import Clip
 from fastinvdpo.data.scoring.ranges import METADATA, stored_range
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.trainer import scoring
+from fastinvdpo.evaluation import scoring
+from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_pairs
 from fastinvdpo.trainer.config_files import load_data_section
-from fastinvdpo.trainer.scoring import list_of_broken, open_to_score, score_pairs
 from tests.data.scoring import tiny
 from tests.data.scoring.test_scorers import pictures
 from tests.data.test_pairs import encoded, image, row, store

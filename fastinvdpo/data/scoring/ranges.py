@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastinvdpo.data.sources import PairSource
+from fastinvdpo.data.source import PairSource
 from fastinvdpo.errors import invalid
 
 METADATA = b"fastinvdpo.scores"

@@ -11,18 +11,20 @@ import hashlib
 import json
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.broken import BrokenRow, BrokenRows, broken, by_cause
+from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, entry, jsonl
 from fastinvdpo.data.digests import Digests, differences, key_hash
 from fastinvdpo.data.images import decode
+from fastinvdpo.data.rows import IMAGES, caption_of
 from fastinvdpo.data.scoring import in_batches, open_scorer
 from fastinvdpo.data.scoring.ranges import METADATA, ScoreRange
 from fastinvdpo.data.scoring.scored_table import write_scored
@@ -45,7 +47,8 @@ _READ_BY_SCORE = frozenset(
     {"path", "format", "split", "revision", "subset", "image_root", "rank_pairs", "columns", "max_broken"}
 )
 _THREADS, _ROWS_AHEAD = 4, 16
-_IDENTITY: TypeAlias = tuple[bytes, str]  # SHA-256 of an image, caption
+_Identity: TypeAlias = tuple[bytes, str]  # SHA-256 of an image, caption
+_Sides: TypeAlias = list[tuple[_Identity, "Image"]]
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,11 @@ class ScoreResult:
     broken: dict[str, int]
     columns: dict[str, tuple[str, str]]
     ranges: dict[str, ScoreRange]
-    computed: int
+    computed: int = 0
 
     def __str__(self) -> str:
-        left_out = (
-            f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})" if self.broken else ""
-        )
-        lines = [f"{self.rows} rows: {self.pairs} pairs scored{left_out}. Output: {self.output}"]
+        left_out = f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})"
+        lines = [f"{self.rows} rows: {self.pairs} pairs scored{left_out if self.broken else ''}. Output: {self.output}"]
         for name, (first, second) in self.columns.items():
             found = self.ranges[name]
             span = f"{found.low:.5g} to {found.high:.5g}, score_range {found.value:.5g}"
@@ -132,18 +133,21 @@ def score_pairs(
         output: written atomically at the end; ``<output>.parts`` holds what is finished until then.
         relabel: name of a scorer: the image with its higher score becomes the winner, equal scores are a tie. The
             labels that were there move to ``original_label_0`` and ``original_label_1``.
-        max_broken: how many rows may be left out for a broken image or a missing caption, a count or a share; they are
-            listed in ``<output>.broken.jsonl``. Zero: the first one is an error.
+        max_broken: how many rows may be left out for a broken image or caption, a count or a share; they are listed in
+            ``<output>.broken.jsonl``. Zero: the first one is an error.
         progress: show a progress bar.
 
     Raises:
-        InvalidInput: a row is broken; a name, column or option cannot be used; output or parts belong to other scorers,
-            data or options, naming what differs; another process is writing there.
+        InvalidInput: a row is broken; a name, column or option cannot be used; the output lies among the data; output
+            or parts belong to other scorers, data or options, naming what differs; another process is writing there.
     """
-    stored = source.resolve(("jpg_0", "jpg_1", "caption"), ("label_0", "label_1", "score_0", "score_1"))
+    stored = source.resolve((*IMAGES, "caption"))
     columns = _columns(scorers, named, source.column_names() or sorted(stored))
     if relabel is not None and relabel not in columns:
         raise invalid("relabel", relabel, "is the name of no scorer", f"use one of {', '.join(columns)}")
+    if Path(source.path).is_dir() and output.resolve().parent == Path(source.path).resolve():
+        remedy = "name another directory: the next run would read the output"
+        raise invalid("output", str(output), "lies among the files that are read", remedy)
     parts = output.with_name(f"{output.name}.parts")
     manifest = _read_manifest(parts)
     digests = Digests(manifest["files"] if manifest else None)
@@ -163,7 +167,9 @@ def score_pairs(
         found = list(work.parts(bad, progress))
         result, scores, labels = _assembled(source, output, columns, found, bad, relabel)
         metadata = {METADATA: json.dumps(_description(final, result)).encode()}
-        _list(bad, list_of_broken(output))
+        if bad.found:
+            with atomic_file(list_of_broken(output)) as temporary:
+                temporary.write_text(jsonl(bad.lines()), "utf-8")
         with atomic_file(output) as temporary:
             write_scored(source, temporary, [row for part in found for row in part.rows], scores, labels, metadata)
     discard(parts)
@@ -190,7 +196,6 @@ class _Work:
     def __init__(self, source: PairSource, scorers: Sequence[Scorer], directory: Path, identity: str) -> None:
         self._source, self._scorers = source, scorers
         self._directory, self._hash = directory, identity
-        self._captions = source.values("caption")
         self._batch = max(scorer.batch_size for scorer in scorers)
         self.computed = 0
 
@@ -210,68 +215,61 @@ class _Work:
                     with atomic_file(path) as temporary:
                         temporary.write_text(json.dumps(asdict(part)))
                     self.computed += 1
-                for entry in part.broken:
-                    bad.add(entry["row"], entry["place"], BrokenRow(entry["cause"], entry["problem"]))
+                for line in part.broken:
+                    bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
                 yield part
 
     def _score(self, rows: range, threads: ThreadPoolExecutor) -> _Part:
-        known: dict[_IDENTITY, list[float]] = {}
-        pending: dict[_IDENTITY, Image] = {}
-        good: list[tuple[int, list[_IDENTITY]]] = []
+        known: dict[_Identity, list[float]] = {}
+        pending: dict[_Identity, Image] = {}
+        good: list[tuple[int, list[_Identity]]] = []
         bad: list[dict[str, Any]] = []
-        for row, sides in self._decoded(rows, threads):
+
+        def score_a_batch() -> None:
+            first = dict(list(pending.items())[: self._batch])
+            images, captions = list(first.values()), [caption for _, caption in first]
+            columns = [in_batches(scorer, images, captions) for scorer in self._scorers]
+            known.update(zip(first, torch.stack(columns, 1).tolist(), strict=True))
+            for identity in first:
+                del pending[identity]
+
+        for row, sides in _ahead(rows, self._decode, threads):
             if isinstance(sides, BrokenRow):
-                place = self._source.place(row)
-                bad.append({"row": row, "place": place, "cause": sides.cause, "problem": str(sides)})
+                bad.append(entry(row, self._source.place(row), sides))
                 continue
             good.append((row, [identity for identity, _ in sides]))
-            for identity, image in sides:  # an image that several pairs of a caption share is scored once
-                if identity not in known:
-                    pending[identity] = image
+            # An image that several pairs of a caption share is scored once.
+            pending |= {identity: image for identity, image in sides if identity not in known}
             if len(pending) >= self._batch:
-                known |= self._scored(dict(list(pending.items())[: self._batch]))
-                pending = {identity: image for identity, image in pending.items() if identity not in known}
+                score_a_batch()
         while pending:
-            first = dict(list(pending.items())[: self._batch])
-            known |= self._scored(first)
-            pending = {identity: image for identity, image in pending.items() if identity not in first}
+            score_a_batch()
         scores = [[list(both) for both in zip(*(known[side] for side in sides), strict=True)] for _, sides in good]
         return _Part(self._hash, [row for row, _ in good], scores, bad)
 
-    def _scored(self, images: Mapping[_IDENTITY, Image]) -> dict[_IDENTITY, list[float]]:
-        pictures, captions = list(images.values()), [caption for _, caption in images]
-        columns = [in_batches(scorer, pictures, captions) for scorer in self._scorers]
-        return dict(zip(images, torch.stack(columns, 1).tolist(), strict=True))
-
-    def _decoded(
-        self, rows: range, threads: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, list[tuple[_IDENTITY, Image]] | BrokenRow]]:
-        ahead: deque[tuple[int, Future[list[tuple[_IDENTITY, Image]] | BrokenRow]]] = deque()
-        for row in rows:
-            ahead.append((row, threads.submit(self._decode, row)))
-            if len(ahead) > _ROWS_AHEAD:
-                first, sides = ahead.popleft()
-                yield first, sides.result()
-        for row, sides in ahead:
-            yield row, sides.result()
-
-    def _decode(self, row: int) -> list[tuple[_IDENTITY, Image]] | BrokenRow:
-        problem = self._source.problem(row)
-        if problem is not None:
-            return problem
-        caption = self._captions[row]
-        if not isinstance(caption, str):
-            where = self._source.where(row, "caption")
-            return broken("missing caption", where, caption, "is not a string", "store text; '' means no prompt")
-        sides = []
+    def _decode(self, row: int) -> _Sides | BrokenRow:
+        where = partial(self._source.where, row)
         try:
-            for side in (0, 1):
+            caption = caption_of(self._source.record(row), where)
+            sides = []
+            for side, name in enumerate(IMAGES):
                 data = self._source.image(row, side)
-                image = decode(data, self._source.where(row, f"jpg_{side}"))
-                sides.append(((hashlib.sha256(data).digest(), caption), image))
+                sides.append(((hashlib.sha256(data).digest(), caption), decode(data, where(name))))
         except BrokenRow as error:
             return error
         return sides
+
+
+def _ahead(rows: Iterable[int], read: Any, threads: ThreadPoolExecutor) -> Iterator[tuple[int, Any]]:
+    """``(row, read(row))`` in order, some rows read ahead by threads."""
+    ahead: deque[tuple[int, Any]] = deque()
+    for row in rows:
+        ahead.append((row, threads.submit(read, row)))
+        if len(ahead) > _ROWS_AHEAD:
+            first, future = ahead.popleft()
+            yield first, future.result()
+    for row, future in ahead:
+        yield row, future.result()
 
 
 def _columns(scorers: Sequence[Scorer], named: bool, taken: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -301,10 +299,12 @@ def _key(source: PairSource, scorers: Sequence[Scorer], digests: Digests) -> dic
         "data rows": len(source),
         "rows of a part": ROWS_PER_PART,
         "data content": digests.of(source.files()),
-        "data.columns": [source.shown(name) for name in ("jpg_0", "jpg_1", "caption")],
+        "data.columns": [source.shown(name) for name in (*IMAGES, "caption")],
         "scorers": [scorer.name for scorer in scorers],
-        **{f"{scorer.name} {entry}": value for scorer in scorers for entry, value in scorer.key.items()},
+        **{f"{scorer.name} {name}": value for scorer in scorers for name, value in scorer.key.items()},
     }
+    if source.split is not None:  # the files of a repository hold slices of a split, too
+        key["data.split"] = source.split
     plain: dict[str, Any] = json.loads(json.dumps(key))
     return plain
 
@@ -363,7 +363,7 @@ def _assembled(
             won = [0.5 if first == second else float(first > second) for first, second in pairs]
             labels = {"label_0": won, "label_1": [1.0 - label for label in won]}
     count = sum(len(part.rows) for part in parts)
-    return ScoreResult(output, len(source), count, bad.counts(), dict(columns), ranges, 0), scores, labels
+    return ScoreResult(output, len(source), count, bad.counts(), dict(columns), ranges), scores, labels
 
 
 def _description(key: Mapping[str, Any], result: ScoreResult) -> dict[str, Any]:
@@ -389,12 +389,4 @@ def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
     _check_same(found["key"], key, output, "delete it")
     columns = {score["name"]: (score["columns"][0], score["columns"][1]) for score in found["scores"]}
     ranges = {score["name"]: ScoreRange(score["low"], score["high"]) for score in found["scores"]}
-    return ScoreResult(output, found["rows"], found["pairs"], found["broken"], columns, ranges, 0)
-
-
-def _list(bad: BrokenRows, path: Path) -> None:
-    if not bad.found:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad.lines()), "utf-8")
+    return ScoreResult(output, found["rows"], found["pairs"], found["broken"], columns, ranges)

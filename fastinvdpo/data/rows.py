@@ -1,0 +1,150 @@
+"""The column normalizer: what a stored row says of winner, caption and scores, read by value or refused as broken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastinvdpo.data.broken import BrokenRow, broken
+
+SCHEMA = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
+LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
+# Other ways to say which of two images won: the number, name or path of one of them. In a row there may be "members"
+# besides, 0 where the images themselves are named winner and loser.
+CHOICES = ("winner", "loser", "label")
+TIE = -1
+_ALIASES = {"jpg_0": ("jpg_0", "image_0"), "jpg_1": ("jpg_1", "image_1"), "caption": ("caption", "prompt")}
+_SIDES: dict[Any, int] = {0: 0, 1: 1, 0.5: TIE, "0": 0, "1": 1, "tie": TIE}
+_SUM_TOLERANCE = 1e-6
+_LABEL_REMEDY = "store 1/0 or 0/1 for a winner, 0.5/0.5 for a tie"
+
+Where = Callable[..., str]  # names of the schema -> row and columns, for messages
+
+
+def stored_under(name: str, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Under which keys a part of the schema may be stored; ``names`` (data.columns) leaves one."""
+    return (names[name],) if name in names else _ALIASES.get(name, (name,))
+
+
+def choices(names: Mapping[str, str]) -> tuple[str, ...]:
+    """The further keys that say who won. Labels that data.columns names count alone."""
+    return () if set(names) & set(LABELS) else CHOICES
+
+
+def in_schema(
+    stored: Any, where: str, names: Mapping[str, str], images: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of an object by the names of the schema and of :data:`CHOICES`; what is missing is left out.
+
+    ``winner`` and ``loser`` without two other images are the images themselves, 0 and 1 of the schema. ``images``:
+    where the images lie, if not in the object.
+
+    Raises:
+        BrokenRow: not an object, or what reading it has raised.
+    """
+    if isinstance(stored, BrokenRow):
+        raise stored
+    if not isinstance(stored, Mapping):
+        raise broken("malformed row", where, stored, "is not an object", "write an object with images and caption")
+    keys = {name: next((key for key in stored_under(name, names) if key in stored), None) for name in SCHEMA}
+    row = {name: stored[key] for name, key in keys.items() if key is not None}
+    row |= {key: stored[key] for key in choices(names) if key in stored}
+    if images is not None:
+        return {**row, **images}
+    if not row.keys() & set(IMAGES) and ("winner" in stored or "loser" in stored):
+        row |= {"jpg_0": stored.get("winner"), "jpg_1": stored.get("loser")}
+        row = {key: value for key, value in row.items() if key not in ("winner", "loser")}
+        row |= {"members": 0} if choices(names) else {}
+    return row
+
+
+def winner_of(row: Mapping[str, Any], where: Where, names: Mapping[str, str]) -> int:
+    """0 or 1, the side that won, or :data:`TIE`. One of the two labels is enough; everything that is there must agree.
+
+    Raises:
+        BrokenRow: nothing says who won, or what does is unreadable or contradicts itself.
+    """
+    claims = {", ".join(LABELS): _by_labels(row, where)} if row.keys() & set(LABELS) else {}
+    for key in (*CHOICES, "members"):
+        if key in row:
+            side = _by_choice(key, row, where, names)
+            claims[key] = 1 - side if key == "loser" and side != TIE else side
+    if not claims:
+        raise broken("malformed label", where(*LABELS), None, "are missing", _LABEL_REMEDY)
+    if len(set(claims.values())) > 1:
+        shown = {key: row[key] for key in (*LABELS, *CHOICES, "members") if key in row}
+        remedy = "correct the row, or name the labels that count with data.columns"
+        raise broken("malformed label", where(*LABELS), shown, "contradict one another", remedy)
+    return next(iter(claims.values()))
+
+
+def _by_labels(row: Mapping[str, Any], where: Where) -> int:
+    for name in LABELS:
+        if name in row:
+            value = number(row[name])
+            if value is None:
+                raise broken("malformed label", where(name), row[name], "is not a finite number", _LABEL_REMEDY)
+            if not 0.0 <= value <= 1.0:
+                raise broken("malformed label", where(name), row[name], "is not in [0, 1]", _LABEL_REMEDY)
+    first, second = labels_of(row)
+    assert first is not None and second is not None  # looked at above
+    if abs(first + second - 1.0) > _SUM_TOLERANCE:
+        raise broken("malformed label", where(*LABELS), (first, second), "do not sum to 1", _LABEL_REMEDY)
+    return TIE if abs(first - second) <= _SUM_TOLERANCE else int(second > first)
+
+
+def labels_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Both labels as numbers, the one that is not stored from the other; None for what is no number."""
+    first, second = (number(row.get(name)) for name in LABELS)
+    if "label_0" not in row and second is not None:
+        first = 1.0 - second
+    if "label_1" not in row and first is not None:
+        second = 1.0 - first
+    return first, second
+
+
+def _by_choice(key: str, row: Mapping[str, Any], where: Where, names: Mapping[str, str]) -> int:
+    value = row[key]
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        if value in _SIDES:
+            return _SIDES[value]
+        images = [row.get(name) for name in IMAGES]
+        for side, name in enumerate(IMAGES):
+            if value in stored_under(name, names) or (value == images[side] != images[1 - side]):
+                return side
+    remedy = "name the image by 0 or 1, by its key or path, or write 'tie'"
+    raise broken("malformed label", where(key), value, "names neither image", remedy)
+
+
+def scores_of(row: Mapping[str, Any], where: Where) -> tuple[float, float]:
+    """The scores of image 0 and 1. Raises ``BrokenRow`` where one is no finite number."""
+    found = []
+    for name in SCORES:
+        value = number(row.get(name))
+        if value is None:
+            remedy = "store a number in every row"
+            raise broken("malformed score", where(name), row.get(name), "is not a finite number", remedy)
+        found.append(value)
+    return found[0], found[1]
+
+
+def caption_of(row: Mapping[str, Any], where: Where) -> str:
+    """The caption, without a byte order mark. Raises ``BrokenRow`` where it is no text, or damaged text."""
+    caption = row.get("caption")
+    if not isinstance(caption, str):
+        raise broken("missing caption", where("caption"), caption, "is not a string", "store text; '' means no prompt")
+    if "\0" in caption or any("\ud800" <= letter <= "\udfff" for letter in caption):
+        problem = "is damaged text: it holds NUL, or half of a character"
+        raise broken("malformed caption", where("caption"), caption, problem, "write it again as UTF-8")
+    return caption.removeprefix("\ufeff")
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond every float
+        return None
