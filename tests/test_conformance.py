@@ -14,10 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
-from fastinvdpo.objectives import METHODS, Draws, ObjectiveOutput, PairBatch, SingleTimestepObjective, build_objective
-from fastinvdpo.schedule import NoiseSchedule, ancestral_variance
-from fastinvdpo.trajectories import (
+from fastinvdpo.diffusion.inversion import (
     InversionSettings,
     Prompt,
     inversion_steps,
@@ -25,6 +22,9 @@ from fastinvdpo.trajectories import (
     plan_released,
     weighted_sum,
 )
+from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
+from fastinvdpo.methods import METHODS, Draws, ObjectiveOutput, PairBatch, SingleTimestepObjective, build_objective
+from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
 from tests.cases import GOLDEN, load_golden
 
 diffusers = pytest.importorskip("diffusers", reason="the recorded runs need diffusers' UNet: pip install '.[train]'")

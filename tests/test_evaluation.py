@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastinvdpo.demo.base import SCHEDULER, WEIGHTS
+from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import metrics, report
 from fastinvdpo.evaluation.sampling import STREAM_SAMPLING, sample
 from fastinvdpo.models import DiffusionModel, load_model
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import inversion_levels
 
 PROMPTS = ["a handwritten three", "a handwritten seven", "", "a handwritten zero", "a handwritten one"]
 

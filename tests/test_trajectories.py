@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.schedule import affine_coefficients, ancestral_variance, recover_noise
-from fastinvdpo.trajectories import (
+from fastinvdpo.diffusion.inversion import (
     InversionSettings,
     Prompt,
     inversion_steps,
@@ -21,6 +20,7 @@ from fastinvdpo.trajectories import (
     predict,
     weighted_sum,
 )
+from fastinvdpo.diffusion.schedule import affine_coefficients, ancestral_variance, recover_noise
 from tests.cases import sd_schedule, toy_network
 
 SCHEDULE = sd_schedule()

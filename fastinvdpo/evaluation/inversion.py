@@ -21,9 +21,9 @@ from fastinvdpo._extras import require
 from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.data.tables import parquet_files
 from fastinvdpo.data.transforms import Decisions, transform
+from fastinvdpo.diffusion.inversion import Conditioning, InversionPlan, InversionSettings, Prompt, invert, plan_grid
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts, load_model
-from fastinvdpo.trajectories import Conditioning, InversionPlan, InversionSettings, Prompt, invert, plan_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastinvdpo.data.broken import write_report
 from fastinvdpo.data.digests import Digests, key_hash
+from fastinvdpo.diffusion.inversion import in_calls_of
 from fastinvdpo.errors import invalid
-from fastinvdpo.objectives import InversionDPO, build_objective
+from fastinvdpo.methods import InversionDPO, build_objective
 from fastinvdpo.trainer.atomic import only_writer
 from fastinvdpo.trainer.batches import encode
 from fastinvdpo.trainer.cache import (
@@ -43,7 +44,6 @@ from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
 from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up
 from fastinvdpo.trainer.reporting import counting_bar
-from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

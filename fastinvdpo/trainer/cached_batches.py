@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from fastinvdpo.objectives import PairBatch
+from fastinvdpo.methods import PairBatch
 from fastinvdpo.trainer.batches import Tensors, to_device
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.draws import DrawOrder, drops_caption, swaps_tie

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.objectives import InversionDPO, PairBatch
+from fastinvdpo.methods import InversionDPO, PairBatch
 from fastinvdpo.trainer.networks import Networks
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.data import PairDataset
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
+from fastinvdpo.diffusion.inversion import in_calls_of
 from fastinvdpo.errors import NonFiniteLoss, invalid
-from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
+from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.atomic import clean_leftovers
 from fastinvdpo.trainer.batches import BatchBuilder, Pairs
@@ -58,7 +59,6 @@ from fastinvdpo.trainer.reporting import Reporter
 from fastinvdpo.trainer.sharding import check_launch
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
 from fastinvdpo.trainer.step import training_step
-from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel

@@ -15,7 +15,7 @@ from fastinvdpo.data import PairDataset, open_source, write_pairs
 from fastinvdpo.data.scoring import FunctionScorer
 from fastinvdpo.data.scoring.ranges import ScoreRange, stored_range
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.losses import PICKSCORE_RANGE, preference_probability
+from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.trainer import train, train_model
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from fastinvdpo.trainer.scoring import score_pairs

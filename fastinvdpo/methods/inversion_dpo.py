@@ -10,21 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.errors import invalid
-from fastinvdpo.losses import PreferenceLoss, preference_loss
-from fastinvdpo.objectives.pairs import (
-    STREAM_STRATUM,
-    Draws,
-    ObjectiveOutput,
-    PairBatch,
-    Preference,
-    check_batch,
-    checked_preference,
-)
-from fastinvdpo.ops import philox
-from fastinvdpo.schedule import FLOW, NoiseSchedule, predicted_clean_and_noise, prediction_target, recover_noise
-from fastinvdpo.streaming import PASSES, LossTerms, Scored, StreamedLoss
-from fastinvdpo.trajectories import (
+from fastinvdpo.diffusion.inversion import (
     Conditioning,
     InversionSettings,
     Network,
@@ -35,6 +21,26 @@ from fastinvdpo.trajectories import (
     predict,
     weighted_sum,
 )
+from fastinvdpo.diffusion.schedule import (
+    FLOW,
+    NoiseSchedule,
+    predicted_clean_and_noise,
+    prediction_target,
+    recover_noise,
+)
+from fastinvdpo.errors import invalid
+from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
+from fastinvdpo.methods.pairs import (
+    STREAM_STRATUM,
+    Draws,
+    ObjectiveOutput,
+    PairBatch,
+    Preference,
+    check_batch,
+    checked_preference,
+)
+from fastinvdpo.methods.streaming import PASSES, LossTerms, Scored, StreamedLoss
+from fastinvdpo.ops import philox
 
 
 class _ScoringInputs(NamedTuple):
@@ -188,8 +194,8 @@ class InversionDPO:
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
         """The loss in parts, each with a graph of its own: the same gradient as of calling the objective, in memory
-        that does not depend on the number of timesteps (:mod:`fastinvdpo.streaming`, which also tells how to use the
-        parts; :meth:`backward` does).
+        that does not depend on the number of timesteps (:mod:`fastinvdpo.methods.streaming`). :meth:`backward` shows
+        how to use the parts.
 
         Args:
             policy, reference, batch, seed: as when calling the objective.

@@ -15,10 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastinvdpo.errors import invalid
-from fastinvdpo.ops import affine_step
-from fastinvdpo.ops.affine_step import MAX_OUTPUTS
-from fastinvdpo.schedule import (
+from fastinvdpo.diffusion.schedule import (
     NoiseSchedule,
     affine_coefficients,
     ancestral_variance,
@@ -26,6 +23,9 @@ from fastinvdpo.schedule import (
     inversion_levels,
     stack_coefficients,
 )
+from fastinvdpo.errors import invalid
+from fastinvdpo.ops import affine_step
+from fastinvdpo.ops.affine_step import MAX_OUTPUTS
 
 Conditioning = Mapping[str, Tensor]
 """What a network is told besides latents and time: every tensor has the samples as its leading dimension."""
