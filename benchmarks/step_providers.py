@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.diffusion.inversion import Network
+from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import (
     STREAM_INVERSION,

@@ -11,7 +11,8 @@ import torch
 
 import fastinvdpo
 from fastinvdpo import DDIMInverseScheduler, InvalidInput, NoiseSchedule, build_objective
-from fastinvdpo.diffusion.inversion import InversionSettings, Prompt, plan_inversion
+from fastinvdpo.diffusion.inversion import InversionSettings, plan_inversion
+from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.methods import PairBatch
 from fastinvdpo.methods.losses import preference_probability, smoothed_pair_weight

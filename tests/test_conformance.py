@@ -14,14 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.diffusion.inversion import (
-    InversionSettings,
-    Prompt,
-    inversion_steps,
-    plan_grid,
-    plan_released,
-    weighted_sum,
-)
+from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, plan_grid, plan_released
+from fastinvdpo.diffusion.prompt import Prompt, weighted_sum
 from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
 from fastinvdpo.methods import METHODS, Draws, ObjectiveOutput, PairBatch, SingleTimestepObjective, build_objective
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight

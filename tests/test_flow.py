@@ -11,7 +11,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastinvdpo.diffusion.inversion import InversionSettings, Prompt, invert, plan_grid, plan_inversion
+from fastinvdpo.diffusion.inversion import InversionSettings, invert, plan_grid, plan_inversion
+from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.diffusion.schedule import (
     NoiseSchedule,
     add_noise,

@@ -21,7 +21,8 @@ from fastinvdpo._extras import require
 from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.data.tables import parquet_files
 from fastinvdpo.data.transforms import Decisions, transform
-from fastinvdpo.diffusion.inversion import Conditioning, InversionPlan, InversionSettings, Prompt, invert, plan_grid
+from fastinvdpo.diffusion.inversion import InversionPlan, InversionSettings, invert, plan_grid
+from fastinvdpo.diffusion.prompt import Conditioning, Prompt
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts, load_model
 

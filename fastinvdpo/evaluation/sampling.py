@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.diffusion.inversion import Prompt, evaluate
+from fastinvdpo.diffusion.prompt import Prompt, evaluate
 from fastinvdpo.diffusion.schedule import affine_coefficients, inversion_levels, stack_coefficients
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import DiffusionModel

@@ -10,17 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.diffusion.inversion import (
-    Conditioning,
-    InversionSettings,
-    Network,
-    Prompt,
-    in_calls_of,
-    inversion_steps,
-    plan_grid,
-    predict,
-    weighted_sum,
-)
+from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, plan_grid
+from fastinvdpo.diffusion.prompt import Conditioning, Network, Prompt, chunked, predict, weighted_sum
 from fastinvdpo.diffusion.schedule import (
     FLOW,
     NoiseSchedule,
@@ -208,7 +199,7 @@ class InversionDPO:
         check_batch(batch)
         if passes not in PASSES:
             raise invalid("passes", passes, "is not known", "use 1 or 2")
-        policy, reference = in_calls_of(max_batch, policy), in_calls_of(max_batch, reference)
+        policy, reference = chunked(policy, max_batch), chunked(reference, max_batch)
         chain, stored = self._reference(policy, reference, batch)
         positions, weight = self._scored_positions(batch, seed)
         prompt, pairs = batch.prompt(self.guidance_scale), batch.pairs

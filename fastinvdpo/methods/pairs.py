@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo.diffusion.inversion import Prompt
+from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
 

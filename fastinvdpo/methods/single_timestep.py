@@ -10,15 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.diffusion.inversion import (
-    InversionSettings,
-    Network,
-    in_calls_of,
-    invert,
-    plan_grid,
-    plan_inversion,
-    plan_released,
-)
+from fastinvdpo.diffusion.inversion import InversionSettings, invert, plan_grid, plan_inversion, plan_released
+from fastinvdpo.diffusion.prompt import Network, chunked
 from fastinvdpo.diffusion.schedule import NoiseSchedule, add_noise, prediction_target, recover_noise
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_loss, preference_probability, smoothed_pair_weight
@@ -92,7 +85,7 @@ class SingleTimestepObjective:
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
         """As :meth:`InversionDPO.stream`. One timestep a pair makes one part; ``max_batch`` limits the calls."""
-        limited = in_calls_of(max_batch, policy), in_calls_of(max_batch, reference)
+        limited = chunked(policy, max_batch), chunked(reference, max_batch)
         return WholeLoss(lambda: self(*limited, batch, seed=seed))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastinvdpo.data.broken import write_report
 from fastinvdpo.data.digests import Digests, key_hash
-from fastinvdpo.diffusion.inversion import in_calls_of
+from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import InversionDPO, build_objective
 from fastinvdpo.trainer.atomic import only_writer
@@ -246,7 +246,7 @@ class _ShardMaker:
         empty = {
             name: t.to(device, torch.float32).expand(len(sides), *t.shape[1:]) for name, t in self.unconditional.items()
         } | geometry
-        reference = in_calls_of(self._max_batch, self.networks.reference)
+        reference = chunked(self.networks.reference, self._max_batch)
         chain = self._objective.reference_trajectory(reference, latents, conditional, empty).to(self._dtype)
         predictions = self._objective.reference_predictions(reference, chain.to(latents.dtype), conditional, empty)
         return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}

@@ -14,7 +14,7 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.data import PairDataset
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
-from fastinvdpo.diffusion.inversion import in_calls_of
+from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
@@ -344,7 +344,7 @@ class _Run:
             report_gradient(step=at, rows=[self.builder.row(draw) for draw in draws], kept=kept)
         batch = self.builder.build(range(draw, draw + 1))
         networks, size = self.state.networks, self.state.max_batch
-        limited = in_calls_of(size, networks.policy), in_calls_of(size, networks.reference)
+        limited = chunked(networks.policy, size), chunked(networks.reference, size)
         with torch.no_grad():
             out = self.objective(*limited, batch, seed=self.config.training.seed)
         report_loss(batch, out, step=at, row=self.builder.row(draw), kept=kept)
