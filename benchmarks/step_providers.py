@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.errors import invalid
-from fastinvdpo.losses import PICKSCORE_RANGE, preference_probability
-from fastinvdpo.objectives import (
+from fastinvdpo.methods import (
     STREAM_INVERSION,
     STREAM_NOISE,
     STREAM_TIMESTEP,
@@ -24,12 +24,12 @@ from fastinvdpo.objectives import (
     PairBatch,
     build_objective,
 )
+from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, config_files
 from fastinvdpo.trainer.accounting import AUTOCAST, gradient_factor
 from fastinvdpo.trainer.networks import perturb
 from fastinvdpo.trainer.step import training_step
-from fastinvdpo.trajectories import Network
 
 from . import peers
 from .peers.common import scaled_linear

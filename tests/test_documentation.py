@@ -18,8 +18,8 @@ import yaml
 from torch import Tensor
 
 from fastinvdpo import NoiseSchedule, PairBatch, build_objective, cli
-from fastinvdpo.losses import preference_probability, smoothed_pair_weight
-from fastinvdpo.objectives import Draws
+from fastinvdpo.methods import Draws
+from fastinvdpo.methods.losses import preference_probability, smoothed_pair_weight
 from tests import documentation
 from tests.cases import SD_SCHEDULER
 from tests.data import test_documentation as data_page
@@ -137,7 +137,7 @@ def test_commands_stand_in_blocks_that_are_read() -> None:
 
 
 def test_every_method_has_a_page_in_the_table() -> None:
-    from fastinvdpo.objectives import METHODS
+    from fastinvdpo.methods import METHODS
 
     readme = (documentation.ROOT / "README.md").read_text("utf-8")
     for method in METHODS:

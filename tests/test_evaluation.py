@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo._examples.digits.base import SCHEDULER, WEIGHTS
+from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import metrics
 from fastinvdpo.evaluation.sampling import STREAM_SAMPLING, sample
 from fastinvdpo.models import DiffusionModel, load_model
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import inversion_levels
 
 PROMPTS = ["a handwritten three", "a handwritten seven", "", "a handwritten zero", "a handwritten one"]
 

@@ -36,14 +36,10 @@ LAYERS = {
     "_native": 0.5,
     "_triton_kernels": 0.5,
     "ops": 2,
-    "schedule": 3,
-    "losses": 3,
-    "trajectories": 4,
-    "streaming": 4,
-    "inverse_scheduler": 4,
-    "objectives": 5,
-    "data": 5.1,  # stands beside objectives; knows no model
-    "models": 5.2,  # stands beside objectives; knows the geometry of the pictures it asks for
+    "diffusion": 3,
+    "methods": 4,
+    "data": 4.1,  # stands beside methods; knows no model
+    "models": 4.2,  # stands beside methods; knows the geometry of its images
     "": 6,  # fastinvdpo/__init__.py, and what is imported from it
     "trainer": 7,
     "evaluation": 8,
@@ -53,7 +49,7 @@ LAYERS = {
     "doctor": 10,
     "cli": 12,
 }
-BESIDE_OBJECTIVES = {"data", "models"}
+BESIDE_METHODS = {"data", "models"}
 ABOVE = {"trainer", "evaluation", "_examples", "doctor", "cli"}
 IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
@@ -70,8 +66,8 @@ def forbidden(found: Import) -> bool:
     """Whether a module of the package imports upwards, or across from a room to the one beside it."""
     here, there = room_of(found.where), found.module.split(".")[1] if "." in found.module else ""
     if here == "":  # re-exports only, and nothing that needs an extra
-        return there in BESIDE_OBJECTIVES | ABOVE
-    if {here, there} & BESIDE_OBJECTIVES and {here, there} & {"objectives", "trajectories", "inverse_scheduler"}:
+        return there in BESIDE_METHODS | ABOVE
+    if {here, there} & BESIDE_METHODS and "methods" in {here, there}:
         return True
     return here != there and LAYERS[there] >= LAYERS[here]
 
@@ -159,21 +155,21 @@ def test_no_circles() -> None:
 @pytest.mark.parametrize(
     ("file", "line", "wrong"),
     [
-        ("schedule.py", "from fastinvdpo.trajectories import invert", True),
-        ("schedule.py", "from .trajectories import invert", True),
-        ("schedule.py", "def f():\n    import fastinvdpo.trainer.trainer", True),
-        ("ops/philox.py", "from fastinvdpo import schedule", True),
-        ("ops/philox.py", "from .. import schedule", True),
-        ("objectives/build.py", "from fastinvdpo import PairBatch", True),
-        ("objectives/build.py", "from fastinvdpo.models import load_model", True),
-        ("models/base.py", "from fastinvdpo.objectives import PairBatch", True),
+        ("diffusion/schedule.py", "from fastinvdpo.methods import PairBatch", True),
+        ("diffusion/schedule.py", "from ..methods import PairBatch", True),
+        ("diffusion/schedule.py", "def f():\n    import fastinvdpo.trainer.trainer", True),
+        ("ops/philox.py", "from fastinvdpo import diffusion", True),
+        ("ops/philox.py", "from .. import diffusion", True),
+        ("methods/base.py", "from fastinvdpo import PairBatch", True),
+        ("methods/base.py", "from fastinvdpo.models import load_model", True),
+        ("models/base.py", "from fastinvdpo.methods import PairBatch", True),
         ("data/pairs.py", "from fastinvdpo.models.base import DiffusionModel", True),
         ("__init__.py", "from fastinvdpo.models import load_model", True),
         ("trainer/trainer.py", "from fastinvdpo.evaluation import sampling", True),
-        ("trajectories.py", "from fastinvdpo import schedule", False),
+        ("methods/pairs.py", "from fastinvdpo import diffusion", False),
         ("trainer/trainer.py", "from fastinvdpo import PairBatch, build_objective", False),
         ("ops/affine_step/op.py", "from . import reference", False),
-        ("models/base.py", "from fastinvdpo.schedule import NoiseSchedule", False),
+        ("models/base.py", "from fastinvdpo.diffusion.schedule import NoiseSchedule", False),
     ],
 )
 def test_the_rule_itself(file: str, line: str, wrong: bool) -> None:
@@ -192,7 +188,7 @@ def test_below_the_models_there_is_torch_alone() -> None:
     allowed = {"fastinvdpo", "torch"} | (
         sys.stdlib_module_names - {"json", "pickle", "sqlite3", "csv", "zipfile", "io"}
     )
-    core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_OBJECTIVES | ABOVE | {"io"}]
+    core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_METHODS | ABOVE | {"io"}]
     found = [item for path in core for item in imports(path)]
     wrong = [item for item in found if item.top not in allowed or item.module.startswith("torch.distributed")]
     # The drop-in for diffusers' class also loads as that one does: scheduler_config.json, or the hub through diffusers.
@@ -202,7 +198,7 @@ def test_below_the_models_there_is_torch_alone() -> None:
 
 
 def test_models_and_data_know_no_progress_bar_and_no_process_group() -> None:
-    found = [item for path in PACKAGE.rglob("*.py") if room_of(path) in BESIDE_OBJECTIVES for item in imports(path)]
+    found = [item for path in PACKAGE.rglob("*.py") if room_of(path) in BESIDE_METHODS for item in imports(path)]
     assert found
     wrong = [item for item in found if item.top in {"tqdm", "rich", "accelerate", "tensorboard"}]
     wrong += [item for item in found if item.module.startswith(("torch.distributed", "torch.utils.tensorboard"))]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
-from fastinvdpo.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

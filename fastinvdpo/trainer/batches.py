@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fastinvdpo.objectives import PairBatch
+from fastinvdpo.methods import PairBatch
 from fastinvdpo.trainer.draws import DrawOrder, drops_caption, swaps_tie
 
 if TYPE_CHECKING:

@@ -23,9 +23,10 @@ from torch import Tensor
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import write_report
 from fastinvdpo.data.digests import Digests, key_hash
+from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import only_writer
-from fastinvdpo.objectives import InversionDPO, build_objective
+from fastinvdpo.methods import InversionDPO, build_objective
 from fastinvdpo.trainer.batches import Tensors, embed, encode
 from fastinvdpo.trainer.cache import (
     INDEX,
@@ -43,7 +44,6 @@ from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
 from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up
-from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -245,7 +245,7 @@ class _ShardMaker:
         empty = {
             name: t.to(device, torch.float32).expand(len(sides), *t.shape[1:]) for name, t in self.unconditional.items()
         } | geometry
-        reference = in_calls_of(self._max_batch, self.networks.reference)
+        reference = chunked(self.networks.reference, self._max_batch)
         chain = self._objective.reference_trajectory(reference, latents, conditional, empty).to(self._dtype)
         predictions = self._objective.reference_predictions(reference, chain.to(latents.dtype), conditional, empty)
         return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.objectives import InversionDPO, PairBatch
+from fastinvdpo.methods import InversionDPO, PairBatch
 from fastinvdpo.trainer.networks import Networks
 
 if TYPE_CHECKING:

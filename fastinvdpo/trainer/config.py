@@ -42,12 +42,12 @@ class MethodConfig(Section):
     compat: Literal["released"] | None = None
 
     def objective_options(self) -> dict[str, Any]:
-        """Keyword arguments for ``fastinvdpo.objectives.build_objective``."""
+        """Keyword arguments for ``fastinvdpo.methods.build_objective``."""
         return self.model_dump(exclude={"name"})
 
 
 class TimestepsSection(Section):
-    """Which timesteps a pair may get (``objectives/timesteps.py``): a range, or a list; drawn uniformly or
+    """Which timesteps a pair may get (``methods/timesteps.py``): a range, or a list; drawn uniformly or
     logit-normally, for null as the model was trained.
     """
 

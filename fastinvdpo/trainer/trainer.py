@@ -13,9 +13,10 @@ import torch
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
+from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.io import clean_leftovers
-from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
+from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache
@@ -48,7 +49,6 @@ from fastinvdpo.trainer.performance import decide, require_extras, set_tf32, spe
 from fastinvdpo.trainer.sharding import check_launch
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
 from fastinvdpo.trainer.step import training_step
-from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
@@ -338,7 +338,7 @@ class PreferenceTrainer:
             report_gradient(step=at, rows=[self.builder.row(draw) for draw in draws], kept=kept)
         batch = self.builder.build(range(draw, draw + 1))
         networks, size = self.state.networks, self.state.max_batch
-        limited = in_calls_of(size, networks.policy), in_calls_of(size, networks.reference)
+        limited = chunked(networks.policy, size), chunked(networks.reference, size)
         with torch.no_grad():
             out = self.objective(*limited, batch, seed=self.config.training.seed)
         report_loss(batch, out, step=at, row=self.builder.row(draw), kept=kept)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.data import digests as digests_module
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods import InversionDPO, build_objective
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.objectives import InversionDPO, build_objective
 from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache

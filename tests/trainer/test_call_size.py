@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
 from fastinvdpo.models import load_model
-from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer import TrainResult, call_size, train
 from fastinvdpo.trainer.call_size import gradient_passes, saved_bytes
 from fastinvdpo.trainer.networks import Networks

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods.streaming import WholeLoss
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.streaming import WholeLoss
 from fastinvdpo.trainer import TrainResult, train
 from fastinvdpo.trainer import trainer as loop_module
 from tests.trainer import tiny

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.diffusion.inversion import InversionSettings, invert, plan_grid, plan_inversion, plan_released
+from fastinvdpo.diffusion.prompt import Network, chunked
+from fastinvdpo.diffusion.schedule import NoiseSchedule, add_noise, prediction_target, recover_noise
 from fastinvdpo.errors import invalid
-from fastinvdpo.losses import PICKSCORE_RANGE, preference_loss, preference_probability, smoothed_pair_weight
-from fastinvdpo.objectives.pairs import (
+from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_loss, preference_probability, smoothed_pair_weight
+from fastinvdpo.methods.pairs import (
     STREAM_INVERSION,
     STREAM_NOISE,
     STREAM_TIMESTEP,
@@ -23,19 +26,9 @@ from fastinvdpo.objectives.pairs import (
     check_batch,
     checked_preference,
 )
-from fastinvdpo.objectives.timesteps import TimestepSampling
+from fastinvdpo.methods.streaming import LossTerms, WholeLoss
+from fastinvdpo.methods.timesteps import TimestepSampling
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import NoiseSchedule, add_noise, prediction_target, recover_noise
-from fastinvdpo.streaming import LossTerms, WholeLoss
-from fastinvdpo.trajectories import (
-    InversionSettings,
-    Network,
-    in_calls_of,
-    invert,
-    plan_grid,
-    plan_inversion,
-    plan_released,
-)
 
 Trajectory = Callable[[Network, PairBatch, Tensor, Draws, int], tuple[Tensor, Tensor]]
 """``trajectory(policy, batch, timesteps (2B,), draws, seed) -> (noisy latents, noise)``, both ``(2B, …)``."""
@@ -92,7 +85,7 @@ class SingleTimestepObjective:
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
         """As :meth:`InversionDPO.stream`. One timestep a pair makes one part; ``max_batch`` limits the calls."""
-        limited = in_calls_of(max_batch, policy), in_calls_of(max_batch, reference)
+        limited = chunked(policy, max_batch), chunked(reference, max_batch)
         return WholeLoss(lambda: self(*limited, batch, seed=seed))
 
 
@@ -129,7 +122,7 @@ def inpo(
     **preference: Any,
 ) -> SingleTimestepObjective:
     """DDIM-InPO (arXiv 2503.18454): the policy inverts each latent to the pair's timestep, with a little noise per
-    step. ``static_shapes``: see :class:`~fastinvdpo.trajectories.InversionSettings`.
+    step. ``static_shapes``: see :class:`~fastinvdpo.diffusion.inversion.InversionSettings`.
     """
     settings = InversionSettings(
         eta=eta, model_time=model_time, noise_offset=STREAM_INVERSION, static_shapes=static_shapes
@@ -153,7 +146,7 @@ def smpo(
     **preference: Any,
 ) -> SingleTimestepObjective:
     """SmPO-Diffusion (arXiv 2506.02698): the policy inverts with ReNoise; pairs weigh by the strength of their
-    preference. ``static_shapes``: see :class:`~fastinvdpo.trajectories.InversionSettings`.
+    preference. ``static_shapes``: see :class:`~fastinvdpo.diffusion.inversion.InversionSettings`.
     """
     settings = InversionSettings(
         renoise_iterations=renoise_iterations, model_time=model_time, static_shapes=static_shapes

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import FLOW, NoiseSchedule
 
 DENSITIES = ("uniform", "logit-normal")
 

@@ -5,9 +5,9 @@ differentiate. Every random draw is keyed by the run's seed and the pair's numbe
 batch.
 """
 
-from fastinvdpo.objectives.build import METHODS, Objective, build_objective
-from fastinvdpo.objectives.inversion_dpo import VARIANTS, InversionDPO, inversion_dpo
-from fastinvdpo.objectives.pairs import (
+from fastinvdpo.methods.base import METHODS, Objective, build_objective
+from fastinvdpo.methods.inversion_dpo import VARIANTS, InversionDPO, inversion_dpo
+from fastinvdpo.methods.pairs import (
     STREAM_INVERSION,
     STREAM_NOISE,
     STREAM_STRATUM,
@@ -17,8 +17,8 @@ from fastinvdpo.objectives.pairs import (
     PairBatch,
     Preference,
 )
-from fastinvdpo.objectives.single_timestep import SingleTimestepObjective, diffusion_dpo, inpo, smpo
-from fastinvdpo.objectives.timesteps import TimestepSampling
+from fastinvdpo.methods.single_timestep import SingleTimestepObjective, diffusion_dpo, inpo, smpo
+from fastinvdpo.methods.timesteps import TimestepSampling
 
 __all__ = [
     "METHODS",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
-from fastinvdpo.objectives.inversion_dpo import InversionDPO, inversion_dpo
-from fastinvdpo.objectives.single_timestep import SingleTimestepObjective, diffusion_dpo, inpo, smpo
-from fastinvdpo.schedule import FLOW, NoiseSchedule
+from fastinvdpo.methods.inversion_dpo import InversionDPO, inversion_dpo
+from fastinvdpo.methods.single_timestep import SingleTimestepObjective, diffusion_dpo, inpo, smpo
 
 Objective = SingleTimestepObjective | InversionDPO
 

@@ -10,9 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, plan_grid
+from fastinvdpo.diffusion.prompt import Conditioning, Network, Prompt, chunked, predict, weighted_sum
+from fastinvdpo.diffusion.schedule import (
+    FLOW,
+    NoiseSchedule,
+    predicted_clean_and_noise,
+    prediction_target,
+    recover_noise,
+)
 from fastinvdpo.errors import invalid
-from fastinvdpo.losses import PreferenceLoss, preference_loss
-from fastinvdpo.objectives.pairs import (
+from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
+from fastinvdpo.methods.pairs import (
     STREAM_STRATUM,
     Draws,
     ObjectiveOutput,
@@ -21,20 +30,8 @@ from fastinvdpo.objectives.pairs import (
     check_batch,
     checked_preference,
 )
+from fastinvdpo.methods.streaming import PASSES, LossTerms, Scored, StreamedLoss
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import FLOW, NoiseSchedule, predicted_clean_and_noise, prediction_target, recover_noise
-from fastinvdpo.streaming import PASSES, LossTerms, Scored, StreamedLoss
-from fastinvdpo.trajectories import (
-    Conditioning,
-    InversionSettings,
-    Network,
-    Prompt,
-    in_calls_of,
-    inversion_steps,
-    plan_grid,
-    predict,
-    weighted_sum,
-)
 
 
 class _ScoringInputs(NamedTuple):
@@ -188,8 +185,8 @@ class InversionDPO:
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
         """The loss in parts, each with a graph of its own: the same gradient as of calling the objective, in memory
-        that does not depend on the number of timesteps (:mod:`fastinvdpo.streaming`, which also tells how to use the
-        parts; :meth:`backward` does).
+        that does not depend on the number of timesteps (:mod:`fastinvdpo.methods.streaming`). :meth:`backward` shows
+        how to use the parts.
 
         Args:
             policy, reference, batch, seed: as when calling the objective.
@@ -202,7 +199,7 @@ class InversionDPO:
         check_batch(batch)
         if passes not in PASSES:
             raise invalid("passes", passes, "is not known", "use 1 or 2")
-        policy, reference = in_calls_of(max_batch, policy), in_calls_of(max_batch, reference)
+        policy, reference = chunked(policy, max_batch), chunked(reference, max_batch)
         chain, stored = self._reference(policy, reference, batch)
         positions, weight = self._scored_positions(batch, seed)
         prompt, pairs = batch.prompt(self.guidance_scale), batch.pairs

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import invalid
-from fastinvdpo.ops import affine_step
-from fastinvdpo.schedule import (
+from fastinvdpo.diffusion.schedule import (
     NoiseSchedule,
     affine_coefficients,
     inversion_levels,
     predicted_clean_and_noise,
     stack_coefficients,
 )
+from fastinvdpo.errors import invalid
+from fastinvdpo.ops import affine_step
 
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,

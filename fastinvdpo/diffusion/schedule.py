@@ -132,7 +132,7 @@ class NoiseSchedule:
         return torch.cat([clean, self.alphas_cumprod]).to(levels.device)[levels + 1]
 
     def model_times(self, levels: Tensor) -> Tensor:
-        """What a network is told at int64 ``levels``: the level itself, or for flow matching ``σ·T_train``, float32."""
+        """A network's times at int64 ``levels``: the levels, or for flow matching ``σ·T_train`` in float32."""
         if self.sigmas is None:
             return levels
         return (self.rates(levels)[1] * self.num_train_timesteps).float()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.errors import invalid
-from fastinvdpo.losses import PreferenceLoss, preference_loss
-from fastinvdpo.trajectories import Prompt
+from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
 
 # Offsets of the random streams of one draw; an inversion uses one offset per step, the strata one each.
 STREAM_TIMESTEP, STREAM_NOISE, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 1 << 16, 1 << 17

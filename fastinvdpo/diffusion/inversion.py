@@ -1,5 +1,4 @@
-"""Where the noisy latents come from: forward noising, and DDIM inversion of a batch whose samples end at levels of
-their own.
+"""DDIM inversion of a batch whose samples end at levels of their own.
 
 An inversion follows an :class:`InversionPlan`, the levels each sample visits. Plans live on the host, so walking one
 never waits for the device. The samples with the longest way go first in the batch, so those still on their way are its
@@ -8,17 +7,15 @@ front: samples that have arrived leave it by slicing, and each costs exactly its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastinvdpo.errors import invalid
-from fastinvdpo.ops import affine_step
-from fastinvdpo.ops.affine_step import MAX_OUTPUTS
-from fastinvdpo.schedule import (
+from fastinvdpo.diffusion.prompt import Network, Prompt, evaluate, weighted_sum
+from fastinvdpo.diffusion.schedule import (
     NoiseSchedule,
     affine_coefficients,
     ancestral_variance,
@@ -26,107 +23,11 @@ from fastinvdpo.schedule import (
     inversion_levels,
     stack_coefficients,
 )
-
-Conditioning = Mapping[str, Tensor]
-"""What a network is told besides latents and time: every tensor has the samples as its leading dimension."""
-
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""``network(latents (n, …), timesteps int64 (n,), conditioning) -> prediction (n, …)``. Timesteps are levels; what a
-flow model is told there is ``NoiseSchedule.model_times``, which the adapters in ``models/`` look up themselves."""
+from fastinvdpo.errors import invalid
+from fastinvdpo.ops import affine_step
+from fastinvdpo.ops.affine_step import MAX_OUTPUTS
 
 MODEL_TIMES = ("destination", "source")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The conditioning of a batch with its guidance: ``ε = ε_uncond + g·(ε_cond − ε_uncond)``; ``g = 1`` is one
-    conditional call.
-    """
-
-    conditional: Conditioning
-    unconditional: Conditioning | None = None
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.guidance_scale != 1 and self.unconditional is None:
-            remedy = "pass the embedding of the empty prompt as unconditional, or guidance_scale=1"
-            raise invalid("guidance_scale", self.guidance_scale, "needs unconditional conditioning", remedy)
-
-    def select(self, rows: Tensor) -> Prompt:
-        """The prompt of some samples: ``rows`` is an int64 index into the batch."""
-
-        def pick(conditioning: Conditioning) -> Conditioning:
-            return {name: tensor[rows.to(tensor.device)] for name, tensor in conditioning.items()}
-
-        unconditional = None if self.unconditional is None else pick(self.unconditional)
-        return Prompt(pick(self.conditional), unconditional, self.guidance_scale)
-
-    def first(self, count: int) -> Prompt:
-        """The prompt of the first ``count`` samples, without copying anything."""
-
-        def cut(conditioning: Conditioning) -> Conditioning:
-            return {name: tensor[:count] for name, tensor in conditioning.items()}
-
-        unconditional = None if self.unconditional is None else cut(self.unconditional)
-        return Prompt(cut(self.conditional), unconditional, self.guidance_scale)
-
-    @property
-    def weights(self) -> list[float]:
-        """What each network output of :func:`evaluate` counts in the guided prediction."""
-        guided = self.guidance_scale != 1 and self.unconditional is not None
-        return [1.0 - self.guidance_scale, self.guidance_scale] if guided else [1.0]
-
-    def repeat_interleave(self, repeats: int) -> Prompt:
-        """The prompt of a batch in which every sample occurs ``repeats`` times in a row."""
-        count = next(iter(self.conditional.values())).shape[0]
-        return self.select(torch.arange(count).repeat_interleave(repeats))
-
-
-def evaluate(network: Network, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> tuple[list[Tensor], list[float]]:
-    """Ask the network once for everything a guided prediction needs: ``(outputs, weights)`` with ``ε = Σ_j
-    weights_j·outputs_j``.
-    """
-    if prompt.unconditional is None or len(prompt.weights) == 1:
-        return [network(latents, timesteps, prompt.conditional)], [1.0]
-    both = {name: torch.cat([prompt.unconditional[name], prompt.conditional[name]]) for name in prompt.conditional}
-    prediction = network(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
-    return list(prediction.chunk(2)), prompt.weights
-
-
-def in_calls_of(max_batch: int | None, network: Network) -> Network:
-    """``network``, asked about at most ``max_batch`` samples at a time; None: about all at once."""
-    if max_batch is None:
-        return network
-    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-        raise invalid("max_batch", max_batch, "must be a positive whole number", "pass None for calls of any size")
-    size = max_batch
-
-    def limited(latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        if latents.shape[0] <= size:
-            return network(latents, timesteps, conditioning)
-        told = {name: tensor.split(size) for name, tensor in conditioning.items()}
-        parts = enumerate(zip(latents.split(size), timesteps.split(size), strict=True))
-        return torch.cat([network(*part, {name: told[name][i] for name in told}) for i, part in parts])
-
-    return limited
-
-
-def weighted_sum(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``Σ_j weights_j·outputs_j`` through ``affine_step``, differentiable; one output of weight 1 is returned."""
-    first, *others = outputs
-    if not others and weights[0] == 1:
-        return first
-    for start in range(0, max(len(others), 1), MAX_OUTPUTS):
-        chunk = others[start : start + MAX_OUTPUTS]
-        scale = [1.0 if start else weights[0], *weights[1 + start : 1 + start + len(chunk)]]
-        columns = torch.tensor(scale, dtype=torch.float64).expand(first.shape[0], -1)
-        first = affine_step(first, chunk, stack_coefficients(first, *columns.unbind(1)))
-    return first
-
-
-def predict(network: Network, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> Tensor:
-    """The (guided) prediction ``(n, …)`` at ``latents``; differentiable in the network's parameters."""
-    return weighted_sum(*evaluate(network, latents, timesteps, prompt))
 
 
 @dataclass(frozen=True)
@@ -196,8 +97,8 @@ class InversionStep(NamedTuple):
 
     Attributes:
         latents: ``(n, …)``, the whole batch after the step; samples that had arrived before are unchanged.
-        rows: int64 ``(m,)`` on the host, the samples the network was asked about: those that made the step, longest way
-            first, or all of them with ``static_shapes``.
+        rows: int64 ``(m,)`` on the host, the samples of the forward pass: those that made the step, longest way first,
+            or all of them with ``static_shapes``.
         source: ``(m, …)``, their latents before it.
         outputs, weights: the step used the prediction ``Σ_j weights_j·outputs_j`` ``(m, …)``.
     """
@@ -216,14 +117,14 @@ class InversionSettings:
     Attributes:
         eta: after each step ``x += η·√V·z`` (DDIM-InPO, arXiv 2503.18454); no term is removed to compensate, as
             released.
-        renoise_iterations: K of ReNoise (arXiv 2403.14602): each step is repeated K times with the network asked at the
+        renoise_iterations: K of ReNoise (arXiv 2403.14602): each step is repeated K times with a forward pass at the
             tentative destination, and uses the mean of all K + 1 predictions.
         model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its
             "source".
         seed, noise_offset: the key of the noise; step ``j`` draws with offset ``noise_offset + j``.
-        static_shapes: ask the network about the whole batch in every step and discard what samples that have arrived
-            get, so that all calls have one shape, as CUDA graphs and ``torch.compile`` want it. The results are the
-            same; a batch costs its size times the longest way, not the sum of the ways.
+        static_shapes: put the whole batch through every forward pass and discard the outputs of samples that have
+            arrived, so that all forward passes have one shape, as CUDA graphs and ``torch.compile`` want it. The
+            results are the same; a batch costs its size times the longest way, not the sum of the ways.
     """
 
     eta: float = 0.0
@@ -318,13 +219,13 @@ def _walk(
     for step, count in enumerate(counts):
         m = samples if settings.static_shapes else count
         active = None if mask is None or count == samples else mask[step]
-        told = prompt.first(m)
+        moving_prompt = prompt.first(m)
         source = target = latents[:m]
         # The step stores what it computes, where that is the latents of the whole batch.
         stored = trajectory[:, step] if trajectory is not None and m == samples and not settings.eta else None
         outputs: list[Tensor] = []
         for iteration, table in enumerate(tables, start=1):
-            predictions, guidance = evaluate(network, target, times[step, :m], told)
+            predictions, guidance = evaluate(network, target, times[step, :m], moving_prompt)
             outputs = outputs + predictions
             weights = [weight / iteration for weight in guidance] * iteration
             used = outputs if len(outputs) <= MAX_OUTPUTS else [weighted_sum(outputs, weights)]
