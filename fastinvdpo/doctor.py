@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import fastinvdpo
 from fastinvdpo import _backend, _native
@@ -57,7 +59,8 @@ def report() -> dict[str, Any]:
     """Everything the doctor finds, made of what JSON can hold.
 
     Keys: ``fastinvdpo``, ``python``, ``platform``, ``torch`` and ``triton`` (versions; None when absent), ``extras``
-    (extra -> package -> version or None), ``devices``, ``cuda`` (available, and the reason when not),
+    (extra -> package -> version or None), ``too_old`` (package -> the oldest version that was tried, where an older one
+    is installed), ``devices``, ``cuda`` (available, and the reason when not),
     ``backend_request``, ``backends`` (op -> device type -> the one chosen, why each of the others is not available, and
     why ``auto`` skips those that it does although they can run), ``native`` (how the extension was built; None without
     one), ``checks`` (each op, device, dtype and backend that can run against float64) and ``healthy``. Looking for
@@ -81,6 +84,7 @@ def report() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "too_old": _too_old(),
         "devices": devices,
         "cuda": cuda,
         "native": _native.build_info(),
@@ -111,6 +115,9 @@ def render(report: dict[str, Any]) -> str:
         found = [f"{name} {version}" for name, version in packages.items() if version is not None]
         if found:
             lines.append(f"    {', '.join(found)}")
+    lines += [
+        f"  {name} is older than {bound}: pip install '{name}>={bound}'" for name, bound in report["too_old"].items()
+    ]
     native = report["native"]
     built = "not built" if native is None else ", ".join(f"{name} {value}" for name, value in native.items())
     lines += ["", "Native extension", f"  {built}"]
@@ -145,6 +152,18 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _too_old() -> dict[str, str]:
+    """The lower bounds that installed packages miss, as the metadata of the installed fastinvdpo has them."""
+    try:
+        requirements = importlib.metadata.requires("fastinvdpo") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that nobody installed
+        return {}
+    bounds = dict(match.groups() for match in map(re.compile(r"([\w.-]+)>=([\w.]+)").match, requirements) if match)
+    known = {"torch", *(name for names in EXTRAS.values() for name in names)}
+    installed = {name: _version(name) for name in sorted(known & set(bounds))}
+    return {name: bounds[name] for name, found in installed.items() if found and TorchVersion(found) < bounds[name]}
 
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:

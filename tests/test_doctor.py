@@ -83,6 +83,22 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     assert "xformers: missing xformers: pip install 'fastinvdpo[xformers]'" in text
 
 
+def test_a_package_older_than_what_was_tried_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number, not by letter, and whatever build of it is installed."""
+    needed = [
+        "torch>=2.10",
+        'peft>=0.18; extra == "train"',
+        'ruff==0.17.*; extra == "dev"',
+        'rich>=14.0; extra == "train"',
+    ]
+    installed = {"torch": "2.9.1+cpu", "peft": "0.18.0", "rich": "13.9.4"}
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needed)
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    report = doctor.report()
+    assert report["too_old"] == {"torch": "2.10", "rich": "14.0"}
+    assert "  rich is older than 14.0: pip install 'rich>=14.0'" in doctor.render(report)
+
+
 @pytest.mark.parametrize("wrong", [1e-5, float("nan")])
 def test_a_wrong_result_is_noticed(
     wrong: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
