@@ -65,8 +65,17 @@ class Block(NamedTuple):
     warps: int
 
 
+def ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes longer than a launch does in C."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def block_of(n: int, largest: int = 1024) -> Block:
-    size = min(largest, max(128, triton.next_power_of_2(n)))
+    size = min(largest, max(128, next_power_of_2(n)))
     return Block(size, max(1, min(4, size // 256)))
 
 
