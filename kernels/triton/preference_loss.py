@@ -11,6 +11,7 @@ back, and graphs that shared counters could not be replayed side by side. A fill
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def forward(
         policy, reference, target: ``(2B, …)``, [winners; losers], or with ``timestep_weight`` ``(2B, K, …)``; float32,
             bfloat16 or float16, mixed freely; one dense layout for all, samples (and timesteps) first. ``target=None``:
             it is the reference, which is then read once.
-        pair_weight: float32 ``(B,)``; timestep_weight: float32 ``(B, K)``, whose rows are dense, and may lie apart or be
+        pair_weight: float32 ``(B,)``; timestep_weight: float32 ``(B, K)`` of dense rows, which may lie apart or be
             one and the same.
     """
     pairs, timesteps, rows = _shape(policy, timestep_weight)
@@ -157,6 +158,7 @@ def backward(  # noqa: PLR0913 - the op's schema
     return gradient
 
 
+@lru_cache
 def plan_of(rows: Rows) -> Plan:
     """One block a chunk while that fits the GPU side by side, then up to eight, or more where there would be too many
     programs. Decided by the shape alone, as are the bits of the result.

@@ -379,12 +379,6 @@ class TestAffine:
         )
         assert torch.equal(result[active], exact)
 
-    def test_tables_in_other_dtypes_and_strides(self) -> None:
-        sample, output = torch.randn(2, 3, 7, device=DEVICE)
-        table = torch.randn(2, 3, device=DEVICE, dtype=torch.float64).t()
-        scale = torch.rand(3, 2, device=DEVICE, dtype=torch.float64)[:, 0]
-        self.step(sample, [output], table, None, scale, torch.arange(6, device=DEVICE)[::2], 1, 1)
-
     def test_channels_last_keeps_its_layout(self) -> None:
         sample, output = (tensor.to(memory_format=torch.channels_last) for tensor in torch.randn(2, 2, 4, 6, 10))
         sample, output = sample.to(DEVICE), output.to(DEVICE)
