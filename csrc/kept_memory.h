@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "common.h"
+#include "results.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -72,7 +72,7 @@ inline Tensor empty_result(const Tensor& model, int64_t bytes) {
     return Tensor(result);
   }
 #endif
-  Tensor result = torch::stable::empty_like(model);
+  Tensor result = new_like(model);
   prefer_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
 }

@@ -171,16 +171,20 @@ def test_no_synchronisation(place: Place) -> None:
 
 @fused
 def test_launches(place: Place) -> None:
-    """One kernel each; the CUDA forward sets its ticket to zero besides."""
+    """One kernel each; the forward sets what it counts arrivals with to zero besides."""
     one = inputs(place)
     policy = one.policy.detach()
     grad, margin = torch.ones((), device=place.device), torch.zeros(PAIRS, device=place.device)
     backward = torch.ops.fastinvdpo.preference_loss_backward
     step_backward = torch.ops.fastinvdpo.affine_step_backward
     table, settings = one.table[:, :2].contiguous(), (one.rho, None, 20.0, "sigmoid", 0.0)
+    rows, weight = (policy, one.reference, one.target), torch.rand(SHAPE[0], device=place.device)  # for all pairs
+    shared = (weight.expand(PAIRS, -1), 20.0, "sigmoid", 0.0)
     calls = {
         "forward": lambda: torch.ops.fastinvdpo.preference_loss(policy, one.reference, one.target, *settings),
         "backward": lambda: backward(grad, None, None, policy, one.target, margin, *settings),
+        "forward of timesteps": lambda: fastinvdpo.preference_loss(*rows, beta=20.0, timestep_weight=weight),
+        "backward of timesteps": lambda: backward(grad, None, None, *rows[::2], margin, None, *shared),
         "step": lambda: fastinvdpo.affine_step(one.reference, [one.target], table),
         "step backward": lambda: step_backward(one.reference, table, one.active, [0, 1], ["float32"] * 2),
     }
@@ -190,7 +194,8 @@ def test_launches(place: Place) -> None:
         with task.context():
             call()
         found[name] = footprint(task, torch.device(place.device)).launches
-    assert found == {"forward": 1 if place.backend == "triton" else 2, "backward": 1, "step": 1, "step backward": 1}
+    forwards = {name: 2 for name in calls if name.startswith("forward")}
+    assert found == dict.fromkeys(calls, 1) | forwards
 
 
 @everyone
