@@ -1,5 +1,5 @@
 """What only a GPU can show, through the public ops: graph capture, streams, the same bits on every run, no
-synchronisation, the number of launches. The test marked ``sanitizer`` is what compute-sanitizer watches.
+synchronisation, the number of launches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import fastinvdpo
 from benchmarks.measure import Task, footprint
 from tests.cases import predictions
 from tests.kernels.cases import check_loss, problem
-from tests.ops.test_backends import check, check_affine, check_given_memory, images, latents, options_of
 from tests.places import GPU, Place, on_gpu
 
 everyone = pytest.mark.parametrize("place", GPU)
@@ -207,22 +206,3 @@ def test_on_a_device_that_is_not_the_current_one(place: Place) -> None:
         result = fastinvdpo.preference_loss(p.policy, p.reference, p.target, beta=p.beta, pair_weight=p.pair_weight)
     check_loss(p, (result.loss, result.margin, result.policy_mse, result.reference_mse))
     assert torch.cuda.current_device() == 0
-
-
-# Rows of one element, of a tail, of one cluster of blocks and of several.
-@pytest.mark.sanitizer
-@fused
-@pytest.mark.parametrize("n", [1, 7, 2053, 16000, 20000])
-@pytest.mark.parametrize("options", [{}, {"with_target": False}, {"steps": 3}], ids=str)
-def test_for_the_sanitizer(place: Place, options: dict[str, bool | int], n: int) -> None:
-    check(place, latents(place, (n,), pairs=2, **options))
-
-
-@pytest.mark.sanitizer
-@fused
-@pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 2, 4])
-def test_affine_step_for_the_sanitizer(place: Place, count: int, noise: bool) -> None:
-    sample, *outputs = images(place, count)
-    check_affine(place, sample, outputs, **options_of(place, True, noise))
-    check_given_memory(place, torch.float32, noise)
