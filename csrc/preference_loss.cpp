@@ -103,7 +103,7 @@ const float* data_or_null(const std::optional<Tensor>& tensor) {
 Tensor nan_float32(const int64_t* sizes, int dims) {
   const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), kNoDeviceIndex, &handle));
   Tensor result(handle);
   std::fill_n(static_cast<float*>(result.mutable_data_ptr()), result.numel(), std::numeric_limits<float>::quiet_NaN());
