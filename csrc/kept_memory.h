@@ -62,11 +62,11 @@ inline Tensor empty_result(const Tensor& model, int64_t bytes) {
 #if defined(__linux__)
   if (bytes >= kWorthKeeping && torch_from_blob != nullptr && model.is_contiguous()) {
     int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(model.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(model.get(), &dtype));
     Block* const block = take_block(model, bytes);
     const auto give_back = [](void*, void* context) { keep(static_cast<Block*>(context)); };
     AtenTensorHandle result;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory.mutable_data_ptr(), model.dim(), model.sizes().data(), model.strides().data(),
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory.mutable_data_ptr(), model.dim(), model.sizes().data(), model.strides().data(),
                                                   0, dtype, aoti_torch_device_type_cpu(), kNoDeviceIndex, &result,
                                                   aoti_torch_layout_strided(), nullptr, 0, give_back, block));
     return Tensor(result);

@@ -10,9 +10,9 @@ namespace fastinvdpo {
 
 inline Tensor new_strided(const Tensor& beside, int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, beside.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, beside.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -26,7 +26,7 @@ inline Tensor new_contiguous(const Tensor& beside, int dims, const int64_t* size
 inline Tensor new_like(const Tensor& model) {
   if (!model.is_contiguous()) return torch::stable::empty_like(model);
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(model.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(model.get(), &dtype));
   return new_strided(model, model.dim(), model.sizes().data(), model.strides().data(), dtype);
 }
 

@@ -63,8 +63,8 @@ def report() -> dict[str, Any]:
     is installed), ``devices``, ``cuda`` (available, and the reason when not),
     ``backend_request``, ``backends`` (op -> device type -> the one chosen, why each of the others is not available, and
     why ``auto`` skips those that it does although they can run), ``native`` (how the extension was built; None without
-    one), ``checks`` (each op, device, dtype and backend that can run against float64) and ``healthy``. Looking for
-    devices initialises CUDA where there is any.
+    one), ``warnings`` (what keeps kernels from running that should), ``checks`` (each op, device, dtype and backend
+    that can run against float64) and ``healthy``. Looking for devices initialises CUDA where there is any.
     """
     devices, cuda = _devices()
     device_types = sorted({device["type"] for device in devices})
@@ -88,6 +88,7 @@ def report() -> dict[str, Any]:
         "devices": devices,
         "cuda": cuda,
         "native": _native.build_info(),
+        "warnings": _warnings(),
         "backend_request": {"backend": asked_for, "by": asked_by},
         "backends": {op: {kind: _backends(op, kind) for kind in device_types} for op in sorted(_backend.IMPLEMENTED)},
         "checks": checks,
@@ -133,7 +134,8 @@ def render(report: dict[str, Any]) -> str:
         what = f"{check['op']} on {check['device']}, {check['backend']}, {check['dtype']}"
         outcome = check["error"] or f"error {check['deviation']:.1e}, allowed {check['allowed']:.1e}"
         lines.append(f"  {'ok' if check['passed'] else 'FAILED'}  {what}: {outcome}")
-    lines += ["", "Healthy." if report["healthy"] else "Not healthy: a check failed."]
+    lines += ["", *(f"WARNING: {warning}" for warning in report["warnings"])]
+    lines += ["Healthy." if report["healthy"] else "Not healthy: a check failed."]
     return "\n".join(lines)
 
 
@@ -182,6 +184,17 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         )
         devices.append({"name": f"cuda:{index}", "type": "cuda", "description": description})
     return devices, {"available": True, "reason": None}
+
+
+def _warnings() -> list[str]:
+    fault, info, cuda = _native.fault(), _native.build_info(), torch.version.cuda
+    found = [] if fault is None else [f"{fault}. The ops run in plain PyTorch on the CPU."]
+    if info is not None and info["cuda"] and cuda is not None:
+        built, runs = (int(version.partition(".")[0]) for version in (str(info["nvcc"]), cuda))
+        if built > runs:
+            driver = f"a driver for CUDA {built}, which this PyTorch, built for CUDA {cuda}, does not"
+            found.append(f"the extension's CUDA kernels were built by nvcc {info['nvcc']} and need {driver}")
+    return found
 
 
 def _backends(op: str, device_type: str) -> dict[str, Any]:
