@@ -1,14 +1,16 @@
 # Each target does its own set-up. An active environment is used as it is when it has everything; otherwise .venv is made once.
 # PYTHON: the interpreter; TORCH: the PyTorch requirement, installed before anything could resolve another build of it;
-# ENVIRONMENT=own: make .venv whatever is active; JOBS: test processes; ARGS: more arguments for the demo, pytest or the benchmarks.
+# ENVIRONMENT=own: make .venv whatever is active; JOBS: test processes; ARGS: more arguments for the demo, pytest or the benchmarks;
+# PYTHONS: the interpreters to build wheels for.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ENVIRONMENT ?= any
 JOBS ?= 2
 ARGS ?=
+PYTHONS ?= $(PYTHON)
 
-.PHONY: help demo test test-deep test-gpu check bench
+.PHONY: help demo test test-deep test-gpu check bench wheels
 
 help:
 	@echo "make demo      align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
@@ -16,6 +18,7 @@ help:
 	@echo "make test-deep what takes longest: kernels interpreted, compiled, under sanitizers; wheels; every model family; processes; kills"
 	@echo "make test-gpu  what only a GPU can check: ARGS='--jobs 4 --no-sanitizer'"
 	@echo "make check     ruff and mypy"
+	@echo "make wheels    into dist/, one for each of PYTHONS='python3.10 python3.13'"
 	@echo "make bench     time the ops beside plain PyTorch: ARGS='--quick --filter sdxl'"
 
 ifeq ($(ENVIRONMENT),any)
@@ -35,6 +38,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(VENV)/bin/python -m pip install --quiet --upgrade 'setuptools>=77' wheel ninja pybind11
 	$(VENV)/bin/python -m pip install --quiet '$(TORCH)'
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[train,dev]'
+	@if [ -f fastinvdpo/_not_built.txt ]; then echo "NATIVE KERNELS MISSING: $$(cat fastinvdpo/_not_built.txt)"; fi
 	@touch $@
 
 demo: $(READY)
@@ -47,7 +51,7 @@ test: $(READY)
 # Named one by one, the longest first: pytest collects none of them by itself. A file stays with one process, which makes what its
 # tests share once.
 DEEP = $(addprefix tests/kernels/,interpreted.py sanitized.py) tests/trainer/chain.py \
-  tests/kernels/packaging.py $(addprefix tests/trainer/,sharded.py killed.py launched.py) tests/bench_step.py \
+  $(addprefix tests/kernels/,packaging.py headers.py) $(addprefix tests/trainer/,sharded.py killed.py launched.py) tests/bench_step.py \
   $(addprefix tests/kernels/,compiled.py instruction_sets.py) $(addprefix tests/trainer/,processes.py shared_gradients.py)
 
 test-deep: $(READY)
@@ -61,6 +65,9 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+wheels: $(READY)
+	$(RUN) .ci/wheels.py $(PYTHONS)
 
 # The results are kept in the checkout, by device.
 bench: $(READY)
