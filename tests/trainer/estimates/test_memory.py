@@ -67,9 +67,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16-reference": {"model": {"reference_dtype": "bf16"}},
     "lora": {"model": {"lora": {"rank": 2}}, "training": {"ema_decay": 0.9}},
     "adafactor": {"optimizer": {"name": "adafactor"}},
-}
-SMALL: dict[str, dict[str, Any]] = {
-    "adamw8bit": {"optimizer": {"name": "adamw8bit"}},
     "int8": {"model": {"reference_quantization": "int8"}},
     "lora-int8": {"model": {"lora": {"rank": 2}, "quantization": "int8"}},
     "nf4": {"model": {"reference_quantization": "nf4", "reference_dtype": "bf16"}},
@@ -80,7 +77,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sections",
     [
         *(pytest.param(sections, id=name) for name, sections in VARIANTS.items()),
-        *(pytest.param(sections, id=name, marks=needs_bitsandbytes) for name, sections in SMALL.items()),
+        pytest.param({"optimizer": {"name": "adamw8bit"}}, id="adamw8bit", marks=needs_bitsandbytes),
     ],
 )
 def test_what_a_run_keeps_is_what_was_estimated(workspace: Path, sections: dict[str, Any]) -> None:
@@ -109,7 +106,6 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("kind", QUANTIZED_WEIGHTS)
 @pytest.mark.parametrize("shape", [(64, 32), (33, 70), (5, 13)])
 def test_quantised_layers(kind: Any, shape: tuple[int, int]) -> None:
