@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from fastinvdpo.data.digests import key_hash
-from fastinvdpo.data.scoring import Scorer, in_batches
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import sample
-from fastinvdpo.evaluation.scorers import check_scorers, open_scorers
+from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel

@@ -16,10 +16,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fastinvdpo.data.scoring import FunctionScorer
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import in_training
 from fastinvdpo.evaluation.in_training import Evaluator, evaluator
+from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, TrainResult, loop, train
 from fastinvdpo.trainer.checkpoint import load_checkpoint
