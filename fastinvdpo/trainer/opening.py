@@ -99,7 +99,7 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
         if found is not None and found.value and not 1 / _OTHER_UNIT < found.value / method.score_range < _OTHER_UNIT:
             problem = f"is not of the unit of the scores, which range over {found.value:.5g}"
             remedy = (
-                "give the range of all scores of the set" if stored is None else "set it to auto, which takes theirs"
+                "give the range of all scores of the set" if stored is None else "set it to auto"
             )
             raise invalid("method.score_range", method.score_range, problem, remedy)
         return config
