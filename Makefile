@@ -14,7 +14,7 @@ help:
 	@echo "make demo      align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
 	@echo "make test      the test suite: JOBS=2 ARGS='-k schedule'"
 	@echo "make test-deep what takes longest: kernels interpreted, compiled, under sanitizers; wheels; every model family; processes; kills"
-	@echo "make test-gpu  what only a GPU can check: ARGS=--no-sanitizer"
+	@echo "make test-gpu  what only a GPU can check: ARGS='--jobs 4 --no-sanitizer'"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     time the ops beside plain PyTorch: ARGS='--quick --filter sdxl'"
 

@@ -4,16 +4,20 @@ FASTINVDPO_BUILD: ``auto`` (default) builds ``fastinvdpo._C`` where torch and a 
 Python otherwise; ``0`` never builds; ``1`` fails where it cannot build. FASTINVDPO_CUDA: ``1`` builds the CUDA kernels,
 ``0`` does not; by default they are built where nvcc is found and torch was built for CUDA. Whether a GPU is visible
 plays no part. TORCH_CUDA_ARCH_LIST: the GPUs to build for, such as ``"8.0;9.0+PTX"``; by default those of ARCHITECTURES
-that nvcc knows, the last with PTX for GPUs to come.
+that nvcc knows, the last with PTX for GPUs to come. Where ``auto`` cannot build, the reason is told, and left in the
+package for fastinvdpo/_native.py to tell again.
 """
 
 import os
 import re
 import shutil
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 CHOICE = os.environ.get("FASTINVDPO_BUILD", "auto")
@@ -26,7 +30,12 @@ BY_NAME = next(
     (name for name, value in (("FASTINVDPO_BUILD", CHOICE), ("FASTINVDPO_CUDA", CUDA)) if value == "1"), None
 )
 
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10
+NOT_BUILT = "_not_built.txt"
+# Without pip's cache, which would serve the pure wheel again.
+REMEDY = (
+    "FASTINVDPO_BUILD=1 pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir . "
+    "builds them, or fails and shows why"
+)
 # One for each major version covers its minor ones; no kernel needs instructions of one architecture alone (9.0a).
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
@@ -39,6 +48,37 @@ def obstacle() -> str | None:
         return f"torch cannot be imported while building ({error}); install torch first and use --no-build-isolation"
     compiler = os.environ.get("CXX", "c++")
     return None if shutil.which(compiler) else f"there is no C++ compiler {compiler!r}"
+
+
+def leave_word(folder: Path, reason: str | None) -> None:
+    """Say why a package has no extension, now and to whoever uses it; with None, take back what the last build said."""
+    record = folder / NOT_BUILT
+    if reason is None:
+        record.unlink(missing_ok=True)
+        return
+    text = f"{reason}. Remedy: {REMEDY}"
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(text + "\n")
+    banner = f"\n{'*' * 80}\nfastinvdpo: NATIVE KERNELS MISSING, pure Python is installed: {text}.\n{'*' * 80}\n"
+    print(banner, file=sys.stderr, flush=True)
+    # pip keeps to itself what a build that ends well has to say.
+    if not sys.stderr.isatty():
+        with suppress(OSError), open("/dev/tty", "w") as terminal:  # where there is a terminal
+            terminal.write(banner)
+
+
+def installed_folder(command: Command) -> Path:
+    """Where a build command lays the package: an editable installation's is the source itself."""
+    in_place = getattr(command, "inplace", False) or getattr(command, "editable_mode", False)
+    return Path("fastinvdpo") if in_place else Path(command.build_lib) / "fastinvdpo"
+
+
+class BuildPackage(build_py):
+    """Leaves word of an obstacle, which is known before anything is compiled."""
+
+    def run(self):
+        super().run()
+        leave_word(installed_folder(self), OBSTACLE)
 
 
 def nvcc_says(*arguments: str) -> str:
@@ -69,10 +109,15 @@ def compile_kernel(source: Path, folder: Path, include: list[str]) -> str:
     """The object file of a .cu file."""
     target = folder.resolve() / f"{source.stem}.cu.o"
     target.parent.mkdir(parents=True, exist_ok=True)
-    options = ["-O3", "-std=c++17", "-lineinfo", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden", STABLE_ABI]
+    options = ["-O3", "-std=c++17", "-lineinfo", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     options += [*architecture_flags(), *(f"-I{path}" for path in include)]
     nvcc_says("-c", str(source), "-o", str(target), *options)
     return str(target)
+
+
+def nvcc_release() -> str:
+    """Such as 13.0: the version of CUDA's runtime that comes along."""
+    return "".join(re.findall(r"release ([\d.]+)", nvcc_says("--version")))
 
 
 def runtime_folders() -> list[str]:
@@ -98,58 +143,51 @@ def extension():
         the module loads beside any build of PyTorch. A build that nobody asked for by name may fail.
         """
 
-        def build_extensions(self):
+        def run(self):
+            folder, reason = installed_folder(self), None
             try:
-                super().build_extensions()
-            except (
-                Exception
-            ) as error:  # PyTorch's rules raise what they like, and setuptools forgives its own errors only
+                super().run()
+            except Exception as error:  # PyTorch's rules raise what they like
                 if BY_NAME is not None:
                     raise
-                print(f"fastinvdpo: installing without native kernels: building them failed: {error}")
+                reason = f"building them failed ({error})"
+            leave_word(folder, reason)
 
         def build_extension(self, ext):
-            if with_cuda:
-                ext.extra_objects += [compile_kernel(path, Path(self.build_temp), ext.include_dirs) for path in kernels]
-                ext.library_dirs += runtime_folders()
-                ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
-            super().build_extension(ext)
+            try:
+                if with_cuda:
+                    folder = Path(self.build_temp)
+                    ext.extra_objects += [compile_kernel(path, folder, ext.include_dirs) for path in kernels]
+                    ext.extra_compile_args.append(f'-DFASTINVDPO_NVCC="{nvcc_release()}"')
+                    ext.library_dirs += runtime_folders()
+                    ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+                super().build_extension(ext)
+            except Exception as error:  # setuptools would forgive its own errors, and nobody would hear of them
+                raise RuntimeError(error) from error
 
     module = cpp_extension.CppExtension(
         "fastinvdpo._C",
         sorted(str(path) for path in Path("csrc").glob("*.cpp")),
         include_dirs=[str(Path("csrc").resolve())],
         depends=sorted(str(path) for path in [*Path("csrc").glob("*.h"), *kernels]),
-        extra_compile_args=[
-            *("-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"),
-            *(STABLE_ABI, f"-DFASTINVDPO_WITH_CUDA={int(with_cuda)}"),
-        ],
+        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
         optional=BY_NAME is None,
     )
     return module, Build
 
 
+# Kernels, benchmarks and examples are linked into the package's folder, so that they are installed with it. The map
+# keeps an editable installation from putting the checkout itself on the path, where kernels/ would shadow the package
+# of that name that diffusers looks for.
 packages = find_packages(include=["fastinvdpo", "fastinvdpo.*"])
-package_dir = {}
-# Triton kernels live outside the package's folder. kernels/ itself must not become a package: it would shadow the one
-# that diffusers imports.
-if any(Path("kernels/triton").glob("*.py")):
-    packages.append("fastinvdpo._triton")
-    package_dir["fastinvdpo._triton"] = "kernels/triton"
-# Likewise the benchmarks, so that `fastinvdpo bench` runs without a checkout.
-if Path("benchmarks/__init__.py").is_file():
-    packages += ["fastinvdpo._benchmarks", "fastinvdpo._benchmarks.peers"]
-    package_dir["fastinvdpo._benchmarks"] = "benchmarks"
+package_dir = {"fastinvdpo._triton": "kernels/triton"}
 
-options = {}
-if CHOICE != "0":
-    reason = obstacle()
-    if reason is None:
-        module, command = extension()
-        options = {"ext_modules": [module], "cmdclass": {"build_ext": command}}
-    elif BY_NAME is not None:
-        raise SystemExit(f"{BY_NAME} = '1': the native extension cannot be built: {reason}.")
-    else:
-        print(f"fastinvdpo: installing without native kernels: {reason}.")
+OBSTACLE = obstacle() if CHOICE != "0" else None
+if OBSTACLE is not None and BY_NAME is not None:
+    raise SystemExit(f"{BY_NAME} = '1': the native extension cannot be built: {OBSTACLE}.")
+modules, commands = [], {"build_py": BuildPackage}
+if CHOICE != "0" and OBSTACLE is None:
+    module, commands["build_ext"] = extension()
+    modules.append(module)
 
-setup(packages=packages, package_dir=package_dir, **options)
+setup(packages=packages, package_dir=package_dir, ext_modules=modules, cmdclass=commands)

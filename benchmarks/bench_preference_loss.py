@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class PreferenceLossProblem(Problem):
         A margin itself can be near zero by chance, and an error relative to it says nothing.
         """
         loss, margin, *_ = (output.detach().double() for output in outputs)
-        expected, magnitude = self._margins()
+        expected, magnitude = self._margins
         expected_loss = softplus(-expected).mean()
         return {
             "loss": finite((loss - expected_loss).abs() / expected_loss),
@@ -78,7 +79,7 @@ class PreferenceLossProblem(Problem):
 
     def gradient_error(self, gradients: Sequence[Tensor]) -> float:
         (gradient,) = gradients
-        slope = -torch.sigmoid(-self._margins()[0]) / self.case.pairs
+        slope = -torch.sigmoid(-self._margins[0]) / self.case.pairs
         per_element = -0.5 * BETA * 2 / (self.case.elements / (2 * self.case.pairs))  # the weights are 1/K each
         parts = []
         for pair in range(self.case.pairs):
@@ -100,8 +101,9 @@ class PreferenceLossProblem(Problem):
     def moved(cls, mode: str) -> int:
         return {"forward": 3, "backward": 3, "full": 6}[mode]
 
+    @cached_property
     def _margins(self) -> tuple[Tensor, Tensor]:
-        """The margins in float64, and the magnitudes of what they add up; pair by pair, to need little memory."""
+        """The margins in float64, and the magnitudes of what they add up; row by row, to need little memory."""
         sums, magnitudes = [], []
         for row in range(2 * self.case.pairs):
             p, r, t = (tensor[row].detach().double() for tensor in (self.policy, self.reference, self.target))

@@ -130,8 +130,7 @@ def measure(case: StepCase, names: Sequence[str], rounds: int) -> list[Row]:
         try:
             return _measure(case, trainer, names, rounds)
         finally:
-            trainer.run.builder.close()
-            trainer.run.reporter.close()
+            trainer.run.close()
 
 
 def _measure(case: StepCase, trainer: Trainer, names: Sequence[str], rounds: int) -> list[Row]:

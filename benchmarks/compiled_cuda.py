@@ -21,7 +21,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "compiled_cuda.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 _COMPILING = re.compile(r"Compiling entry function '(?P<name>\w+)' for")
 _STACK = re.compile(
@@ -103,7 +102,7 @@ def _compiled(source: Path, architecture: str, cubin: Path) -> list[dict[str, An
     from torch.utils.cpp_extension import include_paths
 
     include = [f"-I{path}" for path in (*include_paths(), source.parent)]
-    options = ["-O3", "-std=c++17", "-lineinfo", STABLE_ABI, f"-arch={architecture}", "-Xptxas=-v"]
+    options = ["-O3", "-std=c++17", "-lineinfo", f"-arch={architecture}", "-Xptxas=-v"]
     report = _run(["nvcc", *options, *include, "-cubin", str(source), "-o", str(cubin)])
     accesses = _accesses(_run([cuobjdump() or "cuobjdump", "-sass", str(cubin)]))
     return [

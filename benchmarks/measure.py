@@ -35,6 +35,8 @@ class Task(NamedTuple):
 
 SHORTEST_SAMPLE = 1e-3  # seconds: below it a task is repeated within a sample, for the clock's sake
 SETTLING = 10e-3  # seconds of calls before a sample on the CPU: the system is still taking back what others have freed
+ROTATED = 4  # times the L2: so much do the inputs hold that calls on a GPU take in turn, so that none is still there
+MOST_COPIES = 64  # of small inputs, whose calls the host or the launch limits
 LARGE = 32 * 2**20  # bytes: tasks that move as much leave the caches; the copy is then measured beside them
 
 # Ops that allocate, or look at memory in another way, and launch nothing.
@@ -123,6 +125,33 @@ def interleaved(
         if collecting:
             gc.enable()
     return samples
+
+
+def copies(size: int, device: torch.device) -> int:
+    """How many inputs of so many bytes calls take in turn. On the CPU one: small inputs stay in the caches there."""
+    if device.type == "cpu":
+        return 1
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(MOST_COPIES, math.ceil(ROTATED * cache / size)))
+
+
+def replayed(task: Task, calls: int, device: torch.device) -> list[float]:
+    """Seconds that a call takes on a GPU alone: so many are recorded in a CUDA graph, with results of their own, and
+    replayed.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with task.context():
+        with torch.cuda.stream(stream):  # a backward runs on the stream of its forward, which must be the recorded one
+            task.call(*task.arguments(1)[0])  # kernels are loaded at their first launch
+            arguments = task.arguments(calls)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = [task.call(*each) for each in arguments]
+        samples = interleaved({"graph": Task(graph.replay)}, device, seconds=0.0)["graph"]
+    del kept
+    return [sample / calls for sample in samples]
 
 
 class Copy:

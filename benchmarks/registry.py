@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,12 +38,28 @@ def everything() -> Iterator[tuple[Case, str]]:
                         yield from ((Case(op, model, shape, pairs, timesteps, dtype), mode) for mode in MODES)
 
 
-def quick() -> Iterator[tuple[Case, str]]:
-    """A minute's worth: image latents, few pairs, forward and backward."""
-    for case, mode in everything():
-        wanted = case.model in ("sd15", "sdxl") and case.pairs in (1, 8) and case.timesteps == 1
-        if wanted and mode == "full" and case.dtype != torch.float16:
-            yield case, mode
+QUICK = {
+    "cpu": ["(sd15|sdxl) pairs=(1|8) K=1 (float32|bfloat16) full"],
+    "cuda": [
+        "preference_loss sdxl pairs=64 K=10 bfloat16 (forward|full)",
+        "affine_step video pairs=16 bfloat16 (forward|full)",
+        "preference_loss video pairs=16 K=1 (bfloat16|float32) (forward|full)",
+        "preference_loss sd15 pairs=1 K=1 bfloat16 (forward|full)",
+        "affine_step sd15 pairs=1 bfloat16 full",
+        "(affine_step|preference_loss) sdxl pairs=8 K=1 bfloat16 full",
+        "preference_loss sdxl pairs=64 K=80 bfloat16 full",
+        "affine_step video pairs=16 float32 full",
+    ],
+}
+"""Filters by device. CPU: a minute's worth of image latents. GPU: the most telling first, most of them with tensors of
+256 MB and more; single pairs show what a call costs on the host.
+"""
+
+
+def quick(device_type: str) -> Iterator[tuple[Case, str]]:
+    """A part of everything, in the order of :data:`QUICK`."""
+    for pattern in QUICK[device_type]:
+        yield from ((case, mode) for case, mode in everything() if matches(case, mode, pattern))
 
 
 def matches(case: Case, mode: str, pattern: str) -> bool:
@@ -61,9 +78,15 @@ def forward(provider: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]
     if provider == "eager":
         return lambda: problem.released(*problem.arguments)
     if provider == "compile":
-        compiled = torch.compile(problem.released, dynamic=False)
+        compiled = _compiled(problem.released)
         return lambda: compiled(*problem.arguments)
     return problem.fused
+
+
+@cache
+def _compiled(formula: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """One for all inputs: they share its code."""
+    return torch.compile(formula, dynamic=False)
 
 
 def context(provider: str) -> AbstractContextManager[None]:

@@ -1,9 +1,9 @@
-"""Results for people: tables on the terminal and a picture."""
+"""Results for people: tables as plain text and a picture."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,30 +24,26 @@ _COLOURS = {
 }
 
 
-def tables(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
-    """A title and a rich table for the rows of every case and mode, which must stand together."""
-    rich_table = require("rich.table", extra="train", purpose="the table of results")
+def table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their cells, the first to the left and the others to the right; empty columns are left out."""
+    columns = list(zip(headers, *lines, strict=True))
+    columns = [column for place, column in enumerate(columns) if place == 0 or any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    shown = []
+    for first, *others in zip(*columns, strict=True):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        shown.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(shown)
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """A title and a table for the rows of every case and mode, which must stand together."""
     for title, together in groupby(rows, key=case_of):
-        shown = rich_table.Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        shown.add_column("provider", min_width=9)
-        for header, width in _COLUMNS.items():
-            shown.add_column(header, justify="right", min_width=width, no_wrap=True)
-        for row in together:
-            shown.add_row(*_cells(row), style=None if row["correct"] else "red")
-        yield title, shown
+        yield f"{title}\n{table(_COLUMNS, map(_cells, together))}\n"
 
 
-_COLUMNS = {
-    "ms": 8,
-    "p20-p80": 15,
-    "GB/s": 6,
-    "% copy": 6,
-    "launches": 8,
-    "peak MB": 7,
-    "worst error": 15,
-    "vs eager": 8,
-    "vs compile": 10,
-}
+_COLUMNS = ("provider", "ms", "p20-p80", "GB/s", "% copy", "graph ms", "graph % copy", "launches", "peak MB",
+            "worst error", "vs eager", "vs compile")  # fmt: skip
 
 
 def case_of(row: Row) -> str:
@@ -63,17 +59,18 @@ def speedup(row: Row, baseline: str) -> str:
     return f"{row['speedup'][baseline]:.2f}x" if baseline in row["speedup"] else ""
 
 
-def _cells(row: Row) -> Iterator[str]:
-    times = row["milliseconds"]
-    yield row["provider"]
-    yield f"{times['median']:.3f}"
-    yield f"{times['p20']:.3f}-{times['p80']:.3f}"
-    yield f"{row['gbps']:.1f}"
-    yield f"{row['percent_of_copy']:.0f}"
-    yield "" if row["launches"] is None else str(row["launches"])
-    yield "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}"
-    yield _worst(row)
-    yield from (speedup(row, baseline) for baseline in ("eager", "compile"))
+def _cells(row: Row) -> list[str]:
+    times, graph = row["milliseconds"], row.get("graph_milliseconds")
+    cells = [row["provider"], f"{times['median']:.3f}", f"{times['p20']:.3f}-{times['p80']:.3f}"]
+    cells += [f"{row['gbps']:.1f}", f"{row['percent_of_copy']:.0f}"]
+    if graph is None:
+        cells += ["", ""]
+    else:
+        share = row["percent_of_copy"] * times["median"] / graph["median"]
+        cells += [f"{graph['median']:.3f}", f"{share:.0f}"]
+    cells.append("" if row["launches"] is None else str(row["launches"]))
+    cells.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}")
+    return [*cells, _worst(row), *(speedup(row, baseline) for baseline in ("eager", "compile"))]
 
 
 def _worst(row: Row) -> str:
@@ -93,30 +90,29 @@ def notes(result: Result) -> Iterator[str]:
             yield f"{op}, {provider}: {reason}"
     for skipped in result["skipped"]:
         yield f"skipped {skipped['case']}: {skipped['reason']}"
+    for row in result["results"]:
+        if row.get("no_graph"):
+            yield f"no graph of {case_of(row)}, {row['provider']}: {row['no_graph']}"
     copied = result["copy_gbps"]
     if copied is not None:
         yield f"copy: {copied['median']:.1f} GB/s ({copied['p20']:.1f}-{copied['p80']:.1f})"
 
 
-def comparison(compared: Sequence[Result], new: Result, old: Result) -> Any:
-    """A rich table of old against new; its caption says where the two runs cannot be compared."""
-    rich_table = require("rich.table", extra="train", purpose="the table of results")
-    shown = rich_table.Table(title=f"{_where(old)}  →  {_where(new)}", header_style="bold")
-    shown.add_column("case")
-    shown.add_column("provider")
-    for header in ("old ms", "new ms", "faster"):
-        shown.add_column(header, justify="right", no_wrap=True)
+def comparison(compared: Sequence[Result], new: Result, old: Result) -> str:
+    """A table of old against new; below it stands where the two runs cannot be compared."""
+    lines = []
     for row in compared:
         ratio = "wrong result" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-        shown.add_row(case_of(row), row["provider"], f"{row['old']:.3f}", f"{row['new']:.3f}", ratio)
-    captions = [f"{provider} {ratio:.2f}x" for provider, ratio in summary(compared).items()]
-    shown.caption = "geometric means: " + ", ".join(captions) if captions else "the two runs share no correct result"
+        lines.append([case_of(row), row["provider"], f"{row['old']:.3f}", f"{row['new']:.3f}", ratio])
+    shown = [f"{_where(old)}  →  {_where(new)}", table(("case", "provider", "old ms", "new ms", "faster"), lines)]
+    means = [f"{provider} {ratio:.2f}x" for provider, ratio in summary(compared).items()]
+    shown.append("geometric means: " + ", ".join(means) if means else "the two runs share no correct result")
     if new["device"]["name"] != old["device"]["name"]:
-        shown.caption += f"\ndifferent devices: {old['device']['name']}, {new['device']['name']}"
+        shown.append(f"different devices: {old['device']['name']}, {new['device']['name']}")
     bandwidths = [each["copy_gbps"]["median"] for each in (old, new) if each["copy_gbps"]]
     if len(bandwidths) == 2:
-        shown.caption += f"\ncopy {bandwidths[0]:.1f} GB/s then, {bandwidths[1]:.1f} GB/s now"
-    return shown
+        shown.append(f"copy {bandwidths[0]:.1f} GB/s then, {bandwidths[1]:.1f} GB/s now")
+    return "\n".join(shown)
 
 
 def _where(result: Result) -> str:

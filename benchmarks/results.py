@@ -49,12 +49,16 @@ def origin(device: torch.device) -> Result:
 
 
 def write(result: Result, directory: Path, prefix: str = "") -> Path:
-    """The result as ``directory/<device>/<prefix><date>-<commit>.json``; returns that path."""
+    """The result as ``directory/<device>/<prefix><date>-<commit>.json``; returns that path. A reader, and whoever stops
+    the process, finds the whole of what was written last.
+    """
     folder = directory / slug(result["device"]["name"])
     folder.mkdir(parents=True, exist_ok=True)
     date = re.sub(r"\D", "", result["date"][:19])
     path = folder / f"{prefix}{date}-{(result['commit'] or 'unknown')[:9]}.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    begun = path.with_suffix(".part")
+    begun.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    begun.replace(path)
     return path
 
 
@@ -82,7 +86,7 @@ def compare(new: Result, old: Result) -> list[Result]:
     compared = []
     for row in new["results"]:
         before = known.get(_key(row))
-        if before is not None:
+        if before is not None and "milliseconds" in before and "milliseconds" in row:  # not: out of memory
             medians = [each["milliseconds"]["median"] for each in (before, row)]
             right = before["correct"] and row["correct"]
             ratio = medians[0] / medians[1] if right else None

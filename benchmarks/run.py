@@ -1,26 +1,28 @@
 """The command: ``python -m benchmarks.run`` in a checkout, ``fastinvdpo bench`` everywhere.
 
-Measures every case that ``--filter`` leaves, prints a table, and writes the results as JSON and as a picture.
+Measures every case that ``--filter`` leaves. After each it prints a table and writes the results so far as JSON; at the
+end it draws a picture, where there is matplotlib. torch is enough for the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
 
-from . import registry, report, results
+from . import registry, report, results, suite
 from .measure import Copy
 from .problem import Case
-from .suite import DoesNotFit, measure
+
+QUICK_SECONDS = 240.0  # after which --quick begins no case: the last one, its compilation included, may take a minute
 
 
 def main(argv: Sequence[str] | None = None, only: str | None = None) -> int:
@@ -49,7 +51,9 @@ def _parser(only: str | None) -> argparse.ArgumentParser:
         description=f"Measure {only or 'the fused ops'} beside plain PyTorch, torch.compile and each other. "
         "For whole training steps: fastinvdpo bench step --help.",
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few cases: a minute on a CPU, large ones on a GPU in at most five"
+    )
     parser.add_argument(
         "--filter",
         default="",
@@ -67,31 +71,37 @@ def _parser(only: str | None) -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, only: str | None) -> int:
-    console = require("rich.console", extra="train", purpose="the benchmark's output").Console()
-    if not console.is_terminal:
-        console.width = 120
     other = results.read(options.compare) if options.compare else None  # a mistake shows before an hour's work
     if options.load:
         result, path = results.read(options.load), options.load
+        print(*report.tables(result["results"]), sep="\n")
     else:
-        selected = _select(options, only)
-        if options.list:
-            console.print("\n".join(f"{case} {mode}" for case, mode in selected), highlight=False, soft_wrap=True)
-            return 0
         device = _device(options.device)
+        selected = _select(options, device, only)
+        if options.list:
+            print(*(f"{case} {mode}" for case, mode in selected), sep="\n")
+            return 0
         seconds = options.seconds or (0.3 if options.quick else 2.0)
-        result = run(selected, _providers(options.providers), device, seconds, progress=sys.stderr.isatty())
-        result["settings"] = {"quick": options.quick, "filter": options.filter, "seconds": seconds}
-        path = results.write(result, options.output)
-    for title, shown in report.tables(result["results"]):
-        console.print(f"[bold]{title}[/bold]", highlight=False)
-        console.print(shown)
-    for note in report.notes(result):
-        console.print(note, highlight=False, soft_wrap=True)
+        settings = {"quick": options.quick, "filter": options.filter, "seconds": seconds}
+
+        def finished(result: results.Result, rows: Sequence[suite.Row]) -> None:
+            for shown in report.tables(rows):
+                print(shown, flush=True)
+            results.write({**result, "settings": settings}, options.output)
+
+        limit = QUICK_SECONDS if options.quick else math.inf
+        result = run(selected, _providers(options.providers), device, seconds, limit=limit, finished=finished)
+        path = results.write({**result, "settings": settings}, options.output)
+    print(*report.notes(result), sep="\n")
     if other is not None:
-        console.print(report.comparison(results.compare(result, other), result, other))
-    picture = report.plot(result, path.with_suffix(".png"))
-    console.print(f"Results: {path}" + (f"\nPicture: {picture}" if picture else ""), highlight=False, soft_wrap=True)
+        print(report.comparison(results.compare(result, other), result, other))
+    try:
+        picture = report.plot(result, path.with_suffix(".png"))
+    except MissingExtra as error:
+        print(error)
+    else:
+        print(f"Picture: {picture}")
+    print(f"Results: {path}")
     ours = [row for row in result["results"] if row["provider"] not in registry.BASELINES]
     return 0 if all(row["correct"] for row in ours) else 1
 
@@ -102,29 +112,43 @@ def run(
     device: torch.device,
     seconds: float,
     *,
-    progress: bool = False,
+    limit: float = math.inf,
+    finished: Callable[[results.Result, Sequence[suite.Row]], None] = lambda result, rows: None,
 ) -> results.Result:
-    """Measure the selected cases and modes; what :func:`benchmarks.results.write` writes."""
-    result: results.Result = {**results.origin(device), "unavailable": {}, "skipped": [], "results": []}
+    """Measure the selected cases and modes; what :func:`benchmarks.results.write` writes.
+
+    Args:
+        seconds: to measure a case for.
+        limit: seconds after which no case begins.
+        finished: called after every case with the result so far and the rows of the case.
+    """
+    result: results.Result = {
+        **results.origin(device),
+        "unavailable": {},
+        "skipped": [],
+        "results": [],
+        "copy_gbps": None,
+    }
     copy = Copy(device)
     copy()
     modes = {case: [mode for _, mode in group] for case, group in groupby(selected, key=lambda each: each[0])}
-    bars = require("rich.progress", extra="train", purpose="the progress bar")
-    error_console = require("rich.console", extra="train", purpose="the progress bar").Console(stderr=True)
-    with bars.Progress(*_columns(bars), console=error_console, disable=not progress) as bar:
-        task = bar.add_task("", total=len(modes))
-        for case, wanted in modes.items():
-            bar.update(task, description=str(case))
-            try:
-                rows, reasons = measure(case, wanted, providers, device=device, copy=copy, seconds=seconds)
-            except (DoesNotFit, torch.OutOfMemoryError, MemoryError) as error:
-                result["skipped"].append({"case": str(case), "reason": str(error).partition("\n")[0]})
-            else:
-                result["results"] += rows
-                _remember(result, case, reasons)
-            _forget(device)
-            bar.advance(task)
-    result["copy_gbps"] = copy.bandwidth()._asdict() if copy.samples else None
+    begin = time.perf_counter()
+    for number, (case, wanted) in enumerate(modes.items(), 1):
+        if time.perf_counter() - begin > limit:
+            result["skipped"].append({"case": str(case), "reason": f"{limit:.0f} seconds had passed"})
+            continue
+        print(f"[{number}/{len(modes)}] {case}", file=sys.stderr, flush=True)
+        rows: list[suite.Row] = []
+        try:
+            rows, reasons = suite.measure(case, wanted, providers, device=device, copy=copy, seconds=seconds)
+        except (suite.DoesNotFit, torch.OutOfMemoryError, MemoryError) as error:
+            result["skipped"].append({"case": str(case), "reason": str(error).partition("\n")[0]})
+        else:
+            result["results"] += rows
+            _remember(result, case, reasons)
+        _forget(device)
+        result["copy_gbps"] = copy.bandwidth()._asdict() if copy.samples else None
+        finished(result, rows)
     return result
 
 
@@ -145,17 +169,8 @@ def _forget(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _columns(bars: Any) -> list[Any]:
-    return [
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}"),
-    ]
-
-
-def _select(options: argparse.Namespace, only: str | None) -> list[tuple[Case, str]]:
-    cases = registry.quick() if options.quick else registry.everything()
+def _select(options: argparse.Namespace, device: torch.device, only: str | None) -> list[tuple[Case, str]]:
+    cases = registry.quick(device.type) if options.quick else registry.everything()
     selected = [
         (case, mode) for case, mode in cases if only in (None, case.op) and registry.matches(case, mode, options.filter)
     ]

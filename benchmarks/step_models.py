@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.data import ImageGeometry, Pair
+from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.models.stable_diffusion import StableDiffusionModel
-from fastinvdpo.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

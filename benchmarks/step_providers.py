@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.errors import invalid
-from fastinvdpo.losses import PICKSCORE_RANGE, preference_probability
-from fastinvdpo.objectives import (
+from fastinvdpo.methods import (
     STREAM_INVERSION,
     STREAM_NOISE,
     STREAM_TIMESTEP,
@@ -24,13 +24,12 @@ from fastinvdpo.objectives import (
     PairBatch,
     build_objective,
 )
+from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.ops import philox
-from fastinvdpo.trainer import TrainConfig, config_files
+from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, config_files
 from fastinvdpo.trainer.accounting import AUTOCAST, gradient_factor
-from fastinvdpo.trainer.loop import _Run
 from fastinvdpo.trainer.networks import perturb
 from fastinvdpo.trainer.step import training_step
-from fastinvdpo.trajectories import Network
 
 from . import peers
 from .peers.common import scaled_linear
@@ -91,7 +90,7 @@ def build_case(
         "training.steps": 1000000,
         "training.mixed_precision": SIZES[size].mixed_precision,
         "output.directory": str(directory),
-        "output.tensorboard": "false",
+        "output.trackers": "[]",
     }
     if method == "inversion-dpo":
         settings |= {"method.variant": "distance", "training.gradient_passes": 1}
@@ -142,8 +141,10 @@ class Trainer:
 
     def __init__(self, case: StepCase) -> None:
         self.case, self.model = case, RandomModel(SIZES[case.size])
-        self.run = _Run(case.config, self.model, RandomPairs(case.pairs), "never", False)
-        self.run._set_up()
+        self.run = PreferenceTrainer(
+            self.model, case.config.method, RandomPairs(case.pairs), case.config, resume="never", progress=False
+        )
+        self.run.start()
         self.batch = self.run.builder.build(range(case.pairs))
 
     @property

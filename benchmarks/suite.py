@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastinvdpo import _native
 
 from . import registry
-from .measure import LARGE, Copy, Task, footprint, free_memory, interleaved, percentiles
+from .measure import LARGE, Copy, Task, copies, footprint, free_memory, interleaved, percentiles, replayed
 from .problem import Case, Problem
 
 SHARE_OF_MEMORY = 0.8  # that a case may take: the rest is for the buffers of the copy and for what the estimate misses
@@ -42,24 +43,26 @@ def measure(
     needed, free = registry.OPS[case.op].needs(case), free_memory(device)
     if free is not None and needed > SHARE_OF_MEMORY * free:
         raise DoesNotFit(f"needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
-    problem = registry.OPS[case.op](case, device)  # type: ignore[call-arg]
+    inputs = registry.OPS[case.op].inputs * case.elements * case.dtype.itemsize
+    problems: list[Problem] = [registry.OPS[case.op](case, device) for _ in range(copies(inputs, device))]  # type: ignore[call-arg]
+    problem = problems[0]
     reasons, errors, forwards = {}, {}, {}
     # The errors of these two are the measure for all, whoever is timed.
     for provider in dict.fromkeys(("eager", "reference", *providers)):
         reason = registry.unavailable(provider, case.op, device)
         if reason is None:
             try:
-                forwards[provider] = registry.forward(provider, problem)
-                errors[provider] = _errors(problem, forwards[provider], provider)
+                forwards[provider] = [registry.forward(provider, each) for each in problems]
+                errors[provider] = _errors(problem, forwards[provider][0], provider)
             except Exception as error:  # whatever a compiler, a driver or a kernel raises is the reason
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+                reason = reason_of(error)
         if reason is not None:
             reasons[provider] = reason
     timed = [provider for provider in providers if provider in errors]
     rows = []
     for mode in modes:
-        tasks = {provider: _task(problem, forwards[provider], provider, mode) for provider in timed}
-        rows += _rows(problem, mode, tasks, errors, device, copy, seconds)
+        tasks = {provider: _task(problems, forwards[provider], provider, mode) for provider in timed}
+        rows += _rows(problems, mode, tasks, errors, device, copy, seconds)
     return rows, {provider: reason for provider, reason in reasons.items() if provider in providers}
 
 
@@ -94,19 +97,45 @@ def _errors(problem: Problem, forward: Callable[[], tuple[Tensor, ...]], provide
     return {**problem.output_errors(outputs), "gradient": problem.gradient_error(gradients)}
 
 
-def _task(problem: Problem, forward: Callable[[], tuple[Tensor, ...]], provider: str, mode: str) -> Task:
+def _task(
+    problems: Sequence[Problem], forwards: Sequence[Callable[[], tuple[Tensor, ...]]], provider: str, mode: str
+) -> Task:
+    """Each call takes the next of the problems, which are alike."""
     context = partial(registry.context, provider)
+    turns = itertools.cycle(zip(problems, forwards, strict=True))
+    # What a recorded backward reads must stay where it is.
+    keep = mode == "backward" and problems[0].leaves[0].is_cuda
+
+    def forward() -> tuple[Problem, tuple[Tensor, ...]]:
+        problem, call = next(turns)
+        return problem, call()
+
+    def backward(made: tuple[Problem, tuple[Tensor, ...]]) -> object:
+        problem, outputs = made
+        return torch.autograd.grad(outputs[0], problem.leaves, problem.cotangent, retain_graph=keep)
+
     if mode == "forward":
         return Task(torch.no_grad()(forward), context)
-
-    def backward(outputs: tuple[Tensor, ...]) -> object:
-        return torch.autograd.grad(outputs[0], problem.leaves, problem.cotangent)
-
     return Task(backward, context, forward) if mode == "backward" else Task(lambda: backward(forward()), context)
 
 
+def _replayed(task: Task, calls: int, device: torch.device) -> tuple[list[float], str | None]:
+    """Milliseconds of every sample, and why there are none."""
+    if device.type == "cpu":
+        return [], None
+    try:
+        return [1000 * sample for sample in replayed(task, calls, device)], None
+    except Exception as error:  # whatever a capture does not allow is the reason
+        return [], reason_of(error)
+
+
+def reason_of(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 def _rows(
-    problem: Problem,
+    problems: Sequence[Problem],
     mode: str,
     tasks: dict[str, Task],
     errors: dict[str, dict[str, float]],
@@ -114,7 +143,7 @@ def _rows(
     copy: Copy,
     seconds: float,
 ) -> list[Row]:
-    case = problem.case
+    problem, case = problems[0], problems[0].case
     moved = problem.moved(mode) * case.elements * case.dtype.itemsize
     seen = {}
     for provider, task in tasks.items():
@@ -134,6 +163,7 @@ def _rows(
         found = {name: error for name, error in errors[provider].items() if name in names}
         limits = {name: limit for name, limit in allowed(provider, errors, problem).items() if name in found}
         milliseconds = percentiles([1000 * sample for sample in times])
+        graph, no_graph = _replayed(tasks[provider], len(problems), device)
         gbps = moved / milliseconds.median / 1e6
         rows.append(
             {
@@ -147,6 +177,9 @@ def _rows(
                 "provider": provider,
                 "milliseconds": milliseconds._asdict(),
                 "samples": len(times),
+                "copies_of_inputs": len(problems),
+                "graph_milliseconds": percentiles(graph)._asdict() if graph else None,
+                "no_graph": no_graph,
                 "bytes": moved,
                 "gbps": gbps,
                 "copy_gbps": bandwidth,

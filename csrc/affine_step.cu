@@ -3,6 +3,7 @@
 #include "affine_step_check.h"
 #include "affine_step_cuda.h"
 #include "cuda_launch.h"
+#include "results.h"
 
 namespace fastinvdpo {
 namespace {
@@ -50,7 +51,7 @@ void step_out(Tensor sample, std::vector<Tensor> outputs, Tensor coefficients, s
 Tensor step(Tensor sample, std::vector<Tensor> outputs, Tensor coefficients, std::optional<Tensor> active,
             std::optional<Tensor> noise_scale, std::optional<Tensor> noise_index, int64_t seed, int64_t offset) {
   const DeviceGuard guard(sample.get_device_index());
-  Tensor result = torch::stable::empty_like(sample);
+  Tensor result = new_like(sample);
   step_out(sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset, result, std::nullopt);
   return result;
 }

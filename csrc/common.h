@@ -1,11 +1,14 @@
 // What every native op needs: element types, argument checks, and the shape of the work.
 #pragma once
 
+#include "stable_abi.h"  // before PyTorch's
+//
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <optional>

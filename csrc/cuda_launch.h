@@ -1,6 +1,8 @@
 // The host's side of a launch: device, stream, grid, checks. Nothing here synchronises.
 #pragma once
 
+#include "stable_abi.h"  // before PyTorch's
+//
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

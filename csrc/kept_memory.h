@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "common.h"
+#include "results.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -62,17 +62,17 @@ inline Tensor empty_result(const Tensor& model, int64_t bytes) {
 #if defined(__linux__)
   if (bytes >= kWorthKeeping && torch_from_blob != nullptr && model.is_contiguous()) {
     int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(model.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(model.get(), &dtype));
     Block* const block = take_block(model, bytes);
     const auto give_back = [](void*, void* context) { keep(static_cast<Block*>(context)); };
     AtenTensorHandle result;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory.mutable_data_ptr(), model.dim(), model.sizes().data(), model.strides().data(),
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory.mutable_data_ptr(), model.dim(), model.sizes().data(), model.strides().data(),
                                                   0, dtype, aoti_torch_device_type_cpu(), kNoDeviceIndex, &result,
                                                   aoti_torch_layout_strided(), nullptr, 0, give_back, block));
     return Tensor(result);
   }
 #endif
-  Tensor result = torch::stable::empty_like(model);
+  Tensor result = new_like(model);
   prefer_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
 }

@@ -1,7 +1,8 @@
 // The Python module fastinvdpo._C. Importing it registers the native ops (namespace fastinvdpo_native); it offers build_info()
 // and release_kept_memory().
 
-#include <pybind11/pybind11.h>
+#include <pybind11/pybind11.h>  // before stable_abi.h
+#include <torch/headeronly/version.h>
 
 #include "isa.h"
 #include "kept_memory.h"
@@ -15,7 +16,13 @@ PYBIND11_MODULE(_C, module) {
       [] {
         py::dict info;
         info["compiler"] = __VERSION__;
-        info["cuda"] = static_cast<bool>(FASTINVDPO_WITH_CUDA);
+        info["torch"] = TORCH_VERSION;
+#ifdef FASTINVDPO_NVCC  // its release, where the CUDA kernels are built
+        info["cuda"] = true;
+        info["nvcc"] = FASTINVDPO_NVCC;
+#else
+        info["cuda"] = false;
+#endif
         const fastinvdpo::IsaChoice& choice = fastinvdpo::isa_choice();
         info["cpu_instructions"] = choice.refusal.empty() ? fastinvdpo::kIsaNames[static_cast<int>(choice.isa)] : choice.refusal;
         return info;

@@ -8,9 +8,10 @@
 #include <tuple>
 #include <vector>
 
-#include "common.h"
 #include "isa.h"
 #include "kept_memory.h"
+#include "preference_loss_check.h"
+#include "results.h"
 #include "utilities.h"
 
 namespace fastinvdpo {
@@ -87,33 +88,29 @@ const char* row_of(const Tensor& tensor, Storage storage, int64_t row, int64_t n
 }
 
 // −(β/2)·ρ_i·w_ik
-double pair_scale(double beta, const float* pair_weight, const float* timestep_weight, const Shape& s, int64_t i, int64_t k) {
-  double scale = -0.5 * beta;
-  if (pair_weight != nullptr) scale *= pair_weight[i];
-  if (timestep_weight != nullptr) scale *= timestep_weight[i * s.timesteps + k];
-  return scale;
-}
+struct Weights {
+  const float *pair, *timestep;
+  int64_t pitch;
+  double beta;
 
-const float* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
-}
+  Weights(const Shape& s, const std::optional<Tensor>& pair_weight, const std::optional<Tensor>& timestep_weight, double strength)
+      : pair(data_or_null(pair_weight)), timestep(data_or_null(timestep_weight)), pitch(weight_pitch(timestep_weight)), beta(strength) {
+    check_weights(s.pairs, s.timesteps, pair_weight, timestep_weight);
+  }
 
-// A contiguous tensor of NaN on the CPU, so that a number that is not written shows. For so few the way through the dispatcher would take
-// longest.
-Tensor nan_float32(const int64_t* sizes, int dims) {
-  const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), kNoDeviceIndex, &handle));
-  Tensor result(handle);
+  double scale(int64_t i, int64_t k) const {
+    double scale = -0.5 * beta;
+    if (pair != nullptr) scale *= pair[i];
+    if (timestep != nullptr) scale *= timestep[i * pitch + k];
+    return scale;
+  }
+};
+
+// A contiguous tensor of NaN, so that a number that is not written shows.
+Tensor nan_float32(const Tensor& beside, const int64_t* sizes, int dims) {
+  Tensor result = new_contiguous(beside, dims, sizes, aoti_torch_dtype_float32());
   std::fill_n(static_cast<float*>(result.mutable_data_ptr()), result.numel(), std::numeric_limits<float>::quiet_NaN());
   return result;
-}
-
-void check_weights(const Shape& s, const std::optional<Tensor>& pair_weight, const std::optional<Tensor>& timestep_weight) {
-  STD_TORCH_CHECK(!pair_weight || is_float32_vector(*pair_weight, s.pairs), "pair_weight: float32 (B,) expected");
-  STD_TORCH_CHECK(!timestep_weight || is_float32_vector(*timestep_weight, s.pairs * s.timesteps),
-                  "timestep_weight: contiguous float32 (B, K) expected");
 }
 
 // The inputs share one dense layout in which samples (and timesteps) come first; the caller has seen to that.
@@ -121,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     Tensor policy, Tensor reference, std::optional<Tensor> target, std::optional<Tensor> pair_weight,
     std::optional<Tensor> timestep_weight, double beta, int64_t utility, double label_smoothing) {
   const Shape s(policy, timestep_weight);
-  check_weights(s, pair_weight, timestep_weight);
+  const Weights weights(s, pair_weight, timestep_weight, beta);
   STD_TORCH_CHECK(reference.numel() == policy.numel() && (!target || target->numel() == policy.numel()), "shapes differ");
   const Storage policy_storage = storage_of(policy, "policy"), reference_storage = storage_of(reference, "reference");
   const Storage target_storage = target ? storage_of(*target, "target") : reference_storage;
@@ -139,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 
   const int64_t errors[2] = {2 * s.pairs, s.timesteps};
   const int error_dims = timestep_weight ? 2 : 1;
-  Tensor loss = nan_float32(nullptr, 0), margin = nan_float32(&s.pairs, 1);
-  Tensor policy_mse = nan_float32(errors, error_dims), reference_mse = nan_float32(errors, error_dims);
+  Tensor loss = nan_float32(policy, nullptr, 0), margin = nan_float32(policy, &s.pairs, 1);
+  Tensor policy_mse = nan_float32(policy, errors, error_dims), reference_mse = nan_float32(policy, errors, error_dims);
   float* z = static_cast<float*>(margin.mutable_data_ptr());
   float* pe = static_cast<float*>(policy_mse.mutable_data_ptr());
   float* re = static_cast<float*>(reference_mse.mutable_data_ptr());
@@ -155,13 +152,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     pe[row] = static_cast<float>(sums[1] * inverse);
     re[row] = static_cast<float>(sums[2] * inverse);
   }
-  const float *rho = data_or_null(pair_weight), *weight = data_or_null(timestep_weight);
   double total = 0;
   for (int64_t i = 0; i < s.pairs; ++i) {
     double sum = 0;
     for (int64_t k = 0; k < s.timesteps; ++k) {
       const double gap = delta[static_cast<size_t>(i * s.timesteps + k)] - delta[static_cast<size_t>((s.pairs + i) * s.timesteps + k)];
-      sum += pair_scale(beta, rho, weight, s, i, k) * gap;
+      sum += weights.scale(i, k) * gap;
     }
     z[i] = static_cast<float>(sum);
     total += utility_value(static_cast<Utility>(utility), sum, beta, label_smoothing);
@@ -174,7 +170,7 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
                 Tensor policy, Tensor target, Tensor margin, std::optional<Tensor> pair_weight,
                 std::optional<Tensor> timestep_weight, double beta, int64_t utility, double label_smoothing) {
   const Shape s(policy, timestep_weight);
-  check_weights(s, pair_weight, timestep_weight);
+  const Weights weights(s, pair_weight, timestep_weight, beta);
   STD_TORCH_CHECK(!grad_loss || is_float32_vector(*grad_loss, 1), "grad_loss: float32 scalar expected");
   STD_TORCH_CHECK(!grad_margin || is_float32_vector(*grad_margin, s.pairs), "grad_margin: float32 (B,) expected");
   STD_TORCH_CHECK(!grad_policy_mse || is_float32_vector(*grad_policy_mse, s.rows), "grad_policy_mse: float32 expected");
@@ -182,7 +178,6 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
   const int64_t bytes = policy.numel() * bytes_of(policy_storage);
   Tensor gradient = empty_result(policy, bytes);
   const float *z = static_cast<const float*>(margin.const_data_ptr());
-  const float *rho = data_or_null(pair_weight), *weight = data_or_null(timestep_weight);
   const float *from_loss = data_or_null(grad_loss), *from_margin = data_or_null(grad_margin);
   const float* from_mse = data_or_null(grad_policy_mse);
   std::vector<float> scale(static_cast<size_t>(s.rows));
@@ -194,7 +189,7 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
     }
     if (from_margin != nullptr) grad_z += from_margin[i];
     for (int64_t k = 0; k < s.timesteps; ++k) {
-      const double winner = grad_z * pair_scale(beta, rho, weight, s, i, k);
+      const double winner = grad_z * weights.scale(i, k);
       const int64_t rows[2] = {i * s.timesteps + k, (s.pairs + i) * s.timesteps + k};
       for (int side = 0; side < 2; ++side) {
         const double sum = (side == 0 ? winner : -winner) + (from_mse != nullptr ? from_mse[rows[side]] : 0.0);

@@ -1,30 +1,24 @@
 // preference_loss on CUDA: one launch forward, one backward, with the arguments and results of preference_loss.cpp.
 
 #include <tuple>
-#include <vector>
 
 #include "cuda_launch.h"
+#include "preference_loss_check.h"
 #include "preference_loss_cuda.h"
+#include "results.h"
 
 namespace fastinvdpo {
 namespace {
-
-const float* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
-}
 
 Pairs pairs_of(const Tensor& policy, const std::optional<Tensor>& pair_weight, const std::optional<Tensor>& timestep_weight,
                double beta, int64_t utility, double label_smoothing) {
   const int64_t pairs = policy.size(0) / 2, timesteps = timestep_weight ? policy.size(1) : 1;
   STD_TORCH_CHECK(pairs > 0 && policy.numel() > 0, "policy: at least one pair of at least one element expected");
-  STD_TORCH_CHECK(!pair_weight || is_float32_vector(*pair_weight, pairs), "pair_weight: float32 (B,) expected");
-  STD_TORCH_CHECK(!timestep_weight || is_float32_vector(*timestep_weight, pairs * timesteps),
-                  "timestep_weight: contiguous float32 (B, K) expected");
+  check_weights(pairs, timesteps, pair_weight, timestep_weight);
   STD_TORCH_CHECK(utility >= 0 && utility < static_cast<int64_t>(Utility::kCount), "utility: not known");
-  return {data_or_null(pair_weight),       data_or_null(timestep_weight),
-          pairs,                           timesteps,
-          static_cast<float>(beta),        static_cast<float>(label_smoothing),
-          static_cast<Utility>(utility)};
+  const float *rho = data_or_null(pair_weight), *weight = data_or_null(timestep_weight);
+  const float strength = static_cast<float>(beta), smoothing = static_cast<float>(label_smoothing);
+  return {rho, weight, weight_pitch(timestep_weight), pairs, timesteps, strength, smoothing, static_cast<Utility>(utility)};
 }
 
 // The kernel for clusters where the device and the build have them and a row is long enough, otherwise the one for single blocks.
@@ -61,14 +55,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   a.work = reduction_work(rows, n, clusters ? kMaxCluster : 1);
   a.inverse_n = 1.0 / static_cast<double>(n);
 
-  std::vector<int64_t> errors = {2 * a.pairs.pairs};
-  if (timestep_weight) errors.push_back(a.pairs.timesteps);
-  Tensor loss = torch::stable::new_empty(policy, {}, ScalarType::Float);
-  Tensor margin = torch::stable::new_empty(policy, {a.pairs.pairs}, ScalarType::Float);
-  Tensor policy_mse = torch::stable::new_empty(policy, errors, ScalarType::Float);
-  Tensor reference_mse = torch::stable::new_empty(policy, errors, ScalarType::Float);
-  const int64_t partials = a.work.spans > 1 ? a.work.tasks() * kSums : 0;
-  Tensor workspace = torch::stable::new_empty(policy, {1 + rows + partials}, ScalarType::Double);
+  const int64_t errors[2] = {2 * a.pairs.pairs, a.pairs.timesteps};
+  const int error_dims = timestep_weight ? 2 : 1;
+  const int32_t float32 = aoti_torch_dtype_float32();
+  Tensor loss = new_contiguous(policy, 0, nullptr, float32);
+  Tensor margin = new_contiguous(policy, 1, &a.pairs.pairs, float32);
+  Tensor policy_mse = new_contiguous(policy, error_dims, errors, float32);
+  Tensor reference_mse = new_contiguous(policy, error_dims, errors, float32);
+  // Of this call, like the ticket in it. What is kept for the next one may lie in the memory pool of a CUDA graph, which takes it back,
+  // and graphs that shared a ticket could not be replayed side by side.
+  const int64_t size = 1 + rows + (a.work.spans > 1 ? a.work.tasks() * kSums : 0);
+  Tensor workspace = new_contiguous(policy, 1, &size, aoti_torch_dtype_float64());
   a.policy = policy.const_data_ptr();
   a.reference = reference.const_data_ptr();
   a.target = target ? target->const_data_ptr() : nullptr;
@@ -113,7 +110,7 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
 
   const int device = policy.get_device_index();
   const DeviceGuard guard(device);
-  Tensor gradient = torch::stable::empty_like(policy);
+  Tensor gradient = new_like(policy);
   a.policy = policy.const_data_ptr();
   a.target = target.const_data_ptr();
   a.gradient = gradient.mutable_data_ptr();

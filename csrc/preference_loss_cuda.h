@@ -14,6 +14,7 @@ constexpr int kWarps = kThreads / kWarp;
 
 struct Pairs {
   const float *pair_weight, *timestep_weight;  // (B,) and (B, K), or null
+  int64_t pitch;                               // elements from one pair's timestep weights to the next pair's: 0 for weights (K,)
   int64_t pairs, timesteps;
   float beta, label_smoothing;
   Utility utility;
@@ -22,7 +23,7 @@ struct Pairs {
   __device__ float scale(int64_t i, int64_t k) const {
     float scale = -0.5f * beta;
     if (pair_weight != nullptr) scale *= pair_weight[i];
-    if (timestep_weight != nullptr) scale *= timestep_weight[i * timesteps + k];
+    if (timestep_weight != nullptr) scale *= timestep_weight[i * pitch + k];
     return scale;
   }
 };

@@ -150,7 +150,10 @@ def _select(op: str, device_type: str, float64: bool, asked_by: str, name: str) 
     _check_name(asked_by, name)
     if name == "auto":
         considered = (backend for backend in BACKENDS if skipped(backend, device_type) is None)
-        return next(backend for backend in considered if unavailable(op, backend, device_type, float64) is None)
+        chosen = next(backend for backend in considered if unavailable(op, backend, device_type, float64) is None)
+        if chosen == "reference" and device_type == "cpu" and not float64:
+            _native.warn_of_fault()
+        return chosen
     reason = unavailable(op, name, device_type, float64)
     if reason is not None:
         raise invalid(asked_by, name, reason, "choose auto or reference, which run everywhere")

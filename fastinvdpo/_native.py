@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import importlib
+import platform
+import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+HERE = Path(__file__).parent
+
 
 @cache
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[ModuleType | None, str, bool]:
+    """The extension, why there is none, and whether somebody wanted one."""
     try:
-        return importlib.import_module("fastinvdpo._C"), ""
+        return importlib.import_module("fastinvdpo._C"), "", True
     except ImportError as error:
-        if error.name == "fastinvdpo._C":
-            return None, "the extension fastinvdpo._C was not built (FASTINVDPO_BUILD=1 pip install . says why)"
-        return None, f"the extension fastinvdpo._C cannot be loaded: {error}"
+        if error.name != "fastinvdpo._C":
+            return None, f"the extension fastinvdpo._C cannot be loaded: {error}", True
+    record = HERE / "_not_built.txt"  # setup.py's, where it could not
+    others = ", ".join(sorted(path.name for path in HERE.glob("_C.*")))
+    if record.is_file():
+        why = record.read_text().strip()
+    elif others:
+        why = f"there is {others}, but this is Python {platform.python_version()}. Remedy: build it with this Python"
+    else:
+        return None, "the extension fastinvdpo._C was not built (FASTINVDPO_BUILD=1 pip install . says why)", False
+    return None, f"the extension fastinvdpo._C was not built: {why}", True
 
 
 def unavailable() -> str | None:
     """Why the extension cannot be used; None when it is loaded, and with it the ops of ``fastinvdpo_native``."""
     return _load()[1] or None
+
+
+def fault() -> str | None:
+    """Why the extension is not there although it should be; None when it is, or when no build was asked for."""
+    module, reason, wanted = _load()
+    return f"NATIVE KERNELS MISSING: {reason}" if wanted and module is None else None
+
+
+@cache
+def warn_of_fault() -> None:
+    """Say once that plain PyTorch stands in for kernels that should be there."""
+    if (reason := fault()) is not None:
+        warnings.warn(f"{reason}. Plain PyTorch runs instead.", RuntimeWarning, stacklevel=2)
 
 
 @cache
@@ -48,6 +75,6 @@ def release_kept_memory() -> None:
 
 
 def build_info() -> dict[str, object] | None:
-    """How the extension was built (compiler, cuda, cpu_instructions); None without one."""
+    """How the extension was built (compiler, torch, cuda, with it nvcc, and cpu_instructions); None without one."""
     module = _load()[0]
     return None if module is None else dict(module.build_info())

@@ -10,8 +10,6 @@ import re
 from functools import cache
 from types import ModuleType
 
-from fastinvdpo import _mapped
-
 OLDEST = (3, 6)
 
 
@@ -23,7 +21,7 @@ def interpreted() -> bool:
 @cache
 def load(op: str) -> ModuleType:
     """The module with the launchers of an op, ``forward`` and ``backward``."""
-    return _mapped.load("_triton", "kernels/triton", op)
+    return importlib.import_module(f"fastinvdpo._triton.{op}")
 
 
 @cache

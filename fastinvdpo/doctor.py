@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import fastinvdpo
 from fastinvdpo import _backend, _native
@@ -43,6 +45,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "scikit-learn",
         "scipy",
         "tensorboard",
+        "tqdm",
         "transformers",
         "typer",
     ),
@@ -56,11 +59,12 @@ def report() -> dict[str, Any]:
     """Everything the doctor finds, made of what JSON can hold.
 
     Keys: ``fastinvdpo``, ``python``, ``platform``, ``torch`` and ``triton`` (versions; None when absent), ``extras``
-    (extra -> package -> version or None), ``devices``, ``cuda`` (available, and the reason when not),
+    (extra -> package -> version or None), ``too_old`` (package -> the oldest version that was tried, where an older one
+    is installed), ``devices``, ``cuda`` (available, and the reason when not),
     ``backend_request``, ``backends`` (op -> device type -> the one chosen, why each of the others is not available, and
     why ``auto`` skips those that it does although they can run), ``native`` (how the extension was built; None without
-    one), ``checks`` (each op, device, dtype and backend that can run against float64) and ``healthy``. Looking for
-    devices initialises CUDA where there is any.
+    one), ``warnings`` (what keeps kernels from running that should), ``checks`` (each op, device, dtype and backend
+    that can run against float64) and ``healthy``. Looking for devices initialises CUDA where there is any.
     """
     devices, cuda = _devices()
     device_types = sorted({device["type"] for device in devices})
@@ -80,9 +84,11 @@ def report() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "too_old": _too_old(),
         "devices": devices,
         "cuda": cuda,
         "native": _native.build_info(),
+        "warnings": _warnings(),
         "backend_request": {"backend": asked_for, "by": asked_by},
         "backends": {op: {kind: _backends(op, kind) for kind in device_types} for op in sorted(_backend.IMPLEMENTED)},
         "checks": checks,
@@ -110,6 +116,9 @@ def render(report: dict[str, Any]) -> str:
         found = [f"{name} {version}" for name, version in packages.items() if version is not None]
         if found:
             lines.append(f"    {', '.join(found)}")
+    lines += [
+        f"  {name} is older than {bound}: pip install '{name}>={bound}'" for name, bound in report["too_old"].items()
+    ]
     native = report["native"]
     built = "not built" if native is None else ", ".join(f"{name} {value}" for name, value in native.items())
     lines += ["", "Native extension", f"  {built}"]
@@ -125,7 +134,8 @@ def render(report: dict[str, Any]) -> str:
         what = f"{check['op']} on {check['device']}, {check['backend']}, {check['dtype']}"
         outcome = check["error"] or f"error {check['deviation']:.1e}, allowed {check['allowed']:.1e}"
         lines.append(f"  {'ok' if check['passed'] else 'FAILED'}  {what}: {outcome}")
-    lines += ["", "Healthy." if report["healthy"] else "Not healthy: a check failed."]
+    lines += ["", *(f"WARNING: {warning}" for warning in report["warnings"])]
+    lines += ["Healthy." if report["healthy"] else "Not healthy: a check failed."]
     return "\n".join(lines)
 
 
@@ -146,6 +156,18 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _too_old() -> dict[str, str]:
+    """The lower bounds that installed packages miss, as the metadata of the installed fastinvdpo has them."""
+    try:
+        requirements = importlib.metadata.requires("fastinvdpo") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that nobody installed
+        return {}
+    bounds = dict(match.groups() for match in map(re.compile(r"([\w.-]+)>=([\w.]+)").match, requirements) if match)
+    known = {"torch", *(name for names in EXTRAS.values() for name in names)}
+    installed = {name: _version(name) for name in sorted(known & set(bounds))}
+    return {name: bounds[name] for name, found in installed.items() if found and TorchVersion(found) < bounds[name]}
+
+
 def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     cpu = f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     devices = [{"name": "cpu", "type": "cpu", "description": cpu}]
@@ -162,6 +184,17 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         )
         devices.append({"name": f"cuda:{index}", "type": "cuda", "description": description})
     return devices, {"available": True, "reason": None}
+
+
+def _warnings() -> list[str]:
+    fault, info, cuda = _native.fault(), _native.build_info(), torch.version.cuda
+    found = [] if fault is None else [f"{fault}. The ops run in plain PyTorch on the CPU."]
+    if info is not None and info["cuda"] and cuda is not None:
+        built, runs = (int(version.partition(".")[0]) for version in (str(info["nvcc"]), cuda))
+        if built > runs:
+            driver = f"a driver for CUDA {built}, which this PyTorch, built for CUDA {cuda}, does not"
+            found.append(f"the extension's CUDA kernels were built by nvcc {info['nvcc']} and need {driver}")
+    return found
 
 
 def _backends(op: str, device_type: str) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def test_evaluations_and_flops_per_pair(tmp_path: Path) -> None:
 
 def test_inpo_costs_the_first_pairs_steps_as_released_and_every_pairs_own_as_corrected(tmp_path: Path) -> None:
     from benchmarks.step_providers import released_inputs
-    from fastinvdpo.schedule import NoiseSchedule
-    from fastinvdpo.trajectories import plan_inversion, plan_released
+    from fastinvdpo.diffusion.inversion import plan_inversion, plan_released
+    from fastinvdpo.diffusion.schedule import NoiseSchedule
 
     case = build_case("tiny", "inpo", 2, (), tmp_path, LEVELS)
     trainer = bench_step.Trainer(case)

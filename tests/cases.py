@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastinvdpo.schedule import NoiseSchedule
+from fastinvdpo.diffusion.schedule import NoiseSchedule
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,6 +16,9 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastinvdpo"
+EXAMPLES = ROOT / "examples"
+INSTALLED_AS = {("kernels", "triton"): "_triton", ("examples",): "_examples", ("benchmarks",): "_benchmarks"}
+"""What is linked into the package's folder, which setup.py installs."""
 
 
 class Import(NamedTuple):
@@ -35,7 +38,21 @@ class Import(NamedTuple):
 
 def modules() -> list[Path]:
     """Every module of the package, wherever in the checkout it lives."""
-    return sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+    folders = (PACKAGE, ROOT / "kernels", EXAMPLES)
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def benchmark_modules() -> list[Path]:
+    return sorted((ROOT / "benchmarks").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """``fastinvdpo.ops.philox``; kernels, examples and benchmarks by the names they are installed under."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    for folder, name in INSTALLED_AS.items():
+        if parts[: len(folder)] == list(folder):
+            parts[: len(folder)] = ["fastinvdpo", name]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path, source: str | None = None) -> Iterator[Import]:
@@ -67,12 +84,10 @@ def optional_dependencies() -> dict[str, set[str]]:
 def _absolute(path: Path, node: ast.ImportFrom) -> str:
     if node.level == 0:
         return node.module or ""
-    package = path.parent.relative_to(ROOT).parts
-    if package == ("kernels", "triton"):
-        package = ("fastinvdpo", "_triton")  # where setup.py installs it
+    package = module_name(path.parent / "__init__.py").split(".")
     return ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
 
 
 def _is_module(name: str) -> bool:
-    file = ROOT.joinpath(*name.split("."))
+    file = ROOT.joinpath(*name.split("."))  # through the links as well
     return name.startswith("fastinvdpo.") and (file.with_suffix(".py").exists() or (file / "__init__.py").exists())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +49,50 @@ def test_there_is_a_reason_against_each_that_was_not_chosen(op: str, device_type
     for backend in set(_backend.BACKENDS) - {chosen, "reference"}:
         assert _backend.unavailable(op, backend, device_type) or _backend.skipped(backend, device_type)
     assert _backend.unavailable(op, "reference", device_type) is None
+
+
+@pytest.fixture
+def not_built(monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_path: Path) -> Iterator[Path]:
+    """As if there were no extension for this Python; the folder of the package in which its remains may lie."""
+
+    def refuse(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(_native, "importlib", SimpleNamespace(import_module=refuse))
+    monkeypatch.setattr(_native, "HERE", tmp_path)
+    forget = (_native._load, _native.warn_of_fault)
+    for remembered in forget:
+        remembered.cache_clear()
+    yield tmp_path
+    for remembered in forget:
+        remembered.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("_not_built.txt", "no compiler, says the test. Remedy: find one\n", "says the test. Remedy: find one"),
+        ("_C.cpython-39-x86_64-linux-gnu.so", "", "there is _C.cpython-39-x86_64-linux-gnu.so, but this is Python 3"),
+    ],
+)
+def test_kernels_that_should_be_there_are_missed_aloud_and_once(
+    file: str, text: str, reason: str, not_built: Path
+) -> None:
+    (not_built / file).write_text(text)
+    assert reason in str(_backend.unavailable("affine_step", "native", "cpu"))
+    assert str(_native.fault()).startswith("NATIVE KERNELS MISSING: the extension fastinvdpo._C was not built: ")
+    with pytest.warns(RuntimeWarning, match="NATIVE KERNELS MISSING.*Plain PyTorch runs instead") as told:
+        for op in OPS * 2:
+            assert _backend.choose(op, "cpu") == "reference"
+    assert len(told) == 1 and reason in str(told[0].message)
+
+
+def test_kernels_that_nobody_asked_for_are_not_missed(not_built: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _backend.choose("affine_step", "cpu") == "reference"
+    assert _native.fault() is None
+    assert "fastinvdpo._C was not built" in str(_backend.unavailable("affine_step", "native", "cpu"))
 
 
 def test_float64_is_for_the_reference_alone() -> None:

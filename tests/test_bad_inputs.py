@@ -11,11 +11,12 @@ import torch
 
 import fastinvdpo
 from fastinvdpo import DDIMInverseScheduler, InvalidInput, NoiseSchedule, build_objective
-from fastinvdpo.losses import preference_probability, smoothed_pair_weight
-from fastinvdpo.objectives import PairBatch
+from fastinvdpo.diffusion.inversion import InversionSettings, plan_inversion
+from fastinvdpo.diffusion.prompt import Prompt
+from fastinvdpo.diffusion.schedule import inversion_levels
+from fastinvdpo.methods import PairBatch
+from fastinvdpo.methods.losses import preference_probability, smoothed_pair_weight
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import inversion_levels
-from fastinvdpo.trajectories import InversionSettings, Prompt, plan_inversion
 from tests.cases import SD_SCHEDULER, sd_schedule
 
 X = torch.zeros(4, 2, 3)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import time
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from benchmarks import bench_affine_step, bench_preference_loss, measure, regist
 from benchmarks.problem import Case, Problem
 from fastinvdpo import InvalidInput, PreferenceLoss, _backend, cli
 from fastinvdpo.ops import preference_loss
+from tests.layout import ROOT, optional_dependencies
+from tests.test_house import IMPORT_NAMES
 
 CPU = torch.device("cpu")
 PROVIDERS = (
@@ -42,46 +47,6 @@ def measured(case: Case, providers: tuple[str, ...] = PROVIDERS, mode: str = "fu
     rows, reasons = suite.measure(case, [mode], providers, device=CPU, copy=measure.Copy(CPU, 2**16), seconds=0.0)
     assert reasons == {}
     return {row["provider"]: row for row in rows}
-
-
-# Numbers
-
-
-def test_percentiles() -> None:
-    assert measure.percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
-    assert measure.percentiles([7.0]) == (7.0, 7.0, 7.0)
-
-
-def test_tasks_take_turns_and_preparations_come_first(quickly: None) -> None:
-    calls: list[str] = []
-    tasks = {
-        "a": measure.Task(lambda: calls.append("a")),
-        "b": measure.Task(lambda given: calls.append(given), prepare=lambda: calls.append("p") or "b"),
-    }
-    samples = measure.interleaved(tasks, CPU, 0.0, rounds=20)
-    assert {name: len(times) for name, times in samples.items()} == {"a": 20, "b": 20}
-    # Each sample is a call off the clock and one on it.
-    tries, rounds = "".join(calls[: 3 * 6]), "".join(calls[3 * 6 :])
-    assert tries == "aa" * 3 + "ppbb" * 3
-    orders = [rounds[start : start + 6] for start in range(0, len(rounds), 6)]
-    assert len(orders) == 20
-    assert set(orders) == {"aappbb", "ppbbaa"}
-    assert all(time > 0 for times in samples.values() for time in times)
-
-
-def test_on_the_cpu_a_task_settles_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SETTLING", 0.05)
-    calls: list[float] = []
-    measure.timed(measure.Task(lambda: calls.append(time.perf_counter())), 3, CPU)
-    assert calls[-4] - calls[0] > 0.04
-
-
-def test_footprint_counts_ops_that_work_and_the_memory_they_hold() -> None:
-    x = torch.zeros(1000)
-    found = measure.footprint(measure.Task(lambda: (x.view(10, 100).t() * 2 + 1).sum()), CPU)
-    assert found.launches == 3  # a product, a sum, a reduction; the view is none
-    assert 2 * 4000 <= found.peak_bytes < 3 * 4000
-    assert measure.footprint(measure.Task(lambda: x + 1), CPU, visible=False).launches is None
 
 
 # Problems
@@ -117,6 +82,20 @@ def test_moved_bytes_are_those_of_the_tensors() -> None:
     assert row["gbps"] == pytest.approx(row["bytes"] / row["milliseconds"]["median"] / 1e6)
     assert row["percent_of_copy"] == pytest.approx(100 * row["gbps"] / row["copy_gbps"])
     assert set(row["errors"]) == {"loss", "margin"}
+
+
+def test_margins_are_computed_in_float64_once_a_case(monkeypatch: pytest.MonkeyPatch, quickly: None) -> None:
+    kind, asked = bench_preference_loss.PreferenceLossProblem, []
+    margins = kind.__dict__["_margins"].func
+
+    def counted(problem: bench_preference_loss.PreferenceLossProblem) -> tuple[Tensor, Tensor]:
+        asked.append(problem)
+        return margins(problem)
+
+    monkeypatch.setattr(kind, "_margins", cached_property(counted))
+    kind._margins.__set_name__(kind, "_margins")
+    measured(tiny())
+    assert len(asked) == 1
 
 
 # Wrong results
@@ -192,6 +171,16 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, qu
     assert any("no compiler here" in note for note in report.notes(result))
 
 
+def test_what_cannot_be_recorded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(task: measure.Task, calls: int, device: torch.device) -> list[float]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(suite, "replayed", refuses)
+    found = suite._replayed(measure.Task(lambda: None), 1, torch.device("cuda"))
+    assert found == ([], "RuntimeError: operation not permitted when stream is capturing")
+    assert suite._replayed(measure.Task(lambda: None), 1, CPU) == ([], None)
+
+
 def test_backends_that_auto_skips_are_timed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "unavailable", lambda *arguments: None)
     for name in ("triton", "cuda"):
@@ -206,6 +195,13 @@ def test_a_case_that_does_not_fit_is_skipped_and_told(monkeypatch: pytest.Monkey
     result = run.run([(case, "full")], ["eager"], CPU, 0.0)
     assert result["results"] == []
     assert result["skipped"][0]["case"] == str(case) and "GiB are free" in result["skipped"][0]["reason"]
+
+
+def test_no_case_begins_after_the_limit(quickly: None) -> None:
+    seen: list[int] = []
+    cases = [(tiny(), "full"), (tiny("affine_step"), "full")]
+    result = run.run(cases, ["eager"], CPU, 0.0, limit=0.0, finished=lambda result, rows: seen.append(len(rows)))
+    assert [skipped["reason"] for skipped in result["skipped"]] == ["0 seconds had passed"] * 2 and seen == []
 
 
 # Files
@@ -244,7 +240,18 @@ def test_compare_says_what_got_faster(result: dict[str, Any]) -> None:
     assert compared[0]["ratio"] is None
     assert [row["ratio"] for row in compared[1:]] == pytest.approx([2.0] * (len(compared) - 1))
     assert results.summary(compared) == pytest.approx(dict.fromkeys(PROVIDERS, 2.0))
-    assert "2.00x" in report.comparison(compared, result, old).caption
+    assert "eager 2.00x" in report.comparison(compared, result, old)
+
+
+def test_tables_are_plain_text_with_the_times_of_replays_where_there_are_any(result: dict[str, Any]) -> None:
+    rows = result["results"][: len(PROVIDERS)]
+    title, headers, *lines = "\n".join(report.tables(rows)).strip().splitlines()
+    assert title == "preference_loss tiny pairs=3 K=1 float32 full" and "graph" not in headers
+    assert [line.split()[0] for line in lines] == list(PROVIDERS)
+    row = {**rows[0], "graph_milliseconds": {"median": rows[0]["milliseconds"]["median"] / 2, "p20": 1.0, "p80": 1.0}}
+    (shown,) = report.tables([{**row, "percent_of_copy": 40.0}])
+    assert "graph ms  graph % copy" in shown and " 80 " in shown
+    assert report.table(("a", "b", "c"), [("long", "", "1")]) == "a     c\nlong  1"
 
 
 def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
@@ -261,7 +268,13 @@ def test_every_case_is_listed_once_and_quick_is_a_part() -> None:
     everything = list(registry.everything())
     assert len(set(everything)) == len(everything)
     assert {case.op for case, _ in everything} == set(_backend.IMPLEMENTED)
-    assert set(registry.quick()) < set(everything)
+    for device_type in ("cpu", "cuda"):
+        quick = list(registry.quick(device_type))
+        assert len(set(quick)) == len(quick) and set(quick) < set(everything)
+        cases = [case for case, _ in quick]
+        assert len(set(cases)) == len([case for case, _ in groupby(cases)])  # the modes of a case stand together
+    sizes = [case.elements * case.dtype.itemsize for case, _ in registry.quick("cuda")]
+    assert sum(size >= 256e6 for size in sizes) > len(sizes) / 2
     chosen = [case for case, mode in everything if registry.matches(case, mode, "sdxl pairs=(1|8) K=80 float32 full")]
     assert [(case.pairs, case.timesteps) for case in chosen] == [(1, 80), (8, 80)]
 
@@ -269,11 +282,10 @@ def test_every_case_is_listed_once_and_quick_is_a_part() -> None:
 def test_the_command_measures_and_compares(
     monkeypatch: pytest.MonkeyPatch, quickly: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # The command runs the installed modules, or those of the checkout, under the package's own name.
-    from fastinvdpo import _mapped
+    # The command runs the modules under the package's own name.
+    from fastinvdpo._benchmarks import registry as installed
+    from fastinvdpo._benchmarks import run as command
 
-    command = _mapped.load("_benchmarks", "benchmarks", "run")
-    installed = _mapped.load("_benchmarks", "benchmarks", "registry")
     monkeypatch.setattr(command, "Copy", lambda device: measure.Copy(device, 2**16))
     monkeypatch.setattr(installed, "SHAPES", {"sdxl": (1, 4, 4)})
     arguments = ["bench", "--quick", "--filter", "pairs=1 float32", "--seconds", "0.001", "--device", "cpu"]
@@ -292,3 +304,29 @@ def test_the_command_measures_and_compares(
     ):
         assert cli.main([*arguments[:2], *wrong]) == 2
         assert f"error: {wrong[0]}" in (told := capfd.readouterr().err) or "error: results" in told
+
+
+def test_torch_alone_is_enough_and_every_case_is_kept_when_it_ends(tmp_path: Path) -> None:
+    """Nothing but torch can be imported, and the process dies in the second case."""
+    others = {IMPORT_NAMES.get(name, name) for name in set().union(*optional_dependencies().values())} - {"triton"}
+    code = f"""
+import os, sys
+sys.modules |= dict.fromkeys({sorted(others)})  # as if they were not installed
+from benchmarks import measure, registry, run
+measure.SETTLING = measure.SHORTEST_SAMPLE = 0.0
+run.Copy = lambda device: measure.Copy(device, 2**16)
+registry.SHAPES = {{"sdxl": (1, 4, 4)}}
+sys.argv[1:] = ["--quick", "--filter", "pairs=1 float32", "--seconds", "0.001", "--device", "cpu"]
+sys.argv += ["--providers", "eager,reference", "--output", {str(tmp_path)!r}]
+assert run.main() == 0
+write = run.results.write
+run.results.write = lambda *arguments: (write(*arguments), sys.stdout.flush(), os._exit(7))
+run.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 7, done.stderr
+    assert "[2/2] preference_loss sdxl pairs=1 K=1 float32" in done.stderr
+    assert "the plot of the results needs the package 'matplotlib.figure'" in done.stdout and "Results: " in done.stdout
+    assert not list(tmp_path.rglob("*.part"))
+    kept = [len(results.read(path)["results"]) for path in sorted(tmp_path.rglob("*.json"))]
+    assert kept == ([4, 2] if len(kept) == 2 else [2])  # one file where both runs began in the same second

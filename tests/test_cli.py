@@ -40,7 +40,7 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def test_train_end_to_end_and_resume(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["optimizer.learning_rate=1e-3", "training.mixed_precision=no", "output.tensorboard=true"]
+    arguments = ["optimizer.learning_rate=1e-3", "training.mixed_precision=no", "output.trackers=[tensorboard]"]
     done = _run("train", str(workspace / "run.yaml"), "training.steps=3", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 steps in ")
@@ -172,7 +172,7 @@ def test_warnings_are_one_line(workspace: Path, capfd: pytest.CaptureFixture[str
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastinvdpo.demo import run
+    from fastinvdpo._examples.digits import run
 
     received: dict[str, Any] = {}
     monkeypatch.setattr(run, "run_demo", lambda **options: received.update(options))

@@ -14,17 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
-from fastinvdpo.objectives import METHODS, Draws, ObjectiveOutput, PairBatch, SingleTimestepObjective, build_objective
-from fastinvdpo.schedule import NoiseSchedule, ancestral_variance
-from fastinvdpo.trajectories import (
-    InversionSettings,
-    Prompt,
-    inversion_steps,
-    plan_grid,
-    plan_released,
-    weighted_sum,
-)
+from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, plan_grid, plan_released
+from fastinvdpo.diffusion.prompt import Prompt, weighted_sum
+from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
+from fastinvdpo.methods import METHODS, Draws, ObjectiveOutput, PairBatch, SingleTimestepObjective, build_objective
+from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
 from tests.cases import GOLDEN, load_golden
 
 diffusers = pytest.importorskip("diffusers", reason="the recorded runs need diffusers' UNet: pip install '.[train]'")

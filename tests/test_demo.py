@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fastinvdpo._examples.digits import base, digits, pictures, run
+from fastinvdpo._examples.digits.judge import Judge
 from fastinvdpo.data import PairDataset, write_pairs
-from fastinvdpo.demo import base, digits, run
-from fastinvdpo.demo.judge import Judge
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits_text import embed_prompts, word_vector
@@ -325,3 +326,42 @@ def test_a_retrained_base_model_is_used(tmp_path: Path, monkeypatch: pytest.Monk
     run.run_demo(preference="digit", steps=1, output=tmp_path, train_base=True, progress=False)
     assert calls == [("noisy", tmp_path / "base")]
     assert load_config(tmp_path / "config.yaml").model.path == str(tmp_path / "base")
+
+
+# --- pictures ---
+
+
+def grey(value: int) -> Image.Image:
+    return Image.new("L", (8, 8), value)
+
+
+def test_grid_shows_before_above_after(tmp_path: Path) -> None:
+    path = pictures.save_grid(
+        tmp_path / "grid.png", [grey(0)] * 3, [grey(200)] * 3, ["a", "b", "c"], columns=2, title="t"
+    )
+    shown = np.asarray(Image.open(path).convert("L")).astype(int)
+    rows_of = {value: np.flatnonzero((shown == value).sum(1) > shown.shape[1] // 4) for value in (0, 200)}
+    assert len(rows_of[0]) > 20
+    assert len(rows_of[200]) > 20
+    assert rows_of[0][0] < rows_of[200][0]
+
+
+def test_grid_needs_pairs(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="after"):
+        pictures.save_grid(tmp_path / "grid.png", [grey(0)], [], ["a"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rewards", [([0.0, 1.0], [1.0, 2.0]), ([0.5, 0.5], [0.5, 0.5])])
+def test_curves_are_a_picture(rewards: tuple[list[float], list[float]], tmp_path: Path) -> None:
+    history = [{"step": step, "loss": 1 / step, "implicit_accuracy": 0.5, "margin": step / 9} for step in range(1, 9)]
+    path = pictures.save_curves(tmp_path / "curves.png", history, rewards, title="t")
+    assert np.asarray(Image.open(path).convert("L")).std() > 5
+    with pytest.raises(InvalidInput, match="history"):
+        pictures.save_curves(path, [], rewards)
+
+
+def test_table_prints_every_cell(capsys: pytest.CaptureFixture) -> None:
+    pictures.print_table("Result", ["", "before", "after"], [["accuracy", "0.51", "0.90"], ["reward", "1", "2"]])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("Result", "before", "accuracy", "0.51", "0.90", "reward"))

@@ -74,6 +74,28 @@ def test_what_auto_skips_is_told_apart_and_checked(monkeypatch: pytest.MonkeyPat
     assert f"    auto skips cuda: {_backend.UNPROVEN['cuda']}\n" in text
 
 
+def test_missing_kernels_are_told_beside_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor._native, "fault", lambda: "NATIVE KERNELS MISSING: a reason, says the test")
+    *_, warning, verdict = doctor.render(doctor.report()).splitlines()
+    assert verdict == "Healthy."
+    assert warning.startswith("WARNING: NATIVE KERNELS MISSING: a reason, says the test. ")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "torch_cuda", "told"),
+    [("13.0", "12.8", True), ("13.1", "13.0", False), ("12.8", "13.0", False), ("13.0", None, False)],
+)
+def test_kernels_that_need_a_newer_driver_than_torch_are_told(
+    nvcc: str, torch_cuda: str | None, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor._native, "fault", lambda: None)
+    monkeypatch.setattr(doctor._native, "build_info", lambda: {"cuda": True, "nvcc": nvcc})
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    needed = f"built by nvcc {nvcc} and need a driver for CUDA 13, which this PyTorch, built for CUDA {torch_cuda},"
+    warnings = doctor._warnings()
+    assert [needed in warning for warning in warnings] == ([True] if told else [])
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("peft", "xformers") else "1.0")
     report = doctor.report()
@@ -81,6 +103,22 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     text = doctor.render(report)
     assert "train: missing peft: pip install 'fastinvdpo[train]'" in text
     assert "xformers: missing xformers: pip install 'fastinvdpo[xformers]'" in text
+
+
+def test_a_package_older_than_what_was_tried_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number, not by letter, and whatever build of it is installed."""
+    needed = [
+        "torch>=2.10",
+        'peft>=0.18; extra == "train"',
+        'ruff==0.17.*; extra == "dev"',
+        'rich>=14.0; extra == "train"',
+    ]
+    installed = {"torch": "2.9.1+cpu", "peft": "0.18.0", "rich": "13.9.4"}
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needed)
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    report = doctor.report()
+    assert report["too_old"] == {"torch": "2.10", "rich": "14.0"}
+    assert "  rich is older than 14.0: pip install 'rich>=14.0'" in doctor.render(report)
 
 
 @pytest.mark.parametrize("wrong", [1e-5, float("nan")])

@@ -18,8 +18,8 @@ import yaml
 from torch import Tensor
 
 from fastinvdpo import NoiseSchedule, PairBatch, build_objective, cli
-from fastinvdpo.losses import preference_probability, smoothed_pair_weight
-from fastinvdpo.objectives import Draws
+from fastinvdpo.methods import Draws
+from fastinvdpo.methods.losses import preference_probability, smoothed_pair_weight
 from tests import documentation
 from tests.cases import SD_SCHEDULER
 from tests.data import test_documentation as data_page
@@ -58,7 +58,7 @@ STAND_INS = {
 # Presets hold the published numbers: thousands of pairs a step, of pictures that this checkpoint cannot take.
 SMALL = (
     *("training.steps=2", "training.batch_size=1", "training.gradient_accumulation_steps=1"),
-    *("optimizer.warmup_steps=0", "data.resolution=16", "output.tensorboard=false"),
+    *("optimizer.warmup_steps=0", "data.resolution=16", "output.trackers=[]"),
 )
 
 
@@ -76,7 +76,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"path": "pairs.parquet", "resolution": 16},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
         "training": {"steps": 2},
-        "output": {"directory": "run", "tensorboard": False},
+        "output": {"directory": "run", "trackers": []},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(run))
     return root
@@ -137,7 +137,7 @@ def test_commands_stand_in_blocks_that_are_read() -> None:
 
 
 def test_every_method_has_a_page_in_the_table() -> None:
-    from fastinvdpo.objectives import METHODS
+    from fastinvdpo.methods import METHODS
 
     readme = (documentation.ROOT / "README.md").read_text("utf-8")
     for method in METHODS:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from fastinvdpo.demo.base import SCHEDULER, WEIGHTS
+from fastinvdpo._examples.digits.base import SCHEDULER, WEIGHTS
+from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.evaluation import metrics, report
+from fastinvdpo.evaluation import metrics
 from fastinvdpo.evaluation.sampling import STREAM_SAMPLING, sample
 from fastinvdpo.models import DiffusionModel, load_model
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import inversion_levels
 
 PROMPTS = ["a handwritten three", "a handwritten seven", "", "a handwritten zero", "a handwritten one"]
 
@@ -200,51 +197,3 @@ def test_frechet_distance_equals_the_matrix_root() -> None:
 def test_bad_statistics(call: Any, argument: str) -> None:
     with pytest.raises(InvalidInput, match=argument):
         call()
-
-
-# --- report ---
-
-
-def test_a_summary_that_is_no_json_leaves_the_old_one(tmp_path: Path) -> None:
-    path = report.write_summary(tmp_path / "new" / "summary.json", {"seed": 1})
-    assert json.loads(path.read_text()) == {"seed": 1}
-    with pytest.raises(InvalidInput, match="summary"):
-        report.write_summary(path, {"seed": float("nan")})
-    assert json.loads(path.read_text()) == {"seed": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
-
-
-def grey(value: int) -> Image.Image:
-    return Image.new("L", (8, 8), value)
-
-
-def test_grid_shows_before_above_after(tmp_path: Path) -> None:
-    path = report.save_grid(
-        tmp_path / "grid.png", [grey(0)] * 3, [grey(200)] * 3, ["a", "b", "c"], columns=2, title="t"
-    )
-    shown = np.asarray(Image.open(path).convert("L")).astype(int)
-    rows_of = {value: np.flatnonzero((shown == value).sum(1) > shown.shape[1] // 4) for value in (0, 200)}
-    assert len(rows_of[0]) > 20
-    assert len(rows_of[200]) > 20
-    assert rows_of[0][0] < rows_of[200][0]
-
-
-def test_grid_needs_pairs(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="after"):
-        report.save_grid(tmp_path / "grid.png", [grey(0)], [], ["a"])
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("rewards", [([0.0, 1.0], [1.0, 2.0]), ([0.5, 0.5], [0.5, 0.5])])
-def test_curves_are_a_picture(rewards: tuple[list[float], list[float]], tmp_path: Path) -> None:
-    history = [{"step": step, "loss": 1 / step, "implicit_accuracy": 0.5, "margin": step / 9} for step in range(1, 9)]
-    path = report.save_curves(tmp_path / "curves.png", history, rewards, title="t")
-    assert np.asarray(Image.open(path).convert("L")).std() > 5
-    with pytest.raises(InvalidInput, match="history"):
-        report.save_curves(path, [], rewards)
-
-
-def test_table_prints_every_cell(capsys: pytest.CaptureFixture) -> None:
-    report.print_table("Result", ["", "before", "after"], [["accuracy", "0.51", "0.90"], ["reward", "1", "2"]])
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("Result", "before", "accuracy", "0.51", "0.90", "reward"))

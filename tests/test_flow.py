@@ -11,9 +11,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastinvdpo.errors import InvalidInput
-from fastinvdpo.objectives import PairBatch, build_objective
-from fastinvdpo.schedule import (
+from fastinvdpo.diffusion.inversion import InversionSettings, invert, plan_grid, plan_inversion
+from fastinvdpo.diffusion.prompt import Prompt
+from fastinvdpo.diffusion.schedule import (
     NoiseSchedule,
     add_noise,
     affine_coefficients,
@@ -23,7 +23,8 @@ from fastinvdpo.schedule import (
     prediction_target,
     recover_noise,
 )
-from fastinvdpo.trajectories import InversionSettings, Prompt, invert, plan_grid, plan_inversion
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods import PairBatch, build_objective
 from tests.cases import toy_network
 
 LEVELS = st.integers(-1, 999)

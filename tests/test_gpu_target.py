@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,12 @@ import torch
 
 from fastinvdpo import _backend
 from tests.gpu import __main__ as target
-from tests.layout import ROOT
+from tests.gpu import sanitized
+from tests.layout import ROOT, optional_dependencies
+from tests.test_house import IMPORT_NAMES
+
+OTHERS = {IMPORT_NAMES.get(name, name) for name in set().union(*optional_dependencies().values())}
+OTHERS = OTHERS - {"numpy", "pytest", "triton"} | {"xdist", "typer"}
 
 
 def test_without_a_gpu_it_fails_and_says_so() -> None:
@@ -37,11 +44,15 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[target.Part]]:
         def reason(op: str, backend: str, device_type: str, float64: bool = False) -> str | None:
             return "not here, says the test" if backend in unavailable else None
 
+        def run(chosen: list[target.Part], jobs: int) -> list[tuple[target.Part, bool]]:
+            ran.extend(chosen)
+            return [(part, (part.backend, part.what) not in failing) for part in reversed(chosen)]
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU of the test")
         monkeypatch.setattr(_backend, "unavailable", reason)
         monkeypatch.setattr(target, "find_sanitizer", lambda: "/cuda/bin/compute-sanitizer")
-        monkeypatch.setattr(target, "run", lambda part: ran.append(part) or (part.backend, part.what) not in failing)
+        monkeypatch.setattr(target, "run", run)
         return ran
 
     return prepare
@@ -50,20 +61,36 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[target.Part]]:
 def test_everything_is_run_and_a_pass_names_the_line_to_delete(on_gpu, capsys: pytest.CaptureFixture[str]) -> None:
     ran = on_gpu()
     assert target.main([]) == 0
-    assert {(part.backend, part.what) for part in ran} == {
-        ("all", "doctor"),
-        ("all", "trainer"),
-        ("reference", "ops"),
-        *((backend, what) for backend in ("triton", "cuda") for what in ("ops", "kernels", "memcheck", "racecheck")),
-    }
+    fused = ("ops", "kernels", "memcheck", "racecheck", "huge")
+    assert sorted((part.backend, part.what) for part in ran) == sorted(
+        [("all", "doctor"), ("all", "trainer"), ("reference", "ops")]
+        + [(backend, what) for backend in ("triton", "cuda") for what in fused]
+    )
     shown = capsys.readouterr().out
     assert all(f"{backend} passed everything: its line" in shown for backend in _backend.UNPROVEN)
 
 
-def test_every_file_it_names_exists() -> None:
+def test_every_file_it_names_exists_and_nothing_is_left_out() -> None:
     named = {word for part in target.parts(None, []) for word in part.command if word.startswith("tests/")}
     assert len(named) == 5 and all((ROOT / name).exists() for name in named)
     assert {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")} <= {Path(name).name for name in named}
+
+
+def test_huge_tests_run_by_themselves() -> None:
+    chosen = target.parts(None, [])
+    assert [part.what for part in chosen if part.alone] == ["huge", "huge"] == [part.what for part in chosen[-2:]]
+    kernels = [part.command for part in chosen if part.what == "kernels"]
+    assert len(kernels) == 2 and all(f"not ({target.HUGE})" in command for command in kernels)
+
+
+def test_jobs_are_shared_between_parts_and_the_processes_of_pytest(on_gpu) -> None:
+    ran = on_gpu()
+    target.main(["--jobs", "18"])
+    tests = [part for part in ran if "pytest" in part.command and not part.alone]
+    assert len(tests) == 6 and all(part.command[part.command.index("-n") + 1] == "3" for part in tests)
+    ran.clear()
+    target.main(["--jobs", "2"])
+    assert not any("-n" in part.command for part in ran)
 
 
 def test_what_fails_or_cannot_run_fails_the_whole(on_gpu, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,18 +120,97 @@ def test_without_compute_sanitizer_it_fails_and_says_so(
     assert "passed everything" not in capsys.readouterr().out  # it was not everything
 
 
-def test_the_sanitizer_gets_small_tests_of_both_backends() -> None:
-    """The marker and the selection fit: here the tests are collected, and skipped for want of a GPU."""
-    (command,) = (part.command for part in target.parts("compute-sanitizer", []) if part[:2] == ("cuda", "memcheck"))
-    arguments = command[command.index("-m", 4) + 3 :]  # after "python -m pytest -q"
-    arguments = [word.replace("cuda-cuda", "cuda") for word in arguments]  # without a GPU the places share one name
+def test_without_the_train_extra_the_rest_is_run(on_gpu, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    ran, find_spec = on_gpu(), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
+    assert target.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "all: trainer            NOT RUN: diffusers missing" in shown and "cuda passed everything" in shown
+    assert "trainer" not in {part.what for part in ran} and len(ran) == 12
+
+
+def test_what_it_runs_imports_torch_triton_numpy_and_pytest_alone() -> None:
+    """And what these stand on. The selection of huge tests finds all three."""
+    files = [*target.PUBLIC, *target.ALONE["triton"], *target.ALONE["cuda"]]
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({sorted(OTHERS)})  # as if they were not installed
+import tests.gpu.__main__, tests.gpu.sanitized, fastinvdpo.doctor
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-k", {target.HUGE!r}, *{files}]))
+"""
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_for_the_sanitizer" in done.stdout and "test_affine_step_for_the_sanitizer" in done.stdout
-    assert "test_graph_replay" not in done.stdout
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    collected = {line.rpartition("::")[2] for line in done.stdout.splitlines() if "::" in line}
+    assert collected == {"test_affine", "test_preference_loss", "test_more_elements_than_32_bits_count"}
+
+
+# Processes
+
+
+def part(name: str, code: str, alone: bool = False) -> target.Part:
+    return target.Part("test", name, [sys.executable, "-c", code], None, alone)
+
+
+MEET = """
+import pathlib, sys, time
+pathlib.Path("{mine}").touch()
+end = time.monotonic() + 60
+while not pathlib.Path("{other}").exists():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+print("met")
+"""
+
+
+def test_parts_run_side_by_side_and_those_that_must_be_alone_do_not(tmp_path: Path, capfd) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    chosen = [part("one", MEET.format(mine=one, other=two)), part("two", MEET.format(mine=two, other=one))]
+    chosen += [part("alone", "import sys; print('by itself'); sys.exit(3)", alone=True)]
+    outcomes = list(target.run(chosen, 2))
+    assert {each.what: passed for each, passed in outcomes} == {"one": True, "two": True, "alone": False}
+    assert outcomes[-1][0].what == "alone"
+    shown = capfd.readouterr().out
+    assert [line for line in shown.splitlines() if line in ("met", "by itself")] == ["met", "met", "by itself"]
+
+
+def test_nothing_is_left_of_a_part_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """Nor of what it started."""
+    monkeypatch.setattr(target, "LONGEST", 2)
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
+    assert [passed for _, passed in target.run([part("hangs", child)], 1)] == [False]
+    shown = capfd.readouterr().out
+    assert "stopped after 2 seconds" in shown
+    pid = int(next(line for line in shown.splitlines() if line.isdecimal()))
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"  # killed; nobody has asked yet
+
+
+# The sanitizer
+
+
+def test_the_sanitizer_watches_a_plain_script_and_no_calls_of_the_driver() -> None:
+    watched = [part.command for part in target.parts("compute-sanitizer", []) if part.what in target.TOOLS]
+    assert len(watched) == 4
+    for command in watched:
+        assert "--report-api-errors=no" in command and "pytest" not in command
+        assert command[-4:-1] == [sys.executable, "-m", "tests.gpu.sanitized"]
+
+
+def test_its_launches_are_right_on_the_host() -> None:
+    backend = "reference" if _backend.unavailable("affine_step", "native", "cpu") else "native"
+    command = [sys.executable, "-m", "tests.gpu.sanitized", backend, "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0 and "all 143 results are right" in done.stdout, done.stdout + done.stderr
+
+
+def test_its_script_tells_wrong_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = sanitized.OPS.preference_loss_backward
+    monkeypatch.setattr(sys, "argv", ["sanitized", "reference", "cpu"])
+    monkeypatch.setattr(sanitized.OPS, "preference_loss_backward", lambda *given: right(*given) * (1 + 1e-3))
+    monkeypatch.setattr(sanitized, "step", lambda *case: None)
+    assert sanitized.main() == 1
+    assert "loss (7, 3, (torch.float32" in capsys.readouterr().out

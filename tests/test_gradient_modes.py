@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.objectives import InversionDPO, PairBatch, SingleTimestepObjective, build_objective
-from fastinvdpo.schedule import inversion_levels
+from fastinvdpo.diffusion.schedule import inversion_levels
+from fastinvdpo.methods import InversionDPO, PairBatch, SingleTimestepObjective, build_objective
 from tests.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import importlib
 import json
 import re
@@ -13,40 +14,50 @@ import pytest
 
 import fastinvdpo
 from fastinvdpo import _backend
-from tests.layout import PACKAGE, ROOT, Import, imports, modules, optional_dependencies, pyproject
+from tests.layout import (
+    EXAMPLES,
+    PACKAGE,
+    ROOT,
+    Import,
+    benchmark_modules,
+    imports,
+    module_name,
+    modules,
+    optional_dependencies,
+    pyproject,
+)
 
 # From the bottom up: a room may import from itself and from the rooms of lower numbers.
 LAYERS = {
     "errors": 0,
+    "io": 1,
     "_extras": 1,
     "_backend": 1,
     "_native": 0.5,
-    "_mapped": 0,
     "_triton_kernels": 0.5,
     "ops": 2,
-    "schedule": 3,
-    "losses": 3,
-    "trajectories": 4,
-    "streaming": 4,
-    "inverse_scheduler": 4,
-    "objectives": 5,
-    "data": 5.1,  # stands beside objectives; knows no model
-    "models": 5.2,  # stands beside objectives; knows the geometry of the pictures it asks for
+    "diffusion": 3,
+    "methods": 4,
+    "data": 4.1,  # stands beside methods; knows no model
+    "models": 4.2,  # stands beside methods; knows the geometry of its images
     "": 6,  # fastinvdpo/__init__.py, and what is imported from it
     "trainer": 7,
     "evaluation": 8,
-    "demo": 9,
+    "_triton": 0.4,
+    "_benchmarks": 8.5,
+    "_examples": 9,
     "doctor": 10,
-    "commands": 11,
     "cli": 12,
 }
-BESIDE_OBJECTIVES = {"data", "models"}
-ABOVE = {"trainer", "evaluation", "demo", "commands", "doctor", "cli"}
+BESIDE_METHODS = {"data", "models"}
+ABOVE = {"trainer", "evaluation", "_examples", "doctor", "cli"}
 IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 
 def room_of(path: Path) -> str:
     """``ops`` for fastinvdpo/ops/philox.py, ``cli`` for fastinvdpo/cli.py, ``""`` for fastinvdpo/__init__.py."""
+    if path.is_relative_to(EXAMPLES):
+        return "_examples"
     first = path.relative_to(PACKAGE).parts[0]
     return "" if first == "__init__.py" else first.removesuffix(".py")
 
@@ -55,8 +66,8 @@ def forbidden(found: Import) -> bool:
     """Whether a module of the package imports upwards, or across from a room to the one beside it."""
     here, there = room_of(found.where), found.module.split(".")[1] if "." in found.module else ""
     if here == "":  # re-exports only, and nothing that needs an extra
-        return there in BESIDE_OBJECTIVES | ABOVE
-    if {here, there} & BESIDE_OBJECTIVES and {here, there} & {"objectives", "trajectories", "inverse_scheduler"}:
+        return there in BESIDE_METHODS | ABOVE
+    if {here, there} & BESIDE_METHODS and "methods" in {here, there}:
         return True
     return here != there and LAYERS[there] >= LAYERS[here]
 
@@ -124,29 +135,41 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_imports_go_down_only() -> None:
-    inside = [found for path in PACKAGE.rglob("*.py") for found in imports(path) if found.top == "fastinvdpo"]
+    paths = [*PACKAGE.rglob("*.py"), *EXAMPLES.rglob("*.py")]
+    inside = [found for path in paths for found in imports(path) if found.top == "fastinvdpo"]
     assert len(inside) > 20
     assert [str(found) for found in inside if forbidden(found)] == []
+
+
+def test_no_circles() -> None:
+    """Also inside a room, and counting imports for types alone: a module can be read with what stands below it."""
+    paths = [*modules(), *benchmark_modules()]
+    graph = {module_name(path): {found.module for found in imports(path)} for path in paths}
+    graph = {name: {found for found in targets if found in graph} - {name} for name, targets in graph.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 @pytest.mark.parametrize(
     ("file", "line", "wrong"),
     [
-        ("schedule.py", "from fastinvdpo.trajectories import invert", True),
-        ("schedule.py", "from .trajectories import invert", True),
-        ("schedule.py", "def f():\n    import fastinvdpo.trainer.loop", True),
-        ("ops/philox.py", "from fastinvdpo import schedule", True),
-        ("ops/philox.py", "from .. import schedule", True),
-        ("objectives/build.py", "from fastinvdpo import PairBatch", True),
-        ("objectives/build.py", "from fastinvdpo.models import load_model", True),
-        ("models/base.py", "from fastinvdpo.objectives import PairBatch", True),
+        ("diffusion/schedule.py", "from fastinvdpo.methods import PairBatch", True),
+        ("diffusion/schedule.py", "from ..methods import PairBatch", True),
+        ("diffusion/schedule.py", "def f():\n    import fastinvdpo.trainer.trainer", True),
+        ("ops/philox.py", "from fastinvdpo import diffusion", True),
+        ("ops/philox.py", "from .. import diffusion", True),
+        ("methods/base.py", "from fastinvdpo import PairBatch", True),
+        ("methods/base.py", "from fastinvdpo.models import load_model", True),
+        ("models/base.py", "from fastinvdpo.methods import PairBatch", True),
         ("data/pairs.py", "from fastinvdpo.models.base import DiffusionModel", True),
         ("__init__.py", "from fastinvdpo.models import load_model", True),
-        ("trainer/loop.py", "from fastinvdpo.evaluation import sampling", True),
-        ("trajectories.py", "from fastinvdpo import schedule", False),
-        ("trainer/loop.py", "from fastinvdpo import PairBatch, build_objective", False),
+        ("trainer/trainer.py", "from fastinvdpo.evaluation import sampling", True),
+        ("methods/pairs.py", "from fastinvdpo import diffusion", False),
+        ("trainer/trainer.py", "from fastinvdpo import PairBatch, build_objective", False),
         ("ops/affine_step/op.py", "from . import reference", False),
-        ("models/base.py", "from fastinvdpo.schedule import NoiseSchedule", False),
+        ("models/base.py", "from fastinvdpo.diffusion.schedule import NoiseSchedule", False),
     ],
 )
 def test_the_rule_itself(file: str, line: str, wrong: bool) -> None:
@@ -165,7 +188,7 @@ def test_below_the_models_there_is_torch_alone() -> None:
     allowed = {"fastinvdpo", "torch"} | (
         sys.stdlib_module_names - {"json", "pickle", "sqlite3", "csv", "zipfile", "io"}
     )
-    core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_OBJECTIVES | ABOVE]
+    core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_METHODS | ABOVE | {"io"}]
     found = [item for path in core for item in imports(path)]
     wrong = [item for item in found if item.top not in allowed or item.module.startswith("torch.distributed")]
     # The drop-in for diffusers' class also loads as that one does: scheduler_config.json, or the hub through diffusers.
@@ -175,7 +198,7 @@ def test_below_the_models_there_is_torch_alone() -> None:
 
 
 def test_models_and_data_know_no_progress_bar_and_no_process_group() -> None:
-    found = [item for path in PACKAGE.rglob("*.py") if room_of(path) in BESIDE_OBJECTIVES for item in imports(path)]
+    found = [item for path in PACKAGE.rglob("*.py") if room_of(path) in BESIDE_METHODS for item in imports(path)]
     assert found
     wrong = [item for item in found if item.top in {"tqdm", "rich", "accelerate", "tensorboard"}]
     wrong += [item for item in found if item.module.startswith(("torch.distributed", "torch.utils.tensorboard"))]
@@ -224,8 +247,8 @@ from fastinvdpo.errors import MissingExtra
 
 
 def test_every_module_without_its_extra_imports_or_says_which_one() -> None:
-    # commands.py is private to cli.py, which asks for typer first; the next test is about that.
-    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "commands.py"]
+    # The commands are private to cli/__init__.py, which asks for typer first; the next test is about that.
+    paths = [path for path in PACKAGE.rglob("*.py") if room_of(path) != "cli" or path.name == "__init__.py"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
     missing = [IMPORT_NAMES.get(name, name) for name in optional_dependencies()["train"]]
     code = """
@@ -258,7 +281,7 @@ sys.exit(main(["demo"]) - 2)
 
 def test_loading_a_model_without_diffusers_names_the_extra() -> None:
     code = """
-from fastinvdpo.demo.base import WEIGHTS
+from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.models import load_model
 try:
     load_model("digits", WEIGHTS / "clean")

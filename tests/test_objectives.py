@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.objectives import METHODS, STREAM_TIMESTEP, Draws, InversionDPO, PairBatch, Preference, build_objective
+from fastinvdpo.diffusion.schedule import PREDICTION_TYPES, affine_coefficients, inversion_levels, recover_noise
+from fastinvdpo.methods import METHODS, STREAM_TIMESTEP, Draws, InversionDPO, PairBatch, Preference, build_objective
 from fastinvdpo.ops import philox
-from fastinvdpo.schedule import PREDICTION_TYPES, affine_coefficients, inversion_levels, recover_noise
 from tests.cases import sd_schedule, toy_network
 
 SCHEDULE = sd_schedule()

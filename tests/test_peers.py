@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.peers.common import scaled_linear
-from fastinvdpo.schedule import NoiseSchedule
+from fastinvdpo.diffusion.schedule import NoiseSchedule
 from tests.cases import SD_SCHEDULER, load_golden
 from tests.test_conformance import RUNS, conditioning, network, relative, scheduler_config, unet
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastinvdpo.schedule import (
+from fastinvdpo.diffusion.schedule import (
     PREDICTION_TYPES,
     NoiseSchedule,
     add_noise,

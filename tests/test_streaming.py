@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.objectives import VARIANTS, InversionDPO, PairBatch, Preference, build_objective
+from fastinvdpo.methods import VARIANTS, InversionDPO, PairBatch, Preference, build_objective
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import sd_schedule
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.objectives import build_objective
-from fastinvdpo.objectives.timesteps import TimestepSampling
+from fastinvdpo.methods import build_objective
+from fastinvdpo.methods.timesteps import TimestepSampling
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule
 from tests.test_flow import sd3

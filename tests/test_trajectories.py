@@ -9,18 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.schedule import affine_coefficients, ancestral_variance, recover_noise
-from fastinvdpo.trajectories import (
+from fastinvdpo.diffusion.inversion import (
     InversionSettings,
-    Prompt,
     inversion_steps,
     invert,
     plan_grid,
     plan_inversion,
     plan_released,
-    predict,
-    weighted_sum,
 )
+from fastinvdpo.diffusion.prompt import Prompt, predict, weighted_sum
+from fastinvdpo.diffusion.schedule import affine_coefficients, ancestral_variance, recover_noise
 from tests.cases import sd_schedule, toy_network
 
 SCHEDULE = sd_schedule()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastinvdpo.trajectories import Network
+from fastinvdpo.diffusion.prompt import Network
 
 Conditioning = Mapping[str, Tensor]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastinvdpo.trajectories import Network
+from fastinvdpo.diffusion.prompt import Network
 
 from .common import Inputs, Settings, pair_loss
 

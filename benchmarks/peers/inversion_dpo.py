@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastinvdpo.trajectories import Network
+from fastinvdpo.diffusion.prompt import Network
 
 from .common import Conditioning, Inputs, Settings, at, step_up
 

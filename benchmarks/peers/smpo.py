@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastinvdpo.trajectories import Network
+from fastinvdpo.diffusion.prompt import Network
 
 from .common import Inputs, Settings, at, pair_loss, recovered_noise, step_up
 

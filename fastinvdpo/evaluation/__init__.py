@@ -3,3 +3,7 @@
 from fastinvdpo._extras import require
 
 require("numpy", extra="train", purpose="evaluation")
+
+from fastinvdpo.evaluation.in_training import EvaluationCallback
+
+__all__ = ["EvaluationCallback"]

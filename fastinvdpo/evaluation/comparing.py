@@ -27,12 +27,11 @@ from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.aligned import aligned_files, open_aligned
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import write_page
-from fastinvdpo.evaluation.report import write_summary
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
+from fastinvdpo.io import TEMPORARY, clean_leftovers, write_json
 from fastinvdpo.models import checkpoint_files, load_model, resolve_family
 from fastinvdpo.models.base import check_prompts
-from fastinvdpo.trainer.atomic import TEMPORARY, clean_leftovers
 from fastinvdpo.trainer.opening import DTYPES
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def compare(
             for place, text in enumerate(texts)
         ],
     }
-    write_summary(root / SUMMARY, summary)
+    write_json(root / SUMMARY, summary)
     write_page(root / PAGE, summary, root, shown=shown)
     return summary
 
@@ -214,7 +213,7 @@ def _claim(root: Path, key: dict[str, Any]) -> None:
     if held:
         remedy = "name another directory"
         raise invalid("output", str(root), f"has {' and '.join(held)}, which no evaluation drew", remedy)
-    write_summary(told, key)
+    write_json(told, key)
 
 
 def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling) -> None:

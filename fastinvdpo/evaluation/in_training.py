@@ -1,9 +1,19 @@
-"""What a training run calls every so many steps: samples of a prompt list, scored."""
+"""Evaluation in the course of a run: scores of samples every so many steps, and the best model kept beside the last.
+
+It changes nothing of the training: samples come from noise of their own, and the generators are put back afterwards.
+Layout, in the output directory::
+
+    evaluation/base.json       settings, and the scores of the policy before its first step
+    evaluation/history.jsonl   a row for each evaluation
+    best/                      model/, with LoRA adapter/, each with its card, and best.json: the step it is of
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -11,36 +21,121 @@ import torch
 from torch import nn
 
 from fastinvdpo.data.digests import key_hash
+from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
+from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard
+from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
+from fastinvdpo.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
     from fastinvdpo.trainer.config import EvaluationSection
 
+Scores = dict[str, list[float]]
 
-class Evaluator:
-    """A :class:`fastinvdpo.trainer.evaluating.Evaluate` of some prompts and scorers, sampled as the section says."""
 
-    def __init__(self, section: EvaluationSection, prompts: Sequence[str], scorers: Sequence[Scorer]) -> None:
-        self._section, self._texts, self._scorers = section, list(prompts), check_scorers(scorers)
-        self.settings: dict[str, Any] = {
+class EvaluationCallback(Callback):
+    """Samples the section's prompts, scores the images, and keeps the best model.
+
+    Args:
+        section: ``evaluation`` of the configuration; its prompts are loaded here.
+        scorers: instead of those that the section names; higher is better, the first one decides what is best.
+
+    Attributes:
+        rows: the evaluations so far, the first of them the base, at step 0; empty on all processes but the first.
+        settings: what the scores depend on besides the network, as plain types.
+
+    Raises:
+        InvalidInput: prompts or scorers that cannot be loaded.
+    """
+
+    def __init__(self, section: EvaluationSection, scorers: Sequence[Scorer] | None = None) -> None:
+        # Each process of a run has a GPU of its own.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        self.section, self.rows = section, list[dict[str, Any]]()
+        self._texts = load_prompts(section.prompts, column=section.column, limit=section.samples)
+        self._scorers = check_scorers(open_scorers(section.scorers, device=device) if scorers is None else scorers)
+        settings = {
             "prompts": key_hash({"prompts": self._texts}),
             "num_inference_steps": section.num_inference_steps,
             "guidance_scale": section.guidance_scale,
             "seed": section.seed,
             "scorers": {scorer.name: dict(getattr(scorer, "key", {})) for scorer in self._scorers},
         }
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._base: Scores = {}
 
-    @property
-    def prompts(self) -> int:
-        return len(self._texts)
+    def on_init(self, trainer: Run) -> None:
+        if str(trainer.accelerator.distributed_type.value) == "FSDP":
+            remedy = "set it to null and use fastinvdpo evaluate, or launch without FSDP"
+            raise invalid("evaluation", self.section.prompts, "is not supported with FSDP", remedy)
+        self._folder, self._best = trainer.directory / "evaluation", trainer.directory / "best"
 
-    def __call__(self, model: DiffusionModel, network: nn.Module, places: Sequence[int]) -> dict[str, list[float]]:
-        section = self._section
-        scores: dict[str, list[float]] = {scorer.name: [] for scorer in self._scorers}
+    def on_start(self, trainer: Run) -> None:
+        """Score the policy before its first step, or take over what an earlier attempt of the run has found."""
+        main = trainer.accelerator.is_main_process
+        stored = self._read(trainer) if main else None
+        if _anywhere(trainer, main and stored is None):
+            with _undisturbed():
+                scores = self._shared_scores(trainer)
+            if main:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                discard(self._best)
+                stored = {"settings": self.settings, "scores": scores}
+                self._write("base.json", json.dumps(stored, indent=2) + "\n")
+                self._write("history.jsonl", "")
+        if not main:
+            return
+        assert stored is not None
+        clean_leftovers(self._folder)
+        self._base = stored["scores"]
+        lines = (self._folder / "history.jsonl").read_text().splitlines()
+        self.rows = [row for line in lines if (row := json.loads(line))["step"] <= trainer.first_step]
+        if not self.rows:
+            self._add(trainer, {"step": 0, **self._row(self._base)})
+
+    def on_step(self, trainer: Run, step: int) -> None:
+        if step % self.section.every and step != trainer.config.training.steps:
+            return
+        trainer.check_finite(step)
+        ema = trainer.state.ema
+        with _undisturbed():
+            with nullcontext() if ema is None else ema.applied():
+                scores = self._shared_scores(trainer)
+            if trainer.accelerator.is_main_process:
+                self._add(trainer, {"step": step, **self._row(scores)})
+                if self.section.keep_best:
+                    self._keep(trainer, step)
+            trainer.accelerator.wait_for_everyone()
+
+    def on_end(self, trainer: Run, result: TrainResult) -> None:
+        result.evaluation = self.rows
+        result.best_model_directory = self._best / "model" if (self._best / "best.json").is_file() else None
+
+    def card(self, step: int) -> list[str]:
+        """The scores of the base and of the model after ``step``, where both are there."""
+        found, of = {row["step"]: row for row in self.rows}, self.section
+        if not {0, step} <= found.keys():
+            return []
+        lines = [
+            f"## Evaluation\n\nUp to {of.samples} prompts of `{of.prompts}`, sampled by both models from the same "
+            f"noise in {of.num_inference_steps} steps with guidance {of.guidance_scale:g} and seed {of.seed}.\n",
+            "| | base | this model |\n|---|---|---|",
+            *(
+                f"| {name} | {found[0][name]:.6g} | {value:.6g} |"
+                for name, value in found[step].items()
+                if name != "step"
+            ),
+        ]
+        return ["\n".join(lines)]
+
+    def scores(self, model: DiffusionModel, network: nn.Module, places: Sequence[int]) -> Scores:
+        """Scores, by scorer, of the prompts at ``places`` of the list, in their order."""
+        section = self.section
+        found: Scores = {scorer.name: [] for scorer in self._scorers}
         for start in range(0, len(places), section.batch_size):
             chosen = places[start : start + section.batch_size]
             texts = [self._texts[place] for place in chosen]
@@ -54,26 +149,97 @@ class Evaluator:
                 batch_size=section.batch_size,
                 places=chosen,
             )
-            pictures = model.decode_latents(latents)
+            images = model.decode_latents(latents)
             for scorer in self._scorers:
-                scores[scorer.name] += in_batches(scorer, pictures, texts).tolist()
-        return scores
+                found[scorer.name] += in_batches(scorer, images, texts).tolist()
+        return found
 
-    def row(self, base: Mapping[str, Sequence[float]], scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Mean and win rate over the base for each scorer."""
+    def _shared_scores(self, trainer: Run) -> Scores:
+        """Those of all prompts, which the processes share out; whole on the first."""
+        accelerator, total = trainer.accelerator, len(self._texts)
+        several = accelerator.num_processes
+        places = [range(process, total, several) for process in range(several)]
+        own = places[accelerator.process_index]
+        parts = [self.scores(trainer.model, trainer.state.networks.policy_module, own) if own else {}]
+        if several > 1:
+            from accelerate.utils import gather_object
+
+            parts = gather_object(parts)
+        found = {name: [0.0] * total for name in parts[0]}
+        for taken, part in zip(places, parts, strict=False):
+            for name, scores in part.items():
+                for place, score in zip(taken, scores, strict=True):
+                    found[name][place] = score
+        return found
+
+    def _row(self, scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Mean, and win rate over the base, for each scorer."""
         numbers: dict[str, float] = {}
         for name, found in scores.items():
-            numbers |= {name: fmean(found), f"{name}_win_rate": win_rate(found, base[name]).mean}
+            numbers |= {name: fmean(found), f"{name}_win_rate": win_rate(found, self._base[name]).mean}
         return numbers
 
+    def _read(self, trainer: Run) -> dict[str, Any] | None:
+        """What an earlier attempt found for the same settings; a run from its first step is another run."""
+        file = self._folder / "base.json"
+        if trainer.first_step == 0 or not file.is_file():
+            return None
+        stored: dict[str, Any] = json.loads(file.read_text())
+        if stored["settings"] == self.settings:
+            return stored
+        trainer.say("The evaluation is another one than before: its rows and the best model start over.")
+        return None
 
-def evaluator(section: EvaluationSection, scorers: Sequence[Scorer] | None = None) -> Evaluator:
-    """What the section describes, its prompts and scorers loaded; ``scorers`` take the place of the section's.
+    def _add(self, trainer: Run, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._write("history.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        trainer.reporting.scalars("evaluation", row)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+        trainer.say(f"Evaluation after step {row['step']}: {shown}.")
 
-    Raises:
-        InvalidInput: prompts or scorers that cannot be loaded.
-    """
-    prompts = load_prompts(section.prompts, column=section.column, limit=section.samples)
-    # Each process of a run has a GPU of its own.
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return Evaluator(section, prompts, open_scorers(section.scorers, device=device) if scorers is None else scorers)
+    def _keep(self, trainer: Run, step: int) -> None:
+        scorer = next(iter(self._base))
+        mean, kept = self.rows[-1][scorer], self._best / "best.json"
+        # A run that was killed after it kept this step's model comes here again with the same mean.
+        if kept.is_file() and json.loads(kept.read_text())["mean"] >= mean:
+            return
+        with atomic_directory(self._best) as temporary, _plain_forward(trainer.state.networks.policy_module):
+            trainer.export(temporary, step)
+            row = {"step": step, "scorer": scorer, "mean": mean}
+            (temporary / "best.json").write_text(json.dumps(row, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with atomic_file(self._folder / name) as partial:
+            partial.write_text(text)
+
+
+def _anywhere(trainer: Run, here: bool) -> bool:
+    """Whether it holds on the first process, told to all."""
+    told = [here]
+    if trainer.accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(told)
+    return told[0]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Scorers and what they call may draw random numbers; the training must not notice."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+@contextmanager
+def _plain_forward(network: nn.Module) -> Iterator[None]:
+    """Inside, ``network`` is without accelerate's autocast around its forward, which cannot be copied."""
+    wrapped: dict[str, Any] = {
+        name: network.__dict__.pop(name) for name in ("forward", "_original_forward") if name in network.__dict__
+    }
+    try:
+        yield
+    finally:
+        network.__dict__.update(wrapped)

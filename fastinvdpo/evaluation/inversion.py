@@ -23,9 +23,11 @@ from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.data.sources import files_of
 from fastinvdpo.data.transforms import Decisions, transform
+from fastinvdpo.diffusion.inversion import InversionPlan, InversionSettings, invert, plan_grid
+from fastinvdpo.diffusion.prompt import Conditioning, Prompt
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts, load_model
-from fastinvdpo.trajectories import Conditioning, InversionPlan, InversionSettings, Prompt, invert, plan_grid
+from fastinvdpo.models import load_model
+from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.evaluation.report import plot_scores
-from fastinvdpo.trainer.atomic import atomic_file
+from fastinvdpo.io import atomic_file
 
+DPI = 120
+BEFORE, AFTER = "tab:gray", "tab:blue"
 _LARGEST = 512  # longest side of a picture on the page, in pixels; larger ones are scaled down and stored as JPEG
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
@@ -125,3 +126,32 @@ def _image(kind: str, data: bytes, alt: str, style: str = "") -> str:
 
 def _text(value: str) -> str:
     return html.escape(value, quote=True)
+
+
+def plot_scores(name: str, base: Sequence[float], aligned: Sequence[float]) -> bytes:
+    """A PNG: histograms of the scores of both sides, and the difference of every prompt, sorted."""
+    figure = new_figure((9.6, 3.0))
+    left, right = figure.subplots(1, 2)
+    histogram(left, (base, aligned), ("base", "aligned"))
+    left.set(xlabel=name, ylabel="pictures")
+    gains = sorted(new - old for old, new in zip(base, aligned, strict=True))
+    right.axhline(0, color="black", linewidth=0.5)
+    right.step([(place + 0.5) / len(gains) for place in range(len(gains))], gains, where="mid", color=AFTER)
+    right.set(xlabel="share of the prompts", ylabel="aligned − base", xlim=(0, 1))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def histogram(axis: Any, sides: tuple[Sequence[float], Sequence[float]], labels: tuple[str, str]) -> None:
+    low, high = (bound(bound(side) for side in sides) for bound in (min, max))
+    bins = [low + (high - low) * place / 30 for place in range(31)] if high > low else 30
+    for side, label, colour in zip(sides, labels, (BEFORE, AFTER), strict=True):
+        axis.hist(side, bins=bins, alpha=0.6, label=label, color=colour)
+    axis.legend()
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """A figure of ``size`` inches that needs no display and touches none of matplotlib's global state."""
+    module = require("matplotlib.figure", extra="train", purpose="drawing the report")
+    return module.Figure(figsize=size, layout="constrained")

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.diffusion.prompt import Prompt, evaluate
+from fastinvdpo.diffusion.schedule import affine_coefficients, inversion_levels, stack_coefficients
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import DiffusionModel
 from fastinvdpo.ops import affine_step, philox
-from fastinvdpo.schedule import affine_coefficients, inversion_levels, stack_coefficients
-from fastinvdpo.trajectories import Prompt, evaluate
 
 # Keeps the initial noise apart from the random streams of training under the same seed.
 STREAM_SAMPLING = 1 << 20

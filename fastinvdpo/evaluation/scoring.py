@@ -30,9 +30,8 @@ from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import in_batches, open_scorer
-from fastinvdpo.trainer.atomic import atomic_file, discard, only_writer
+from fastinvdpo.io import atomic_file, discard, only_writer
 from fastinvdpo.trainer.opening import open_data_source
-from fastinvdpo.trainer.reporting import counting_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -203,11 +202,11 @@ class _Work:
     def parts(self, bad: BrokenRows, progress: bool) -> Iterator[_Part]:
         """All parts in order; adds their broken rows to ``bad``, which may raise."""
         total = -(-len(self._source) // ROWS_PER_PART)
-        with (
-            ThreadPoolExecutor(_THREADS) as threads,
-            counting_bar("scoring", f"parts of {ROWS_PER_PART} rows", total, progress) as advance,
-        ):
-            for number in range(total):
+        tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for number in tqdm(
+                range(total), desc="scoring", unit=f"part of {ROWS_PER_PART} rows", disable=not progress
+            ):
                 path = self._directory / f"part-{number:06d}.json"
                 part = _read_part(path, self._hash)
                 if part is None:
@@ -218,7 +217,6 @@ class _Work:
                     self.computed += 1
                 for line in part.broken:
                     bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
-                advance()
                 yield part
 
     def _score(self, rows: range, threads: ThreadPoolExecutor) -> _Part:

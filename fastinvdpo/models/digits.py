@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo._extras import require
+from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import (
     DiffusionModel,
@@ -30,7 +31,6 @@ from fastinvdpo.models.base import (
     saveable_network,
 )
 from fastinvdpo.models.digits_text import embed_prompts
-from fastinvdpo.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.models.adapters import adapter_settings
 from fastinvdpo.models.base import DiffusionModel, check_images, check_latents, check_prompts, saveable_network, unwrap
 from fastinvdpo.models.checkpoints import (
     Origin,
@@ -168,14 +168,12 @@ class PipelineModel(DiffusionModel):
         """Write ``pytorch_lora_weights.safetensors``, which the pipeline's ``load_lora_weights`` reads."""
         peft = require("peft", extra="train", purpose="saving a LoRA adapter")
         plain: Any = unwrap(network)
-        settings = copy.copy(plain.peft_config["default"])
-        settings.inference_mode = True
         weights = peft.get_peft_model_state_dict(plain)
         self.pipeline.save_lora_weights(
             str(directory),
             **{
                 f"{self.network_folder}_lora_layers": {k: v.detach().cpu().contiguous() for k, v in weights.items()},
-                f"{self.network_folder}_lora_adapter_metadata": settings.to_dict(),
+                f"{self.network_folder}_lora_adapter_metadata": adapter_settings(plain),
             },
         )
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.models.base import cast_inputs, check_conditioning
 from fastinvdpo.models.pipeline import PipelineModel, sides
-from fastinvdpo.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from fastinvdpo.data.transforms import ImageGeometry

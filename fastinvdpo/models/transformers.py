@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import ATTENTION_PROJECTIONS
 from fastinvdpo.models.pipeline import PipelineModel, sides
-from fastinvdpo.schedule import FLOW, NoiseSchedule
 
 if TYPE_CHECKING:
     from fastinvdpo.data.transforms import ImageGeometry

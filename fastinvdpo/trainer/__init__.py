@@ -6,8 +6,19 @@ for _package in ("numpy", "pydantic", "yaml"):
     require(_package, extra="train", purpose="training")
 
 from fastinvdpo.trainer.cache_writing import precompute
+from fastinvdpo.trainer.callbacks import Callback, TrainResult
 from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.config_files import load_config, presets, to_yaml
-from fastinvdpo.trainer.loop import TrainResult, train, train_model
+from fastinvdpo.trainer.trainer import PreferenceTrainer, train
 
-__all__ = ["TrainConfig", "TrainResult", "load_config", "precompute", "presets", "to_yaml", "train", "train_model"]
+__all__ = [
+    "Callback",
+    "PreferenceTrainer",
+    "TrainConfig",
+    "TrainResult",
+    "load_config",
+    "precompute",
+    "presets",
+    "to_yaml",
+    "train",
+]

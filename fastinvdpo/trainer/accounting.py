@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.objectives import PairBatch
+    from fastinvdpo.methods import PairBatch
     from fastinvdpo.trainer.config import TrainingSection
     from fastinvdpo.trainer.networks import Networks
 

@@ -1,33 +1,67 @@
-"""From draws to a batch on the device: decode and encode.
-
-Latents and prompt embeddings that are the same at every visit are kept in host memory, up to ``data.cache_gib``.
-"""
+"""From sample indices to a batch on the device: one builder, for pairs encoded on the way and for pairs of a cache."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastinvdpo.objectives import PairBatch
+from fastinvdpo.methods import PairBatch
 from fastinvdpo.trainer.draws import DrawOrder, drops_caption, swaps_tie
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fastinvdpo.data import ImageGeometry, Pair
+    from fastinvdpo.data import Pair
     from fastinvdpo.models import DiffusionModel
 
 Tensors = dict[str, Tensor]
+GEOMETRY = "geometry."
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair as tensors of a single sample, on the host or already on the device.
+
+    Attributes:
+        winner, loser: ``latents`` ``(C, h, w)``; ``geometry.NAME``: the conditioning that follows from size and crop
+            (SDXL); from a cache of Inversion-DPO also ``trajectory`` and ``reference_pred``.
+        caption: the conditioning that follows from the caption.
+        scores: of winner and loser; row: in the data.
+        tie: neither won; the first image stands for the winner.
+    """
+
+    winner: Tensors
+    loser: Tensors
+    caption: Tensors
+    scores: tuple[float, float] | None
+    row: int
+    tie: bool = False
+
+
+class EncodedPairs(Protocol):
+    """A data set of encoded pairs.
+
+    Attributes:
+        unconditional: the conditioning of the empty prompt, every tensor ``(1, …)``.
+    """
+
+    unconditional: Tensors
+
+    def fetch(self, index: int, draw: int) -> Any:
+        """What :meth:`encode` needs of a pair, on the host: images decoded, or stored tensors read. Threads call it."""
+        ...
+
+    def encode(self, fetched: Sequence[Any]) -> list[EncodedPair]: ...
 
 
 class Pairs(Protocol):
-    """What the trainer asks of a data set; ``fastinvdpo.data.PairDataset`` is one."""
+    """A data set of images, as the trainer uses it; ``fastinvdpo.data.PairDataset`` is one."""
 
     random_flip: bool
     center_crop: bool
@@ -38,176 +72,162 @@ class Pairs(Protocol):
     def pair(self, i: int, draw: int) -> Pair: ...
 
 
-@dataclass(frozen=True)
-class Side:
-    """One image of a pair after encoding; ``latents`` is ``(C, h, w)``."""
+class PairEncoder:
+    """Encodes pairs when they are drawn; what is the same at every visit is kept in host memory.
 
-    latents: Tensor
-    geometry: ImageGeometry | None
-    score: float | None
+    Args:
+        sampled_latents: samples of the VAE's posterior instead of its mean.
+        cache_gib: host memory for latents and embeddings, in GiB; once it is spent, new entries are not kept.
+    """
 
+    def __init__(
+        self, model: DiffusionModel, pairs: Pairs, *, sampled_latents: bool = False, cache_gib: float = 2.0
+    ) -> None:
+        self._model, self._dataset, self._sampled = model, pairs, sampled_latents
+        self._keeps_pairs = pairs.center_crop and not pairs.random_flip
+        self._left = int(cache_gib * 2**30)
+        self._pairs: dict[int, EncodedPair] = {}
+        self._captions: dict[str, Tensors] = {}
+        self.unconditional = {name: tensor[None] for name, tensor in self._embed([""])[0].items()}
 
-@dataclass(frozen=True)
-class EncodedPair:
-    winner: Side
-    loser: Side
-    caption: str
-    row: int
-    tie: bool = False
+    def fetch(self, index: int, draw: int) -> tuple[int, EncodedPair | Pair]:
+        return index, self._pairs[index] if index in self._pairs else self._dataset.pair(index, draw)
 
-    def on_host(self) -> EncodedPair:
-        """A copy whose latents are in host memory of their own, not views of a batch."""
-        sides = [replace(side, latents=_host_copy(side.latents)) for side in (self.winner, self.loser)]
-        return replace(self, winner=sides[0], loser=sides[1])
+    def encode(self, fetched: Sequence[tuple[int, EncodedPair | Pair]]) -> list[EncodedPair]:
+        new = [(index, pair) for index, pair in fetched if not isinstance(pair, EncodedPair)]
+        found = iter(self._encode([pair for _, pair in new]))
+        encoded = [pair if isinstance(pair, EncodedPair) else next(found) for _, pair in fetched]
+        for (index, _), pair in zip(fetched, encoded, strict=True):
+            if self._keeps_pairs and index not in self._pairs and self._spend(pair.winner, pair.loser):
+                self._pairs[index] = replace(pair, winner=_host_copy(pair.winner), loser=_host_copy(pair.loser))
+        return encoded
 
-    def swapped(self) -> EncodedPair:
-        return replace(self, winner=self.loser, loser=self.winner)
+    def _encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
+        if not pairs:
+            return []
+        images = [image for pair in pairs for image in (pair.winner, pair.loser)]
+        keys = [key for pair in pairs for key in (pair.winner_key, pair.loser_key)]
+        shapes = [shape for pair in pairs for shape in (pair.winner_geometry, pair.loser_geometry)]
+        stacked = {"latents": encode(self._model, images, keys if self._sampled else None)}
+        stacked |= {f"{GEOMETRY}{name}": tensor for name, tensor in self._model.encode_geometry(shapes).items()}
+        sides = [{name: tensor[i] for name, tensor in stacked.items()} for i in range(len(images))]
+        captions = self._embed([pair.caption for pair in pairs])
+        encoded = []
+        for pair, winner, loser, caption in zip(pairs, sides[::2], sides[1::2], captions, strict=True):
+            scored = pair.winner_score is not None and pair.loser_score is not None
+            scores = (pair.winner_score, pair.loser_score) if scored else None
+            encoded.append(EncodedPair(winner, loser, caption, scores, pair.row, pair.tie))  # type: ignore[arg-type]
+        return encoded
 
+    def _embed(self, captions: Sequence[str]) -> list[Tensors]:
+        """The conditioning of captions, each distinct one encoded once."""
+        found = {caption: self._captions[caption] for caption in captions if caption in self._captions}
+        if missing := [caption for caption in dict.fromkeys(captions) if caption not in found]:
+            encoded = embed(self._model, missing)
+            for i, caption in enumerate(missing):
+                found[caption] = {name: tensor[i] for name, tensor in encoded.items()}
+                if self._spend(found[caption]):
+                    self._captions[caption] = _host_copy(found[caption])
+        return [found[caption] for caption in captions]
 
-class Budget:
-    """Host memory that the caches share; once it is spent, new entries are not kept."""
-
-    def __init__(self, gib: float) -> None:
-        self.left = int(gib * 2**30)
-
-    def spend(self, nbytes: int) -> bool:
-        if nbytes > self.left:
-            return False
-        self.left -= nbytes
-        return True
+    def _spend(self, *kept: Tensors) -> bool:
+        nbytes = sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
+        fits = nbytes <= self._left
+        self._left -= nbytes * fits
+        return fits
 
 
 class BatchBuilder:
-    """Builds the :class:`PairBatch` of a list of draws.
+    """Builds the :class:`PairBatch` of some sample indices.
 
     Args:
-        with_unconditional: also embed the empty prompt (guidance needs it).
-        caption_dropout: share of draws whose caption is replaced by the empty prompt, on both sides.
-        sampled_latents: samples of the VAE's posterior instead of its mean.
-        cache_gib: host memory for latents and embeddings, in GiB.
-        num_workers: threads that decode images ahead of time (decoding leaves the interpreter lock).
+        with_unconditional: also give the empty prompt (guidance needs it).
+        caption_dropout: share of samples whose caption is replaced by the empty prompt, on both sides.
+        num_workers: threads that fetch pairs ahead of time (decoding and reading leave the interpreter lock).
     """
 
     def __init__(
         self,
-        model: DiffusionModel,
-        dataset: Pairs,
+        pairs: EncodedPairs,
+        device: torch.device,
         order: DrawOrder,
         *,
         with_unconditional: bool,
         caption_dropout: float = 0.0,
-        sampled_latents: bool = False,
-        cache_gib: float = 2.0,
         num_workers: int = 0,
     ) -> None:
-        self._model, self._dataset, self._order = model, dataset, order
+        self._pairs, self._device, self._order = pairs, device, order
         self._with_unconditional, self._caption_dropout = with_unconditional, caption_dropout
-        self._sampled = sampled_latents
-        self._keep_pairs = dataset.center_crop and not dataset.random_flip
-        self._budget = Budget(cache_gib)
-        self._pairs: dict[int, EncodedPair] = {}
-        self._embeddings: dict[Hashable, Tensors] = {}
-        self._threads = ThreadPoolExecutor(num_workers, "decode") if num_workers else None
+        self._threads = ThreadPoolExecutor(num_workers, "fetch") if num_workers else None
 
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
     def batches(self, requests: Iterable[range]) -> Iterator[PairBatch]:
-        """One batch per range of draws; with worker threads, images of the next batch are decoded during this one."""
-        ahead: deque[tuple[range, dict[int, Future[Pair]]]] = deque()
+        """One batch per range of sample indices; with threads, the next batch is fetched during this one."""
+        if self._threads is None:
+            yield from map(self.build, requests)
+            return
+        ahead: deque[tuple[range, list[Future[Any]]]] = deque()
         for draws in requests:
-            ahead.append((draws, self._start_decoding(draws)))
-            if self._threads is not None and len(ahead) < 2:
-                continue
-            yield self._build(*ahead.popleft())
+            ahead.append((draws, [self._threads.submit(self._fetch, draw) for draw in draws]))
+            if len(ahead) == 2:
+                yield self._build(*_results(*ahead.popleft()))
         while ahead:
-            yield self._build(*ahead.popleft())
+            yield self._build(*_results(*ahead.popleft()))
 
     def build(self, draws: range) -> PairBatch:
-        """The batch of these draws."""
-        return self._build(draws, {})
+        """The batch of these sample indices."""
+        return self._build(draws, [self._fetch(draw) for draw in draws])
 
     def row(self, draw: int) -> int:
-        """Row in the data file of the pair that a draw takes."""
-        return self._encode([(draw, self._order.pair_index(draw))], {})[0].row
+        """Row in the data of the pair that a sample index takes."""
+        return self._pairs.encode([self._fetch(draw)])[0].row
 
-    def embed(self, prompts: Sequence[str], geometry: Sequence[ImageGeometry | None]) -> Tensors:
-        """Conditioning of ``n`` prompts on the device, each distinct (prompt, geometry) encoded once."""
-        keys = list(zip(prompts, geometry, strict=True))
-        found = {key: self._embeddings[key] for key in keys if key in self._embeddings}
-        missing = [key for key in dict.fromkeys(keys) if key not in found]
-        if missing:
-            shapes = [shape for _, shape in missing if shape is not None]
-            encoded = self._model.encode_prompts(
-                [prompt for prompt, _ in missing], geometry=shapes if len(shapes) == len(missing) else None
-            )
-            for i, key in enumerate(missing):
-                found[key] = {name: tensor[i] for name, tensor in encoded.items()}
-                if self._budget.spend(sum(tensor.nbytes for tensor in found[key].values())):
-                    self._embeddings[key] = {name: _host_copy(tensor) for name, tensor in found[key].items()}
-        device = self._model.device
-        return {name: _stack([found[key][name] for key in keys], device) for name in found[keys[0]]}
+    def _fetch(self, draw: int) -> Any:
+        return self._pairs.fetch(self._order.pair_index(draw), draw)
 
-    def _start_decoding(self, draws: range) -> dict[int, Future[Pair]]:
-        if self._threads is None:
-            return {}
-        indices = {draw: self._order.pair_index(draw) for draw in draws}
-        return {
-            draw: self._threads.submit(self._dataset.pair, index, draw)
-            for draw, index in indices.items()
-            if index not in self._pairs
+    def _build(self, draws: range, fetched: Sequence[Any]) -> PairBatch:
+        pairs, seed = self._pairs.encode(fetched), self._order.seed
+        swapped = [pair.tie and swaps_tie(seed, draw) for draw, pair in zip(draws, pairs, strict=True)]
+        both = [(pair.loser, pair.winner) if swap else (pair.winner, pair.loser)
+                for pair, swap in zip(pairs, swapped, strict=True)]  # fmt: skip
+        sides = [winner for winner, _ in both] + [loser for _, loser in both]
+        stacked = {name: self._stack([side[name] for side in sides]) for name in sides[0]}
+        geometry = {
+            name.removeprefix(GEOMETRY): tensor for name, tensor in stacked.items() if name.startswith(GEOMETRY)
         }
-
-    def _encode(self, draws: Sequence[tuple[int, int]], decoding: dict[int, Future[Pair]]) -> list[EncodedPair]:
-        """The pairs of some draws, each given with its index in the data set; from the cache where they are kept."""
-        found = {draw: self._pairs[index] for draw, index in draws if index in self._pairs}
-        missing = [(draw, index) for draw, index in draws if draw not in found]
-        if missing:
-            pairs = [
-                decoding[draw].result() if draw in decoding else self._dataset.pair(index, draw)
-                for draw, index in missing
-            ]
-            images = [image for pair in pairs for image in (pair.winner, pair.loser)]
-            keys = [key for pair in pairs for key in (pair.winner_key, pair.loser_key)]
-            latents = encode(self._model, images, keys if self._sampled else None)
-            for (draw, index), pair, both in zip(missing, pairs, latents.unflatten(0, (-1, 2)), strict=True):
-                found[draw] = EncodedPair(
-                    Side(both[0], pair.winner_geometry, pair.winner_score),
-                    Side(both[1], pair.loser_geometry, pair.loser_score),
-                    pair.caption,
-                    pair.row,
-                    pair.tie,
-                )
-                if self._keep_pairs and index not in self._pairs and self._budget.spend(both.nbytes):
-                    self._pairs[index] = found[draw].on_host()
-        return [found[draw] for draw, _ in draws]
-
-    def _build(self, draws: range, decoding: dict[int, Future[Pair]]) -> PairBatch:
-        pairs = self._encode([(draw, self._order.pair_index(draw)) for draw in draws], decoding)
-        seed = self._order.seed
-        pairs = [
-            pair.swapped() if pair.tie and swaps_tie(seed, draw) else pair
-            for draw, pair in zip(draws, pairs, strict=True)
-        ]
-        sides = [pair.winner for pair in pairs] + [pair.loser for pair in pairs]
-        captions = [
-            "" if drops_caption(seed, draw, self._caption_dropout) else pair.caption
-            for draw, pair in zip(draws, pairs, strict=True)
-        ]
-        geometry = [side.geometry for side in sides]
-        device = self._model.device
-        conditioning = self.embed(captions * 2, geometry)
-        unconditional = self.embed([""] * len(sides), geometry) if self._with_unconditional else None
-        latents = _stack([side.latents for side in sides], device)
-        scores = torch.tensor([side.score for side in sides], dtype=latents.dtype) if self._dataset.has_scores else None
+        dropped = [drops_caption(seed, draw, self._caption_dropout) for draw in draws]
+        conditioning, unconditional = dict(geometry), dict(geometry)
+        for name, empty in self._pairs.unconditional.items():
+            captions = [empty[0] if drop else pair.caption[name] for pair, drop in zip(pairs, dropped, strict=True)]
+            tensor = _widened(self._stack(captions))  # widened on the device: half as many bytes travel there
+            conditioning[name] = torch.cat([tensor, tensor])
+            wide = _widened(to_device(empty, self._device))
+            unconditional[name] = wide.expand(len(sides), *empty.shape[1:])
         return PairBatch(
-            latents=latents,
+            latents=stacked["latents"],
             conditioning=conditioning,
             draw=torch.arange(draws.start, draws.stop),
-            unconditional=unconditional,
-            scores=None if scores is None else to_device(scores, device),
+            unconditional=unconditional if self._with_unconditional else None,
+            scores=self._scores(pairs, swapped, stacked["latents"].dtype),
+            trajectory=stacked.get("trajectory"),
+            reference_pred=stacked.get("reference_pred"),
         )
+
+    def _scores(self, pairs: Sequence[EncodedPair], swapped: Sequence[bool], dtype: torch.dtype) -> Tensor | None:
+        known = [pair.scores for pair in pairs if pair.scores is not None]
+        if len(known) < len(pairs):
+            return None
+        ordered = [scores[::-1] if swap else scores for scores, swap in zip(known, swapped, strict=True)]
+        return to_device(torch.tensor(ordered, dtype=torch.float64).T.flatten().to(dtype), self._device)
+
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor on the device from tensors that are on the host (kept) or already on the device (new)."""
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            return to_device(torch.stack(list(tensors)), self._device)
+        return torch.stack([to_device(tensor, self._device) for tensor in tensors])
 
 
 def encode(model: DiffusionModel, images: Sequence[Image], keys: Sequence[str] | None) -> Tensor:
@@ -219,15 +239,23 @@ def encode(model: DiffusionModel, images: Sequence[Image], keys: Sequence[str] |
     return model.encode_images(images, torch.tensor([int(key[:15], 16) for key in keys]))  # 60 bits
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", copy=True)
+def embed(model: DiffusionModel, captions: Sequence[str]) -> Tensors:
+    """The part of the conditioning that follows from the captions, every tensor ``(n, …)``."""
+    shaped = model.encode_geometry([])
+    return {name: tensor for name, tensor in model.encode_prompts(captions).items() if name not in shaped}
 
 
-def _stack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One tensor on the device from tensors that are on the host (cached) or already on the device (new)."""
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return to_device(torch.stack(list(tensors)), device)
-    return torch.stack([to_device(tensor, device) for tensor in tensors])
+def _results(draws: range, futures: Sequence[Future[Any]]) -> tuple[range, list[Any]]:
+    return draws, [future.result() for future in futures]
+
+
+def _host_copy(tensors: Mapping[str, Tensor]) -> Tensors:
+    """In host memory of their own, not views of a batch."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -36,7 +36,8 @@ from torch import Tensor
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import read_summary
 from fastinvdpo.errors import invalid
-from fastinvdpo.trainer.atomic import atomic_file
+from fastinvdpo.io import atomic_file
+from fastinvdpo.trainer.batches import EncodedPair, Tensors
 
 PAIRS_PER_SHARD = 32
 MANIFEST, INDEX, UNCONDITIONAL = "manifest.json", "index.safetensors", "unconditional.safetensors"
@@ -144,7 +145,7 @@ class PairIndex:
 
 
 class PairCache:
-    """A complete cache, read pair by pair: files are mapped, and only the rows asked for are read.
+    """A complete cache as a data set of encoded pairs: files are mapped, and only the rows that are drawn are read.
 
     Attributes:
         index: which images and captions belong to the pairs.
@@ -177,17 +178,24 @@ class PairCache:
         """Whether the reference's predictions are stored, so that training needs no reference."""
         return "reference_pred" in self.image_tensors
 
-    def lookup(self, kind: str, name: str, numbers: Sequence[int]) -> Tensor:
-        """One tensor of some images or captions, ``(n, …)`` on the host, in its stored type.
+    def fetch(self, index: int, draw: int) -> EncodedPair:
+        """A pair, in the stored types. Raises ``InvalidInput`` for a shard that is damaged or not ours."""
+        known = self.index
+        winner, loser = (self._read("image", int(number)) for number in known.images[index])
+        scores = None if known.scores is None else tuple(known.scores[index].tolist())
+        caption = self._read("caption", int(known.captions[index]))
+        return EncodedPair(winner, loser, caption, scores, int(known.rows[index]), bool(known.ties[index]))
 
-        ``kind`` is ``"image"`` or ``"caption"``. Raises ``InvalidInput`` for a shard that is damaged or not ours.
-        """
-        first, rows = self.index.first[kind], []
-        for number in numbers:
-            shard = bisect_right(first, number) - 1
-            place = number - first[shard]
-            rows.append(self._shard(shard).get_slice(f"{kind}.{name}")[place : place + 1])
-        return torch.cat(rows)
+    def encode(self, fetched: Sequence[EncodedPair]) -> list[EncodedPair]:
+        return list(fetched)
+
+    def _read(self, kind: str, number: int) -> Tensors:
+        """The tensors of an image or caption."""
+        first = self.index.first[kind]
+        number_of_shard = bisect_right(first, number) - 1
+        place, shard = number - first[number_of_shard], self._shard(number_of_shard)
+        names = self.image_tensors if kind == "image" else self.caption_tensors
+        return {name: shard.get_slice(f"{kind}.{name}")[place] for name in names}
 
     def _open(self, shard: int) -> Any:
         safetensors = require("safetensors", extra="train", purpose="reading a cache")

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastinvdpo._extras import require
 from fastinvdpo.data.broken import write_report
 from fastinvdpo.data.digests import Digests, key_hash
+from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
-from fastinvdpo.objectives import InversionDPO, build_objective
-from fastinvdpo.trainer.atomic import only_writer
-from fastinvdpo.trainer.batches import encode
+from fastinvdpo.io import only_writer
+from fastinvdpo.methods import InversionDPO, build_objective
+from fastinvdpo.trainer.batches import Tensors, embed, encode
 from fastinvdpo.trainer.cache import (
     INDEX,
     PAIRS_PER_SHARD,
@@ -42,8 +44,6 @@ from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
 from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up
-from fastinvdpo.trainer.reporting import counting_bar
-from fastinvdpo.trajectories import in_calls_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
 
 _LOGGER = logging.getLogger("fastinvdpo.trainer")
-Tensors = dict[str, Tensor]
 
 
 def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
@@ -76,7 +75,7 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
             return _opened(config, directory, manifest)
     manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
     manifest = replace(manifest, sizes=None, files=digests.remembered)
-    accelerator = open_accelerator(config.training.mixed_precision, config.training.seed)
+    accelerator = open_accelerator(config)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     dataset = open_dataset(config)
     with only_writer(directory, "cache.path") if accelerator.is_main_process else nullcontext():
@@ -148,13 +147,13 @@ def _fill(
     maker = _ShardMaker(config, open_model(config), dataset, index, manifest.pairs_per_shard, accelerator)
     if accelerator.is_main_process and not stored_metadata(directory / UNCONDITIONAL):
         write_tensors(directory / UNCONDITIONAL, maker.unconditional, hash=manifest.hash)
-    with counting_bar("precomputing", "shards", len(own), progress and accelerator.is_local_main_process) as advance:
-        for shard in own:
-            before = maker.networks.evaluations["without_gradient"]
-            tensors = maker.make(shard)
-            evaluations = maker.networks.evaluations["without_gradient"] - before
-            write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations)
-            advance()
+    tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
+    hidden = not (progress and accelerator.is_local_main_process)
+    for shard in tqdm(own, desc="precomputing", unit="shard", disable=hidden):
+        before = maker.networks.evaluations["without_gradient"]
+        tensors = maker.make(shard)
+        evaluations = maker.networks.evaluations["without_gradient"] - before
+        write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations)
 
 
 class _ShardMaker:
@@ -246,13 +245,11 @@ class _ShardMaker:
         empty = {
             name: t.to(device, torch.float32).expand(len(sides), *t.shape[1:]) for name, t in self.unconditional.items()
         } | geometry
-        reference = in_calls_of(self._max_batch, self.networks.reference)
+        reference = chunked(self.networks.reference, self._max_batch)
         chain = self._objective.reference_trajectory(reference, latents, conditional, empty).to(self._dtype)
         predictions = self._objective.reference_predictions(reference, chain.to(latents.dtype), conditional, empty)
         return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}
 
     def _embed(self, captions: list[str]) -> Tensors:
         """The part of the conditioning that follows from the captions, as stored, on the host."""
-        encoded = self._model.encode_prompts(captions)
-        shaped = self._model.encode_geometry([])
-        return {name: t.to("cpu", self._dtype) for name, t in encoded.items() if name not in shaped}
+        return {name: tensor.to("cpu", self._dtype) for name, tensor in embed(self._model, captions).items()}

@@ -1,20 +1,21 @@
-"""How many samples a network is asked about at once when a whole trajectory is scored: as many as memory has room for.
+"""The largest forward batch when a whole trajectory is scored, and how its gradient is streamed.
 
-On a GPU a probe doubles the size of a call, forward and backward, until its memory would not fit. Elsewhere the bytes
-are counted that one sample leaves for the backward pass, and calls are as large as :data:`HOST_BUDGET` allows: that
-depends on the model and its settings alone, so a run makes the same calls, with the same last bits, on every machine.
+On a GPU accelerate finds the largest one that fits. On a CPU nothing stops a call that is too large, so the bytes are
+counted that one sample leaves for the backward pass, and :data:`HOST_BUDGET` divided by them: that depends on the model
+and its settings alone, so a run makes the same calls, with the same last bits, on every machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.objectives import InversionDPO, PairBatch
+from fastinvdpo.methods import InversionDPO, PairBatch
 from fastinvdpo.trainer.networks import Networks
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 HOST_BUDGET = 96 * 2**20
 """Bytes that the graph of one call may keep on a CPU. Larger calls are hardly faster there."""
 
-GPU_SHARE = 0.8
-"""Share of the free GPU memory that a call may take, beside what the optimiser will take."""
+GPU_SPARE = 0.1
+"""Share of a GPU's memory that stays free, beside what the optimizer will take."""
 
 LARGEST = 512
 
@@ -40,103 +41,64 @@ def choose_max_batch(
         batch: of any size; its samples are repeated.
         passes: of the gradient. One takes a second gradient.
     """
-    parameters = list(networks.trainable().values())
-    device = accelerator.device
+    device, parameters = accelerator.device, list(networks.trainable().values())
 
     def predict(samples: int) -> Tensor:
         rows = torch.arange(samples, device=batch.latents.device) % batch.latents.shape[0]
-        told = {name: tensor[rows] for name, tensor in batch.conditioning.items()}
+        conditioning = {name: tensor[rows] for name, tensor in batch.conditioning.items()}
         times = torch.full((samples,), objective.schedule.num_train_timesteps // 2, device=device)
         with torch.enable_grad():
-            return networks.probe(batch.latents[rows], times, told)
+            return networks.probe(batch.latents[rows], times, conditioning)
 
     if device.type != "cuda":
-        return size_for_budget(saved_bytes(lambda: predict(1), networks.policy_module), HOST_BUDGET)
+        return max(1, min(LARGEST, HOST_BUDGET // max(1, saved_bytes(lambda: predict(1), networks.policy_module))))
     # Adam's two moments, which the first step allocates, and the gradient that one pass keeps aside.
     later = sum(parameter.nbytes for parameter in parameters) * (2 if passes == 2 else 3)
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    size = size_by_doubling(lambda n: _peak_bytes(predict, n, parameters, device), int(GPU_SHARE * (free - later)))
-    torch.cuda.empty_cache()
-    sizes: Tensor = accelerator.gather(torch.tensor([size], device=device))
+    spare = int(GPU_SPARE * torch.cuda.get_device_properties(device).total_memory)
+
+    def attempt(samples: int) -> None:
+        held = torch.empty(later + spare, dtype=torch.uint8, device=device)
+        try:
+            predict(samples).square().mean().backward()
+        finally:
+            del held
+            for parameter in parameters:
+                parameter.grad = None
+
+    sizes: Tensor = accelerator.gather(torch.tensor([largest_that_fits(attempt)], device=device))
     return int(sizes.min())
 
 
-def size_for_budget(bytes_per_sample: int, budget: int) -> int:
-    """Samples whose graphs fit into ``budget`` bytes; at least 1, at most ``LARGEST``."""
-    return max(1, min(LARGEST, budget // max(1, bytes_per_sample)))
+def largest_that_fits(attempt: Callable[[int], None]) -> int:
+    """The largest power of two up to :data:`LARGEST` that ``attempt`` runs with; 1 if it runs out of memory with 2."""
+    memory = require("accelerate.utils.memory", extra="train", purpose="finding training.max_batch")
+    sizes = [LARGEST >> k for k in range(1, LARGEST.bit_length())]
 
+    def run(size: int) -> int:
+        if size > 1:
+            attempt(size)
+        return size
 
-def size_by_doubling(peak_bytes: Callable[[int], int | None], budget: int) -> int:
-    """The largest power of two up to ``LARGEST`` whose call needs at most ``budget`` bytes; 1 if none does.
-
-    ``peak_bytes(n)`` makes a call of ``n`` samples; None: there was not enough memory. A call that would not fit if it
-    took twice the memory of the last one is not tried.
-    """
-    size = 1
-    used = peak_bytes(1)
-    while used is not None and 2 * used <= budget and size < LARGEST:
-        used = peak_bytes(2 * size)
-        if used is None or used > budget:
-            break
-        size *= 2
-    return size
+    found: int = memory.find_executable_batch_size(run, LARGEST, lambda: sizes.pop(0))()
+    return found
 
 
 def saved_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
     """Bytes that the graph of ``run()`` keeps for its backward pass, beside the module's own weights."""
-    saved = SavedStorages(module)
-    with saved.counted():
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         output = run()  # the graph must live until all is counted, or an address could come twice
-    total = sum(saved.found.values())
+    total = sum(kept.values())
     del output
     return total
-
-
-class SavedStorages:
-    """Counts the storages that graphs keep for their backward pass, once each, but for those of the module's weights.
-
-    Attributes:
-        found: bytes by address of the storage object; tensors without content have one too.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._own = {_storage(tensor)[0] for tensor in (*module.parameters(), *module.buffers())}
-        self.found: dict[int, int] = {}
-
-    def counted(self, found: dict[int, int] | None = None) -> Any:
-        """A context: what is saved inside is counted in ``found``, or in :attr:`found`."""
-
-        def pack(tensor: Tensor) -> Tensor:
-            self.add(tensor, found)
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed)
-
-    def add(self, tensor: Tensor, found: dict[int, int] | None = None) -> None:
-        key, size = _storage(tensor)
-        if key not in self._own:
-            (self.found if found is None else found)[key] = size
-
-
-def _storage(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage._cdata, storage.nbytes()
-
-
-def _peak_bytes(
-    predict: Callable[[int], Tensor], samples: int, parameters: list[nn.Parameter], device: torch.device
-) -> int | None:
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        predict(samples).square().mean().backward()
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        for parameter in parameters:
-            parameter.grad = None
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def gradient_passes(config: TrainConfig, distributed_type: str) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.trainer.atomic import atomic_directory, discard
+from fastinvdpo.io import atomic_directory, discard
 
 _PREFIX = "step-"
 _META = "meta.json"

@@ -42,12 +42,12 @@ class MethodConfig(Section):
     compat: Literal["released"] | None = None
 
     def objective_options(self) -> dict[str, Any]:
-        """Keyword arguments for ``fastinvdpo.objectives.build_objective``."""
+        """Keyword arguments for ``fastinvdpo.methods.build_objective``."""
         return self.model_dump(exclude={"name"})
 
 
 class TimestepsSection(Section):
-    """Which timesteps a pair may get (``objectives/timesteps.py``): a range, or a list; drawn uniformly or
+    """Which timesteps a pair may get (``methods/timesteps.py``): a range, or a list; drawn uniformly or
     logit-normally, for null as the model was trained.
     """
 
@@ -267,15 +267,16 @@ class EvaluationSection(Section):
 
 
 class OutputSection(Section):
-    """``pipeline``: write the whole pipeline into ``model``, not the trained network alone. ``data_hash``: read the
-    data once more for the model card. ``push_to_hub``: OWNER/NAME of the repository that the result is uploaded to.
+    """``trackers``: accelerate's, such as tensorboard and wandb. ``pipeline``: write the whole pipeline into ``model``,
+    not the trained network alone. ``data_hash``: read the data once more for the model card. ``push_to_hub``:
+    OWNER/NAME of the repository that the result is uploaded to.
     """
 
     directory: NonEmpty
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
     log_every: Count = 10
-    tensorboard: bool = True
+    trackers: list[NonEmpty] = ["tensorboard"]
     pipeline: bool = True
     data_hash: bool = True
     push_to_hub: NonEmpty | None = None
@@ -355,6 +356,19 @@ class TrainConfig(Section):
     def effective_batch(self, processes: int = 1) -> int:
         """Pairs per optimiser step over all processes."""
         return self.training.batch_size * self.training.gradient_accumulation_steps * processes
+
+
+def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, pairs: Any) -> TrainConfig:
+    """A whole configuration from its sections and what is at hand, which takes the place of what they name."""
+    given = config.as_dict() if isinstance(config, TrainConfig) else {key: dict(part) for key, part in config.items()}
+    if isinstance(config, TrainConfig) and method is config.method:
+        return config
+    origin, source = getattr(model, "origin", None), getattr(pairs, "source", None)
+    given["method"] = method.model_dump() if isinstance(method, MethodConfig) else dict(method)
+    path = "a model at hand" if origin is None else str(origin.path)
+    given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
+    given["data"] = {"path": str(getattr(source, "path", "pairs at hand")), **given.get("data", {})}
+    return TrainConfig.from_mapping(given)
 
 
 class _DataOnly(Section):

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
-from fastinvdpo.schedule import NoiseSchedule
+from fastinvdpo.diffusion.schedule import NoiseSchedule
+from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer.call_size import gradient_passes
 from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.draws import DrawOrder

@@ -1,4 +1,4 @@
-"""Exponential moving average of the trainable weights."""
+"""Exponential moving average of the trained weights: diffusers' ``EMAModel``, by name and through checkpoints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo._extras import require
 from fastinvdpo.trainer.sharding import like
 
 
 class EMA:
-    """``average ← decay·average + (1 − decay)·weights`` after every optimiser step, starting from the weights given.
+    """``average ← δ·average + (1 − δ)·weights`` after every optimizer step s, with ``δ = min(decay, s/(9 + s))``, and
+    0 at the first: it grows, so that the average of a short run is not what it started from.
 
     Args:
         parameters: the trained weights by name; their storage is followed, not copied.
@@ -20,19 +22,27 @@ class EMA:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
+        training = require("diffusers.training_utils", extra="train", purpose="training.ema_decay")
         self._parameters = dict(parameters)
-        self.averages = {name: p.detach().clone() for name, p in parameters.items()}
+        self._model = training.EMAModel(list(self._parameters.values()), decay=decay, foreach=True)
 
-    @torch.no_grad()
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        return dict(zip(self._parameters, self._model.shadow_params, strict=True))
+
+    @property
+    def steps(self) -> int:
+        """Updates so far."""
+        return int(self._model.optimization_step)
+
     def update(self) -> None:
         """Move the averages towards the weights of now."""
-        weights = [p.detach() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1.0 - self.decay)
+        self._model.step(list(self._parameters.values()))
 
     @torch.no_grad()
-    def load(self, averages: Mapping[str, Tensor]) -> None:
+    def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
         """Take over stored averages, bit for bit."""
+        self._model.optimization_step = steps
         for name, average in self.averages.items():
             average.copy_(like(averages[name], average))
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinvdpo.trainer.atomic import atomic_directory
+from fastinvdpo.io import atomic_directory
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.networks import Networks, merged_copy, merged_into, save_adapter
 

@@ -8,6 +8,7 @@ dropout would put noise into that difference.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.trainer.quantization import quantize_linear_layers, whole_weight
+from fastinvdpo.models.adapters import adapter_settings
+from fastinvdpo.models.quantization import quantize_linear_layers, whole_weight
 from fastinvdpo.trainer.sharding import Shards
 
 if TYPE_CHECKING:
@@ -263,10 +265,8 @@ def save_adapter(network: nn.Module, directory: Path) -> None:
     peft = require("peft", extra="train", purpose="saving a LoRA adapter")
     safetensors = require("safetensors.torch", extra="train", purpose="saving a LoRA adapter")
     directory.mkdir(parents=True, exist_ok=True)
-    layers: Any = network
-    config = copy.copy(layers.peft_config["default"])
-    config.inference_mode = True
-    config.save_pretrained(str(directory))
+    config = json.dumps(adapter_settings(network), indent=2, sort_keys=True)
+    (directory / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
     weights = peft.get_peft_model_state_dict(network)
     # PeftModel keeps the network below two wrappers, and its files carry that prefix.
     renamed = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.errors import NonFiniteLoss
-from fastinvdpo.objectives import ObjectiveOutput, PairBatch
+from fastinvdpo.methods import ObjectiveOutput, PairBatch
 from fastinvdpo.ops import PreferenceLoss
 
 _LOSS, _GRADIENT = 1, 2

@@ -9,8 +9,8 @@ import torch
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.config import DataSection, TrainConfig
-from fastinvdpo.trainer.quantization import quantize_network
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,9 +98,7 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
         found = measured_range(source) if source is not None and stored is None else stored
         if found is not None and found.value and not 1 / _OTHER_UNIT < found.value / method.score_range < _OTHER_UNIT:
             problem = f"is not of the unit of the scores, which range over {found.value:.5g}"
-            remedy = (
-                "give the range of all scores of the set" if stored is None else "set it to auto"
-            )
+            remedy = "give the range of all scores of the set" if stored is None else "set it to auto"
             raise invalid("method.score_range", method.score_range, problem, remedy)
         return config
     if stored is None:
@@ -142,10 +140,14 @@ def _load(config: TrainConfig, frozen_parts: bool) -> DiffusionModel:
     )
 
 
-def open_accelerator(mixed_precision: str, seed: int) -> Accelerator:
+def open_accelerator(config: TrainConfig) -> Accelerator:
     """A fresh accelerator. Its state is shared in the process, and an earlier run may have had another precision."""
     accelerate = require("accelerate", extra="train", purpose="training")
     accelerate.state.AcceleratorState._reset_state()
-    accelerator: Accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
-    accelerate.utils.set_seed(seed)
+    accelerator: Accelerator = accelerate.Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        log_with=list(config.output.trackers) or None,
+        project_dir=f"{config.output.directory}/tensorboard",
+    )
+    accelerate.utils.set_seed(config.training.seed)
     return accelerator

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.checkpoint import Checkpoint
 from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.ema import EMA
@@ -14,7 +15,6 @@ from fastinvdpo.trainer.networks import Networks, perturb
 from fastinvdpo.trainer.nonfinite import FiniteGuard
 from fastinvdpo.trainer.opening import DTYPES
 from fastinvdpo.trainer.performance import Performance, arrange, match_layout
-from fastinvdpo.trainer.quantization import quantize_network
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 from fastinvdpo.trainer.sharding import like, sharded_state, whole
 from fastinvdpo.trainer.step import TrainingState, build_optimizer
@@ -66,7 +66,7 @@ def restore_state(state: TrainingState, stored: Checkpoint, accelerator: Acceler
         for name, parameter in state.networks.trainable().items():
             parameter.copy_(like(stored.trainable[name], parameter))
     if state.ema is not None and stored.ema is not None:
-        state.ema.load(stored.ema)
+        state.ema.load(stored.ema, stored.state["ema_steps"])
     state.optimizer.load_state_dict(sharded_state(stored.state["optimizer"], state.parameters))
     match_layout(state.optimizer.optimizer)
     state.scheduler.load_state_dict(stored.state["scheduler"])
@@ -95,6 +95,7 @@ def as_checkpoint(state: TrainingState, accelerator: Accelerator, meta: dict[str
         return None
     others = {
         "optimizer": optimizer,
+        "ema_steps": None if state.ema is None else state.ema.steps,
         "scheduler": state.scheduler.state_dict(),
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
         "metrics": state.metrics.state_dict(),

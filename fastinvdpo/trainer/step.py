@@ -12,7 +12,7 @@ from torch import nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.objectives import Objective, PairBatch
+from fastinvdpo.methods import Objective, PairBatch
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.metrics import MetricSums
 from fastinvdpo.trainer.networks import Networks
@@ -35,7 +35,7 @@ class TrainingState:
         parameters: the trained weights.
         learning_rate: of the step made last.
         max_batch: network evaluations in one call at most; None: no limit.
-        gradient_passes: how the gradient of a whole trajectory is streamed (:mod:`fastinvdpo.streaming`).
+        gradient_passes: how the gradient of a whole trajectory is streamed (:mod:`fastinvdpo.methods.streaming`).
     """
 
     networks: Networks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -40,22 +41,20 @@ def rows_of(tensor: Tensor, rows: int) -> Rows:
     return Rows(rows, n // unit, unit)
 
 
-def rows_apart(tensors: Sequence[Tensor]) -> Rows:
-    """The rows of tensors of one shape whose samples are dense, and may lie apart: ``unit`` divides their distances."""
+def rows_apart(tensors: Sequence[Tensor]) -> tuple[Rows, tuple[int, ...]]:
+    """The rows of tensors of one shape whose samples are dense, and may lie apart, and for each tensor the units from
+    the beginning of a sample to that of the next: ``unit`` divides these distances.
+    """
     samples = tensors[0].shape[0]
     n = tensors[0].numel() // samples
-    unit = math.gcd(n, _WIDEST, *(pitch_of(tensor, n) for tensor in tensors))
-    return Rows(samples, n // unit, unit)
-
-
-def pitch_of(tensor: Tensor, n: int) -> int:
-    """Elements from the beginning of a sample to that of the next."""
-    return tensor.stride(0) if tensor.shape[0] > 1 else n
+    pitches = [tensor.stride(0) for tensor in tensors] if samples > 1 else [n] * len(tensors)
+    unit = math.gcd(n, _WIDEST, *pitches)
+    return Rows(samples, n // unit, unit), tuple([pitch // unit for pitch in pitches])
 
 
 def wide_accesses(rows: Rows, *tensors: Tensor | None) -> bool:
     """Whether a kernel can access all of them 128 bits at a time."""
-    return rows.unit == _WIDEST and all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return rows.unit == _WIDEST and not any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors)
 
 
 class Block(NamedTuple):
@@ -65,8 +64,18 @@ class Block(NamedTuple):
     warps: int
 
 
+def ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes longer than a launch does in C."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@lru_cache
 def block_of(n: int, largest: int = 1024) -> Block:
-    size = min(largest, max(128, triton.next_power_of_2(n)))
+    size = min(largest, max(128, next_power_of_2(n)))
     return Block(size, max(1, min(4, size // 256)))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import elementwise_block, normal, on_device_of, pitch_of, rows_apart
+from ._common import ceil_div, elementwise_block, normal, on_device_of, rows_apart
 
 
 def forward(
@@ -30,7 +30,7 @@ def forward(
             follows the logical order of the elements. Samples may lie apart.
         outputs: up to four tensors of that shape and order within a sample; dtypes may differ.
         coefficients: ``(n, 1 + len(outputs))``; active: bool ``(n,)``.
-        noise_scale: ``(n,)``; noise_index: int64 ``(n,)``.
+        noise_scale: ``(n,)``; noise_index: int64 ``(n,)``; these four contiguous.
         seed, offset: 63 and 32 bits.
         out: as ``sample``; may be its memory, or that of an output.
         trajectory: receives the step too, rounded to a dtype of its own; otherwise as ``sample``.
@@ -39,19 +39,16 @@ def forward(
     if result.numel() == 0:
         return result
     tensors = [sample, result, *outputs] + ([] if trajectory is None else [trajectory])
-    rows = rows_apart(tensors)
+    rows, pitches = rows_apart(tensors)
     block = elementwise_block(rows, *tensors)
-    blocks = triton.cdiv(rows.n, block.size)
-    coefficients, active, noise_scale, noise_index = (
-        None if table is None else table.contiguous() for table in (coefficients, active, noise_scale, noise_index)
-    )
+    blocks = ceil_div(rows.n, block.size)
     with on_device_of(sample):
         step_kernel[(rows.rows * blocks,)](
             sample,
             tuple(outputs),
             result,
             trajectory,
-            tuple(pitch_of(tensor, rows.n) // rows.unit for tensor in tensors),
+            pitches,
             coefficients,
             active,
             noise_scale,
@@ -75,22 +72,21 @@ def backward(
 
     Args:
         grad: ``(n, …)`` as ``sample`` in :func:`forward`, or one number for each sample, ``(n,)``.
-        coefficients: ``(n, 1 + outputs)``; active: bool ``(n,)``.
+        coefficients: ``(n, 1 + outputs)``; active: bool ``(n,)``; both contiguous.
         gradients: receive the results; of one shape and dense order, in dtypes of their own.
     """
-    n = gradients[0].numel() // gradients[0].shape[0]
     constant = grad.numel() == grad.shape[0]
     tensors = gradients if constant else [*gradients, grad]
-    rows = rows_apart(tensors)
+    rows, pitches = rows_apart(tensors)
     block = elementwise_block(rows, *tensors)
-    blocks = triton.cdiv(rows.n, block.size)
+    blocks = ceil_div(rows.n, block.size)
     with on_device_of(grad):
         backward_kernel[(rows.rows * blocks,)](
             grad,
             tuple(gradients),
-            pitch_of(grad, 1) if constant else pitch_of(grad, n) // rows.unit,
-            coefficients.contiguous(),
-            None if active is None else active.contiguous(),
+            grad.stride(0) if constant else pitches[-1],
+            coefficients,
+            active,
             rows.units,
             blocks,
             WIDTH=coefficients.shape[1],

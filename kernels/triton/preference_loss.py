@@ -3,10 +3,15 @@
 Forward: every program adds up one chunk of one row and leaves its sums in a workspace. The last program of a pair adds
 those up and writes the pair's margin and errors; the last of all pairs turns margins into the loss. Both add in a fixed
 order, so that the bits depend on the shape alone and not on the order of arrival.
+
+Arrivals are counted from zeros of the call's own. Zeros kept for the next call would save a fill of a few bytes, and be
+wrong: when CUDA graphs are made, by ``torch.compile`` in its warm-up too, new memory belongs to a pool that takes it
+back, and graphs that shared counters could not be replayed side by side. A fill is a node of the graph.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,16 +20,21 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import Rows, block_of, elementwise_block, on_device_of, rows_of, wide_accesses
+from ._common import (
+    Rows,
+    block_of,
+    ceil_div,
+    elementwise_block,
+    next_power_of_2,
+    on_device_of,
+    rows_of,
+    wide_accesses,
+)
 from ._utilities import utility_form, utility_slope, utility_value
 
 _FEW_PROGRAMS, _MANY_PROGRAMS = 1024, 8192  # about one wave on the largest GPUs; several, for an even end
 _LONGEST_CHUNK = 64  # blocks: bounds the length of a float32 sum
 _FINISH_TILE = 128  # partial sums of each kind that the last program of a pair adds up at once
-
-# For each device and stream, zeros to count arrivals with, one for all pairs and one for each: launches on one stream
-# follow each other, and each leaves zeros behind.
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
 class Plan(NamedTuple):
@@ -51,7 +61,8 @@ def forward(
         policy, reference, target: ``(2B, …)``, [winners; losers], or with ``timestep_weight`` ``(2B, K, …)``; float32,
             bfloat16 or float16, mixed freely; one dense layout for all, samples (and timesteps) first. ``target=None``:
             it is the reference, which is then read once.
-        pair_weight: ``(B,)``; timestep_weight: ``(B, K)``.
+        pair_weight: float32 ``(B,)``; timestep_weight: float32 ``(B, K)`` of dense rows, which may lie apart or be
+            one and the same.
     """
     pairs, timesteps, rows = _shape(policy, timestep_weight)
     plan = plan_of(rows)
@@ -60,22 +71,23 @@ def forward(
     policy_mse, reference_mse = (policy.new_empty(errors, dtype=torch.float32) for _ in range(2))
     partials = policy.new_empty((1 if target is None else 3) * rows.rows * plan.chunks, dtype=torch.float32)
     form, flip = utility_form(utility, label_smoothing)
-    columns = _FINISH_TILE if timesteps == 1 else min(_FINISH_TILE, triton.next_power_of_2(plan.chunks))
+    columns = _FINISH_TILE if timesteps == 1 else min(_FINISH_TILE, next_power_of_2(plan.chunks))
     with on_device_of(policy):
         forward_kernel[(rows.rows * plan.chunks,)](
             policy,
             reference,
             target,
-            _dense(pair_weight),
-            _dense(timestep_weight),
+            pair_weight,
+            timestep_weight,
             loss,
             margin,
             policy_mse,
             reference_mse,
             partials,
-            _zeros(policy.device, 1 + pairs),
+            policy.new_zeros(1 + pairs, dtype=torch.int32),
             pairs,
             timesteps,
+            _pitch(timestep_weight),
             rows.units,
             plan.chunks,
             plan.blocks_per_chunk,
@@ -109,25 +121,28 @@ def backward(  # noqa: PLR0913 - the op's schema
     utility: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The gradient with respect to ``policy``, in its shape, dtype and layout; ``margin`` is what forward returned."""
+    """The gradient with respect to ``policy``, in its shape, dtype and layout; ``margin`` is what forward returned.
+    Incoming gradients are dense float32 ones, the weights as in :func:`forward`.
+    """
     pairs, timesteps, rows = _shape(policy, timestep_weight)
     block = elementwise_block(rows, policy, target)
-    blocks = triton.cdiv(rows.n, block.size)
+    blocks = ceil_div(rows.n, block.size)
     gradient = torch.empty_like(policy)
     form, flip = utility_form(utility, label_smoothing)
     with on_device_of(policy):
         backward_kernel[(rows.rows * blocks,)](
-            _dense(grad_loss),
-            _dense(grad_margin),
-            _dense(grad_policy_mse),
+            grad_loss,
+            grad_margin,
+            grad_policy_mse,
             policy,
             target,
-            _dense(margin),
-            _dense(pair_weight),
-            _dense(timestep_weight),
+            margin,
+            pair_weight,
+            timestep_weight,
             gradient,
             pairs,
             timesteps,
+            _pitch(timestep_weight),
             rows.units,
             blocks,
             flip,
@@ -143,16 +158,17 @@ def backward(  # noqa: PLR0913 - the op's schema
     return gradient
 
 
+@lru_cache
 def plan_of(rows: Rows) -> Plan:
     """One block a chunk while that fits the GPU side by side, then up to eight, or more where there would be too many
     programs. Decided by the shape alone, as are the bits of the result.
     """
     block = block_of(rows.n).size
-    per_row = triton.cdiv(rows.n, block)
+    per_row = ceil_div(rows.n, block)
     total = rows.rows * per_row
-    length = max(min(total // _FEW_PROGRAMS, 8), triton.cdiv(total, _MANY_PROGRAMS), 1)
-    length = min(triton.next_power_of_2(length), triton.next_power_of_2(per_row), _LONGEST_CHUNK)
-    return Plan(block, length, triton.cdiv(per_row, length))
+    length = max(min(total // _FEW_PROGRAMS, 8), ceil_div(total, _MANY_PROGRAMS), 1)
+    length = min(next_power_of_2(length), next_power_of_2(per_row), _LONGEST_CHUNK)
+    return Plan(block, length, ceil_div(per_row, length))
 
 
 def _shape(policy: Tensor, timestep_weight: Tensor | None) -> tuple[int, int, Rows]:
@@ -161,26 +177,12 @@ def _shape(policy: Tensor, timestep_weight: Tensor | None) -> tuple[int, int, Ro
     return pairs, timesteps, rows_of(policy, 2 * pairs * timesteps)
 
 
-def _dense(table: Tensor | None) -> Tensor | None:
-    return None if table is None else table.contiguous()
+def _pitch(timestep_weight: Tensor | None) -> int:
+    """Elements from one pair's weights to the next pair's: 0 where all have the same."""
+    return 0 if timestep_weight is None else timestep_weight.stride(0)
 
 
-def _zeros(device: torch.device, count: int) -> Tensor:
-    """``count`` int32 zeros that earlier launches on this stream may use, but no launch beside it."""
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            # A graph may be replayed on any stream, beside others that were captured on this one: it owns its zeros.
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    tickets = _tickets.get((device, stream))
-    if tickets is None or tickets.numel() < count:
-        size = max(128, triton.next_power_of_2(count))
-        tickets = _tickets[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
-    return tickets
-
-
-@triton.jit(do_not_specialize=("pairs", "timesteps", "units", "chunks", "blocks_per_chunk"))
+@triton.jit(do_not_specialize=("pairs", "timesteps", "pitch", "units", "chunks", "blocks_per_chunk"))
 def forward_kernel(  # noqa: PLR0913 - the op's schema
     policy,
     reference,
@@ -195,6 +197,7 @@ def forward_kernel(  # noqa: PLR0913 - the op's schema
     tickets,
     pairs: tl.int32,
     timesteps: tl.int32,
+    pitch: tl.int64,
     units: tl.int64,
     chunks: tl.int32,
     blocks_per_chunk: tl.int32,
@@ -247,7 +250,6 @@ def forward_kernel(  # noqa: PLR0913 - the op's schema
     pair = (program // chunks) % (pairs * timesteps) // timesteps
     arrived = tl.atomic_add(tickets + 1 + pair, 1, sem="acq_rel")
     if arrived == 2 * timesteps * chunks - 1:
-        tl.store(tickets + 1 + pair, 0)
         _finish_pair(
             partials,
             target,
@@ -259,6 +261,7 @@ def forward_kernel(  # noqa: PLR0913 - the op's schema
             pair,
             pairs,
             timesteps,
+            pitch,
             chunks,
             beta,
             per_element,
@@ -268,7 +271,6 @@ def forward_kernel(  # noqa: PLR0913 - the op's schema
         tl.debug_barrier()
         finished = tl.atomic_add(tickets, 1, sem="acq_rel")
         if finished == pairs - 1:
-            tl.store(tickets, 0)
             _finish_loss(margin, loss, pairs, flip, per_beta, per_pair, UTILITY)
 
 
@@ -284,6 +286,7 @@ def _finish_pair(  # noqa: PLR0913 - shares the kernel's arguments
     pair,
     pairs,
     timesteps,
+    pitch,
     chunks,
     beta,
     per_element,
@@ -327,7 +330,7 @@ def _finish_pair(  # noqa: PLR0913 - shares the kernel's arguments
         tl.store(reference_mse + winner, (reference_winner * per_element).to(tl.float32), mask=valid)
         tl.store(reference_mse + loser, (reference_loser * per_element).to(tl.float32), mask=valid)
         if timestep_weight is not None:
-            delta *= tl.load(timestep_weight + winner, mask=valid, other=0.0).to(tl.float64)
+            delta *= tl.load(timestep_weight + pair * pitch + timestep, mask=valid, other=0.0).to(tl.float64)
         terms += delta
     z = tl.sum(terms) * (-0.5 * beta * per_element)
     if pair_weight is not None:
@@ -356,7 +359,7 @@ def _tile(table, row, valid, begin, length, COLUMNS: tl.constexpr):
     return tl.load(address, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
 
 
-@triton.jit(do_not_specialize=("pairs", "timesteps", "units", "blocks"))
+@triton.jit(do_not_specialize=("pairs", "timesteps", "pitch", "units", "blocks"))
 def backward_kernel(  # noqa: PLR0913 - the op's schema
     grad_loss,
     grad_margin,
@@ -369,6 +372,7 @@ def backward_kernel(  # noqa: PLR0913 - the op's schema
     gradient,
     pairs: tl.int32,
     timesteps: tl.int32,
+    pitch: tl.int64,
     units: tl.int64,
     blocks: tl.int32,
     flip: tl.float64,
@@ -402,7 +406,7 @@ def backward_kernel(  # noqa: PLR0913 - the op's schema
     if pair_weight is not None:
         scale *= tl.load(pair_weight + pair).to(tl.float64)
     if timestep_weight is not None:
-        scale *= tl.load(timestep_weight + winner).to(tl.float64)
+        scale *= tl.load(timestep_weight + pair * pitch + winner % timesteps).to(tl.float64)
     scale = tl.where(row < winners, scale, -scale)
     if grad_policy_mse is not None:
         scale += tl.load(grad_policy_mse + row).to(tl.float64) * from_mse

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastinvdpo.models import load_model
+from fastinvdpo.models.quantization import QuantizedLinear
 from fastinvdpo.trainer import train
 from fastinvdpo.trainer.config import LoraSection
 from fastinvdpo.trainer.graphs import GraphedCalls
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.quantization import QuantizedLinear
 from tests.trainer import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -64,7 +64,7 @@ def forward(library: ctypes.CDLL, problem: Problem, launch: Launch) -> tuple[Ten
         *(_pointer(tensor) for tensor in tensors),
         _integers(ctypes.c_int, [0 if tensor is None else STORAGE[tensor.dtype] for tensor in tensors]),
         _pointer(p.pair_weight),
-        _pointer(p.timestep_weight),
+        None if p.timestep_weight is None else _address(p.timestep_weight),
         _sizes(p, launch),
         ctypes.c_float(p.beta),
         UTILITY[p.utility],
@@ -90,7 +90,7 @@ def backward(
         _integers(ctypes.c_int, [STORAGE[p.policy.dtype], STORAGE[target.dtype]]),
         _pointer(margin),
         _pointer(p.pair_weight),
-        _pointer(p.timestep_weight),
+        None if p.timestep_weight is None else _address(p.timestep_weight),
         _sizes(p, launch),
         ctypes.c_float(p.beta),
         UTILITY[p.utility],
@@ -169,8 +169,11 @@ def cut(library: ctypes.CDLL, rows: int, n: int, largest_team: int, head: int, r
 
 def _sizes(p: Problem, launch: Launch) -> ctypes.Array[ctypes.c_int64]:
     pairs, timesteps = p.policy.shape[0] // 2, p.rows[1] if len(p.rows) == 2 else 1
-    n = p.policy.numel() // (2 * pairs * timesteps)
-    return _integers(ctypes.c_int64, [pairs, timesteps, n, launch.team, launch.resident, launch.order])
+    n, pitch = (
+        p.policy.numel() // (2 * pairs * timesteps),
+        0 if p.timestep_weight is None else p.timestep_weight.stride(0),
+    )
+    return _integers(ctypes.c_int64, [pairs, timesteps, n, launch.team, launch.resident, launch.order, pitch])
 
 
 def _integers(kind: type, values: Sequence[int]) -> ctypes.Array:

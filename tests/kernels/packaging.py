@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -98,7 +101,7 @@ def test_a_pure_wheel_holds_the_package_and_nothing_else(sources: Path) -> None:
     assert {path.relative_to(ROOT).as_posix() for path in data} <= names
 
     report = installed_doctor(wheel)
-    assert report["native"] is None
+    assert report["native"] is None and report["warnings"] == []
     for kinds in report["backends"].values():
         assert kinds["cpu"]["chosen"] == "reference"
         assert "fastinvdpo._C was not built" in kinds["cpu"]["unavailable"]["native"]
@@ -136,7 +139,8 @@ def test_with_a_compiler_the_wheel_runs_native_kernels(sources: Path) -> None:
     (extension,) = extensions(names)
     assert extension.startswith("fastinvdpo/_C.")
     report = installed_doctor(wheel)
-    assert report["native"]["cuda"] is False
+    assert report["native"]["cuda"] is False and report["warnings"] == []
+    assert re.fullmatch(r"2\.\d+\.\d+", report["native"]["torch"])
     ran = {(check["op"], check["backend"]) for check in report["checks"] if check["device"] == "cpu"}
     for op, kinds in report["backends"].items():
         assert kinds["cpu"]["chosen"] == "native" and (op, "native") in ran
@@ -152,7 +156,9 @@ def test_without_a_compiler_pure_python_is_installed_and_the_reason_told(
     monkeypatch.delenv("CXX", raising=False)
     wheel, said = try_to_build(sources, **{variable: value})
     assert wheel is not None and wheel.name == PURE and extensions(names_in(wheel)) == []
-    assert f"fastinvdpo: installing without native kernels: {NO_COMPILER}" in said
+    assert f"fastinvdpo: NATIVE KERNELS MISSING, pure Python is installed: {NO_COMPILER}" in said
+    (warning,) = installed_doctor(wheel)["warnings"]
+    assert "NATIVE KERNELS MISSING" in warning and NO_COMPILER in warning and "Remedy: " in warning
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,36 @@ def test_a_compiler_that_fails_leaves_pure_python_unless_asked_for(sources: Path
     assert broken is not None
     wheel, said = try_to_build(sources, CXX=broken)
     assert wheel is not None and extensions(names_in(wheel)) == [], said
-    assert "fastinvdpo: installing without native kernels: building them failed: " in said
+    assert "fastinvdpo: NATIVE KERNELS MISSING, pure Python is installed: building them failed (" in said
+    assert "fastinvdpo/_not_built.txt" in names_in(wheel)
     wheel.unlink()
     wheel, said = try_to_build(sources, CXX=broken, FASTINVDPO_BUILD="1")
     assert wheel is None and broken in said
+
+
+def test_what_is_missing_reaches_the_terminal_of_a_plain_installation(sources: Path, tmp_path: Path) -> None:
+    """pip shows nothing of a build that ends well, and a build in isolation finds no torch."""
+    options = ("--no-deps", "--no-build-isolation", f"--target={tmp_path / 'installed'}")
+    code, said = in_a_terminal([sys.executable, "-m", "pip", "install", *options, str(sources)], CXX="/nonexistent/c++")
+    assert code == 0, said
+    assert "Successfully installed fastinvdpo" in said
+    assert "fastinvdpo: NATIVE KERNELS MISSING, pure Python is installed: " + NO_COMPILER in said
+
+
+def in_a_terminal(command: list[str], **environment: str) -> tuple[int, str]:
+    """The exit status and what a person would see."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(command[0], command, {**os.environ, **PIP, **environment})
+    seen = b""
+    with suppress(OSError):  # the terminal is gone when its last process is
+        while piece := os.read(terminal, 4096):
+            seen += piece
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status), seen.decode()
+
+
+def test_a_later_build_takes_back_what_an_earlier_one_said(sources: Path) -> None:
+    build(sources, CXX="/nonexistent/c++").unlink()
+    assert "fastinvdpo/_not_built.txt" not in names_in(build(sources, FASTINVDPO_BUILD="0"))

@@ -80,12 +80,7 @@ def test_no_instruction_set_reads_or_writes_astray(tmp_path: Path) -> None:
 
     include = [str(ROOT / "csrc"), sysconfig.get_path("include"), *cpp_extension.include_paths()]
     # As setup.py does it.
-    options = [
-        "-fvisibility=hidden",
-        "-Wno-psabi",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DFASTINVDPO_WITH_CUDA=0",
-    ]
+    options = ["-fvisibility=hidden", "-Wno-psabi"]
     options += [f"-I{path}" for path in include]
     options += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     extension = compile_sanitized(sorted((ROOT / "csrc").glob("*.cpp")), tmp_path / "_C.so", *options)

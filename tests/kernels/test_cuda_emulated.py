@@ -115,6 +115,21 @@ def test_forward_timesteps(library: ctypes.CDLL, n: int, steps: int) -> None:
     check_loss(p, emulated.forward(library, p, Launch(team=8)))
 
 
+@pytest.mark.parametrize("pitch", [0, 5])
+def test_timestep_weights_of_one_row_and_of_rows_apart(library: ctypes.CDLL, pitch: int) -> None:
+    """The bits of a dense table."""
+    p = problem(300, pairs=3, steps=4)
+    weight = torch.linspace(0.2, 1, 3 * 5).as_strided((3, 4), (pitch, 1))
+    dense, strided = p._replace(timestep_weight=weight.contiguous()), p._replace(timestep_weight=weight)
+    expected = emulated.forward(library, dense, Launch(team=8))
+    check_loss(dense, expected)
+    assert all(map(torch.equal, emulated.forward(library, strided, Launch(team=8)), expected))
+    gradients, margin = (torch.tensor(0.7), torch.randn(3), torch.rand(p.rows)), expected[1]
+    found = emulated.backward(library, strided, gradients, margin, Launch())
+    assert torch.equal(found, emulated.backward(library, dense, gradients, margin, Launch()))
+    check_gradient(dense, gradients, margin, found)
+
+
 def test_many_pairs(library: ctypes.CDLL) -> None:
     p = problem(5, pairs=300)
     check_loss(p, emulated.forward(library, p, Launch(resident=64)))

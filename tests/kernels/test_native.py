@@ -98,6 +98,19 @@ def test_weights_and_timesteps(dtype: torch.dtype) -> None:
     check(inputs, timestep_weight=torch.rand(PAIRS, 5), pair_weight=torch.linspace(-1, 1.5, PAIRS))
 
 
+def test_weights_for_all_pairs_are_not_copied() -> None:
+    """Nor is anything else, forward and backward: there is one row of weights, and kernels know its stride."""
+    policy, *others = predictions(2, (5, 4, 6, 7), gap=0.1, dtype=torch.float32)
+    leaf, options = policy.requires_grad_(), {"beta": 5.0, "timestep_weight": torch.rand(5)}
+    with (
+        fastinvdpo.use_backend("native"),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+    ):
+        torch.autograd.grad(fastinvdpo.preference_loss(leaf, *others, **options).loss, leaf)
+    names = {event.name for event in profile.events()}
+    assert "aten::expand" in names and "aten::copy_" not in names
+
+
 def test_layouts() -> None:
     contiguous = predictions(PAIRS, (4, 8, 8), gap=0.1, dtype=torch.float32)
     last = tuple(tensor.to(memory_format=torch.channels_last) for tensor in contiguous)

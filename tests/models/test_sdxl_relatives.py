@@ -12,8 +12,8 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from fastinvdpo.data import ImageGeometry
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.sampling import sample
+from fastinvdpo.methods import PairBatch, build_objective
 from fastinvdpo.models import checkpoint_files, load_model
-from fastinvdpo.objectives import PairBatch, build_objective
 from tests.models import tiny
 from tests.models.test_stable_diffusion import picture
 

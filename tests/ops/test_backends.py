@@ -141,6 +141,25 @@ def test_timesteps(place: Place, layout: str, with_target: bool) -> None:
     check(place, p._replace(timestep_weight=shared.expand(3, 3)), shared)
 
 
+def both_ways(place: Place, p: Problem, weight: Tensor) -> tuple[Tensor, ...]:
+    """All outputs, and the gradient."""
+    policy = p.policy.detach().requires_grad_()
+    with fastinvdpo.use_backend(place.backend):
+        result = fastinvdpo.preference_loss(policy, p.reference, p.target, beta=20.0, timestep_weight=weight)
+        (gradient,) = torch.autograd.grad(result.loss + result.policy_mse.sum(), policy)
+    return result.loss, result.margin, result.policy_mse, result.reference_mse, gradient
+
+
+@everywhere
+def test_timestep_weights_for_all_pairs_and_rows_apart(place: Place) -> None:
+    """The bits of a dense table."""
+    p = latents(place, steps=3)
+    shared = torch.tensor([0.2, 0.5, 0.3], device=place.device)
+    apart = torch.rand(3, 4, device=place.device)[:, 1:]
+    for weight, dense in ((shared, shared.repeat(3, 1)), (apart, apart.contiguous())):
+        assert all(map(torch.equal, both_ways(place, p, weight), both_ways(place, p, dense)))
+
+
 @everywhere
 @pytest.mark.parametrize("utility", UTILITIES)
 def test_utilities(place: Place, utility: str) -> None:

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastinvdpo import cli
+from fastinvdpo import io as atomic
 from fastinvdpo.data import write_pairs
-from fastinvdpo.trainer import atomic, cache_writing, scoring
+from fastinvdpo.trainer import cache_writing, scoring
 from fastinvdpo.trainer.cache import Manifest
 from fastinvdpo.trainer.checkpoint import load_checkpoint
 from tests.evaluation import tiny_clip
@@ -58,7 +59,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
     }
-    output = {"directory": "run", "checkpoint_every": 2, "log_every": 5, "tensorboard": False}
+    output = {"directory": "run", "checkpoint_every": 2, "log_every": 5, "trackers": []}
     config: dict[str, Any] = tiny.mapping(
         root, "inversion-dpo", data={"path": "scored.parquet"}, training=training, output=output
     )

@@ -22,10 +22,11 @@ from torch.distributed.tensor import DTensor
 from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer import TrainConfig, TrainResult, loop, train_model
+from fastinvdpo.trainer import TrainConfig, TrainResult, trainer
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_accelerator
 from tests.trainer.forked import Server
+from tests.trainer.tiny import train_model
 
 
 class DoubleModel(DigitsModel):
@@ -112,9 +113,9 @@ def in_processes(forks: Server, runs: dict[str, dict[str, Any]], folder: Path, *
     return {name: [torch.load(folder / f"{name}-{r}.pt", weights_only=False) for r in range(2)] for name in runs}
 
 
-def open_sharding_accelerator(mixed_precision: str, seed: int) -> accelerate.Accelerator:
+def open_sharding_accelerator(config: TrainConfig) -> accelerate.Accelerator:
     """accelerate turns FSDP on for GPUs alone; everything below that works on a CPU as well."""
-    accelerator = open_accelerator(mixed_precision, seed)
+    accelerator, mixed_precision = open_accelerator(config), config.training.mixed_precision
     accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", cpu_ram_efficient_loading=True
     )
@@ -132,7 +133,7 @@ def main(folder: str, *options: str) -> None:
     """One process of :func:`in_processes`. Option ``fsdp``: with the weights in shards."""
     where, rank = Path(folder), os.environ["RANK"]
     if "fsdp" in options:
-        loop.open_accelerator = open_sharding_accelerator
+        trainer.open_accelerator = open_sharding_accelerator
     for name, run in json.loads((where / "runs.json").read_text()).items():
         family = next((model for word, model in FAMILIES.items() if word in name), DoubleModel)
         torch.save(run_kept(run, family), where / f"{name}-{rank}.pt")

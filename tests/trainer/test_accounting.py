@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastinvdpo.methods import PairBatch
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.objectives import PairBatch
 from fastinvdpo.trainer import accounting, train
 from fastinvdpo.trainer.accounting import Costs, forward_flops, gradient_factor, peak_flops, peak_memory
 from fastinvdpo.trainer.networks import Networks

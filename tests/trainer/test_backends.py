@@ -12,9 +12,9 @@ import pytest
 
 from fastinvdpo import _native
 from fastinvdpo._backend import VARIABLE
+from fastinvdpo._examples.digits import digits
+from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.data import write_pairs
-from fastinvdpo.demo import digits
-from fastinvdpo.demo.base import WEIGHTS
 from fastinvdpo.ops.affine_step import op as step_op
 from fastinvdpo.ops.preference_loss import op as loss_op
 from fastinvdpo.trainer import train

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from fastinvdpo.errors import InvalidInput, MissingExtra
 from fastinvdpo.models import load_model
+from fastinvdpo.models.quantization import quantize_linear_layers
 from fastinvdpo.trainer import train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.quantization import quantize_linear_layers
 from fastinvdpo.trainer.step import _check_kernel
 from tests.trainer import tiny
 

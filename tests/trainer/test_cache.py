@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.data import digests as digests_module
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods import InversionDPO, build_objective
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.objectives import InversionDPO, build_objective
-from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train, train_model
+from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train
+from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache
-from fastinvdpo.trainer.cached_batches import CachedBatches
 from fastinvdpo.trainer.checkpoint import load_checkpoint
 from fastinvdpo.trainer.draws import DrawOrder
 from fastinvdpo.trainer.networks import Networks, perturb
@@ -137,7 +137,7 @@ def test_the_gradient_from_the_cache_is_the_plain_one(workspace: Path, variant: 
     networks = Networks(model, lora=None, gradient_checkpointing=False)
     perturb(networks.policy_module, 0.02, seed=0)
     order = DrawOrder(PAIRS, 0, 4, 1)
-    batch = CachedBatches(stored, model.device, order, with_unconditional=True).build(range(4))
+    batch = BatchBuilder(stored, model.device, order, with_unconditional=True).build(range(4))
     wide = {
         name: {k: v.to(dtype) for k, v in getattr(batch, name).items()} for name in ("conditioning", "unconditional")
     }
@@ -179,7 +179,7 @@ def test_bf16_rounds_what_is_stored_and_nothing_else(workspace: Path) -> None:
     objective = build_objective("inversion-dpo", model.schedule, **config.method.objective_options())
     networks = Networks(model, lora=None, gradient_checkpointing=False)
     perturb(networks.policy_module, 0.02, seed=0)
-    builder = CachedBatches(stored, model.device, DrawOrder(PAIRS, 0, PAIRS, 1), with_unconditional=True)
+    builder = BatchBuilder(stored, model.device, DrawOrder(PAIRS, 0, PAIRS, 1), with_unconditional=True)
     batch = builder.build(range(PAIRS))
     with torch.no_grad():
         rounded = objective(networks.policy, networks.reference, batch, seed=0)
@@ -288,7 +288,8 @@ def test_only_the_rows_asked_for_are_read(workspace: Path, small_shards: None, m
     original = one_open._open
     monkeypatch.setattr(one_open, "_shard", lambda shard: opened.append(shard) or original(shard))
     for reader in (stored, one_open):
-        assert torch.equal(reader.lookup("image", "trajectory", numbers), everything[numbers])
+        found = torch.stack([reader._read("image", number)["trajectory"] for number in numbers])
+        assert torch.equal(found, everything[numbers])
     assert opened == [3, 0, 1, 1, 2]
 
 
@@ -511,7 +512,7 @@ def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
         train(_config(workspace, "smpo"), progress=False)
     model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet")
     with pytest.raises(InvalidInput, match=r"cache\.path = .*not to a model at hand"):
-        train_model(_config(workspace), model, dataset, progress=False)
+        tiny.train_model(_config(workspace), model, dataset, progress=False)
     train(_config(workspace, "inpo", training={"steps": 2}), progress=False)
     with pytest.raises(InvalidInput, match=r"resume = 'never'"):
         train(_config(workspace, "inpo", cache={"path": str(workspace / "other")}), resume="never", progress=False)

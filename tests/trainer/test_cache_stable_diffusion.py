@@ -18,8 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, precompute, train
-from fastinvdpo.trainer.batches import BatchBuilder
-from fastinvdpo.trainer.cached_batches import CachedBatches
+from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
 from fastinvdpo.trainer.draws import DrawOrder
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.models import tiny as models
@@ -97,7 +96,8 @@ def test_sdxl_geometry_belongs_to_the_image(pictures: Path, tmp_path: Path) -> N
     config = _config(pictures, tmp_path, "sdxl", "inpo", cache={"path": str(tmp_path / "cache"), "dtype": "bf16"})
     stored = precompute(config, progress=False)
     sizes = [size for i in range(PAIRS) for size in ((16, 16 + 2 * i), (18 + i, 16))]
-    ids = stored.lookup("image", "geometry.time_ids", range(2 * PAIRS))
+    pairs = [stored.fetch(i, i) for i in range(PAIRS)]
+    ids = torch.stack([side["geometry.time_ids"] for pair in pairs for side in (pair.winner, pair.loser)])
     assert ids.dtype == torch.float32
     assert ids[:, :2].tolist() == [[float(height), float(width)] for height, width in sizes]
     assert set(stored.caption_tensors) == set(stored.unconditional) == {"encoder_hidden_states", "text_embeds"}
@@ -112,9 +112,11 @@ def test_sampled_latents_are_the_same_from_the_cache_and_at_every_visit(pictures
     config = TrainConfig.from_mapping(values)
     order, at_once = DrawOrder(PAIRS, 0, 3, 1), {"with_unconditional": False}
     dataset, model = open_dataset(config), open_model(config)
-    means = BatchBuilder(model, dataset, order, **at_once)
-    samples = BatchBuilder(model, dataset, order, sampled_latents=True, cache_gib=0.0, **at_once)
-    cached = CachedBatches(precompute(config, progress=False), torch.device("cpu"), order, **at_once)
+    sampled_pairs = PairEncoder(model, dataset, sampled_latents=True, cache_gib=0.0)
+    means, samples, cached = (
+        BatchBuilder(pairs, model.device, order, **at_once)
+        for pairs in (PairEncoder(model, dataset), sampled_pairs, precompute(config, progress=False))
+    )
     for start in range(0, 18, 3):
         draws = range(start, start + 3)
         latents = samples.build(draws).latents

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
 from fastinvdpo.models import load_model
-from fastinvdpo.objectives import InversionDPO, PairBatch, build_objective
 from fastinvdpo.trainer import TrainResult, call_size, train
-from fastinvdpo.trainer.call_size import gradient_passes, saved_bytes, size_by_doubling, size_for_budget
+from fastinvdpo.trainer.call_size import gradient_passes, saved_bytes
 from fastinvdpo.trainer.networks import Networks
 from tests.trainer import tiny
 
@@ -150,30 +150,23 @@ def test_saved_bytes_are_those_of_the_graph() -> None:
         assert saved_bytes(lambda inputs=inputs: network(inputs), network) == samples * 4 * (8 + 16)
 
 
-def test_size_for_budget() -> None:
-    assert size_for_budget(10, 95) == 9
-    assert size_for_budget(10, 5) == 1
-    assert size_for_budget(0, 5) == 5
-    assert size_for_budget(1, 10**9) == call_size.LARGEST
-
-
-def test_size_by_doubling() -> None:
+@pytest.mark.parametrize(("limit", "found"), [(10**9, call_size.LARGEST), (100, 64), (8, 8), (0, 1)])
+def test_the_largest_call_that_does_not_run_out_of_memory(limit: int, found: int) -> None:
     tried: list[int] = []
 
-    def linear(limit: int = 10**9) -> Any:
-        def peak(samples: int) -> int | None:
-            tried.append(samples)
-            return None if samples > limit else 100 + 10 * samples
+    def attempt(samples: int) -> None:
+        tried.append(samples)
+        if samples > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        return peak
+    assert call_size.largest_that_fits(attempt) == found
+    assert tried == sorted(tried, reverse=True) and tried[0] == call_size.LARGEST
 
-    assert size_by_doubling(linear(), 100 + 10 * 32) == 16  # 32 is not tried: twice the bytes of 16 would be too many
-    assert tried == [1, 2, 4, 8, 16]
-    assert size_by_doubling(linear(), 10**9) == call_size.LARGEST
-    assert size_by_doubling(linear(limit=4), 10**9) == 4  # out of memory at 8
-    assert size_by_doubling(linear(limit=0), 10**9) == 1
-    assert size_by_doubling(linear(), 50) == 1
-    assert size_by_doubling(lambda samples: samples**3, 8**3 - 1) == 4  # grows faster than expected
+    def broken(samples: int) -> None:
+        raise RuntimeError("another fault")
+
+    with pytest.raises(RuntimeError, match="another fault"):
+        call_size.largest_that_fits(broken)
 
 
 def test_passes(workspace: Path) -> None:

@@ -21,8 +21,7 @@ from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import precompute, train
-from fastinvdpo.trainer.batches import BatchBuilder
-from fastinvdpo.trainer.cached_batches import CachedBatches
+from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
 from fastinvdpo.trainer.draws import ByBucket, ByWindow, DrawOrder, epoch_order, swaps_tie
 from tests.data.test_pairs import encoded
 from tests.models import tiny as tiny_models
@@ -137,8 +136,8 @@ def test_kept_ties_swap_sides_by_their_draw_with_and_without_cache(workspace: Pa
     cache = precompute(config, progress=False)
     model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet", ties="keep")
     order = DrawOrder(len(dataset), 0, 2, 1)
-    plain = BatchBuilder(model, dataset, order, with_unconditional=False)
-    cached = CachedBatches(cache, torch.device("cpu"), order, with_unconditional=False)
+    plain = BatchBuilder(PairEncoder(model, dataset), model.device, order, with_unconditional=False)
+    cached = BatchBuilder(cache, model.device, order, with_unconditional=False)
     swaps = []
     for start in range(0, 60, 2):
         batch, same = plain.build(range(start, start + 2)), cached.build(range(start, start + 2))
@@ -157,7 +156,8 @@ def test_kept_ties_swap_sides_by_their_draw_with_and_without_cache(workspace: Pa
 
 def test_a_dropped_caption_is_dropped_on_both_sides(workspace: Path) -> None:
     model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet")
-    builder = BatchBuilder(model, dataset, DrawOrder(10, 0, 10, 1), with_unconditional=False, caption_dropout=0.5)
+    order, pairs = DrawOrder(10, 0, 10, 1), PairEncoder(model, dataset)
+    builder = BatchBuilder(pairs, model.device, order, with_unconditional=False, caption_dropout=0.5)
     prompts = builder.build(range(40)).conditioning["encoder_hidden_states"]
     winners, losers = prompts.chunk(2)
     assert torch.equal(winners, losers)

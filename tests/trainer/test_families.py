@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from fastinvdpo.data import write_pairs
-from fastinvdpo.trainer import TrainConfig, train, train_model
+from fastinvdpo.trainer import TrainConfig, train
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.models import tiny as models
 from tests.trainer import tiny
@@ -90,7 +90,7 @@ def test_full_fine_tuning_gives_the_images_of_plain_diffusers(
             update={"unet_init": str(result.model_directory)})}))  # fmt: skip
     else:
         ours = before
-        result = train_model(config, ours, open_dataset(config), progress=False)
+        result = tiny.train_model(config, ours, open_dataset(config), progress=False)
     assert [row["step"] for row in result.history] == [1, 2]
     # With as many bits as float32 leaves to it, policy = reference gives ln 2 in the first step.
     assert result.history[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -106,7 +106,7 @@ def test_a_trained_adapter_gives_the_images_of_plain_diffusers(root: Path, tmp_p
     config = _config(root, tmp_path / "run", family, method, model={"lora": LORA})
     ours: Any = open_model(config)
     before = images(ours.pipeline, family)
-    result = train_model(config, ours, open_dataset(config), progress=False)
+    result = tiny.train_model(config, ours, open_dataset(config), progress=False)
     plain = DiffusionPipeline.from_pretrained(root / family)
     plain.load_lora_weights(result.directory / "adapter")
     mine = images(ours.pipeline, family)
@@ -142,7 +142,7 @@ def test_an_adapter_on_quantised_weights_loads_in_plain_diffusers(
 def test_the_network_alone_is_written_on_demand(root: Path, tmp_path: Path) -> None:
     config = _config(root, tmp_path / "run", "sd3", "diffusion-dpo", output={"pipeline": False})
     ours: Any = open_model(config)
-    result = train_model(config, ours, open_dataset(config), progress=False)
+    result = tiny.train_model(config, ours, open_dataset(config), progress=False)
     assert sorted(file.name for file in result.model_directory.iterdir()) == ["README.md", "transformer"]
     kind = type(ours.network)
     theirs = kind.from_pretrained(result.model_directory, subfolder="transformer")

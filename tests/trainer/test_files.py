@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastinvdpo.trainer.atomic import atomic_directory, atomic_file, clean_leftovers
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, write_json
+from fastinvdpo.trainer.callbacks import read_history
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
     check_versions,
@@ -22,7 +25,6 @@ from fastinvdpo.trainer.checkpoint import (
 )
 from fastinvdpo.trainer.draws import DrawOrder, drops_caption
 from fastinvdpo.trainer.random_state import random_state, set_random_state
-from fastinvdpo.trainer.reporting import read_history
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -143,3 +145,12 @@ def test_caption_dropout_has_its_rate_and_depends_on_seed_and_draw_alone() -> No
     assert dropped == [drops_caption(0, draw, 0.3) for draw in range(4000)]
     assert dropped != [drops_caption(1, draw, 0.3) for draw in range(4000)]
     assert not any(drops_caption(0, draw, 0.0) for draw in range(100))
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "summary.json"
+    write_json(path, {"seed": 1})
+    with pytest.raises(InvalidInput, match="summary"):
+        write_json(path, {"seed": float("nan")})
+    assert json.loads(path.read_text()) == {"seed": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["summary.json"]

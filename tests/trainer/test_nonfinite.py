@@ -15,7 +15,6 @@ from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
-from fastinvdpo.trainer import train_model
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.draws import DrawOrder, permutation
 from fastinvdpo.trainer.networks import Networks
@@ -77,7 +76,7 @@ def test_the_message_names_pair_timestep_and_origin(
     timestep = int(philox.integers(SEED, 0, torch.tensor([BAD_DRAW]), 1000))
     config = tiny.config(workspace, output={"log_every": 100, "checkpoint_every": 100})
     with pytest.raises(NonFiniteLoss) as caught:
-        train_model(config, model, dataset, progress=False)
+        tiny.train_model(config, model, dataset, progress=False)
     message = str(caught.value)
     pair = f"pair in data row {BAD_ROW} (draw {BAD_DRAW}), timestep {timestep}, first in the {stage} of the winner."
     assert message.startswith(f"The loss of step {BAD_STEP} is not finite: {pair}")
@@ -100,7 +99,7 @@ def test_one_bad_timestep_of_many_is_named(
     monkeypatch.setattr(Broken, "predict", predict)
     config = tiny.config(workspace, "inversion-dpo", method={"guidance_scale": 1.0})
     with pytest.raises(NonFiniteLoss, match=rf"data row {BAD_ROW} .*timestep 334, first in the policy prediction"):
-        train_model(config, model, dataset, progress=False)
+        tiny.train_model(config, model, dataset, progress=False)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -124,12 +123,12 @@ def test_the_last_good_checkpoint_stays_and_no_bad_update_is_made(
         workspace, output={"log_every": 100, "checkpoint_every": 100, "directory": str(workspace / "late")}, **changes
     )
     with pytest.raises(NonFiniteLoss, match=rf"The last good checkpoint is .*step-{BAD_STEP - 1:08d}\."):
-        train_model(config, *broken, progress=False)
+        tiny.train_model(config, *broken, progress=False)
     (checkpoint,) = complete_checkpoints(workspace / "run" / "checkpoints")
     good = load_checkpoint(checkpoint).trainable
     assert all(torch.isfinite(value).all() for value in good.values())
     with pytest.raises(NonFiniteLoss, match=f"The loss of step {BAD_STEP} is not finite"):
-        train_model(late, Broken.load(workspace / "model"), broken[1], progress=False)
+        tiny.train_model(late, Broken.load(workspace / "model"), broken[1], progress=False)
     held = {name: parameter.detach() for name, parameter in collect(final["networks"]).items()}
     for name, value in good.items():
         assert torch.equal(held[name], value)
@@ -165,7 +164,7 @@ def test_a_gradient_that_is_not_finite_is_told_apart(
         rf"The gradient of step {BAD_STEP} is not finite although its loss is; its pairs are in data rows {rows}\."
     )
     with pytest.raises(NonFiniteLoss, match=expected):
-        train_model(tiny.config(workspace), model, dataset, progress=False)
+        tiny.train_model(tiny.config(workspace), model, dataset, progress=False)
 
 
 def test_fp16_is_held_back_through_the_loss() -> None:

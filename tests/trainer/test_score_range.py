@@ -16,8 +16,8 @@ from fastinvdpo.data.score_range import ScoreRange, stored_range
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.evaluation.scoring import score_pairs
-from fastinvdpo.losses import PICKSCORE_RANGE, preference_probability
-from fastinvdpo.trainer import train, train_model
+from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
+from fastinvdpo.trainer import train
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.trainer import tiny
 
@@ -93,7 +93,7 @@ def test_columns_with_names_and_a_data_set_at_hand(scored: Path) -> None:
         training={"steps": 2},
         output={"directory": str(scored / "hand"), "checkpoint_every": 100},
     )
-    result = train_model(config, open_model(config), open_dataset(config), progress=False)
+    result = tiny.train_model(config, open_model(config), open_dataset(config), progress=False)
     at_hand = load_file(next((result.model_directory / "unet").glob("*.safetensors")))
     assert all(torch.equal(at_hand[name], expected[name]) for name in expected)
 

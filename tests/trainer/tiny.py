@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastinvdpo.data import write_pairs
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer import TrainConfig, train
+from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, TrainResult, train
 from tests.cases import SD_SCHEDULER
 
 WORDS = ("zero", "one", "two", "three")
@@ -79,13 +79,18 @@ def mapping(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, An
         "data": {"path": str(root / "pairs.parquet")},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "training": {"steps": 6, "batch_size": 2},
-        "output": {"directory": str(root / "run"), "checkpoint_every": 2, "log_every": 2, "tensorboard": False},
+        "output": {"directory": str(root / "run"), "checkpoint_every": 2, "log_every": 2, "trackers": []},
     }
     return {section: {**base.get(section, {}), **sections.get(section, {})} for section in {**base, **sections}}
 
 
 def config(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_mapping(mapping(root, name, **sections))
+
+
+def train_model(config: TrainConfig, model: Any, pairs: Any, **options: Any) -> TrainResult:
+    """Train a model and pairs at hand."""
+    return PreferenceTrainer(model, config.method, pairs, config, **{"progress": False, **options}).train()
 
 
 def trained_in_attempts(directory: Path, *attempts: int, **sections: Any) -> Path:

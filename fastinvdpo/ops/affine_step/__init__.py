@@ -33,8 +33,8 @@ def affine_step(
     noise.
 
     The arithmetic is float32 whatever the storage (float64 when ``sample`` or an output is float64). Differentiable in
-    ``sample`` and ``outputs``, unless into given memory. Coefficients: :func:`fastinvdpo.schedule.affine_coefficients`
-    (DDIM, arXiv 2010.02502, equation 12).
+    ``sample`` and ``outputs``, unless into given memory. Coefficients:
+    :func:`fastinvdpo.diffusion.schedule.affine_coefficients` (DDIM, arXiv 2010.02502, equation 12).
 
     Args:
         sample: ``x``, ``(n, …)``, any floating dtype.

@@ -47,7 +47,7 @@ def _native_forward(
         reference,
         targets[0] if targets else None,
         _float32(pair_weight),
-        _float32(timestep_weight),
+        _float32_rows(timestep_weight),
         beta,
         _UTILITY_CODES[utility],
         label_smoothing,
@@ -72,9 +72,9 @@ def _native_backward(
         _float32(grad_margin),
         _float32(grad_policy_mse),
         *rows,
-        margin,
+        _float32(margin),
         _float32(pair_weight),
-        _float32(timestep_weight),
+        _float32_rows(timestep_weight),
         beta,
         _UTILITY_CODES[utility],
         label_smoothing,
@@ -92,7 +92,7 @@ def _triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     predictions = [policy, reference] if target is None else [policy, reference, target]
     policy, reference, *targets = as_rows(predictions, 1 if timestep_weight is None else 2)
-    tables = (_float32(pair_weight), _float32(timestep_weight))
+    tables = (_float32(pair_weight), _float32_rows(timestep_weight))
     return _triton_kernels.load(NAME).forward(policy, reference, targets[0] if targets else None, *tables, *settings)
 
 
@@ -111,9 +111,9 @@ def _triton_backward(
     gradient = _triton_kernels.load(NAME).backward(
         *(_float32(grad) for grad in (grad_loss, grad_margin, grad_policy_mse)),
         *rows,
-        margin,
+        _float32(margin),
         _float32(pair_weight),
-        _float32(timestep_weight),
+        _float32_rows(timestep_weight),
         *settings,
     )
     return gradient if rows[0] is policy else like(gradient, policy)
@@ -123,6 +123,13 @@ def _float32(table: Tensor | None) -> Tensor | None:
     if table is None or (table.dtype is torch.float32 and table.is_contiguous()):
         return table
     return table.float().contiguous()
+
+
+def _float32_rows(table: Tensor | None) -> Tensor | None:
+    """``(B, K)`` with dense rows, which may lie apart, or be one row: weights ``(K,)``, expanded, need no copy."""
+    if table is not None and table.dtype is torch.float32 and (table.stride(1) == 1 or table.shape[1] == 1):
+        return table
+    return _float32(table)
 
 
 # PyTorch's dispatcher tells the native kernels for the CPU from those for CUDA.

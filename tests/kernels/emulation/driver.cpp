@@ -34,12 +34,13 @@ void for_type(bool same, Storage storage, const Body& body) {
 
 extern "C" {
 
-// sizes: pairs, timesteps, n, largest team, resident blocks, seed of the order; storage: policy, reference, target.
+// sizes: pairs, timesteps, n, largest team, resident blocks, seed of the order, pitch of the timestep weights; storage: policy, reference,
+// target.
 // Returns the ticket that the kernel left.
 int64_t forward(const void* policy, const void* reference, const void* target, const int* storage, const float* pair_weight,
                 const float* timestep_weight, const int64_t* sizes, float beta, int utility, float label_smoothing, float* results[4]) {
   ForwardArguments a{};
-  a.pairs = {pair_weight, timestep_weight, sizes[0], sizes[1], beta, label_smoothing, static_cast<Utility>(utility)};
+  a.pairs = {pair_weight, timestep_weight, sizes[6], sizes[0], sizes[1], beta, label_smoothing, static_cast<Utility>(utility)};
   const int64_t rows = 2 * sizes[0] * sizes[1], n = sizes[2];
   a.work = reduction_work(rows, n, static_cast<int>(sizes[3]));
   a.policy = policy, a.reference = reference, a.target = target;
@@ -68,7 +69,7 @@ void backward(const float* gradients[3], const void* policy, const void* target,
               const float* pair_weight, const float* timestep_weight, const int64_t* sizes, float beta, int utility,
               float label_smoothing, void* gradient) {
   BackwardArguments a{};
-  a.pairs = {pair_weight, timestep_weight, sizes[0], sizes[1], beta, label_smoothing, static_cast<Utility>(utility)};
+  a.pairs = {pair_weight, timestep_weight, sizes[6], sizes[0], sizes[1], beta, label_smoothing, static_cast<Utility>(utility)};
   a.work = elementwise_work(2 * sizes[0] * sizes[1], sizes[2]);
   a.policy = policy, a.target = target, a.gradient = gradient, a.margin = margin;
   a.policy_storage = static_cast<Storage>(storage[0]), a.target_storage = static_cast<Storage>(storage[1]);

@@ -1,0 +1,58 @@
+"""The command ``fastinvdpo``.
+
+The commands need the ``train`` extra; ``doctor`` works with torch alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TextIO
+
+from fastinvdpo._extras import require
+from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0; 2 for a mistake of the user's; 1 when training met a loss that is not finite.
+
+    Args:
+        argv: arguments without the program's name; those of the process when None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["doctor"]:
+        from fastinvdpo import doctor
+
+        return doctor.main(arguments[1:])
+    try:
+        require("typer", extra="train", purpose="the command line")
+        from fastinvdpo.cli.app import app
+
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(arguments, prog_name="fastinvdpo")
+        return 0
+    except SystemExit as end:  # typer ends so, after --help and usage errors as well
+        return end.code if isinstance(end.code, int) else 0
+    except (InvalidInput, MissingExtra) as error:
+        return _fail(str(error), 2)
+    except NonFiniteLoss as error:
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning without the place in the source that raised it, which says nothing to a user of the command."""
+    print(f"warning: {message}", file=sys.stderr)

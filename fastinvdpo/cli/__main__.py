@@ -1,0 +1,5 @@
+import sys
+
+from fastinvdpo.cli import main
+
+sys.exit(main())

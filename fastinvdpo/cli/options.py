@@ -1,0 +1,34 @@
+"""What several commands take, and how a configuration is read from their arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from fastinvdpo.errors import invalid
+
+if TYPE_CHECKING:
+    from fastinvdpo.trainer import TrainConfig
+
+Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.")]
+PairsPath: TypeAlias = Annotated[
+    str, typer.Argument(help="Pairs in any format that training reads.", show_default=False)
+]
+
+
+def read_config(arguments: list[str] | None, preset: str | None, defaults: dict[str, Any] | None = None) -> TrainConfig:
+    from fastinvdpo.trainer import config_files
+
+    path, overrides = _split(arguments or [])
+    if path is None and preset is None:
+        raise invalid("CONFIG.yaml", None, "is missing", "name a configuration file, or a preset with --preset")
+    return config_files.load_config(path, overrides, preset=preset, defaults=defaults)
+
+
+def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The configuration file, if the first argument is one, and the overrides."""
+    if arguments and "=" not in arguments[0]:
+        return Path(arguments[0]), arguments[1:]
+    return None, arguments

@@ -1,0 +1,1 @@
+"""Noise schedules, inversion along them, and the network's conditioning."""

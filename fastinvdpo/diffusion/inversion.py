@@ -1,0 +1,306 @@
+"""DDIM inversion of a batch whose samples end at levels of their own.
+
+An inversion follows an :class:`InversionPlan`, the levels each sample visits. Plans live on the host, so walking one
+never waits for the device. The samples with the longest way go first in the batch, so those still on their way are its
+front: samples that have arrived leave it by slicing, and each costs exactly its own number of network evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastinvdpo.diffusion.prompt import Network, Prompt, evaluate, weighted_sum
+from fastinvdpo.diffusion.schedule import (
+    NoiseSchedule,
+    affine_coefficients,
+    ancestral_variance,
+    check_levels,
+    inversion_levels,
+    stack_coefficients,
+)
+from fastinvdpo.errors import invalid
+from fastinvdpo.ops import affine_step
+from fastinvdpo.ops.affine_step import MAX_OUTPUTS
+
+MODEL_TIMES = ("destination", "source")
+
+
+@dataclass(frozen=True)
+class InversionPlan:
+    """The levels that every sample of a batch visits. All tensors are int64 on the host.
+
+    Attributes:
+        source, target: ``(n, S)``: step ``j`` takes sample ``i`` from level ``source[i, j]`` to ``target[i, j]``.
+        steps: ``(n,)``: the number of steps of each sample, at most S; entries beyond it are not used.
+        noise_lower, noise_upper: ``(n, S)``: the interval whose ancestral variance scales the noise added after the
+            step.
+    """
+
+    source: Tensor
+    target: Tensor
+    steps: Tensor
+    noise_lower: Tensor
+    noise_upper: Tensor
+
+    def select(self, rows: Tensor) -> InversionPlan:
+        """The plan of some samples: ``rows`` is an int64 index into the batch, on the host."""
+        return InversionPlan(*(table[rows] for table in vars(self).values()))
+
+
+def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
+    """Every sample climbs the N-step grid and ends exactly at its own level: the last step is shortened.
+
+    ``levels`` is int64 ``(n,)`` on the host, in ``[0, T_train)``. A sample at level ``t`` makes one step to every grid
+    level below ``t`` and one to ``t``.
+    """
+    check_levels("levels", schedule, levels)
+    grid = inversion_levels(schedule, num_inference_steps)
+    steps = torch.searchsorted(grid, levels.contiguous()) + 1
+    highest = grid.new_full((1,), schedule.num_train_timesteps - 1)
+    target = torch.minimum(torch.cat([grid, highest]), levels.unsqueeze(1))
+    source = torch.cat([grid.new_full((1,), -1), grid]).expand(levels.numel(), -1)
+    width = int(steps.max()) if levels.numel() else 0
+    source, target = source[:, :width], target[:, :width]
+    return InversionPlan(source, target, steps, source, target)
+
+
+def plan_grid(schedule: NoiseSchedule, samples: int, num_inference_steps: int) -> InversionPlan:
+    """Every sample climbs the whole N-step grid, to its last level."""
+    target = inversion_levels(schedule, num_inference_steps).expand(samples, -1)
+    source = torch.cat([target.new_full((samples, 1), -1), target[:, :-1]], dim=1)
+    return InversionPlan(source, target, torch.full((samples,), num_inference_steps), source, target)
+
+
+def plan_released(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
+    """The grid of the released InPO and SmPO codes: the whole batch stops at the last grid level below the *first*
+    sample's level.
+
+    The noise takes its variance from the interval above the one just crossed, as the released code does under current
+    versions of diffusers (its last interval, which lies partly above the schedule, is cut at the highest level).
+    """
+    check_levels("levels", schedule, levels)
+    grid = inversion_levels(schedule, num_inference_steps)
+    spacing = schedule.num_train_timesteps // num_inference_steps
+    target = grid[grid < levels[0]].expand(levels.numel(), -1)
+    source = torch.cat([torch.full((levels.numel(), 1), -1), target[:, :-1]], dim=1)[:, : target.shape[1]]
+    upper = (target + spacing).clamp(max=schedule.num_train_timesteps - 1)
+    return InversionPlan(source, target, torch.full((levels.numel(),), target.shape[1]), target, upper)
+
+
+class InversionStep(NamedTuple):
+    """One step of an inversion.
+
+    Attributes:
+        latents: ``(n, …)``, the whole batch after the step; samples that had arrived before are unchanged.
+        rows: int64 ``(m,)`` on the host, the samples of the forward pass: those that made the step, longest way first,
+            or all of them with ``static_shapes``.
+        source: ``(m, …)``, their latents before it.
+        outputs, weights: the step used the prediction ``Σ_j weights_j·outputs_j`` ``(m, …)``.
+    """
+
+    latents: Tensor
+    rows: Tensor
+    source: Tensor
+    outputs: list[Tensor]
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """How the steps of an inversion are made.
+
+    Attributes:
+        eta: after each step ``x += η·√V·z`` (DDIM-InPO, arXiv 2503.18454); no term is removed to compensate, as
+            released.
+        renoise_iterations: K of ReNoise (arXiv 2403.14602): each step is repeated K times with a forward pass at the
+            tentative destination, and uses the mean of all K + 1 predictions.
+        model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its
+            "source".
+        seed, noise_offset: the key of the noise; step ``j`` draws with offset ``noise_offset + j``.
+        static_shapes: put the whole batch through every forward pass and discard the outputs of samples that have
+            arrived, so that all forward passes have one shape, as CUDA graphs and ``torch.compile`` want it. The
+            results are the same; a batch costs its size times the longest way, not the sum of the ways.
+    """
+
+    eta: float = 0.0
+    renoise_iterations: int = 0
+    model_time: str = "destination"
+    seed: int = 0
+    noise_offset: int = 0
+    static_shapes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model_time not in MODEL_TIMES:
+            raise invalid("model_time", self.model_time, "is not known", f"use one of {MODEL_TIMES}")
+        if not 0 <= self.eta <= 1:
+            raise invalid("eta", self.eta, "out of range", "use a number from 0 (deterministic) to 1")
+        if isinstance(self.renoise_iterations, bool) or not isinstance(self.renoise_iterations, int):
+            raise invalid("renoise_iterations", self.renoise_iterations, "must be a whole number", "use 0 or 1")
+        if self.renoise_iterations < 0:
+            raise invalid("renoise_iterations", self.renoise_iterations, "is negative", "use 0 or 1")
+
+
+@torch.no_grad()
+def inversion_steps(
+    network: Network,
+    schedule: NoiseSchedule,
+    clean: Tensor,
+    plan: InversionPlan,
+    prompt: Prompt,
+    settings: InversionSettings = InversionSettings(),
+    *,
+    noise_index: Tensor | None = None,
+    noise: Tensor | None = None,
+    trajectory: Tensor | None = None,
+) -> Iterator[InversionStep]:
+    """Walk ``clean`` latents ``(n, …)`` along ``plan``, one :class:`InversionStep` at a time, without gradient.
+
+    Args:
+        noise_index: int64 ``(n,)``, the noise stream of each sample when ``eta > 0`` (position in the batch when None).
+        noise: ``(S, n, …)``, the normal numbers to use instead of the counter-based ones.
+        trajectory: ``(n, S, …)`` in the dtype of ``clean``, receives the latents of the whole batch after every step.
+    """
+    if noise_index is None:
+        noise_index = torch.arange(clean.shape[0], device=clean.device)
+    order = None if settings.static_shapes else _longest_first(plan)
+    if order is not None:
+        back = torch.argsort(order).to(clean.device)
+        given = _reorder(order, clean, plan, prompt, noise_index, noise)
+        for number, step in enumerate(_walk(network, schedule, *given[:3], settings, *given[3:])):
+            latents = step.latents[back]
+            if trajectory is not None:
+                trajectory[:, number] = latents
+            yield step._replace(latents=latents, rows=order[step.rows])
+    else:
+        yield from _walk(network, schedule, clean, plan, prompt, settings, noise_index, noise, trajectory)
+
+
+def _longest_first(plan: InversionPlan) -> Tensor | None:
+    """The order in which the samples that are still on their way are always the first; None: they are as they stand."""
+    if bool((plan.steps.diff() <= 0).all()):
+        return None
+    return torch.argsort(plan.steps, descending=True, stable=True)
+
+
+def _reorder(
+    order: Tensor, clean: Tensor, plan: InversionPlan, prompt: Prompt, noise_index: Tensor, noise: Tensor | None
+) -> tuple[Tensor, InversionPlan, Prompt, Tensor, Tensor | None]:
+    rows = order.to(clean.device)
+    noise = None if noise is None else noise[:, order.to(noise.device)]
+    return clean[rows], plan.select(order), prompt.select(order), noise_index[order.to(noise_index.device)], noise
+
+
+def _walk(
+    network: Network,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    plan: InversionPlan,
+    prompt: Prompt,
+    settings: InversionSettings,
+    noise_index: Tensor,
+    noise: Tensor | None,
+    trajectory: Tensor | None = None,
+) -> Iterator[InversionStep]:
+    """The steps of a batch in which nobody's way is longer than their predecessor's, or with ``static_shapes``."""
+    device, samples = latents.device, latents.shape[0]
+    # All tables reach the device before the first step, and no step needs the host.
+    tables = _step_tables(schedule, plan, prompt, settings, latents)
+    noise_scale = settings.eta * ancestral_variance(schedule, plan.noise_lower, plan.noise_upper).sqrt()
+    noise_table = stack_coefficients(latents, noise_scale.T.flatten()).view(noise_scale.T.shape)
+    times = (plan.target if settings.model_time == "destination" else plan.source.clamp(min=0)).T.contiguous()
+    times = times.to(device)
+    moving = plan.steps > torch.arange(plan.target.shape[1]).unsqueeze(1)
+    counts, mask = moving.sum(1).tolist(), moving.to(device) if settings.static_shapes else None
+    for step, count in enumerate(counts):
+        m = samples if settings.static_shapes else count
+        active = None if mask is None or count == samples else mask[step]
+        moving_prompt = prompt.first(m)
+        source = target = latents[:m]
+        # The step stores what it computes, where that is the latents of the whole batch.
+        stored = trajectory[:, step] if trajectory is not None and m == samples and not settings.eta else None
+        outputs: list[Tensor] = []
+        for iteration, table in enumerate(tables, start=1):
+            predictions, guidance = evaluate(network, target, times[step, :m], moving_prompt)
+            outputs = outputs + predictions
+            weights = [weight / iteration for weight in guidance] * iteration
+            used = outputs if len(outputs) <= MAX_OUTPUTS else [weighted_sum(outputs, weights)]
+            last = iteration == len(tables)
+            target = affine_step(source, used, table[step, :m], active=active, trajectory=stored if last else None)
+        if settings.eta:
+            given = None if noise is None else noise[step, :m].to(device)
+            _add_step_noise(target, noise_table[step, :m], settings, step, noise_index[:m], given, active)
+        latents = target if m == samples else torch.cat([target, latents[m:]])
+        if trajectory is not None and stored is None:
+            trajectory[:, step] = latents
+        yield InversionStep(latents, torch.arange(m), source, outputs, weights)
+
+
+def _step_tables(
+    schedule: NoiseSchedule, plan: InversionPlan, prompt: Prompt, settings: InversionSettings, like: Tensor
+) -> list[Tensor]:
+    """The coefficients of ``affine_step``, ``(S, n, ·)`` for every ReNoise iteration, on the device of ``like``."""
+    scale_out, scale_in = (table.T for table in affine_coefficients(schedule, plan.source, plan.target))
+    tables = []
+    for iteration in range(1, settings.renoise_iterations + 2):
+        weights = [weight / iteration for weight in prompt.weights] * iteration
+        if len(weights) > MAX_OUTPUTS:
+            weights = [1.0]
+        columns = [scale_out, *(scale_in * weight for weight in weights)]
+        flat = stack_coefficients(like, *(column.flatten() for column in columns))
+        tables.append(flat.unflatten(0, scale_out.shape))
+    return tables
+
+
+def _add_step_noise(
+    latents: Tensor,
+    scale: Tensor,
+    settings: InversionSettings,
+    step: int,
+    noise_index: Tensor,
+    given: Tensor | None,
+    active: Tensor | None,
+) -> None:
+    """To ``latents`` where they are: nobody has seen them yet."""
+    one = torch.ones_like(scale)
+    if given is not None:
+        affine_step(latents, [given], torch.stack([one, scale], dim=1), active=active, out=latents)
+        return
+    affine_step(
+        latents,
+        [],
+        one.unsqueeze(1),
+        active=active,
+        noise_scale=scale,
+        noise_index=noise_index,
+        seed=settings.seed,
+        offset=settings.noise_offset + step,
+        out=latents,
+    )
+
+
+def invert(
+    network: Network,
+    schedule: NoiseSchedule,
+    clean: Tensor,
+    plan: InversionPlan,
+    prompt: Prompt,
+    settings: InversionSettings = InversionSettings(),
+    *,
+    noise_index: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The latents ``(n, …)`` at the end of ``plan``; arguments as :func:`inversion_steps`."""
+    if noise_index is None:
+        noise_index = torch.arange(clean.shape[0], device=clean.device)
+    order, latents = None if settings.static_shapes else _longest_first(plan), clean
+    if order is not None:
+        latents, plan, prompt, noise_index, noise = _reorder(order, clean, plan, prompt, noise_index, noise)
+    walk = inversion_steps(network, schedule, latents, plan, prompt, settings, noise_index=noise_index, noise=noise)
+    for step in walk:
+        latents = step.latents
+    return latents if order is None else latents[torch.argsort(order).to(latents.device)]

@@ -1,0 +1,111 @@
+"""What every method takes and gives: a batch of pairs, its random draws, the loss and what it was computed from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastinvdpo.diffusion.prompt import Prompt
+from fastinvdpo.errors import invalid
+from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
+
+# Offsets of the random streams of one draw; an inversion uses one offset per step, the strata one each.
+STREAM_TIMESTEP, STREAM_NOISE, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 1 << 16, 1 << 17
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs of clean latents and what belongs to them. Tensors of 2B samples are stacked [winners; losers].
+
+    Attributes:
+        latents: ``(2B, …)``.
+        conditioning: what the network is told, every tensor ``(2B, …)``.
+        draw: int64 ``(B,)`` on the host: the number of each pair's draw in the whole run. It keys all random numbers.
+        unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
+        scores: preference scores ``(2B,)``; needed by SmPO.
+        trajectory: what :meth:`InversionDPO.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
+            None.
+        reference_pred: what :meth:`InversionDPO.reference_predictions` gave for that trajectory, ``(2B, N, …)``; the
+            reference is asked when None, and not at all otherwise.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    draw: Tensor
+    unconditional: dict[str, Tensor] | None = None
+    scores: Tensor | None = None
+    trajectory: Tensor | None = None
+    reference_pred: Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        return self.latents.shape[0] // 2
+
+    def prompt(self, guidance_scale: float = 1.0) -> Prompt:
+        return Prompt(self.conditioning, self.unconditional, guidance_scale)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers to use instead of the counter-based ones.
+
+    Attributes:
+        timesteps: int64 ``(B,)`` on the host.
+        noise: Diffusion-DPO: ``(B, …)``, one per pair; InPO: ``(S, 2B, …)``, one per step of the inversion and sample.
+    """
+
+    timesteps: Tensor | None = None
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput(PreferenceLoss):
+    """The loss with what it was computed from: timesteps ``(2B,)`` or ``(2B, K)`` on the host, the others ``(2B, …)``
+    or ``(2B, K, …)``.
+    """
+
+    timesteps: Tensor
+    noisy_latents: Tensor
+    target: Tensor | None
+    policy_pred: Tensor
+    reference_pred: Tensor
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How a margin becomes a loss: the part that all methods share."""
+
+    beta: float
+    utility: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+
+def checked_preference(default_beta: float, options: dict[str, Any]) -> Preference:
+    known = {field.name for field in dataclasses.fields(Preference)}
+    for name, value in options.items():
+        if name not in known:
+            raise invalid(
+                name, value, "is not an option of this method", f"the common options are {', '.join(sorted(known))}"
+            )
+    preference = Preference(**{"beta": default_beta, **options})
+    one = torch.zeros(2, 1)
+    preference_loss(one, one, None, **vars(preference))  # fail now, not at the first batch
+    return preference
+
+
+def check_batch(batch: PairBatch) -> None:
+    samples = batch.latents.shape[0]
+    if samples == 0 or samples % 2:
+        raise invalid("batch.latents.shape", tuple(batch.latents.shape), "must be (2B, …)", "stack [winners; losers]")
+    if batch.draw.shape != (samples // 2,) or batch.draw.dtype != torch.int64:
+        shown = (tuple(batch.draw.shape), batch.draw.dtype)
+        raise invalid("batch.draw", shown, "must be int64 of one number per pair", f"pass shape ({samples // 2},)")
+    for name, tensor in batch.conditioning.items():
+        if tensor.shape[0] != samples:
+            raise invalid(
+                f"batch.conditioning[{name!r}].shape", tuple(tensor.shape), "must have 2B rows", f"pass {samples} rows"
+            )

@@ -1,0 +1,138 @@
+"""From a family's name, or a checkpoint alone, to its model."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastinvdpo.errors import invalid
+from fastinvdpo.models.base import DiffusionModel
+from fastinvdpo.models.checkpoints import pipeline_class
+
+# family name -> (module, class); modules are imported when needed, since they need diffusers.
+_FAMILIES = {
+    "digits": ("fastinvdpo.models.digits", "DigitsModel"),
+    "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
+    "stable-diffusion-3": ("fastinvdpo.models.stable_diffusion_3", "StableDiffusion3Model"),
+    "flux": ("fastinvdpo.models.flux", "FluxModel"),
+}
+# Pipeline class in a checkpoint's model_index.json -> family.
+_PIPELINES = {
+    "StableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusionXLPipeline": "stable-diffusion",
+    "StableDiffusionXLImg2ImgPipeline": "stable-diffusion",  # the SDXL refiner
+    "StableDiffusion3Pipeline": "stable-diffusion-3",
+    "FluxPipeline": "flux",
+}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def families() -> tuple[str, ...]:
+    """Names that :func:`load_model` accepts as ``family``, beside ``"auto"``."""
+    return tuple(_FAMILIES)
+
+
+def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
+    """``family``, or for ``"auto"`` the one that the checkpoint is of, told from its model_index.json.
+
+    A directory without one, but with a UNet and a scheduler, is a model of the demo. Raises ``InvalidInput`` where
+    nothing can be told.
+    """
+    if not str(path or "").strip():
+        raise invalid("model.path", path, "is empty", "name a directory or a hub id")
+    if family != "auto":
+        if family not in _FAMILIES:
+            known = f"choose auto, or one of {', '.join(_FAMILIES)}"
+            raise invalid("model.family", family, "is not a known model family", known)
+        return family
+    name = pipeline_class(path, revision)
+    if name is None:
+        if (Path(path) / "scheduler" / "scheduler_config.json").is_file():
+            return "digits"
+        remedy = "give a directory in diffusers' format or the id of a hub repository that holds safetensors files"
+        raise invalid("model.path", str(path), "holds no model_index.json", remedy)
+    if name not in _PIPELINES:
+        raise invalid("model.path", str(path), f"is a {name}", f"supported are {', '.join(_PIPELINES)}")
+    return _PIPELINES[name]
+
+
+def family_class(family: str) -> Any:
+    """The class of a family. Raises ``MissingExtra`` where a package that it needs is not installed."""
+    module_name, class_name = _FAMILIES[family]
+    return getattr(importlib.import_module(module_name), class_name)
+
+
+def load_model(
+    family: str,
+    path: str | Path,
+    *,
+    unet_init: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    frozen_parts: bool = True,
+    **options: Any,
+) -> DiffusionModel:
+    """Load a model of the named family.
+
+    Args:
+        family: one of :func:`families`, or ``"auto"``: told from the checkpoint.
+        path: directory of the model, or for all but ``digits`` also a Hugging Face hub id.
+        unet_init: directory or hub id with other weights of the UNet or transformer to start from (a supervised
+            fine-tuned UNet, say).
+        revision: branch, tag or commit on the hub.
+        variant: file variant such as ``"fp16"``.
+        dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
+        frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode
+            or decode.
+        options: further arguments of some families; None is as if it were not given. ``vae``: path or hub id of another
+            VAE. ``zero_terminal_snr`` (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it.
+            ``resolution`` (SD3, FLUX): side of the images in pixels, which FLUX's noise schedule depends on;
+            ``max_sequence_length`` (SD3, FLUX): T5's tokens; ``guidance_embedding`` (FLUX).
+
+    Raises:
+        InvalidInput: unknown family, missing files, a checkpoint of another kind, or an option it does not have.
+        MissingExtra: diffusers or transformers is not installed.
+    """
+    family = resolve_family(family, path, revision)
+    if dtype not in _DTYPES:
+        raise invalid("dtype", dtype, "is not a floating-point type models are kept in", f"use one of {_DTYPES}")
+    loader = family_class(family)
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in ("vae", *loader.options) or family == "digits":
+            problem, known = f"means nothing for a model of the family {family}", ", ".join(loader.options)
+            raise invalid(f"model.{name}", given[name], problem, f"set it to null; options here: {known or 'none'}")
+    model: DiffusionModel = loader.load(
+        path,
+        unet_init=unet_init,
+        revision=revision,
+        variant=variant,
+        dtype=dtype,
+        frozen_parts=frozen_parts,
+        **given,
+    )
+    return model
+
+
+def checkpoint_files(
+    family: str,
+    path: str | Path,
+    *,
+    unet_init: str | Path | None = None,
+    vae: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> dict[str, list[Path]]:
+    """The files that :func:`load_model` reads, by part: ``unet``, ``scheduler``, ``vae``, ``text_encoder``, …
+
+    Weights in other formats than safetensors are left out. Files of a hub repository are downloaded if need be.
+    Raises ``InvalidInput`` where nothing is found.
+    """
+    kind = family_class(resolve_family(family, path, revision))
+    others = {} if vae is None else {"vae": vae}
+    files: dict[str, list[Path]] = kind.files(path, unet_init=unet_init, revision=revision, variant=variant, **others)
+    return files

@@ -1,0 +1,312 @@
+"""LoRA on frozen weights in 8 and 4 bits: policy and reference are the same quantised network, the result is not."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.models import load_model
+from fastinvdpo.models.quantization import Kind, QuantizedLinear, quantize_network
+from fastinvdpo.trainer import train
+from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from fastinvdpo.trainer.config import LoraSection
+from fastinvdpo.trainer.networks import Networks, merged_into, perturb
+from fastinvdpo.trainer.opening import open_dataset, open_model
+from tests.evaluation.test_in_training import SECTION, Planned, run
+from tests.trainer import tiny
+from tests.trainer.test_resume import _assert_same
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes cannot be imported")
+KINDS: tuple[Kind, ...] = ("int8", "nf4")
+LORA = LoraSection(rank=2, alpha=4.0, target_modules=["to_q", "to_v", "proj", "conv1"])
+UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
+
+
+def _given(model: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(3, 1, 8, 8, generator=generator)
+    return latents, torch.tensor([1, 400, 900]), model.encode_prompts(["a one", "a two", ""])
+
+
+def _shake(network: nn.Module, size: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def _quantized(network: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_linear_with_the_weight_it_stands_for(kind: Kind, dtype: torch.dtype, bias: bool) -> None:
+    original = nn.Linear(48, 24, bias=bias)
+    weight = original.weight.detach().clone()
+    layer = QuantizedLinear(original, kind)
+    plain = nn.Linear(48, 24, bias=bias).requires_grad_(False)
+    plain.weight.copy_(layer.dequantized(torch.float32))
+    if bias:
+        plain.bias.copy_(original.bias)
+    plain.to(dtype)
+    answers = []
+    for one in (layer, plain):
+        given = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        out = one(given)
+        (gradient,) = torch.autograd.grad(out.square().sum(), given)
+        assert out.dtype == gradient.dtype == dtype
+        answers.append((out.detach(), gradient))
+    # The same sums of 48 (24) products, perhaps in another order; in bf16 rounded once at the end.
+    for ours, theirs in zip(*answers, strict=True):
+        rounding = 48 * 2**-24 if dtype == torch.float32 else 2**-7
+        assert (ours - theirs).abs().max() <= rounding * theirs.abs().max()
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert layer.weight.nbytes == weight.numel() * (1 if kind == "int8" else 0.5)
+    largest = weight.abs().amax(1, keepdim=True)
+    if kind == "int8":  # half a step of the row, after rounding to float16
+        assert ((layer.dequantized(torch.float32) - weight).abs() <= largest * (0.5 / 127 + 2**-10)).all()
+    assert 0 < (layer.dequantized(torch.float32) - weight).norm() < (0.01 if kind == "int8" else 0.12) * weight.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_passes_small_differences_on(kind: Kind) -> None:
+    """Those of policy and reference. Sums of 48 products of size 1 leave an error of 48 roundings of float32 at most;
+    inputs in 8 bits would leave one of several times the difference.
+    """
+    layer, given = QuantizedLinear(nn.Linear(48, 24, bias=False), kind), torch.randn(256, 48)
+    moved = given + 1e-3 * torch.randn(256, 48)
+    expected = (moved.double() - given.double()) @ layer.dequantized(torch.float64).T
+    error = (layer(moved) - layer(given) - expected).norm() / expected.norm()
+    assert error < 2 * 48 * 2**-24 / 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_keeps_nothing_for_its_gradient(kind: Kind) -> None:
+    """A kept input would make gradient checkpointing useless, a kept weight the quantisation."""
+    layer, given = QuantizedLinear(nn.Linear(48, 24), kind), torch.randn(7, 48, requires_grad=True) + 1
+    alive, kept = weakref.ref(given), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda _: None):
+        out = layer(given)
+    del given
+    assert out.requires_grad and alive() is None and not kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_follows_autocast(kind: Kind) -> None:
+    layer, given = QuantizedLinear(nn.Linear(48, 24), kind), torch.randn(7, 48, requires_grad=True)
+    plain = nn.Linear(48, 24).requires_grad_(False)
+    plain.weight.copy_(layer.dequantized(torch.float32))
+    plain.bias.copy_(layer.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = layer(given), plain(given)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)
+    (gradient,), (expected,) = (torch.autograd.grad(out.float().square().sum(), given) for out in (ours, theirs))
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_policy_and_reference_are_one_quantised_network(workspace: Path, kind: Kind) -> None:
+    model = load_model("digits", workspace / "model")
+    given = _given(model)
+    with torch.no_grad():
+        base = model.predict(model.network.eval(), *given)
+    quantize_network(model, kind)
+    layers = _quantized(model.network)
+    assert len(layers) > 30 and not any(type(layer) is nn.Linear for layer in model.network.modules())
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    networks = Networks(model, lora=LORA, gradient_checkpointing=False)
+    assert all(".lora_" in name for name in networks.trainable())
+    reference = networks.reference(*given)
+    assert torch.equal(networks.policy(*given), reference)
+    with torch.no_grad():
+        assert torch.equal(networks.policy(*given), reference)
+    assert 1e-4 < (reference - base).norm() / base.norm() < (0.02 if kind == "int8" else 0.2)
+    _shake(networks.policy_module)
+    policy = networks.policy(*given)
+    assert policy.requires_grad and (policy - reference).abs().max() > 1e-3
+    assert torch.equal(networks.reference(*given), reference)
+    after = {name.replace(".base_layer", ""): value for name, value in networks.policy_module.state_dict().items()}
+    for name, value in before.items():
+        assert torch.equal(after[name], value)
+
+
+def _with_whole_weights(network: nn.Module) -> nn.Module:
+    """A copy whose quantised layers are plain ones with the weights that those stand for."""
+    twin = copy.deepcopy(network)
+    for name, layer in _quantized(twin).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        with torch.no_grad():
+            plain.weight.copy_(layer.dequantized(torch.float32))
+            if layer.bias is not None:
+                plain.bias.copy_(layer.bias)
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, plain)
+    return twin
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_have_the_gradient_of_the_whole_weights(workspace: Path, kind: Kind, checkpointing: bool) -> None:
+    """Its float32 error, against float64, is at most twice that of a network with those weights."""
+    model = load_model("digits", workspace / "model")
+    quantize_network(model, kind)
+    twin = _with_whole_weights(model.network)
+
+    def gradient(network: nn.Module, dtype: torch.dtype, checkpointing: bool = False) -> Tensor:
+        one = copy.copy(model)
+        one.network = copy.deepcopy(network).to(dtype)
+        torch.manual_seed(0)
+        networks = Networks(one, lora=LORA, gradient_checkpointing=checkpointing)
+        _shake(networks.policy_module)
+        latents, times, conditioning = _given(model)
+        told = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
+        loss = networks.policy(latents.to(dtype), times, told).square().mean()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(networks.trainable().values()))])
+
+    exact = gradient(twin, torch.float64)
+    rounding = (gradient(twin, torch.float32).double() - exact).norm()
+    ours = gradient(model.network, torch.float32, checkpointing)
+    assert (ours.double() - exact).norm() <= 2 * rounding
+    assert 0 < rounding < 1e-5 * exact.norm()
+
+
+def _config(
+    workspace: Path, kind: Kind | None, name: str = "run", method: str = "diffusion-dpo", **sections: Any
+) -> Any:
+    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["to_q", "to_v", "proj", "conv1"]}
+    model = {"lora": lora, "quantization": kind, **sections.pop("model", {})}
+    output = {"directory": str(workspace / name), "log_every": 1}
+    return tiny.config(workspace, method, model=model, output=output, **sections)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_bit_for_bit_and_leaves_the_original_weights_with_the_adapter(
+    workspace: Path, kind: Kind
+) -> None:
+    for steps in (3, 6):
+        train(_config(workspace, kind, "resumed", training={"steps": steps, "ema_decay": 0.5}), progress=False)
+    result = train(_config(workspace, kind, "whole", training={"ema_decay": 0.5}), progress=False)
+    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and result.history[0]["margin"] == 0
+    one, other = (
+        load_checkpoint(complete_checkpoints(workspace / name / "checkpoints")[-1]) for name in ("resumed", "whole")
+    )
+    for part in ("trainable", "ema", "state"):
+        _assert_same(getattr(one, part), getattr(other, part))
+    assert all(".lora_" in name for name in other.trainable)
+
+    base, written = (load_file(path / UNET) for path in (workspace / "model", result.model_directory))
+    assert base.keys() == written.keys()
+    changed = {name for name in base if not torch.equal(base[name], written[name])}
+    assert changed == {
+        name
+        for name in base
+        if name.rsplit(".", 2)[-2] in ("to_q", "to_v", "proj", "conv1") and name.endswith("weight")
+    }
+    # The adapter alone, put on the original network by peft, predicts the same.
+    plain, merged = (load_model("digits", path) for path in (workspace / "model", result.model_directory))
+    adapted = PeftModel.from_pretrained(plain.network, str(result.directory / "adapter")).eval()
+    with torch.no_grad():
+        given = _given(plain)
+        trained = merged.predict(merged.network.eval(), *given)
+        torch.testing.assert_close(plain.predict(adapted, *given), trained, rtol=1e-4, atol=1e-5)
+    assert f"its linear layers in {kind}" in (result.directory / "adapter" / "README.md").read_text()
+
+
+def test_a_model_at_hand_keeps_its_own_weights(workspace: Path) -> None:
+    config = _config(workspace, "nf4")
+    model = load_model("digits", workspace / "model")
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.add_(0.01)
+    own = {name: value.clone() for name, value in model.network.state_dict().items()}
+    written = load_file(tiny.train_model(config, model, open_dataset(config), progress=False).model_directory / UNET)
+    for name, value in own.items():
+        assert torch.equal(written[name], value) or "to_" in name or "proj" in name or "conv1" in name
+
+
+def test_a_model_is_quantised_before_it_reaches_the_device(workspace: Path) -> None:
+    model = open_model(_config(workspace, "nf4"))
+    assert len(_quantized(model.network)) > 30
+    assert model.unquantized is not None
+    _assert_same(dict(model.unquantized().state_dict()), load_file(workspace / "model" / UNET))
+    with pytest.raises(InvalidInput, match=r"network = .*: holds quantised weights"):
+        model.save(workspace / "copy")
+
+
+def test_merging_leaves_the_adapted_network_alone(workspace: Path) -> None:
+    model = open_model(_config(workspace, "int8"))
+    networks = Networks(model, lora=LORA, gradient_checkpointing=False)
+    _shake(networks.policy_module)
+    before = {name: value.clone() for name, value in networks.policy_module.state_dict().items()}
+    assert model.unquantized is not None
+    merged = merged_into(model.unquantized(), networks.policy_module)
+    assert merged.state_dict().keys() == tiny.unet().state_dict().keys()
+    for name, value in networks.policy_module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_perturbation_has_the_size_of_the_weights_below(workspace: Path, kind: Kind) -> None:
+    model = open_model(_config(workspace, kind))
+    networks = Networks(model, lora=LoraSection(rank=8, target_modules=["to_q", "to_v"]), gradient_checkpointing=False)
+    perturb(networks.policy_module, 0.01, seed=3)
+    assert model.unquantized is not None
+    base = model.unquantized().state_dict()
+    merged = merged_into(model.unquantized(), networks.policy_module).state_dict()
+    names = [name for name in base if name.endswith(("to_q.weight", "to_v.weight"))]
+    ratios = [float((merged[name] - base[name]).norm() / base[name].norm()) for name in names]
+    assert len(ratios) >= 8 and all(0.005 < ratio < 0.02 for ratio in ratios)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_holds_the_quantised_reference(workspace: Path, kind: Kind) -> None:
+    """The same losses as without, up to the rounding of a network asked in other batches."""
+    cache, losses = {"path": str(workspace / "cache")}, []
+    for path in (None, cache["path"]):
+        config = _config(
+            workspace,
+            kind,
+            f"run-{path is None}",
+            "inversion-dpo",
+            model={"init_perturbation": 0.1},
+            cache={"path": path},
+            training={"steps": 2},
+        )
+        losses.append([row["loss"] for row in train(config, progress=False).history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != pytest.approx(math.log(2), abs=1e-3)
+    other = _config(workspace, None, "other", "inversion-dpo", cache=cache)
+    with pytest.raises(InvalidInput, match=rf"model\.quantization \('{kind}' there, absent here\)"):
+        train(other, progress=False)
+
+
+def test_latents_and_embeddings_serve_any_weights(workspace: Path) -> None:
+    encoded = {"path": str(workspace / "encoded")}
+    for chosen in ("nf4", None):
+        train(
+            _config(workspace, chosen, f"inpo-{chosen}", "inpo", cache=encoded, training={"steps": 2}), progress=False
+        )
+
+
+def test_the_best_model_of_an_evaluation_is_whole(workspace: Path) -> None:
+    result = run(workspace, "run", Planned(0.1, 0.2, 0.9, 0.3), model={"lora": {"rank": 2}, "quantization": "nf4"})
+    assert result.best_model_directory is not None and SECTION["every"] == 2
+    best, base = load_file(result.best_model_directory / UNET), load_file(workspace / "model" / UNET)
+    assert best.keys() == base.keys()
+    assert any(not torch.equal(best[name], base[name]) for name in base)
+    assert all(torch.equal(best[name], base[name]) for name in base if "to_" not in name)
