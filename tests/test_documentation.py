@@ -23,9 +23,9 @@ from fastinvdpo.methods.losses import preference_probability, smoothed_pair_weig
 from tests import documentation
 from tests.cases import SD_SCHEDULER
 from tests.data import test_documentation as data_page
-from tests.data.scoring import tiny as tiny_clip
 from tests.data.test_pairs import row, store
 from tests.evaluation import test_documentation as evaluation_page
+from tests.evaluation import tiny_clip
 from tests.models import tiny
 
 OTHER_TESTS = {"docs/data.md": data_page.COMMANDS, "docs/evaluation.md": evaluation_page.COMMANDS}

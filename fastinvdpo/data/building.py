@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from fastinvdpo.data.card import write_card
+from fastinvdpo._extras import require
 from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.data.structured import StructuredImage, read_structured
-from fastinvdpo.data.writing import write_pairs
+from fastinvdpo.data.writing import require_new, write_pairs
 from fastinvdpo.errors import invalid
 
 NO_RELATION = "(none)"
+_Queue: TypeAlias = list[tuple[int, int, bytes, str]]  # pairs given, relations, a hash, prompt
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,9 @@ class PairRule:
 
     def prefers(self, first: Mapping[str, float], second: Mapping[str, float]) -> bool:
         """Whether an image with the scores ``first`` wins over one with ``second``."""
-        if self.weights:
-            gain = self.total(first) - self.total(second)
-            return gain > 0 and gain >= self.margin
         gains = [first[name] - second[name] for name in first]
+        if self.weights:
+            gains = [self.total(first) - self.total(second)]
         return min(gains) >= 0 and max(gains) > 0 and max(gains) >= self.margin
 
 
@@ -77,9 +78,13 @@ def build_pairs(
         image_root: directory that image paths are relative to; that of ``structured`` when None.
 
     Raises:
-        InvalidInput: mistakes in the file, unknown scores in ``rule.weights``, an unreadable image, or no pair.
+        InvalidInput: mistakes in the file, unknown scores in ``rule.weights``, an unreadable image, no pair, or an
+            output that is there already.
     """
     source, target = Path(structured), Path(output)
+    card = target.with_suffix(".md")
+    for path in (target, card):
+        require_new(path)
     lines = read_structured(source)
     images = [image for _, image in lines]
     known = sorted(images[0].scores)
@@ -92,7 +97,7 @@ def build_pairs(
         raise invalid("STRUCTURED.jsonl", str(source), problem, "lower the margin, or add images")
     root = source.parent if image_root is None else Path(image_root)
     write_pairs(target, _rows(pairs, lines, root, rule))
-    write_card(target, source, images, pairs, rule)
+    card.write_text(_card(target.name, source, images, pairs, rule), "utf-8")
     return pairs
 
 
@@ -108,44 +113,37 @@ def choose_pairs(images: Sequence[StructuredImage], rule: PairRule) -> list[Buil
     for number, image in enumerate(images):
         groups.setdefault(image.prompt_id, []).append(number)
     offers = {prompt: _candidates(images, members, rule) for prompt, members in groups.items()}
-    relations = {prompt: images[members[0]].predicates or (NO_RELATION,) for prompt, members in groups.items()}
     offers = {prompt: pairs for prompt, pairs in offers.items() if pairs}
+    relations = {prompt: images[groups[prompt][0]].predicates or (NO_RELATION,) for prompt in offers}
+    sizes = {prompt: len(pairs) for prompt, pairs in offers.items()}
     if rule.balance:
-        taken_for = _balanced({prompt: len(pairs) for prompt, pairs in offers.items()}, relations, rule.seed)
+        taken = _balanced(sizes, relations, rule.seed)
     else:
-        taken_for = {
-            prompt: [relations[prompt][k % len(relations[prompt])] for k in range(len(pairs))]
-            for prompt, pairs in offers.items()
-        }
+        taken = {prompt: [of[k % len(of)] for k in range(sizes[prompt])] for prompt, of in relations.items()}
     return [
         BuiltPair(winner, loser, relation)
         for prompt, pairs in offers.items()
-        for (winner, loser), relation in zip(pairs, taken_for[prompt], strict=False)
+        for (winner, loser), relation in zip(pairs, taken[prompt], strict=False)
     ]
 
 
 def _candidates(images: Sequence[StructuredImage], members: Sequence[int], rule: PairRule) -> list[tuple[int, int]]:
     """At most ``max_pairs`` pairs (winner, loser) of one prompt, in an order that follows from the seed."""
-    found = []
-    for first, second in combinations(members, 2):
-        for winner, loser in ((first, second), (second, first)):
-            if images[winner].image != images[loser].image and rule.prefers(
-                images[winner].scores, images[loser].scores
-            ):
-                found.append((winner, loser))
-    distinct = {(images[winner].image, images[loser].image): (winner, loser) for winner, loser in found}
-    shuffled = sorted(distinct.items(), key=lambda item: _hash(rule.seed, *item[0]))
-    return [pair for _, pair in shuffled[: rule.max_pairs]]
+    distinct = {
+        (images[winner].image, images[loser].image): (winner, loser)
+        for winner, loser in permutations(members, 2)
+        if images[winner].image != images[loser].image and rule.prefers(images[winner].scores, images[loser].scores)
+    }
+    return [distinct[names] for names in sorted(distinct, key=lambda names: _hash(rule.seed, *names))][: rule.max_pairs]
 
 
 def _balanced(sizes: Mapping[str, int], relations: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
     """For every prompt the relations that its first pairs are taken for."""
     taken: dict[str, list[str]] = {prompt: [] for prompt in sizes}
-    queues: dict[str, list[tuple[int, int, bytes, str]]] = {}
-    for prompt in sizes:
-        for relation in relations[prompt]:
-            entry = (0, len(relations[prompt]), _hash(seed, prompt), prompt)
-            heapq.heappush(queues.setdefault(relation, []), entry)
+    queues: dict[str, _Queue] = {}
+    for prompt, own in relations.items():
+        for relation in own:
+            heapq.heappush(queues.setdefault(relation, []), (0, len(own), _hash(seed, prompt), prompt))
     # Rare relations choose first, and every prompt serves first those relations that have fewest others to turn to.
     offered = {relation: sum(sizes[prompt] for *_, prompt in queue) for relation, queue in queues.items()}
     counts = dict.fromkeys(sorted(queues, key=lambda relation: (offered[relation], relation)), 0)
@@ -153,26 +151,24 @@ def _balanced(sizes: Mapping[str, int], relations: Mapping[str, Sequence[str]], 
         lowest = min(counts.values())
         turn = [relation for relation, count in counts.items() if count == lowest]
         served = [relation for relation in turn if _take(queues[relation], relation, sizes, taken)]
-        for relation in served:
-            counts[relation] += 1
+        counts |= dict.fromkeys(served, lowest + 1)
         if len(served) < len(turn):
             break
     return taken
 
 
-def _take(
-    queue: list[tuple[int, int, bytes, str]], relation: str, sizes: Mapping[str, int], taken: dict[str, list[str]]
-) -> bool:
+def _take(queue: _Queue, relation: str, sizes: Mapping[str, int], taken: dict[str, list[str]]) -> bool:
     """Give ``relation`` a pair of the prompt that has given the fewest; False when none is left."""
     while queue:
         given, others, order, prompt = heapq.heappop(queue)
-        if len(taken[prompt]) == sizes[prompt]:
+        now = len(taken[prompt])
+        if now == sizes[prompt]:
             continue
-        if given == len(taken[prompt]):
+        if given == now:
             taken[prompt].append(relation)
-            heapq.heappush(queue, (given + 1, others, order, prompt))
-            return True
         heapq.heappush(queue, (len(taken[prompt]), others, order, prompt))
+        if given == now:
+            return True
     return False
 
 
@@ -180,15 +176,11 @@ def _rows(
     pairs: Sequence[BuiltPair], lines: Sequence[tuple[int, StructuredImage]], root: Path, rule: PairRule
 ) -> Iterator[dict[str, Any]]:
     for pair in pairs:
-        winner, loser = lines[pair.winner][1], lines[pair.loser][1]
-        first_wins = _hash(rule.seed, "side", winner.image, loser.image)[0] < 128
-        sides = (pair.winner, pair.loser) if first_wins else (pair.loser, pair.winner)
-        row: dict[str, Any] = {
-            "label_0": float(first_wins),
-            "label_1": float(not first_wins),
-            "caption": winner.compose(),
-        }
-        for side, number in enumerate(sides):
+        names = [lines[number][1].image for number in (pair.winner, pair.loser)]
+        first_wins = _hash(rule.seed, "side", *names)[0] < 128
+        row: dict[str, Any] = {"label_0": float(first_wins), "label_1": float(not first_wins)}
+        row["caption"] = lines[pair.winner][1].compose()
+        for side, number in enumerate((pair.winner, pair.loser) if first_wins else (pair.loser, pair.winner)):
             line, image = lines[number]
             where = f"line {line}, image {image.image!r}"
             data = file_bytes(root / image.image, where)
@@ -216,6 +208,56 @@ def parse_weights(options: Sequence[str]) -> dict[str, float]:
         if not name or not math.isfinite(weights[name]):
             raise invalid("weight", option, "is not a weight", "write, say, relations=0.5")
     return weights
+
+
+def _card(
+    name: str, source: Path, images: Sequence[StructuredImage], pairs: Sequence[BuiltPair], rule: PairRule
+) -> str:
+    """A data card of the hub: what the pairs were made from, by which rule, and what came out."""
+    hub = require("huggingface_hub", extra="train", purpose="writing a data card")
+    prompts = len({image.prompt_id for image in images})
+    paired = len({images[pair.winner].prompt_id for pair in pairs})
+    how = "an image wins that is lower in no score and higher in at least one (Pareto dominance)"
+    if rule.weights:
+        sums = " + ".join(f"{weight:g} · {name}" for name, weight in rule.weights.items())
+        how = f"the image with the higher {sums} wins"
+    gains = []
+    for score in sorted(images[0].scores):
+        won, lost = ([images[getattr(pair, side)].scores[score] for pair in pairs] for side in ("winner", "loser"))
+        gain = [a - b for a, b in zip(won, lost, strict=True)]
+        gains.append(
+            [score, *(f"{x:.4g}" for x in (statistics.fmean(won), statistics.fmean(lost), min(gain), max(gain)))]
+        )
+    front = hub.DatasetCardData(pretty_name=name, task_categories=["text-to-image"], tags=["preference", "dpo"])
+    text = f"""# {name}
+
+{len(pairs)} preference pairs of {paired} prompts, built by `fastinvdpo data build`.
+
+## Source
+
+- `{source.name}`, SHA-256 `{hashlib.sha256(source.read_bytes()).hexdigest()}`
+- {len(images)} images of {prompts} prompts; {prompts - paired} prompts gave no pair
+
+## Rule
+
+- {how}
+- margin at least {rule.margin:g}, at most {rule.max_pairs} pairs a prompt, relations served \
+{"in turns" if rule.balance else "as they come"}, seed {rule.seed}
+
+## Relations
+
+{_table(["relation", "pairs"], sorted(relation_counts(pairs).items()))}
+
+## Scores
+
+{_table(["score", "mean of winners", "mean of losers", "least gain", "greatest gain"], gains)}
+"""
+    return str(hub.DatasetCard(f"---\n{front.to_yaml()}\n---\n\n{text}"))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _hash(seed: int, *parts: str) -> bytes:

@@ -7,49 +7,71 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.broken import by_cause, write_report
+from fastinvdpo.data.broken import by_cause, check_report, write_report
 from fastinvdpo.data.pairs import Pair, PairDataset
+from fastinvdpo.errors import invalid
 
 SHEET = "pairs.png"
+_MARK = ("Software", "fastinvdpo data inspect")
 _SIDE, _GAP, _TEXT = 160, 8, 360
 _WON, _LOST, _TIED = (46, 125, 50), (198, 40, 40), (117, 117, 117)
 _SIZES_SHOWN = 5
+
+
+def check_place(directory: Path) -> None:
+    """Raise ``InvalidInput`` where ``directory`` holds other files than those of an earlier look, by the same names."""
+    pil = require("PIL.Image", extra="train", purpose="drawing pairs")
+    check_report(directory)
+    path = directory / SHEET
+    try:
+        if path.exists():
+            with pil.open(path, formats=["PNG"]) as there:
+                ours = there.info.get(_MARK[0]) == _MARK[1]
+        else:
+            ours = not path.is_symlink()
+    except OSError:
+        ours = False
+    if not ours:
+        raise invalid(
+            "output", str(path), "is there, and no sheet of ours that could be replaced", "name another place"
+        )
 
 
 def inspect_pairs(dataset: PairDataset, directory: Path, *, pairs: int = 8) -> dict[str, Any]:
     """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return the summary.
 
     The summary has what :class:`fastinvdpo.data.broken.DataSummary` counts, and sizes, captions and scores.
+
+    Raises:
+        InvalidInput: files that are no earlier reports are in the way, see :func:`check_place`.
     """
+    check_place(directory)
     write_report(dataset.summary, dataset.broken, directory)
-    sheet([dataset[i] for i in range(min(pairs, len(dataset)))]).save(directory / SHEET)
+    marks = require("PIL.PngImagePlugin", extra="train", purpose="drawing pairs").PngInfo()
+    marks.add_text(*_MARK)
+    sheet([dataset[i] for i in range(min(pairs, len(dataset)))]).save(directory / SHEET, pnginfo=marks)
     captions = [dataset.caption(i) for i in range(len(dataset))]
     lengths = [len(caption) for caption in captions]
     found: dict[str, Any] = {
         **dataset.summary.as_dict(),
         "sizes": {f"{w} x {h}": count for (h, w), count in dataset.image_sizes.most_common()},
-        "captions": {
-            "distinct": len(set(captions)),
-            "empty": captions.count(""),
-            "characters": {"least": min(lengths), "median": statistics.median(lengths), "most": max(lengths)},
-        },
+        "captions": {"distinct": len(set(captions)), "empty": captions.count("")},
+        "characters": {"least": min(lengths), "median": statistics.median(lengths), "most": max(lengths)},
     }
     scores = dataset.scores()
     if scores is not None:
-        gains = [winner - loser for winner, loser in scores]
         found["scores"] = {
             "columns": [dataset.source.shown(name) for name in ("score_0", "score_1")],
             "winner_mean": statistics.fmean(winner for winner, _ in scores),
             "loser_mean": statistics.fmean(loser for _, loser in scores),
-            "winner_higher": sum(gain > 0 for gain in gains) / len(gains),
+            "winner_higher": sum(winner > loser for winner, loser in scores) / len(scores),
         }
     return found
 
 
 def described(found: dict[str, Any]) -> str:
     """The summary as lines of text."""
-    sizes, captions = found["sizes"], found["captions"]
-    length = captions["characters"]
+    sizes, captions, length = found["sizes"], found["captions"], found["characters"]
     shown = [f"{size} ({count})" for size, count in list(sizes.items())[:_SIZES_SHOWN]]
     if len(sizes) > _SIZES_SHOWN:
         shown.append(f"{len(sizes) - _SIZES_SHOWN} other sizes")
@@ -63,33 +85,31 @@ def described(found: dict[str, Any]) -> str:
         f"captions  {captions['distinct']} distinct, {captions['empty']} empty, {length['least']} to {length['most']} "
         f"characters, median {length['median']:g}",
     ]
-    if "scores" in found:
-        scores = found["scores"]
-        lines.append(
-            f"scores    {', '.join(scores['columns'])}: winners {scores['winner_mean']:.4g}, losers "
-            f"{scores['loser_mean']:.4g} on average; the winner's is higher in {scores['winner_higher']:.1%}"
-        )
-    else:
-        lines.append("scores    none")
+    scores = found.get("scores")
+    lines.append(
+        "scores    none"
+        if scores is None
+        else f"scores    {', '.join(scores['columns'])}: winners {scores['winner_mean']:.4g}, losers "
+        f"{scores['loser_mean']:.4g} on average; the winner's is higher in {scores['winner_higher']:.1%}"
+    )
     return "\n".join(lines)
 
 
 def sheet(pairs: list[Pair]) -> Any:
     """One line a pair: winner (green), loser (red; both grey for a tie), row, caption, scores. A PIL image."""
     pil = require("PIL.Image", extra="train", purpose="drawing pairs")
+    ops = require("PIL.ImageOps", extra="train", purpose="drawing pairs")
     drawing = require("PIL.ImageDraw", extra="train", purpose="drawing pairs")
     cell = _SIDE + 2 * _GAP
     page = pil.new("RGB", (2 * cell + _TEXT, max(1, len(pairs)) * cell), "white")
     draw = drawing.Draw(page)
     for line, pair in enumerate(pairs):
-        colours = (_TIED, _TIED) if pair.tie else (_WON, _LOST)
-        for column, (image, colour) in enumerate(zip((pair.winner, pair.loser), colours, strict=True)):
-            scale = _SIDE / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            small = image.convert("RGB").resize(size, pil.Resampling.NEAREST if scale > 4 else pil.Resampling.BICUBIC)
-            left, top = column * cell + _GAP + (_SIDE - size[0]) // 2, line * cell + _GAP + (_SIDE - size[1]) // 2
-            draw.rectangle((left - 3, top - 3, left + size[0] + 2, top + size[1] + 2), fill=colour)
-            page.paste(small, (left, top))
+        frames = (_TIED, _TIED) if pair.tie else (_WON, _LOST)
+        for column, (image, frame) in enumerate(zip((pair.winner, pair.loser), frames, strict=True)):
+            way = pil.Resampling.NEAREST if max(image.size) * 4 < _SIDE else pil.Resampling.BICUBIC
+            small = ops.expand(ops.contain(image.convert("RGB"), (_SIDE, _SIDE), way), 3, frame)
+            place = (column * cell + (cell - small.width) // 2, line * cell + (cell - small.height) // 2)
+            page.paste(small, place)
         draw.multiline_text((2 * cell, line * cell + _GAP), _label(pair), fill="black")
     return page
 

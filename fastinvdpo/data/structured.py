@@ -13,7 +13,7 @@ Images with the same ``prompt_id`` compete. Their prompt is composed from the st
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -25,14 +25,7 @@ from fastinvdpo.errors import InvalidInput, invalid
 
 require("pydantic", extra="train", purpose="reading structured images")
 
-from pydantic import (  # noqa: E402  (the rest of the room does without it)
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator  # noqa: E402
 
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -44,7 +37,7 @@ class _Part(BaseModel):
 
 
 class ObjectPart(_Part):
-    """One object. ``box``: left, top, right, bottom as shares of the picture's width and height."""
+    """One object. ``box``: left, top, right, bottom as shares of the image's width and height."""
 
     id: Text
     name: Text
@@ -80,27 +73,18 @@ class StructuredImage(_Part):
     image: Text
     objects: Annotated[list[ObjectPart], Field(min_length=1)]
     relations: list[RelationPart] = []
-    scores: Annotated[dict[Text, float], Field(min_length=1)]
+    scores: Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
     prompt: Text | None = None
 
-    @field_validator("scores")
-    @classmethod
-    def _finite(cls, scores: dict[str, float]) -> dict[str, float]:
-        for name, value in scores.items():
-            if not math.isfinite(value):
-                raise ValueError(f"holds a {name!r} that is not a finite number")
-        return scores
-
     @model_validator(mode="after")
-    def _ids_fit(self) -> StructuredImage:
-        ids = [part.id for part in self.objects]
-        for name in ids:
-            if ids.count(name) > 1:
+    def _fits_together(self) -> StructuredImage:
+        ids = Counter(part.id for part in self.objects)
+        for name, count in ids.items():
+            if count > 1:
                 raise ValueError(f"has several objects with the id {name!r}")
-        for relation in self.relations:
-            for name in (relation.subject, relation.object):
-                if name not in ids:
-                    raise ValueError(f"has a relation with {name!r}, which is the id of no object ({', '.join(ids)})")
+        for name in (name for relation in self.relations for name in (relation.subject, relation.object)):
+            if name not in ids:
+                raise ValueError(f"has a relation with {name!r}, which is the id of no object ({', '.join(ids)})")
         return self
 
     @property
@@ -109,10 +93,7 @@ class StructuredImage(_Part):
         return tuple(sorted({relation.predicate for relation in self.relations}))
 
     def compose(self) -> str:
-        """The prompt: relations first, then the objects that stand in none.
-
-        >>> # "a red cube left of a cat, and a tree"
-        """
+        """The prompt: relations first, then the objects that stand in none; "a red cube left of a cat, and a tree"."""
         if self.prompt is not None:
             return self.prompt
         by_id = {part.id: part for part in self.objects}
@@ -132,11 +113,11 @@ def read_structured(path: str | Path) -> list[tuple[int, StructuredImage]]:
     found: list[tuple[int, StructuredImage]] = []
     mistakes: list[str] = []
     for line, record in json_lines(Path(path)):
-        if isinstance(record, BrokenRow):
-            mistakes.append(str(record))
-            continue
         try:
-            found.append((line, StructuredImage.model_validate(record)))
+            if isinstance(record, BrokenRow):
+                mistakes.append(str(record))
+            else:
+                found.append((line, StructuredImage.model_validate(record)))
         except ValidationError as error:
             mistakes += [_explained(line, dict(mistake)) for mistake in error.errors(include_url=False)]
     mistakes += _disagreements(found)
@@ -157,7 +138,7 @@ def _disagreements(images: list[tuple[int, StructuredImage]]) -> Iterator[str]:
         known_line, known = first.setdefault(image.prompt_id, (line, prompt))
         if prompt != known:
             problem = f"differs from {known!r} of line {known_line}, which has the same prompt_id"
-            remedy = "describe what was asked for equally in both, or use another prompt_id"
+            remedy = "describe the same prompt in both, or use another prompt_id"
             yield str(invalid(f"line {line}, prompt", prompt, problem, remedy))
         absent = [name for name in names if name not in image.scores]
         if absent:
@@ -174,9 +155,8 @@ _REMEDIES = {
 
 
 def _explained(line: int, mistake: dict[str, Any]) -> str:
-    field = ".".join(str(part) for part in mistake["loc"])
+    field = f", {'.'.join(map(str, mistake['loc']))}" if mistake["loc"] else ""
     value = None if mistake["type"] == "missing" else mistake["input"]
     message = mistake["msg"].removeprefix("Value error, ")
-    where = f"line {line}, {field}" if field else f"line {line}"
     remedy = _REMEDIES.get(mistake["type"], "see the schema in docs/data.md")
-    return str(invalid(where, value, message[:1].lower() + message[1:].rstrip("."), remedy))
+    return str(invalid(f"line {line}{field}", value, message[:1].lower() + message[1:].rstrip("."), remedy))

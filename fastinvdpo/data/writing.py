@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-import math
-import numbers
 import os
 from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
+from fastinvdpo.data.rows import IMAGES, SCHEMA, SCORES, number
 from fastinvdpo.errors import invalid
 
-_REQUIRED = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
-_SCORES = ("score_0", "score_1")
 _ROWS_PER_GROUP = 1000
 
 
@@ -30,33 +28,33 @@ def write_pairs(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """
     arrow = require("pyarrow", extra="train", purpose="writing preference pairs")
     parquet = require("pyarrow.parquet", extra="train", purpose="writing preference pairs")
+    remaining = iter(rows)
+    first = next(remaining, None)
+    if first is None:
+        raise invalid("rows", 0, "holds no pairs", "write at least one")
+    names = [name for name in SCHEMA if name not in SCORES or "score_0" in first]
+    kinds = {"jpg_0": arrow.binary(), "jpg_1": arrow.binary(), "caption": arrow.string()}
+    schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names])
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    writer: Any = None
-    schema: Any = None
+    numbered = enumerate(chain([first], remaining))
     count = 0
-    group: list[dict[str, Any]] = []
     try:
-        for count, row in enumerate(rows, start=1):
-            if schema is None:
-                schema = _schema(arrow, with_scores="score_0" in row)
-                writer = parquet.ParquetWriter(partial, schema)
-            group.append(_checked(row, count - 1, schema.names))
-            if len(group) == _ROWS_PER_GROUP:
+        with parquet.ParquetWriter(partial, schema) as writer:
+            while group := [_checked(row, i, names) for i, row in islice(numbered, _ROWS_PER_GROUP)]:
                 writer.write_table(arrow.Table.from_pylist(group, schema=schema))
-                group = []
-        if schema is None:
-            raise invalid("rows", count, "holds no pairs", "write at least one")
-        if group:
-            writer.write_table(arrow.Table.from_pylist(group, schema=schema))
-        writer.close()
+                count += len(group)
         os.replace(partial, target)
     finally:
-        if writer is not None:
-            writer.close()
         partial.unlink(missing_ok=True)
     return count
+
+
+def require_new(path: Path, argument: str = "output") -> None:
+    """Raise ``InvalidInput`` where something is at ``path`` already."""
+    if path.exists() or path.is_symlink():
+        raise invalid(argument, str(path), "is there already", "name another output, or delete it")
 
 
 def encode_png(image: Any) -> bytes:
@@ -66,22 +64,15 @@ def encode_png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _schema(arrow: Any, with_scores: bool) -> Any:
-    kinds = {"jpg_0": arrow.binary(), "jpg_1": arrow.binary(), "caption": arrow.string()}
-    names = (*_REQUIRED, *_SCORES) if with_scores else _REQUIRED
-    return arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names])
-
-
-def _checked(row: Mapping[str, Any], number: int, names: list[str]) -> dict[str, Any]:
+def _checked(row: Mapping[str, Any], i: int, names: list[str]) -> dict[str, Any]:
     if set(row) != set(names):
         problem = f"lacks {sorted(set(names) - set(row))} and has unknown {sorted(set(row) - set(names))}"
-        raise invalid(f"rows[{number}]", sorted(row), problem, f"give exactly {names} in every row")
-    return {name: _checked_value(name, row[name], number) for name in names}
+        raise invalid(f"rows[{i}]", sorted(row), problem, f"give exactly {names} in every row")
+    return {name: _checked_value(name, row[name], f"rows[{i}][{name!r}]") for name in names}
 
 
-def _checked_value(name: str, value: Any, number: int) -> Any:
-    where = f"rows[{number}][{name!r}]"
-    if name in ("jpg_0", "jpg_1"):
+def _checked_value(name: str, value: Any, where: str) -> Any:
+    if name in IMAGES:
         data = encode_png(value) if hasattr(value, "save") else value
         if not isinstance(data, bytes) or not data:
             raise invalid(where, type(value).__name__, "is no image", "give encoded bytes or a PIL image")
@@ -90,6 +81,7 @@ def _checked_value(name: str, value: Any, number: int) -> Any:
         if not isinstance(value, str):
             raise invalid(where, value, "is not a string", "give text")
         return value
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    found = number(value.item() if hasattr(value, "item") else value)  # a number of numpy or torch
+    if found is None:
         raise invalid(where, value, "is not a finite number", "give a number")
-    return float(value)
+    return found

@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from fastinvdpo.data.digests import key_hash
-from fastinvdpo.data.scoring import Scorer, in_batches
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import sample
-from fastinvdpo.evaluation.scorers import check_scorers, open_scorers
+from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
 from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.random_state import random_state, set_random_state

@@ -25,11 +25,11 @@ from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, entry, jsonl
 from fastinvdpo.data.digests import Digests, differences, key_hash
 from fastinvdpo.data.images import decode
 from fastinvdpo.data.rows import IMAGES, caption_of
-from fastinvdpo.data.scoring import in_batches, open_scorer
-from fastinvdpo.data.scoring.ranges import METADATA, ScoreRange
-from fastinvdpo.data.scoring.scored_table import write_scored
+from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.evaluation.scored_table import write_scored
+from fastinvdpo.evaluation.scorers import in_batches, open_scorer
 from fastinvdpo.io import atomic_file, discard, only_writer
 from fastinvdpo.trainer.opening import open_data_source
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fastinvdpo.data import PairSource
-    from fastinvdpo.data.scoring import Scorer
+    from fastinvdpo.evaluation.scorers import Scorer
     from fastinvdpo.trainer.config import DataSection
 
 FORMAT = 1
@@ -102,7 +102,7 @@ def run_scorers(
     device: str = "auto",
     **options: Any,
 ) -> ScoreResult:
-    """:func:`score_pairs` with the scorers that :func:`fastinvdpo.data.scoring.open_scorer` makes of ``specs``."""
+    """:func:`score_pairs` with the scorers that :func:`open_scorer` makes of ``specs``."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

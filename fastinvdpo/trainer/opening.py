@@ -87,7 +87,7 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
     Raises:
         InvalidInput: no range is stored with the scores, or a given number is not of their unit.
     """
-    from fastinvdpo.data.scoring.ranges import stored_range
+    from fastinvdpo.data.score_range import measured_range, stored_range
 
     method = config.method
     if method.name != "smpo":
@@ -95,9 +95,11 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
     names = [config.data.columns.get(name, name) for name in ("score_0", "score_1")]
     stored = None if source is None else stored_range(source, (names[0], names[1]))
     if not isinstance(method.score_range, str):
-        if stored is not None and not 1 / _OTHER_UNIT < stored.value / method.score_range < _OTHER_UNIT:
-            problem = f"is not of the unit of the scores, which range over {stored.value:.5g}"
-            raise invalid("method.score_range", method.score_range, problem, "set it to auto, which takes their range")
+        found = measured_range(source) if source is not None and stored is None else stored
+        if found is not None and found.value and not 1 / _OTHER_UNIT < found.value / method.score_range < _OTHER_UNIT:
+            problem = f"is not of the unit of the scores, which range over {found.value:.5g}"
+            remedy = "give the range of all scores of the set" if stored is None else "set it to auto"
+            raise invalid("method.score_range", method.score_range, problem, remedy)
         return config
     if stored is None:
         problem = f"no range of the columns {names[0]!r} and {names[1]!r} is stored in {config.data.path}"

@@ -12,8 +12,8 @@ import pytest
 from fastinvdpo import cli
 from fastinvdpo.data import PairDataset
 from tests import documentation
-from tests.data.scoring import tiny
 from tests.data.test_pairs import encoded, image, row, store
+from tests.evaluation import tiny_clip as tiny
 
 COMMANDS = documentation.commands("docs/data.md")
 EXAMPLES = documentation.blocks("docs/data.md", "json")

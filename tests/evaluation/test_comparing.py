@@ -15,16 +15,14 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from fastinvdpo import cli
-from fastinvdpo.data.scoring import FunctionScorer
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import comparing
 from fastinvdpo.evaluation.comparing import Sampling, compare, parse_sampling, statistics
 from fastinvdpo.evaluation.metrics import wilson_interval
-from fastinvdpo.evaluation.scorers import check_scorers, open_scorers
+from fastinvdpo.evaluation.scorers import FunctionScorer, check_scorers, open_scorers
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import train
-from tests.data.scoring import tiny as tiny_clip
-from tests.evaluation import tiny
+from tests.evaluation import tiny, tiny_clip
 from tests.evaluation.tiny import PROMPTS
 from tests.models import tiny as tiny_models
 from tests.trainer import tiny as tiny_training

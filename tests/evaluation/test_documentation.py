@@ -12,8 +12,8 @@ import yaml
 
 from fastinvdpo import cli
 from tests import documentation
-from tests.data.scoring import tiny as tiny_clip
 from tests.data.test_pairs import row, store
+from tests.evaluation import tiny_clip
 from tests.models import tiny
 
 COMMANDS = documentation.commands("docs/evaluation.md")

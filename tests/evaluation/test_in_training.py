@@ -16,9 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fastinvdpo.data.scoring import FunctionScorer
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import EvaluationCallback, in_training
+from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, TrainResult, train
 from fastinvdpo.trainer import trainer as loop

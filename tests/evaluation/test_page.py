@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastinvdpo.data.scoring import FunctionScorer
 from fastinvdpo.evaluation.comparing import Sampling, compare
 from fastinvdpo.evaluation.page import table_rows
+from fastinvdpo.evaluation.scorers import FunctionScorer
 from tests.evaluation import tiny
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

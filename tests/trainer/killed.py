@@ -22,7 +22,7 @@ from fastinvdpo.data import write_pairs
 from fastinvdpo.trainer import cache_writing, scoring
 from fastinvdpo.trainer.cache import Manifest
 from fastinvdpo.trainer.checkpoint import load_checkpoint
-from tests.data.scoring import tiny as tiny_clip
+from tests.evaluation import tiny_clip
 from tests.trainer import tiny
 from tests.trainer.forked import Ended, Server
 from tests.trainer.test_resume import _assert_same, _history

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastinvdpo.data import PairDataset, open_source, write_pairs
-from fastinvdpo.data.scoring import FunctionScorer
-from fastinvdpo.data.scoring.ranges import ScoreRange, stored_range
+from fastinvdpo.data.score_range import ScoreRange, stored_range
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.evaluation.scoring import score_pairs
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.trainer import train

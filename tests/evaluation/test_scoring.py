@@ -18,17 +18,17 @@ from PIL import Image
 from fastinvdpo import cli
 from fastinvdpo import io as atomic
 from fastinvdpo.data import PairDataset, open_source
-from fastinvdpo.data.scoring import FunctionScorer, open_scorer
-from fastinvdpo.data.scoring.clip import Clip
-from fastinvdpo.data.scoring.ranges import METADATA, stored_range
+from fastinvdpo.data.score_range import METADATA, stored_range
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import scoring
+from fastinvdpo.evaluation.clip import Clip
+from fastinvdpo.evaluation.scorers import FunctionScorer, open_scorer
 from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_pairs
 from fastinvdpo.trainer.config_files import load_data_section
-from tests.data.scoring import tiny
-from tests.data.scoring.test_scorers import pictures
 from tests.data.test_pairs import encoded, image, row, store
 from tests.data.test_sources import FORMATS, write_images, write_lines
+from tests.evaluation import tiny_clip as tiny
+from tests.evaluation.test_scorers import pictures
 from tests.trainer.forked import Server
 
 

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastinvdpo.data.scoring import FunctionScorer, in_batches, open_scorer
-from fastinvdpo.data.scoring.scorers import parse_spec
 from fastinvdpo.errors import InvalidInput
-from tests.data.scoring import tiny
+from fastinvdpo.evaluation.scorers import FunctionScorer, in_batches, open_scorer, parse_spec
+from tests.evaluation import tiny_clip as tiny
 
 CAPTIONS = ["ab", "zz top", "", "a cat on a mat in a hat", "ab"]
 # A cosine of float32 embeddings: no number passes more than about 64 roundings in a row on its way through two layers,
@@ -167,7 +166,7 @@ def test_a_processor_of_another_place(clip: Path, tmp_path: Path, monkeypatch: p
     processor = tiny.write_processor(tmp_path / "processor")
     expected = open_scorer(f"pickscore={clip}")(pictures(), CAPTIONS)
     assert torch.equal(open_scorer(f"pickscore={bare},processor={processor}")(pictures(), CAPTIONS), expected)
-    monkeypatch.setattr("fastinvdpo.data.scoring.scorers.PICKSCORE_PROCESSOR", str(processor))
+    monkeypatch.setattr("fastinvdpo.evaluation.scorers.PICKSCORE_PROCESSOR", str(processor))
     assert torch.equal(open_scorer(f"pickscore={bare}")(pictures(), CAPTIONS), expected)
     with pytest.raises(InvalidInput, match="cannot be loaded"):
         open_scorer(f"hps={bare}")  # only PickScore is published without

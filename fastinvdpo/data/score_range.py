@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.rows import SCORES, scores_of
 from fastinvdpo.data.source import PairSource
 from fastinvdpo.errors import invalid
 
@@ -33,6 +36,19 @@ class ScoreRange:
     @classmethod
     def of(cls, scores: Sequence[float]) -> ScoreRange:
         return cls(min(scores), max(scores))
+
+
+def measured_range(source: PairSource) -> ScoreRange | None:
+    """The range of the scores that are there, whoever wrote them; None without scores, or where all are broken."""
+    if not set(SCORES) <= source.resolve(()):
+        return None
+    found: list[float] = []
+    for row in range(len(source)):
+        try:
+            found += scores_of(source.record(row), partial(source.where, row))
+        except BrokenRow:  # told with its row when the pairs are opened
+            continue
+    return ScoreRange.of(found) if found else None
 
 
 def stored_range(source: PairSource, columns: tuple[str, str]) -> ScoreRange | None:
