@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.models import quantization
 from fastinvdpo.models.quantization import Kind, QuantizedLinear, nf4_dequantizer
-from fastinvdpo.trainer import quantization
 
 # (out, in): rows shorter than the block of 64, no multiple of it, and flat sizes that are no multiple, odd ones too.
 SHAPES = [(64, 32), (96, 32), (32, 96), (256, 32), (64, 16), (64, 64), (64, 128), (24, 48)]
