@@ -1,7 +1,4 @@
-"""``affine_step``: a guided DDIM inversion step, as schedulers and released codes write it, against the op.
-
-``python -m benchmarks.bench_affine_step`` measures this op alone, with the options of ``benchmarks.run``.
-"""
+"""``affine_step``: a guided DDIM inversion step, as schedulers and released codes write it, against the op."""
 
 from __future__ import annotations
 
@@ -75,9 +72,3 @@ class AffineStepProblem(Problem):
     @classmethod
     def moved(cls, mode: str) -> int:
         return {"forward": 4, "backward": 4, "full": 8}[mode]
-
-
-if __name__ == "__main__":
-    from .run import main
-
-    raise SystemExit(main(only="affine_step"))

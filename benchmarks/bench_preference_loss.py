@@ -1,7 +1,4 @@
-"""``preference_loss``: the loss block of the released Diffusion-DPO and InPO codes against the op.
-
-``python -m benchmarks.bench_preference_loss`` measures this op alone, with the options of ``benchmarks.run``.
-"""
+"""``preference_loss``: the loss block of the released Diffusion-DPO and InPO codes against the op."""
 
 from __future__ import annotations
 
@@ -113,9 +110,3 @@ class PreferenceLossProblem(Problem):
         winner, loser = torch.stack(sums).chunk(2)
         winner_magnitude, loser_magnitude = torch.stack(magnitudes).chunk(2)
         return -0.5 * BETA * (winner - loser), 0.5 * BETA * (winner_magnitude + loser_magnitude)
-
-
-if __name__ == "__main__":
-    from .run import main
-
-    raise SystemExit(main(only="preference_loss"))

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .live_memory import peak_bytes
+
 
 class Task(NamedTuple):
     """A call to measure. ``prepare`` runs before each call, outside the clock, and hands it its argument; so a backward
@@ -195,12 +197,8 @@ def footprint(task: Task, device: torch.device, visible: bool = True) -> Footpri
     with task.context():
         first, second = task.arguments(2)
         if on_gpu:
+            peak = peak_bytes(lambda: task.call(*first), device)
             torch.cuda.synchronize(device)
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            task.call(*first)
-            torch.cuda.synchronize(device)
-            peak = torch.cuda.max_memory_allocated(device) - before
         with profile(activities=activities, profile_memory=not on_gpu) as recorded:
             task.call(*second)
             if on_gpu:

@@ -25,30 +25,29 @@ from .problem import Case
 QUICK_SECONDS = 240.0  # after which --quick begins no case: the last one, its compilation included, may take a minute
 
 
-def main(argv: Sequence[str] | None = None, only: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks. Returns 0; 1 when a backend's result was wrong; 2 for bad usage.
 
     Args:
         argv: arguments without the program's name; those of the process when None.
-        only: measure this op alone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["step"]:
         from . import bench_step  # needs the train extra
 
         return bench_step.main(arguments[1:])
-    options = _parser(only).parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        return _run(options, only)
+        return _run(options)
     except (InvalidInput, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _parser(only: str | None) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastinvdpo bench",
-        description=f"Measure {only or 'the fused ops'} beside plain PyTorch, torch.compile and each other. "
+        description="Measure the fused ops beside plain PyTorch, torch.compile and each other. "
         "For whole training steps: fastinvdpo bench step --help.",
     )
     parser.add_argument(
@@ -70,14 +69,14 @@ def _parser(only: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, only: str | None) -> int:
+def _run(options: argparse.Namespace) -> int:
     other = results.read(options.compare) if options.compare else None  # a mistake shows before an hour's work
     if options.load:
         result, path = results.read(options.load), options.load
         print(*report.tables(result["results"]), sep="\n")
     else:
         device = _device(options.device)
-        selected = _select(options, device, only)
+        selected = _select(options, device)
         if options.list:
             print(*(f"{case} {mode}" for case, mode in selected), sep="\n")
             return 0
@@ -169,11 +168,9 @@ def _forget(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _select(options: argparse.Namespace, device: torch.device, only: str | None) -> list[tuple[Case, str]]:
+def _select(options: argparse.Namespace, device: torch.device) -> list[tuple[Case, str]]:
     cases = registry.quick(device.type) if options.quick else registry.everything()
-    selected = [
-        (case, mode) for case, mode in cases if only in (None, case.op) and registry.matches(case, mode, options.filter)
-    ]
+    selected = [(case, mode) for case, mode in cases if registry.matches(case, mode, options.filter)]
     if not selected:
         raise invalid("--filter", options.filter, "leaves no case", "see the words of all cases with --list")
     return selected

@@ -26,6 +26,7 @@ class Size:
         pooled: width of SDXL's pooled embedding; 0 where there is none.
         mixed_precision: as in ``training.mixed_precision``.
         gpu: whether only a GPU can do it in any reasonable time.
+        in_turn: whether networks and optimisers of both sides, the released one and ours, fit into 80 GB together.
     """
 
     unet: dict[str, Any]
@@ -34,6 +35,7 @@ class Size:
     pooled: int = 0
     mixed_precision: str = "no"
     gpu: bool = False
+    in_turn: bool = True
 
 
 SCHEDULER = {
@@ -92,6 +94,7 @@ SIZES = {
         pooled=1280,
         mixed_precision="bf16",
         gpu=True,
+        in_turn=False,
     ),
 }
 

@@ -28,7 +28,7 @@ from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, config_files
 from fastinvdpo.trainer.accounting import AUTOCAST, gradient_factor
-from fastinvdpo.trainer.networks import perturb
+from fastinvdpo.trainer.networks import Networks, frozen_copy, perturb
 from fastinvdpo.trainer.step import training_step
 
 from . import peers
@@ -108,20 +108,34 @@ class Provider(ABC):
     """Makes steps of one case.
 
     Attributes:
-        name: provider's name; gradient_factor: forward evaluations that one with gradient counts as.
-        evaluations: of networks so far.
+        gradient_factor: forward evaluations that one with gradient counts as.
+        networks: what counts evaluations, in an attribute of that name.
+        parameters, optimizer: what a step changes, and how.
+        max_batch: network evaluations in one call, where the provider chooses.
     """
 
     name: str
     gradient_factor: int
+    networks: Networks | ReleasedNetworks
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    max_batch: int | None = None
 
     @property
-    @abstractmethod
-    def evaluations(self) -> Evaluations: ...
+    def evaluations(self) -> Evaluations:
+        return dict(self.networks.evaluations)
 
-    @abstractmethod
     def warm_up(self) -> None:
         """Let the optimiser allocate what it keeps, with a gradient of zero."""
+        if not self.optimizer.state:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    @abstractmethod
+    def forward(self) -> object:
+        """One evaluation of the policy without gradient, whose FLOPs are counted."""
 
     @abstractmethod
     def prepare(self, number: int) -> Any:
@@ -137,34 +151,43 @@ class Provider(ABC):
 
 
 class Trainer:
-    """This package's trainer, set up once for all its variants."""
+    """This package's trainer, shared by all its variants. What it trains is there after :meth:`set_up`; its device,
+    batch and model are there before.
+    """
 
     def __init__(self, case: StepCase) -> None:
         self.case, self.model = case, RandomModel(SIZES[case.size])
         self.run = PreferenceTrainer(
             self.model, case.config.method, RandomPairs(case.pairs), case.config, resume="never", progress=False
         )
-        self.run.start()
+        self.run.prepare()
+        self.device: torch.device = self.run.accelerator.device
         self.batch = self.run.builder.build(range(case.pairs))
 
-    @property
-    def device(self) -> torch.device:
-        return self.run.accelerator.device
+    def set_up(self) -> None:
+        """Networks and optimiser; the model's network is taken, not copied."""
+        self.run.start()
 
-    def forward(self) -> Tensor:
-        """One evaluation of the policy without gradient, that does not count."""
-        told = {name: tensor[:1] for name, tensor in self.batch.conditioning.items()}
-        with torch.no_grad():
-            times = torch.zeros(1, dtype=torch.int64, device=self.device)
-            return self.run.state.networks.probe(self.batch.latents[:1], times, told)
+    def close(self) -> None:
+        self.run.close()
+
+
+def one_sample(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What a network is asked about one sample."""
+    told = {name: tensor[:1] for name, tensor in batch.conditioning.items()}
+    return batch.latents[:1], torch.zeros(1, dtype=torch.int64, device=batch.latents.device), told
 
 
 class Ours(Provider):
     """``training_step`` as the trainer calls it."""
 
+    networks: Networks
+
     def __init__(self, name: str, trainer: Trainer) -> None:
         self.name, self._trainer = name, trainer
         case, state = trainer.case, trainer.run.state
+        self.networks, self.parameters, self.max_batch = state.networks, state.parameters, state.max_batch
+        self.optimizer = state.optimizer.optimizer
         self.gradient_factor = gradient_factor(
             lora=state.networks.lora, gradient_checkpointing=case.config.training.gradient_checkpointing
         )
@@ -179,19 +202,16 @@ class Ours(Provider):
 
     def _with_reference(self, batch: PairBatch) -> PairBatch:
         """The batch as it comes from a complete cache."""
-        objective, networks = self.objective, self._trainer.run.state.networks
+        objective, networks = self.objective, self.networks
         assert isinstance(objective, InversionDPO)
         told = batch.conditioning, batch.unconditional
         chain = objective.reference_trajectory(networks.reference, batch.latents, *told)
         predictions = objective.reference_predictions(networks.reference, chain, *told)
         return dataclasses.replace(batch, trajectory=chain, reference_pred=predictions)
 
-    @property
-    def evaluations(self) -> Evaluations:
-        return dict(self._trainer.run.state.networks.evaluations)
-
-    def warm_up(self) -> None:
-        _allocate_moments(self._trainer.run.state.optimizer.optimizer, self._trainer.run.state.parameters)
+    @torch.no_grad()
+    def forward(self) -> object:
+        return self.networks.probe(*one_sample(self._batch))
 
     def prepare(self, number: int) -> PairBatch:
         return dataclasses.replace(self._batch, draw=draws(number, self._trainer.case.pairs))
@@ -210,73 +230,73 @@ class Ours(Provider):
         )
 
     def gradient(self, prepared: PairBatch) -> list[Tensor]:
-        state = self._trainer.run.state
         terms = self.objective.stream(
-            state.networks.policy,
-            state.networks.reference,
+            self.networks.policy,
+            self.networks.reference,
             prepared,
             seed=self._trainer.case.config.training.seed,
-            max_batch=state.max_batch,
+            max_batch=self.max_batch,
             passes=self._passes,
-            parameters=state.parameters,
+            parameters=self.parameters,
         )
         for call in range(terms.calls):
             terms.term(call).backward()
-        return take_gradients(state.parameters)
+        return take_gradients(self.parameters)
 
 
 class Released(Provider):
     """The released order, with PyTorch's AdamW and clipping."""
 
+    networks: ReleasedNetworks
+
     def __init__(self, name: str, case: StepCase, networks: ReleasedNetworks, batch: PairBatch) -> None:
-        self.name, self._case, self._networks, self._batch = name, case, networks, batch
+        self.name, self._case, self.networks, self._batch = name, case, networks, batch
+        self.parameters, self.optimizer = networks.parameters, networks.optimizer
         self._checkpointing = PEERS[name]
         self.gradient_factor = gradient_factor(lora=False, gradient_checkpointing=self._checkpointing)
 
-    @property
-    def evaluations(self) -> Evaluations:
-        return dict(self._networks.evaluations)
-
-    def warm_up(self) -> None:
-        _allocate_moments(self._networks.optimizer, self._networks.parameters)
+    @torch.no_grad()
+    def forward(self) -> object:
+        return self.networks.policy(*one_sample(self._batch))
 
     def prepare(self, number: int) -> peers.Inputs:
         return released_inputs(self._case, self._batch, number)
 
     def step(self, prepared: peers.Inputs) -> None:
         self._accumulate(prepared)
-        networks, optimizer = self._networks, self._case.config.optimizer
-        if optimizer.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(networks.parameters, optimizer.max_grad_norm)
-        networks.optimizer.step()
-        networks.optimizer.zero_grad(set_to_none=True)
+        limit = self._case.config.optimizer.max_grad_norm
+        if limit is not None:
+            nn.utils.clip_grad_norm_(self.parameters, limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def gradient(self, prepared: peers.Inputs) -> list[Tensor]:
         self._accumulate(prepared)
-        return take_gradients(self._networks.parameters)
+        return take_gradients(self.parameters)
+
+    def float32_gradient(self, prepared: peers.Inputs) -> list[Tensor]:
+        """The gradient without half precision."""
+        return self.networks.float32_gradient(prepared)
 
     def _accumulate(self, prepared: peers.Inputs) -> None:
-        networks = self._networks
-        networks.checkpoint(self._checkpointing)
+        self.networks.checkpoint(self._checkpointing)
         settings = released_settings(self._case)
-        peers.STEPS[self._case.method](networks.policy, networks.reference, prepared, settings)
+        peers.STEPS[self._case.method](self.networks.policy, self.networks.reference, prepared, settings)
 
 
 class ReleasedNetworks:
-    """Policy and reference as the trainer starts with them; shared by the released steps of a case."""
+    """Policy and reference as the trainer starts with them; shared by the released steps of a case. The network of
+    ``model`` becomes the policy.
+    """
 
-    def __init__(self, case: StepCase, device: torch.device) -> None:
-        self._case, self.device = case, device
-        self._model = RandomModel(SIZES[case.size])
-        reference = copy.deepcopy(self._model.network).requires_grad_(False)
-        if case.autocast is not None:
-            reference.to(case.autocast)
-        self._modules = {"reference": reference, "policy": self._model.network}
-        perturb(self._model.network, case.config.model.init_perturbation, case.config.training.seed)
-        for module in self._modules.values():
-            module.to(device)
+    def __init__(self, case: StepCase, model: RandomModel, device: torch.device) -> None:
+        self._case, self.device, self._model = case, device, model
+        model.to(device)
+        self._modules = {"reference": frozen_copy(model.network, case.autocast), "policy": model.network}
+        with torch.no_grad():
+            perturb(model.network, case.config.model.init_perturbation, case.config.training.seed)
         self.autocast = case.autocast
-        self.parameters = list(self._model.network.parameters())
+        self.parameters = list(model.network.parameters())
         optimizer = case.config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=optimizer.learning_rate, weight_decay=optimizer.weight_decay
@@ -352,12 +372,3 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     for parameter in parameters:
         parameter.grad = None
     return found
-
-
-def _allocate_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    if optimizer.state:
-        return
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,19 @@ import torch
 
 pytest.importorskip("diffusers", reason="the networks to measure are diffusers' UNet: pip install '.[train]'")
 
-from benchmarks import bench_step, results, step_models
+from benchmarks import bench_step, results, step_measure, step_models
 from benchmarks.live_memory import LiveMemory
-from benchmarks.step_providers import BETA, OTHER_OBJECTIVE, OURS, PEERS, build_case
+from benchmarks.step_providers import (
+    BETA,
+    OTHER_OBJECTIVE,
+    OURS,
+    PEERS,
+    Ours,
+    Released,
+    ReleasedNetworks,
+    Trainer,
+    build_case,
+)
 
 LEVELS = 3
 MICRO = step_models.Size(
@@ -39,13 +51,13 @@ MICRO = step_models.Size(
 @pytest.fixture(autouse=True)
 def micro(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(step_models.SIZES, "tiny", MICRO)
-    monkeypatch.setattr(bench_step, "PEAK_SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(step_measure, "PEAK_SIZE", {"cpu": 64, "cuda": 64})
 
 
 def measured(folder: Path, method: str, *overrides: str, **options: Any) -> dict[str, dict[str, Any]]:
     settings = {"pairs": 2, "rounds": 1, "levels": LEVELS, "providers": [*PEERS, *OURS[method]], **options}
     case = build_case("tiny", method, settings["pairs"], overrides, folder, settings["levels"])
-    rows = bench_step.measure(case, settings["providers"], settings["rounds"])
+    rows = step_measure.measure(case, settings["providers"], settings["rounds"])
     return {row["provider"]: row for row in rows}
 
 
@@ -94,7 +106,7 @@ def test_gradients_agree_with_the_released_order(method: str, tmp_path: Path) ->
         if name in OTHER_OBJECTIVE:
             assert row["speedup"] is None and row["memory_ratio"] is None and row["gradient_error"] is None
         elif name not in PEERS:
-            assert row["gradient_error"] < bench_step.ALLOWED
+            assert row["gradient_error"] < step_measure.ALLOWED
             assert set(row["speedup"]) == set(PEERS) == set(row["memory_ratio"])
     json.dumps(rows, allow_nan=False)
 
@@ -125,7 +137,7 @@ def test_inpo_costs_the_first_pairs_steps_as_released_and_every_pairs_own_as_cor
     from fastinvdpo.diffusion.schedule import NoiseSchedule
 
     case = build_case("tiny", "inpo", 2, (), tmp_path, LEVELS)
-    trainer = bench_step.Trainer(case)
+    trainer = Trainer(case)
     timesteps = released_inputs(case, trainer.batch, 0).timesteps
     trainer.run.builder.close()
     assert timesteps is not None
@@ -139,23 +151,145 @@ def test_inpo_costs_the_first_pairs_steps_as_released_and_every_pairs_own_as_cor
 
 
 def test_a_wrong_gradient_gets_no_speedup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = bench_step.Ours.gradient
-    monkeypatch.setattr(bench_step.Ours, "gradient", lambda self, prepared: [1.01 * g for g in right(self, prepared)])
+    right = Ours.gradient
+    monkeypatch.setattr(Ours, "gradient", lambda self, prepared: [1.01 * g for g in right(self, prepared)])
     rows = measured(tmp_path, "diffusion-dpo", rounds=0)
     assert not rows["ours"]["correct"] and rows["ours"]["memory_ratio"] is None
     assert rows["released-checkpointed"]["correct"]
-    bench_step.table(list(rows.values()))
+    assert "wrong: 1e-02" in bench_step.table(list(rows.values()))
 
 
 def test_relative() -> None:
     one = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])]
-    assert bench_step.relative(one, one) == 0
-    assert bench_step.relative([one[0], torch.tensor([1.0])], one) == pytest.approx(0.2)
-    assert bench_step.relative([one[0], torch.tensor([math.nan])], one) == math.inf
-    assert bench_step.relative(one[:1], one) is None
+    assert step_measure.relative(one, one) == 0
+    assert step_measure.relative([one[0], torch.tensor([1.0])], one) == pytest.approx(0.2)
+    assert step_measure.relative([one[0], torch.tensor([math.nan])], one) == math.inf
+    assert step_measure.relative(one[:1], one) is None
+
+
+# Memory that is not there
+
+
+def runs_out(*arguments: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nand a paragraph")
+
+
+@pytest.mark.parametrize("where", ["gradient", "step"])
+def test_a_provider_that_runs_out_of_memory_is_told_and_the_others_go_on(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(Released, where)
+
+    def first_only(self: Released, prepared: Any) -> Any:
+        if self.name == "released":
+            self.parameters[0].grad = torch.ones_like(self.parameters[0])  # what a backward leaves half-way
+            runs_out()
+        assert all(parameter.grad is None for parameter in self.parameters)
+        return right(self, prepared)
+
+    monkeypatch.setattr(Released, where, first_only)
+    rows = measured(tmp_path, "diffusion-dpo")
+    failed = rows["released"]
+    assert (
+        failed["failure"].endswith(": CUDA out of memory. Tried to allocate 1.00 GiB.") and where in failed["failure"]
+    )
+    assert failed["correct"] is None and "milliseconds" not in failed and failed["peak_bytes"] is None
+    assert rows["ours"]["correct"] and set(rows["ours"]["speedup"]) == {"released-checkpointed"}
+    shown = bench_step.table(list(rows.values()))
+    assert [line.split()[-3:] for line in shown.splitlines() if line.startswith("released ")] == [
+        ["out", "of", "memory"]
+    ]
+    assert results.compare({"results": list(rows.values())}, {"results": list(rows.values())})
+    json.dumps(rows, allow_nan=False)
+
+
+def test_without_a_gradient_to_compare_with_nothing_is_called_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In half precision the float32 gradient takes the most memory of all."""
+    monkeypatch.setattr(ReleasedNetworks, "float32_gradient", runs_out)
+    arguments = ["--method", "diffusion-dpo", "--pairs", "1", "--rounds", "1", "--output", str(tmp_path)]
+    assert bench_step.main([*arguments, "--override", "training.mixed_precision=bf16"]) == 1
+    (written,) = tmp_path.rglob("step-*.json")
+    rows = {row["provider"]: row for row in results.read(written)["results"]}
+    assert list(rows) == [*PEERS, *OURS["diffusion-dpo"]]
+    for name, row in rows.items():
+        assert row["correct"] is (True if name in OTHER_OBJECTIVE else None) and row["speedup"] is None
+        assert row["milliseconds"]["median"] > 0 and row["failure"] is None
+    told = capsys.readouterr()
+    assert "not compared" in told.out and "out of memory in the float32 gradient" in told.err
+
+
+def test_where_both_sides_do_not_fit_one_is_freed_before_the_other_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the results are those of sides in turn: the same gradients, with the released one kept on the host."""
+    in_turn = measured(tmp_path, "diffusion-dpo", rounds=0)
+    monkeypatch.setitem(step_models.SIZES, "tiny", dataclasses.replace(MICRO, in_turn=False))
+    held: list[weakref.ref[Any]] = []
+    initialise, set_up = ReleasedNetworks.__init__, Trainer.set_up
+
+    def watched(self: ReleasedNetworks, *arguments: Any) -> None:
+        initialise(self, *arguments)
+        held.extend(weakref.ref(tensor) for module in self._modules.values() for tensor in module.parameters())
+
+    def alone(self: Trainer) -> None:
+        assert held and all(tensor() is None for tensor in held)
+        set_up(self)
+
+    monkeypatch.setattr(ReleasedNetworks, "__init__", watched)
+    monkeypatch.setattr(Trainer, "set_up", alone)
+    rows = measured(tmp_path, "diffusion-dpo", rounds=1)
+    assert {row["sides"] for row in rows.values()} == {"one at a time"}
+    assert {row["sides"] for row in in_turn.values()} == {"in turn"}
+    assert list(rows) == list(in_turn) and set(rows["ours"]["speedup"]) == set(PEERS)
+    for name, row in in_turn.items():
+        assert (row["gradient_error"], row["peak_bytes"]) == (rows[name]["gradient_error"], rows[name]["peak_bytes"])
 
 
 # The command
+
+
+def test_what_was_measured_is_kept_when_the_command_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--method", "diffusion-dpo,inpo", "--pairs", "1", "--rounds", "2", "--output", str(tmp_path)]
+    arguments += ["--num-inference-steps", "2", "--providers", "released,ours"]
+    right, steps = Ours.step, [0]
+
+    def stopped(self: Ours, prepared: Any) -> None:
+        steps[0] += 1
+        if steps[0] == 5:  # three were of the first method: one for the memory, two timed
+            raise KeyboardInterrupt
+        right(self, prepared)
+
+    monkeypatch.setattr(Ours, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench_step.main(arguments)
+    (written,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    kept = [(row["mode"], row["provider"], row["samples"]) for row in results.read(written)["results"]]
+    assert kept[:2] == [("diffusion-dpo", "released", 2), ("diffusion-dpo", "ours", 2)]
+    assert ("inpo", "released", 1) in kept and ("inpo", "ours", 0) in kept
+    told = capsys.readouterr().err
+    assert "released: step 2 of 2 took" in told and "ours: a step holds" in told
+
+
+def test_quick_is_a_few_short_steps_unless_something_else_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int, int, int]] = []
+
+    def recorded(case: Any, names: Any, rounds: int, keep: Any) -> list[dict[str, Any]]:
+        asked.append((case.method, case.pairs, case.timesteps, rounds))
+        return step_measure.measure(case, ["released"], 0)
+
+    monkeypatch.setattr(bench_step, "measure", recorded)
+    assert bench_step.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert (
+        bench_step.main(["--quick", "--method", "inpo", "--pairs", "2", "--rounds", "3", "--output", str(tmp_path)])
+        == 0
+    )
+    assert asked == [("diffusion-dpo", 1, 1, 2), ("inversion-dpo", 1, 2, 2), ("inpo", 2, 2, 3)]
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,11 +177,16 @@ class PreferenceTrainer:
         finally:
             self.close()
 
-    def start(self) -> None:
-        """Build what training changes, and continue from the checkpoint."""
+    def prepare(self) -> None:
+        """Make the output directory, and what batches come from; :meth:`start` does."""
         self._prepare_directory()
         self.model.to(self.accelerator.device)
         self.builder = self._batches()
+
+    def start(self) -> None:
+        """Build what training changes, and continue from the checkpoint; :meth:`train` does."""
+        if not hasattr(self, "builder"):
+            self.prepare()
         self.state = build_state(
             self.config,
             self.model,
