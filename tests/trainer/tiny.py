@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastinvdpo.data import write_pairs
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer import TrainConfig, train
+from fastinvdpo.trainer import TrainConfig, TrainResult, train
 from tests.cases import SD_SCHEDULER
 
 WORDS = ("zero", "one", "two", "three")
@@ -86,6 +87,12 @@ def mapping(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, An
 
 def config(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_mapping(mapping(root, name, **sections))
+
+
+def weights(run: TrainResult | Path) -> dict[str, torch.Tensor]:
+    """Of the model that a run wrote; of a run by its directory."""
+    directory = run if isinstance(run, Path) else run.directory
+    return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def trained_in_attempts(directory: Path, *attempts: int, **sections: Any) -> Path:
