@@ -1,13 +1,14 @@
 # Each target does its own set-up. An active environment is used as it is when it has everything; otherwise .venv is made once.
 # PYTHON: the interpreter; TORCH: the PyTorch requirement, installed before anything could resolve another build of it;
-# CONSTRAINTS: the versions of everything else; ENVIRONMENT=own: make .venv whatever is active; JOBS: test processes; ARGS: more arguments
-# for the demo, pytest or the benchmarks; PYTHONS: the interpreters to build wheels for.
+# CONSTRAINTS: the versions of everything else; ENVIRONMENT=own: make .venv whatever is active; JOBS: test processes; PART: of test-deep,
+# all without; ARGS: more arguments for the demo, pytest or the benchmarks; PYTHONS: the interpreters to build wheels for.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 ENVIRONMENT ?= any
 JOBS ?= 2
+PART ?=
 ARGS ?=
 PYTHONS ?= $(PYTHON)
 
@@ -53,18 +54,23 @@ $(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS)
 demo: $(READY)
 	$(RUN) -m fastinvdpo.cli demo $(ARGS)
 
-# One thread for each test process: two processes with all threads each would fight for the cores.
+# One thread for each test process: two processes with all threads each would fight for the cores. Tests of a file stay together
+# where they can, and share what it makes once. What inductor compiles takes longest of all, and is left to test-deep.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal --ignore tests/ops/test_inductor.py $(ARGS)
 
-# Named one by one, the longest first: pytest collects none of them by itself. A file stays with one process, which makes what its
-# tests share once.
-DEEP = $(addprefix tests/kernels/,interpreted.py sanitized.py) tests/trainer/chain.py \
-  $(addprefix tests/kernels/,packaging.py headers.py) $(addprefix tests/trainer/,sharded.py killed.py launched.py) tests/bench_step.py \
-  $(addprefix tests/kernels/,compiled.py instruction_sets.py) $(addprefix tests/trainer/,processes.py shared_gradients.py)
+# Named one by one: pytest collects none of them by itself, but for inductor's. Parts of like length, of which CI runs one
+# (PART=3); a file whose tests share something long in the making stays with one process.
+DEEP_1 = tests/kernels/interpreted.py
+DEEP_2 = $(addprefix tests/kernels/,sanitized.py instruction_sets.py) tests/ops/test_inductor.py
+DEEP_3 = $(addprefix tests/trainer/,curves.py killed.py processes.py)
+DEEP_4 = tests/trainer/chain.py $(addprefix tests/kernels/,packaging.py headers.py)
+DEEP_5 = $(addprefix tests/kernels/,triton_compiled.py compiled.py) $(addprefix tests/trainer/,sharded.py shared_gradients.py launched.py) \
+  tests/bench_step.py
+DEEP = $(if $(PART),$(DEEP_$(PART)),$(DEEP_1) $(DEEP_2) $(DEEP_3) $(DEEP_4) $(DEEP_5))
 
 test-deep: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile $(DEEP) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup $(DEEP) $(ARGS)
 
 # Fails without a GPU, and where a part could not be run.
 test-gpu: $(READY)

@@ -1,11 +1,8 @@
-"""``fastinvdpo score``: every format, resuming after kill -9, broken rows, labels from scores, refusals."""
+"""``fastinvdpo score``: every format, resuming (kills: killed.py), broken rows, labels from scores, refusals."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,10 @@ import pytest
 from PIL import Image
 
 from fastinvdpo import cli
-from fastinvdpo import io as atomic
 from fastinvdpo.data import PairDataset, open_source
 from fastinvdpo.data.score_range import METADATA, stored_range
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import scoring
-from fastinvdpo.evaluation.clip import Clip
 from fastinvdpo.evaluation.scorers import FunctionScorer, open_scorer
 from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_pairs
 from fastinvdpo.trainer.config_files import load_data_section
@@ -29,7 +24,6 @@ from tests.data.test_pairs import encoded, image, row, store
 from tests.data.test_sources import FORMATS, write_images, write_lines
 from tests.evaluation import tiny_clip as tiny
 from tests.evaluation.test_scorers import pictures
-from tests.trainer.forked import Server
 
 
 def shade(images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
@@ -298,50 +292,6 @@ def test_the_range_is_stored(ten: Path, tmp_path: Path) -> None:
     assert stored_range(open_source(output), ("score_0", "score_1")) is None
     assert stored_range(open_source(ten), ("score_0", "score_1")) is None
     assert json.loads(pq.read_schema(output).metadata[METADATA])["key"]["scorers"] == ["shade"]
-
-
-def counted_score(fatal: int, arguments: list[str]) -> int:
-    """Scores with the real CLIP; kills its process at the n-th event: a batch of images, or a file that is about to
-    appear. How many events there were.
-    """
-    count = 0
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return call
-
-    scoring.ROWS_PER_PART = 4
-    Clip.embed_images = counted(Clip.embed_images)  # type: ignore[method-assign]
-    atomic._sync = counted(atomic._sync)
-    scoring.discard = counted(scoring.discard)
-    assert cli.main(["score", *arguments]) == 0
-    return count
-
-
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(ten: Path, tmp_path: Path, forks: Server) -> None:
-    clip = tiny.write_clip(tmp_path / "clip")
-    arguments = [str(ten), "--scorer", f"pickscore={clip}", "--relabel", "pickscore", "--batch-size", "3"]
-    whole, killed = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
-    done = forks.call(counted_score, 0, [*arguments, "--output", str(whole)])
-    assert done.status == 0, done.said
-    assert f"10 rows: 10 pairs scored. Output: {whole}" in done.said
-    events = done.result
-    assert events > 12
-    moments = random.Random(0).sample(range(1, events + 1), 3)
-    for moment in [*moments, events]:  # the last one: the output is there, the parts are about to go
-        died = forks.call(counted_score, moment, [*arguments, "--output", str(killed)])
-        if died.status == 0:
-            break  # fewer events were left
-        assert died.status == -signal.SIGKILL, died.said
-    assert forks.call(counted_score, 0, [*arguments, "--output", str(killed)]).status == 0
-    assert killed.read_bytes() == whole.read_bytes()
-    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob(".writing*"))
 
 
 def test_the_command(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,10 @@ import pytest
 from benchmarks import compiled_cuda
 
 OBSTACLE = compiled_cuda.obstacle()
-pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"CUDA kernels not compiled: {OBSTACLE}")
+pytestmark = [
+    pytest.mark.skipif(OBSTACLE is not None, reason=f"CUDA kernels not compiled: {OBSTACLE}"),
+    pytest.mark.xdist_group("compiled"),  # once
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
-from torch import Tensor
 
 from fastinvdpo.trainer import TrainConfig, train
 from tests.trainer import tiny
@@ -41,10 +39,6 @@ def mapping(root: Path, name: str, batch: int) -> dict[str, Any]:
     )
 
 
-def weights(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_launched_processes_equal_one(workspace: Path, launcher: str) -> None:
     alone = train(TrainConfig.from_mapping(mapping(workspace, "alone", 2)), progress=False)
@@ -60,7 +54,8 @@ def test_two_launched_processes_equal_one(workspace: Path, launcher: str) -> Non
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 steps in") == 1  # one process speaks
-    start, expected, found = tiny.unet().state_dict(), weights(alone.directory), weights(workspace / "together")
+    expected, found = tiny.weights(alone), tiny.weights(workspace / "together")
+    start = tiny.unet().state_dict()
     moved = max(float((value - start[name]).abs().max()) for name, value in expected.items())
     assert moved > 1e-3
     for name, value in found.items():

@@ -23,6 +23,8 @@ from tests.trainer import ranks, tiny
 from tests.trainer.forked import Server
 from tests.trainer.shared_gradients import PAIRS, STEPS, check_equal, mapping
 
+pytestmark = pytest.mark.xdist_group("sharded")  # the runs in two processes are made once
+
 # Inverted by the policy, by the reference with its adapters off, and not at all; the gradient in one part and in many.
 NAMES = ["diffusion-dpo", "inpo", "smpo lora", "inversion-dpo", "inversion-dpo lora"]
 AVERAGED = ("diffusion-dpo", "inversion-dpo lora")

@@ -18,6 +18,8 @@ from fastinvdpo.models.digits import DigitsModel
 from tests.trainer import ranks, tiny
 from tests.trainer.forked import Server
 
+pytestmark = pytest.mark.xdist_group("shared gradients")  # the runs in two processes are made once
+
 STREAMING: dict[str, dict[str, Any]] = {
     "diffusion-dpo": {},
     "inpo": {},

@@ -42,7 +42,7 @@ def by_hand(samples: int, side: int) -> int:
     return 2 * samples * (convolution + attention + linear)
 
 
-@pytest.mark.parametrize(("samples", "side"), [(1, 8), (3, 8), (2, 16)])
+@pytest.mark.parametrize(("samples", "side"), [(3, 8), (2, 16)])
 def test_forward_flops(samples: int, side: int) -> None:
     network, latents = Attention(), torch.randn(samples, 4, side, side)
     with torch.no_grad():

@@ -9,7 +9,6 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from fastinvdpo.errors import InvalidInput
@@ -35,10 +34,6 @@ def _train(root: Path, name: str, training: dict[str, Any], **changes: Any) -> T
     )
 
 
-def _weights(result: TrainResult) -> dict[str, torch.Tensor]:
-    return load_file(result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
 def test_weights_do_not_depend_on_the_calls(workspace: Path, lora: dict[str, Any] | None) -> None:
     """Also not with accumulation and clipping, whose norm is that of the whole gradient."""
@@ -46,7 +41,7 @@ def test_weights_do_not_depend_on_the_calls(workspace: Path, lora: dict[str, Any
     whole = _train(workspace, "whole", {"max_batch": 1000}, model=model)
     assert whole.history[-1]["network_evaluations_with_gradient"] == EVALUATIONS
     start = tiny.unet().state_dict()
-    moved = max(float((value - start[name]).abs().max()) for name, value in _weights(whole).items())
+    moved = max(float((value - start[name]).abs().max()) for name, value in tiny.weights(whole).items())
     assert moved > 0
     for passes in (1, 2):
         split = {"batch_size": 1, "gradient_accumulation_steps": 2} if passes == 1 else {}
@@ -54,21 +49,35 @@ def test_weights_do_not_depend_on_the_calls(workspace: Path, lora: dict[str, Any
         for row, expected in zip(streamed.history, whole.history, strict=True):
             for key in ("loss", "margin", "policy_mse_winner", "reference_mse_loser", "gradient_norm"):
                 assert row[key] == pytest.approx(expected[key], rel=1e-3), key
-        for name, value in _weights(streamed).items():
-            torch.testing.assert_close(value, _weights(whole)[name], rtol=0, atol=1e-3 * moved)
+        for name, value in tiny.weights(streamed).items():
+            torch.testing.assert_close(value, tiny.weights(whole)[name], rtol=0, atol=1e-3 * moved)
         row = streamed.history[-1]
         assert row["network_evaluations_with_gradient"] == EVALUATIONS
         # The reference inverts and scores; with two passes the policy scores once more.
         assert row["network_evaluations_without_gradient"] == (passes + 1) * EVALUATIONS
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_mixed_precision(workspace: Path, passes: int) -> None:
+def test_mixed_precision(workspace: Path) -> None:
     precision = {"mixed_precision": "bf16"}
-    whole = _train(workspace, "whole", {"max_batch": 1000, **precision})
-    streamed = _train(workspace, "streamed", {"max_batch": 2, "gradient_passes": passes, **precision})
-    # The same products rounded to bfloat16, in sums of another order.
-    assert streamed.history[0]["gradient_norm"] == pytest.approx(whole.history[0]["gradient_norm"], rel=0.02)
+    whole = _train(workspace, "whole", {"max_batch": 1000, **precision}).history[0]
+    for passes in (1, 2):
+        streamed = _train(workspace, str(passes), {"max_batch": 2, "gradient_passes": passes, **precision}).history[0]
+        # The same products rounded to bfloat16, in sums of another order.
+        assert streamed["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=0.02)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples each call of a network had."""
+    found: list[int] = []
+    predict = Networks._predict
+
+    def watched(self: Networks, kind: str, *arguments: Any, **options: Any) -> Any:
+        found.append(arguments[1].shape[0])
+        return predict(self, kind, *arguments, **options)
+
+    monkeypatch.setattr(Networks, "_predict", watched)
+    return found
 
 
 def test_processes_would_exchange_gradients_once_per_step(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,16 +109,10 @@ def test_processes_would_exchange_gradients_once_per_step(workspace: Path, monke
         assert len(calls) == STEPS * 2 * BATCH * LEVELS
 
 
-def test_no_number_counts_the_bytes_of_one_sample(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_number_counts_the_bytes_of_one_sample(
+    workspace: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half the budget, half the call; the measurement itself is no evaluation."""
-    calls: list[int] = []
-    predict = Networks._predict
-
-    def watched(self: Networks, kind: str, *arguments: Any, **options: Any) -> Any:
-        calls.append(arguments[1].shape[0])
-        return predict(self, kind, *arguments, **options)
-
-    monkeypatch.setattr(Networks, "_predict", watched)
     monkeypatch.setattr(call_size, "HOST_BUDGET", 0)
     smallest = _train(workspace, "smallest", {})
     # Beside it one call that counts FLOPs.
@@ -121,15 +124,7 @@ def test_no_number_counts_the_bytes_of_one_sample(workspace: Path, monkeypatch: 
     assert whole.history[-1]["network_evaluations_with_gradient"] == EVALUATIONS
 
 
-def test_other_methods_keep_to_a_given_size(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    predict = Networks._predict
-
-    def watched(self: Networks, kind: str, *arguments: Any, **options: Any) -> Any:
-        calls.append(arguments[1].shape[0])
-        return predict(self, kind, *arguments, **options)
-
-    monkeypatch.setattr(Networks, "_predict", watched)
+def test_other_methods_keep_to_a_given_size(workspace: Path, calls: list[int]) -> None:
     results = []
     for size in (None, 3):
         calls.clear()

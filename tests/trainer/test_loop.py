@@ -4,44 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods.streaming import WholeLoss
 from fastinvdpo.models import load_model
-from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer import TrainResult, train
+from fastinvdpo.trainer import train
 from fastinvdpo.trainer import trainer as loop_module
 from tests.trainer import tiny
-
-
-class DoubleModel(DigitsModel):
-    """The digits model with everything in float64."""
-
-    def encode_images(self, images: Sequence[Any]) -> Tensor:
-        return super().encode_images(images).double()
-
-    def encode_prompts(self, prompts: Sequence[str], **geometry: Any) -> dict[str, Tensor]:
-        return {name: value.double() for name, value in super().encode_prompts(prompts, **geometry).items()}
-
-
-def _weights(result: TrainResult) -> dict[str, Tensor]:
-    return load_file(result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
+from tests.trainer.ranks import DoubleModel
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_micro_batches_equal_one_batch_in_float64(workspace: Path, method: str) -> None:
     results = []
-    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+    for batch, accumulation in ((4, 1), (1, 4)):
         model = DoubleModel.load(workspace / "model", dtype=torch.float64)
         config = tiny.config(
             workspace,
@@ -52,20 +36,18 @@ def test_micro_batches_equal_one_batch_in_float64(workspace: Path, method: str) 
         )
         results.append(tiny.train_model(config, model, PairDataset(workspace / "pairs.parquet"), progress=False))
     start = tiny.unet().state_dict()
-    one = _weights(results[0])
+    one = tiny.weights(results[0])
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4
-    for result in results[1:]:
-        assert result.network_evaluations == results[0].network_evaluations
-        for name, value in _weights(result).items():
-            assert value.dtype == torch.float64
-            torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-11)
-        for row, expected in zip(result.history, results[0].history, strict=True):
-            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-9)
-            assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-9)
+    assert results[1].network_evaluations == results[0].network_evaluations
+    for name, value in tiny.weights(results[1]).items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-11)
+    for row, expected in zip(results[1].history, results[0].history, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+        assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-9)
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
-@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize(("method", "lora"), zip(tiny.METHODS, [None, {"rank": 2}] * 2, strict=True))
 def test_first_loss_is_ln_2(workspace: Path, method: str, lora: dict[str, Any] | None) -> None:
     config = tiny.config(workspace, method, model={"lora": lora}, training={"steps": 1}, optimizer={"warmup_steps": 0})
     first = train(config, progress=False).history[0]
@@ -75,42 +57,6 @@ def test_first_loss_is_ln_2(workspace: Path, method: str, lora: dict[str, Any] |
     assert first["policy_mse_winner"] == first["reference_mse_winner"] > 0
     assert first["policy_mse_loser"] == first["reference_mse_loser"] > 0
     assert first["gradient_norm"] > 0
-
-
-def test_distance_starts_from_a_perturbation_and_warns(workspace: Path) -> None:
-    changes: dict[str, Any] = {"method": {"variant": "distance"}, "model": {"init_perturbation": 0.05}}
-    with pytest.warns(UserWarning, match="direction depends on the initial perturbation"):
-        result = train(tiny.config(workspace, "inversion-dpo", training={"steps": 2}, **changes), progress=False)
-    assert result.history[0]["gradient_norm"] > 0
-    assert result.history[0]["policy_mse_winner"] > 0
-
-
-def test_network_evaluations_are_counted(workspace: Path) -> None:
-    config = tiny.config(workspace, "inversion-dpo", training={"steps": 2})
-    row = train(config, progress=False).history[-1]
-    samples, levels, guided = 2 * 2 * 2, 3, 2
-    assert row["network_evaluations_with_gradient"] == samples * levels * guided
-    # The reference inverts, then scores.
-    assert row["network_evaluations_without_gradient"] == 2 * samples * levels * guided
-
-
-def test_scale_lr_multiplies_by_the_pairs_per_step(workspace: Path) -> None:
-    changes: dict[str, Any] = {
-        "optimizer": {"learning_rate": 1e-5, "scale_lr": True, "warmup_steps": 0},
-        "training": {"batch_size": 3, "gradient_accumulation_steps": 2, "steps": 1},
-    }
-    assert train(tiny.config(workspace, **changes), progress=False).history[0]["learning_rate"] == pytest.approx(6e-5)
-
-
-def test_warm_up(workspace: Path) -> None:
-    config = tiny.config(
-        workspace,
-        training={"steps": 6},
-        optimizer={"learning_rate": 1.0e-4, "warmup_steps": 4},
-        output={"log_every": 1},
-    )
-    rates = [row["learning_rate"] for row in train(config, progress=False).history]
-    assert rates == pytest.approx([0.0, 0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4])
 
 
 def test_clipping_bounds_the_step_but_not_the_reported_norm(workspace: Path) -> None:
@@ -127,7 +73,7 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(workspace: Path) -> 
         norms.append(result.history[0]["gradient_norm"])
         start = tiny.unet().state_dict()
         moved = math.sqrt(
-            sum(float((value - start[key] * 0.99).square().sum()) for key, value in _weights(result).items())
+            sum(float((value - start[key] * 0.99).square().sum()) for key, value in tiny.weights(result).items())
         )
         # Adam with epsilon far above the gradient moves by lr·g, after weight decay by one per cent.
         assert (moved < 2e-3) == (limit is not None)
@@ -150,27 +96,24 @@ def test_ema_is_what_is_written(workspace: Path) -> None:
         grown = 0.0 if step == 1 else min(decay, step / (9 + step))
         for name, value in weights.items():
             expected[name] = grown * expected[name] + (1 - grown) * value
-    for name, value in _weights(result).items():
+    for name, value in tiny.weights(result).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
         assert not torch.equal(value, weights[name]) or torch.equal(weights[name], tiny.unet().state_dict()[name])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"training": {"num_workers": 2}},
-        {"data": {"cache_gib": 0.0}},
-        {"training": {"gradient_checkpointing": True}},
-    ],
-    ids=["workers", "no cache", "checkpointing"],
-)
-def test_options_that_change_no_bit(workspace: Path, changes: dict[str, Any]) -> None:
-    plain = train(tiny.config(workspace, data={"caption_dropout": 0.3}), progress=False)
-    sections = {**changes, "data": {"caption_dropout": 0.3, **changes.get("data", {})}}
-    other = {"directory": str(workspace / "other")}
-    changed = train(tiny.config(workspace, **sections, output=other), progress=False)
-    for name, value in _weights(changed).items():
-        assert torch.equal(value, _weights(plain)[name])
+def test_options_that_change_no_bit(workspace: Path) -> None:
+    dropout = {"caption_dropout": 0.3}
+    expected = tiny.weights(train(tiny.config(workspace, data=dropout), progress=False))
+    options: dict[str, dict[str, Any]] = {
+        "workers": {"training": {"num_workers": 2}},
+        "no cache": {"data": {"cache_gib": 0.0}},
+        "checkpointing": {"training": {"gradient_checkpointing": True}},
+    }
+    for name, sections in options.items():
+        data, output = {**dropout, **sections.pop("data", {})}, {"directory": str(workspace / name)}
+        changed = train(tiny.config(workspace, data=data, output=output, **sections), progress=False)
+        for key, value in tiny.weights(changed).items():
+            assert torch.equal(value, expected[key]), (name, key)
 
 
 def test_bf16_stays_near_float32_and_keeps_float32_weights(workspace: Path) -> None:
@@ -180,17 +123,20 @@ def test_bf16_stays_near_float32_and_keeps_float32_weights(workspace: Path) -> N
     assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert result.history[0]["policy_mse_winner"] == pytest.approx(plain.history[0]["policy_mse_winner"], rel=2e-2)
     assert result.history[0]["policy_mse_winner"] != plain.history[0]["policy_mse_winner"]
-    assert {value.dtype for value in _weights(result).values()} == {torch.float32}
+    assert {value.dtype for value in tiny.weights(result).values()} == {torch.float32}
     load_model("digits", result.model_directory)
 
 
 def test_history_and_tensorboard_hold_every_metric(workspace: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = train(tiny.config(workspace, output={"trackers": ["tensorboard"]}), progress=False)
+    """With the rates of a warm-up of four steps."""
+    config = tiny.config(workspace, optimizer={"warmup_steps": 4}, output={"trackers": ["tensorboard"]})
+    result = train(config, progress=False)
     rows = [json.loads(line) for line in (result.directory / "history.jsonl").read_text().splitlines()]
     assert rows == result.history
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.0, 0.25e-3, 0.75e-3, 1e-3])
     events = EventAccumulator(str(result.directory / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in rows[0] if name != "step"}

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer import train
 from fastinvdpo.trainer.config import LoraSection
 from fastinvdpo.trainer.networks import Networks, adapters_disabled, merged_copy, perturb
 from tests.trainer import tiny
@@ -114,22 +112,6 @@ def test_the_reference_call_keeps_the_gradient_of_an_earlier_policy_call(model: 
         assert torch.isfinite(alone).all()
 
 
-def test_gradient_checkpointing_changes_no_gradient(workspace: Path) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = load_model("digits", workspace / "model")
-        torch.manual_seed(0)
-        networks = Networks(model, lora=LORA, gradient_checkpointing=checkpointing)
-        torch.manual_seed(1)
-        _shake(networks.policy_module)
-        conditioning = model.encode_prompts(["a one", "a two"])
-        prediction = networks.policy(torch.ones(2, 1, 8, 8), torch.tensor([5, 500]), conditioning)
-        networks.reference(torch.ones(2, 1, 8, 8), torch.tensor([5, 500]), conditioning)
-        gradients.append(torch.autograd.grad(prediction.square().mean(), list(networks.trainable().values())))
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
-
-
 def test_gradient_checkpointing_needs_a_network_that_can(model: DigitsModel) -> None:
     model.network = nn.Linear(2, 2)
     with pytest.raises(InvalidInput, match=r"training\.gradient_checkpointing = True: Linear does not support it"):
@@ -155,21 +137,6 @@ def test_merged_copy_predicts_what_the_adapter_does(model: DigitsModel, inputs: 
     torch.testing.assert_close(model.predict(merged, *inputs), networks.policy(*inputs).detach(), rtol=1e-4, atol=1e-4)
     for name, value in networks.policy_module.state_dict().items():
         assert torch.equal(value, before[name])
-
-
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
-def test_the_written_model_is_the_trained_one(workspace: Path, inputs: Any, lora: dict[str, Any] | None) -> None:
-    config = tiny.config(workspace, model={"lora": lora}, training={"steps": 4})
-    result = train(config, progress=False)
-    written, base = load_model("digits", result.model_directory), load_model("digits", workspace / "model")
-    with torch.no_grad():
-        trained = written.predict(written.network.eval(), *inputs)
-        start = base.predict(base.network.eval(), *inputs)
-    assert (trained - start).abs().max() > 1e-4
-    if lora is not None:
-        adapted = PeftModel.from_pretrained(base.network, str(result.directory / "adapter")).eval()
-        with torch.no_grad():
-            torch.testing.assert_close(base.predict(adapted, *inputs), trained, rtol=1e-4, atol=1e-5)
 
 
 def test_perturbation_has_the_size_asked_for(model: DigitsModel) -> None:

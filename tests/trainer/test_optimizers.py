@@ -78,8 +78,8 @@ def test_the_schedule_sets_the_rate_of_adafactor() -> None:
 
 @pytest.mark.parametrize(
     "sections",
-    [{}, {"model": {"lora": {"rank": 2}}}, {"performance": {"channels_last": True}}],
-    ids=["full", "lora", "channels_last"],
+    [{"model": {"lora": {"rank": 2}}}, {"performance": {"channels_last": True}}],
+    ids=["lora", "full, channels_last"],
 )
 def test_adafactor_resumes_bit_for_bit(workspace: Path, sections: dict[str, Any]) -> None:
     sections = {"optimizer": {"name": "adafactor"}, **sections}
@@ -88,7 +88,7 @@ def test_adafactor_resumes_bit_for_bit(workspace: Path, sections: dict[str, Any]
     stored = [load_checkpoint(complete_checkpoints(root / "checkpoints")[-1]) for root in (resumed, whole)]
     _assert_same(stored[0].trainable, stored[1].trainable)
     _assert_same(stored[0].state, stored[1].state)
-    weights = [load_file(root / "model/unet/diffusion_pytorch_model.safetensors") for root in (resumed, whole)]
+    weights = [tiny.weights(root) for root in (resumed, whole)]
     _assert_same(*weights)
     base = load_file(workspace / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     moved = [name for name, value in weights[0].items() if not torch.equal(value, base[name])]

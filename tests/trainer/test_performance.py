@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastinvdpo.errors import InvalidInput, MissingExtra
@@ -251,10 +250,6 @@ def test_a_loaded_state_takes_the_layout_of_its_parameter() -> None:
     torch.testing.assert_close(other, first, rtol=1e-6, atol=0)
 
 
-def _weights(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.parametrize("switch", ["channels_last", "compile"])
 def test_resumed_equals_uninterrupted(workspace: Path, compiler: None, switch: str) -> None:
     def config(name: str, steps: int) -> Any:
@@ -266,7 +261,7 @@ def test_resumed_equals_uninterrupted(workspace: Path, compiler: None, switch: s
     train(config("resumed", 4), progress=False)
     torch._dynamo.reset()
     train(config("whole", 4), progress=False)
-    whole, resumed = _weights(workspace / "whole"), _weights(workspace / "resumed")
+    whole, resumed = tiny.weights(workspace / "whole"), tiny.weights(workspace / "resumed")
     for name, value in whole.items():
         assert torch.equal(resumed[name], value)
 
@@ -284,7 +279,7 @@ def test_another_switch_continues_a_run_and_is_told(workspace: Path, caplog: pyt
     assert "Performance: attention the family's, channels_last off, compile off" in caplog.text
     assert "switches than the checkpoint's: channels_last True → False" in caplog.text
     train(config("whole", 6), progress=False)
-    changed = _weights(workspace / "changed")
+    changed = tiny.weights(workspace / "changed")
     # Rounding moves a weight by parts of a step, 1e-3; another weight's moments would move it by whole steps.
-    for name, value in _weights(workspace / "whole").items():
+    for name, value in tiny.weights(workspace / "whole").items():
         torch.testing.assert_close(changed[name], value, rtol=0, atol=1e-4)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastinvdpo.data import write_pairs
 from fastinvdpo.models.digits import DigitsModel
@@ -91,6 +92,12 @@ def config(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, Any
 def train_model(config: TrainConfig, model: Any, pairs: Any, **options: Any) -> TrainResult:
     """Train a model and pairs at hand."""
     return PreferenceTrainer(model, config.method, pairs, config, **{"progress": False, **options}).train()
+
+
+def weights(run: TrainResult | Path) -> dict[str, torch.Tensor]:
+    """Of the model that a run wrote; of a run by its directory."""
+    directory = run if isinstance(run, Path) else run.directory
+    return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def trained_in_attempts(directory: Path, *attempts: int, **sections: Any) -> Path:

@@ -1,4 +1,7 @@
-"""The trainer uses the fused ops by default, and they give the training curve of the reference."""
+"""The trainer uses the fused ops by default, and they give the training curve of the reference.
+
+``make test-deep`` runs this file, by name.
+"""
 
 from __future__ import annotations
 

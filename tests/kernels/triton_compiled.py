@@ -1,4 +1,7 @@
-"""Every Triton kernel compiled for sm_80, sm_90 and sm_100: no spills, 128-bit accesses, and the table kept of it."""
+"""Every Triton kernel compiled for sm_80, sm_90 and sm_100: no spills, 128-bit accesses, and the table kept of it.
+
+``make test-deep`` runs this file, by name.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 
 from tests.layout import ROOT
 
+pytestmark = pytest.mark.xdist_group("triton compiled")  # once
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 SCRIPT = ROOT / "benchmarks/compiled_triton.py"
