@@ -48,8 +48,8 @@ def build(
     image_root: Annotated[Path | None, typer.Option(help="Directory of the images, if not that of the file.")] = None,
 ) -> None:
     """Turn several scored images per prompt into pairs, with a data card beside them."""
-    from fastinvdpo.data.building import PairRule, build_pairs, parse_weights, relation_counts
-    from fastinvdpo.data.structured import read_structured
+    from fastinvdpo._examples.structured.building import PairRule, build_pairs, parse_weights, relation_counts
+    from fastinvdpo._examples.structured.schema import read_structured
 
     rule = PairRule(parse_weights(weight or []), margin, max_pairs, balance, seed)
     if output is None:

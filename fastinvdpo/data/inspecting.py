@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.broken import by_cause, check_report, write_report
+from fastinvdpo.data.broken import by_cause, check_report, require_own, write_report
 from fastinvdpo.data.pairs import Pair, PairDataset
-from fastinvdpo.errors import invalid
 
 SHEET = "pairs.png"
 _MARK = ("Software", "fastinvdpo data inspect")
@@ -20,21 +19,13 @@ _SIZES_SHOWN = 5
 
 def check_place(directory: Path) -> None:
     """Raise ``InvalidInput`` where ``directory`` holds other files than those of an earlier look, by the same names."""
-    pil = require("PIL.Image", extra="train", purpose="drawing pairs")
     check_report(directory)
-    path = directory / SHEET
-    try:
-        if path.exists():
-            with pil.open(path, formats=["PNG"]) as there:
-                ours = there.info.get(_MARK[0]) == _MARK[1]
-        else:
-            ours = not path.is_symlink()
-    except OSError:
-        ours = False
-    if not ours:
-        raise invalid(
-            "output", str(path), "is there, and no sheet of ours that could be replaced", "name another place"
-        )
+    require_own(directory / SHEET, _is_sheet)
+
+
+def _is_sheet(path: Path) -> bool:
+    with require("PIL.Image", extra="train", purpose="drawing pairs").open(path, formats=["PNG"]) as there:
+        return bool(there.info.get(_MARK[0]) == _MARK[1])
 
 
 def inspect_pairs(dataset: PairDataset, directory: Path, *, pairs: int = 8) -> dict[str, Any]:

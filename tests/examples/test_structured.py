@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastinvdpo import cli
-from fastinvdpo.data import PairDataset
-from fastinvdpo.data.building import (
+from fastinvdpo._examples.structured.building import (
     NO_RELATION,
     BuiltPair,
     PairRule,
@@ -23,7 +22,8 @@ from fastinvdpo.data.building import (
     parse_weights,
     relation_counts,
 )
-from fastinvdpo.data.structured import StructuredImage, read_structured
+from fastinvdpo._examples.structured.schema import StructuredImage, read_structured
+from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import encoded, image
 
