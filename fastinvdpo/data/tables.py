@@ -233,6 +233,10 @@ def _load(path: str, options: Mapping[str, str | None]) -> Any:
 def _datasets(path: str, function: str, options: Mapping[str, str | None] | None, **more: Any) -> Any:
     datasets = require("datasets", extra="train", purpose="data.format = datasets")
     which = {} if options is None else {"name": options["subset"], "revision": options["revision"]}
+    place = str(Path(path).resolve())
+    if which and Path(place).is_dir() and glob.escape(place) != place:
+        problem = "has a part with *, ? or [, which datasets reads as a pattern"
+        raise invalid("data.path", path, problem, "rename it, or name its directory of parquet files")
     try:
         return getattr(datasets, function)(path, **which, **more)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:

@@ -237,6 +237,16 @@ def test_winners_stand_on_both_sides(images: Path, tmp_path: Path) -> None:
     assert len(first) == 40 and 5 < sum(first) < 35
 
 
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.md"])
+def test_an_output_that_is_there_is_kept(
+    images: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("made by hand")
+    assert cli.main(["data", "build", str(images), "--output", str(tmp_path / "pairs.parquet")]) == 2
+    assert f"{name}': is there already" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "made by hand"
+
+
 def test_mistakes_of_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "build", str(images)]) == 0
     assert "40 images, no mistakes" in capsys.readouterr().out
