@@ -24,14 +24,13 @@ def inspect(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs on the sheet.")] = 8,
 ) -> None:
     """Count rows, ties and broken rows by cause, tell sizes, captions and scores, and draw a sheet of pairs."""
-    from fastinvdpo.data.inspecting import SHEET, check_place, described, inspect_pairs
+    from fastinvdpo.data.inspecting import check_place, inspect_pairs
     from fastinvdpo.trainer.config_files import load_data_section
     from fastinvdpo.trainer.opening import open_pairs
 
     check_place(output)
     dataset = open_pairs(load_data_section(path, options or []), all_broken=True)
-    typer.echo(described(inspect_pairs(dataset, output, pairs=pairs)))
-    typer.echo(f"sheet     {output / SHEET}")
+    typer.echo(inspect_pairs(dataset, output, pairs=pairs))
 
 
 def build(

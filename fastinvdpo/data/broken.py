@@ -56,9 +56,6 @@ class DataSummary:
     ties_kept: bool
     broken: dict[str, int]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         left_out = sum(self.broken.values())
         parts = [f"{self.rows} rows: {self.pairs} pairs"]
@@ -133,7 +130,7 @@ def write_report(summary: DataSummary, rows: BrokenRows, directory: Path) -> Non
     check_report(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / SUMMARY).write_text(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (directory / SUMMARY).write_text(json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n", "utf-8")
         (directory / LISTED).write_text(jsonl(rows.lines()), "utf-8")
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
