@@ -2,9 +2,9 @@
 // longer than all of a small launch's other work on the host.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include "common.h"
+//
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 namespace fastinvdpo {
 

@@ -162,7 +162,8 @@ def _too_old() -> dict[str, str]:
         requirements = importlib.metadata.requires("fastinvdpo") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that nobody installed
         return {}
-    bounds = dict(match.groups() for match in map(re.compile(r"([\w.-]+)>=([\w.]+)").match, requirements) if match)
+    found = map(re.compile(r"([\w.-]+)>=([\w.]+)").match, requirements)
+    bounds = {str(match[1]): str(match[2]) for match in found if match}
     known = {"torch", *(name for names in EXTRAS.values() for name in names)}
     installed = {name: _version(name) for name in sorted(known & set(bounds))}
     return {name: bounds[name] for name, found in installed.items() if found and TorchVersion(found) < bounds[name]}

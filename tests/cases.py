@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +65,29 @@ def toy_network(
         return scale * torch.tanh(mixed + latents + prompt) * (1 + time) + 0.1 * time
 
     return network
+
+
+def pairwise(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Cases, one value of each axis, in which each two values of two axes meet: far fewer than their product."""
+    values = [list(axis) for axis in axes]
+    places = range(len(values))
+    left = {
+        frozenset({(i, a), (j, b)})
+        for i, j in itertools.combinations(places, 2)
+        for a, b in itertools.product(range(len(values[i])), range(len(values[j])))
+    }
+    cases = []
+    while left:
+        chosen = dict(min(left, key=sorted))
+        for i in places:
+            if i not in chosen:
+                met = [
+                    sum(frozenset({(i, a), other}) in left for other in chosen.items()) for a in range(len(values[i]))
+                ]
+                chosen[i] = met.index(max(met))
+        left -= {frozenset(both) for both in itertools.combinations(chosen.items(), 2)}
+        cases.append(tuple(values[i][chosen[i]] for i in places))
+    return cases
 
 
 def load_golden(name: str) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -110,8 +110,7 @@ def test_without_the_extension_the_reference_runs_and_the_reason_is_told(
         _backend.choose("affine_step", "cpu")
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("backend", "op"), zip(("cuda", "triton"), OPS, strict=True))
 def test_auto_skips_what_has_not_run_on_a_gpu_but_a_name_chooses_it(backend: str, op: str, with_gpu: None) -> None:
     assert _backend.unavailable(op, backend, "cuda") is None
     assert "not been run on a GPU yet" in str(_backend.skipped(backend, "cuda"))
@@ -266,16 +265,10 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend.choose("preference_loss", "cpu")
 
 
-def test_the_environment_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _backend.requested() == ("default", "auto")
-    monkeypatch.setenv(_backend.VARIABLE, "reference")
-    assert _backend.requested() == (_backend.VARIABLE, "reference")
-    monkeypatch.setenv(_backend.VARIABLE, "")
-    assert _backend.requested() == ("default", "auto")
-
-
 def test_blocks_nest_beat_the_environment_and_end_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_backend.VARIABLE, "cuda")
+    for value, expected in (("", ("default", "auto")), ("cuda", (_backend.VARIABLE, "cuda"))):
+        monkeypatch.setenv(_backend.VARIABLE, value)  # read at every call
+        assert _backend.requested() == expected
     with _backend.use_backend("auto"):
         with pytest.raises(ZeroDivisionError), _backend.use_backend("triton"):
             assert _backend.requested() == ("use_backend", "triton")

@@ -298,34 +298,30 @@ def test_a_tiny_demo_leaves_everything(
     assert f"{summary['network_evaluations']:,}" in printed
 
 
-def test_a_second_demo_replaces_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "PAIRS", 40)
-    monkeypatch.setattr(run, "NUM_INFERENCE_STEPS", 2)
-    # Warm-up starts from zero: the first step alone would change nothing.
-    common = {"steps": 2, "output": tmp_path, "progress": False}
-    control = run.run_demo(control="shuffle", **common)
-    real = run.run_demo(**common)
-    assert (control["control"], real["control"]) == ("shuffle", None)
-    assert control["before"] == real["before"]
-    assert control["after"] != real["after"]
-    assert json.loads((tmp_path / "summary.json").read_text()) == real
-
-
-def test_a_retrained_base_model_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = base.WEIGHTS / "noisy"
+def test_a_second_demo_replaces_the_first_and_uses_a_retrained_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def quick(name: str, directory: Path, **options: Any) -> Path:
         calls.append((name, directory))
-        load_model("digits", shipped).save(directory)
+        load_model("digits", base.WEIGHTS / "noisy").save(directory)
         return directory
 
     monkeypatch.setattr(base, "train_base", quick)
     monkeypatch.setattr(run, "PAIRS", 40)
     monkeypatch.setattr(run, "NUM_INFERENCE_STEPS", 2)
-    run.run_demo(preference="digit", steps=1, output=tmp_path, train_base=True, progress=False)
+    # Warm-up starts from zero: the first step alone would change nothing.
+    common: dict[str, Any] = {"preference": "digit", "steps": 2, "output": tmp_path, "progress": False}
+    control = run.run_demo(control="shuffle", **common)
+    assert not calls
+    real = run.run_demo(train_base=True, **common)
     assert calls == [("noisy", tmp_path / "base")]
     assert load_config(tmp_path / "config.yaml").model.path == str(tmp_path / "base")
+    assert (control["control"], real["control"]) == ("shuffle", None)
+    assert control["before"] == real["before"]
+    assert control["after"] != real["after"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == real
 
 
 # --- pictures ---

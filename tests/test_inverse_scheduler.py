@@ -30,7 +30,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("steps", [1, 50])
 def test_every_step(config: dict, steps: int) -> None:
     ours, theirs = DDIMInverseScheduler.from_config(config), diffusers.DDIMInverseScheduler.from_config(config)
     ours.set_timesteps(steps)

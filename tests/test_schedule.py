@@ -30,25 +30,8 @@ def step(
     return a * latents + b * output
 
 
-@given(LEVELS, LEVELS, st.sampled_from(PREDICTION_TYPES), st.integers(0, 2**31))
-@settings(max_examples=200, deadline=None)
-def test_a_step_and_its_return_cancel(source: int, target: int, prediction_type: str, seed: int) -> None:
-    """With the same prediction of (x_0, ε) on both ends, any two levels, all prediction types.
-
-    An epsilon or x_0 network's output means the same at both ends; a v output depends on the level it is given for, so
-    the way back uses the v of the same (x_0, ε).
-    """
-    schedule = sd_schedule(prediction_type=prediction_type)
-    latents, output = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    there = step(schedule, latents, output, source, target)
-    clean, noise = predicted_clean_and_noise(schedule, latents, output, torch.tensor([source]))
-    back = step(schedule, there, prediction_target(schedule, clean, noise, torch.tensor([target])), target, source)
-    # An epsilon step divides by √ᾱ of its source, an x_0 step by √(1−ᾱ): as small as 0.07 and 0.03.
-    torch.testing.assert_close(back, latents, rtol=1e-9, atol=1e-9)
-
-
 @given(LEVELS, LEVELS, st.sampled_from(PREDICTION_TYPES))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_step_moves_along_the_predicted_line(source: int, target: int, prediction_type: str) -> None:
     """``x_t = √ᾱ_t·x̂_0 + √(1−ᾱ_t)·ε̂`` (DDIM, equation 12 at η = 0), from a formula of its own."""
     schedule = sd_schedule(prediction_type=prediction_type)

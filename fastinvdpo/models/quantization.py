@@ -1,9 +1,10 @@
-"""Frozen linear layers in 8 or 4 bits: quantised by bitsandbytes, made whole for each product.
+"""Frozen linear layers in 8 or 4 bits, made whole for each product. Convolutions, norms and biases stay as they are.
 
-Convolutions have no such layers there and stay as they are. So do norms and biases, which are small.
+The numbers are those of the plain formulas here. On a GPU bitsandbytes' kernel makes nf4 whole, for shapes where it has
+given the bits of :func:`dequantize_nf4`. Its one for AVX-512 (0.50.2) is wrong where a row is no multiple of a block.
 
-The products are not those of bitsandbytes' own layers. Its ``Linear8bitLt`` rounds the input to 8 bits as well, that of
-the policy and that of the reference each for itself: where the two differ by 0.1 %, that is several times their
+The products are not those of bitsandbytes' own layers either. Its ``Linear8bitLt`` rounds the input to 8 bits as well,
+that of the policy and that of the reference each for itself: where the two differ by 0.1 %, that is several times their
 difference. It also keeps every input until the backward pass, past gradient checkpointing. Its ``Linear4bit`` fixes its
 type at the first call, and turns, on CPUs with bf16 instructions, to a product that autograd does not know.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -20,13 +23,112 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastinvdpo._extras import require
+from fastinvdpo.errors import MissingExtra
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
 
 Kind: TypeAlias = Literal["int8", "nf4"]
 
-_BLOCK = 64
+BLOCK = 64
+"""Weights that share a scale in nf4."""
+
+# The 16 values of 4-bit NormalFloat: QLoRA (arXiv 2305.14314), appendix E.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+_KERNEL_DEVICES = ("cuda",)
+"""Where a kernel of bitsandbytes is worth its check."""
+
+Dequantize: TypeAlias = Callable[[Tensor, Tensor, torch.Size], Tensor]
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to multiples of its scale / 127, to nearest; as LLM.int8() has weights (arXiv 2208.07339).
+
+    Returns:
+        int8 of the shape of ``weight`` ``(out, in)``, and the largest magnitude of each row, float32 ``(out,)``.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1)
+    return (weight / _divisor(scale)[:, None] * 127).round().to(torch.int8), scale
+
+
+def dequantize_int8(quantized: Tensor, scale: Tensor) -> Tensor:
+    """``quantized · scale / 127`` in float32, the inverse of :func:`quantize_int8` up to its rounding."""
+    return quantized * (scale / 127)[:, None]
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace each weight by the nearest of ``NF4 · scale``, in blocks of 64 of the flat weight; the last may be short.
+
+    Returns:
+        uint8 ``(⌈numel / 2⌉, 1)``, two indices into ``NF4`` in each, the first in the upper half; and the largest
+        magnitude of each block, float32 ``(⌈numel / 64⌉,)``. bitsandbytes has the same format.
+    """
+    blocks = nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    values = torch.tensor(NF4, device=weight.device)
+    nearest = torch.bucketize(blocks / _divisor(scale)[:, None], (values[1:] + values[:-1]) / 2, out_int32=True)
+    upper, lower = nearest.to(torch.uint8).view(-1, 2)[: math.ceil(weight.numel() / 2)].unbind(1)
+    return (upper << 4 | lower)[:, None], scale
+
+
+def dequantize_nf4(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    """The weight of ``shape`` that :func:`quantize_nf4` packed: ``NF4[index] · scale`` of its block, in float32."""
+    whole = nn.functional.pad(packed.flatten(), (0, -packed.numel() % (BLOCK // 2)))
+    values = nn.functional.embedding(whole.int(), _pairs(packed.device)).view(-1, BLOCK)
+    return values.mul_(scale[:, None]).flatten()[: shape.numel()].view(shape)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1, scale)
+
+
+@functools.cache
+def _pairs(device: torch.device) -> Tensor:
+    """The two values that a byte stands for: ``(256, 2)``."""
+    values = torch.tensor(NF4, device=device)
+    return torch.stack((values.repeat_interleave(16), values.repeat(16)), 1)
+
+
+@functools.cache
+def nf4_dequantizer(device: torch.device, shape: torch.Size) -> Dequantize:
+    """Choose what makes weights of ``shape`` whole on a device: bitsandbytes' kernel or :func:`dequantize_nf4`.
+
+    The kernel must be there and give every bit of the formula, for random indices and for those of 1.0 alone, as a 0.0
+    would hide a wrong scale. Warns if it does not.
+    """
+    if device.type not in _KERNEL_DEVICES:
+        return dequantize_nf4
+    try:
+        _functional()
+    except MissingExtra as missing:
+        warnings.warn(f"plain PyTorch makes weights in nf4 whole: {missing}", stacklevel=2)
+        return dequantize_nf4
+    generator, size = torch.Generator().manual_seed(0), shape.numel()
+    indices = torch.randint(256, (math.ceil(size / 2), 1), generator=generator, dtype=torch.uint8).to(device)
+    scale = torch.rand(math.ceil(size / BLOCK), generator=generator).to(device)
+    probes = ((packed, scale, shape) for packed in (indices, torch.full_like(indices, 255)))
+    if all(torch.equal(_by_bitsandbytes(*probe), dequantize_nf4(*probe)) for probe in probes):
+        return _by_bitsandbytes
+    told = f"bitsandbytes gives wrong nf4 weights of shape {tuple(shape)} on {device}: plain PyTorch takes its place"
+    warnings.warn(told, stacklevel=2)
+    return dequantize_nf4
+
+
+def _by_bitsandbytes(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    state = _functional().QuantState(scale, shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=torch.float32)
+    whole: Tensor = _functional().dequantize_4bit(packed, state)
+    return whole
+
+
+def _functional() -> Any:
+    return require("bitsandbytes.functional", extra="bnb", purpose="bitsandbytes' kernel for weights in nf4")
 
 
 class QuantizedLinear(nn.Linear):
@@ -37,23 +139,14 @@ class QuantizedLinear(nn.Linear):
 
     Args:
         linear: the layer that it takes the place of, on the device where it is; its bias is taken over.
-        kind: ``"int8"``: each row of the weight as 8-bit numbers with one scale (as LLM.int8(), arXiv 2208.07339, has
-            weights). ``"nf4"``: blocks of 64 as 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
-
-    Attributes:
-        weight: ``(out, in)`` int8, or ``(in·out / 2, 1)`` uint8, two numbers in each.
-        scale: float32, the largest magnitude of each row ``(out,)`` or block ``(in·out / 64,)``.
+        kind: ``"int8"``: :func:`quantize_int8`; ``"nf4"``: :func:`quantize_nf4`; they say what ``weight`` and ``scale``
+            hold.
     """
 
     def __init__(self, linear: nn.Linear, kind: Kind) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
-        weight = linear.weight.detach().contiguous()
-        if kind == "int8":
-            packed, scale, _ = _bitsandbytes().int8_vectorwise_quant(weight.to(torch.float16))
-        else:
-            packed, state = _bitsandbytes().quantize_4bit(weight, blocksize=_BLOCK, quant_type="nf4")
-            scale = state.absmax
+        packed, scale = (quantize_int8 if kind == "int8" else quantize_nf4)(linear.weight.detach())
         # Parameters, not buffers, which DistributedDataParallel would send around at every call.
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", linear.bias)
@@ -70,13 +163,10 @@ class QuantizedLinear(nn.Linear):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight ``(out, in)`` that the layer multiplies by, rounded to ``dtype`` from float32."""
         if self.kind == "int8":
-            whole = _bitsandbytes().int8_vectorwise_dequant(self.weight, self.scale)
+            whole = dequantize_int8(self.weight, self.scale)
         else:
             shape = torch.Size((self.out_features, self.in_features))
-            state = _bitsandbytes().QuantState(
-                self.scale, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=torch.float32
-            )
-            whole = _bitsandbytes().dequantize_4bit(self.weight, state)
+            whole = nf4_dequantizer(self.weight.device, shape)(self.weight, self.scale, shape)
         return whole.to(dtype)
 
 
@@ -94,11 +184,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_linear_layers(network: nn.Module, kind: Kind) -> None:
-    """Replace every ``nn.Linear`` of a frozen network in place, on the device where it is.
-
-    Raises:
-        MissingExtra: bitsandbytes is not installed.
-    """
+    """Replace every ``nn.Linear`` of a frozen network in place, on the device where it is."""
     for parent in list(network.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:  # a subclass may mean another product
@@ -132,8 +218,3 @@ def _on_host(network: nn.Module) -> nn.Module:
         there = tensor.detach().to("cpu", copy=True)
         memo[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
     return copy.deepcopy(network, memo)
-
-
-@functools.cache
-def _bitsandbytes() -> Any:
-    return require("bitsandbytes.functional", extra="bnb", purpose="quantising weights")

@@ -117,7 +117,7 @@ class ModelSection(Section):
     ``guidance_embedding``: the guidance that FLUX.1-dev is told; null: as diffusers' pipelines.
 
     ``reference_dtype``: type of the frozen copy's weights in full fine-tuning; the policy's when null.
-    ``reference_quantization``: its linear layers in 8 or 4 bits (bitsandbytes); convolutions, norms and biases stay in
+    ``reference_quantization``: its linear layers in 8 or 4 bits; convolutions, norms and biases stay in
     ``reference_dtype``. ``quantization``: the same of the network that LoRA adapts, whose frozen weights are policy and
     reference at once.
     """

@@ -83,9 +83,6 @@ def require_extras(config: TrainConfig) -> None:
         require("bitsandbytes", extra="bnb", purpose="optimizer.name = adamw8bit")
     if config.optimizer.name == "adafactor":
         require("transformers.optimization", extra="train", purpose="optimizer.name = adafactor")
-    for key in ("quantization", "reference_quantization"):
-        if getattr(config.model, key) is not None:
-            require("bitsandbytes", extra="bnb", purpose=f"model.{key}")
 
 
 def set_tf32(performance: Performance, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def build_optimizer(
     elif settings.name == "adamw8bit":
         bitsandbytes = require("bitsandbytes", extra="bnb", purpose="optimizer.name = adamw8bit")
         _check_kernel(parameters[0].device.type)
+        _check_updates(bitsandbytes.optim.AdamW8bit, parameters[0].device)
         optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options, **adam)
     else:
         # Fused: one pass over the weights, and it can hold an update back without asking the device (nonfinite.py).
@@ -152,3 +154,25 @@ def _check_kernel(device_type: str) -> None:
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         problem = f"has no kernels for {device_type} in the installed bitsandbytes"
         raise invalid("optimizer.name", "adamw8bit", problem, "choose adamw, or install a newer bitsandbytes")
+
+
+def _check_updates(optimizer: type[torch.optim.Optimizer], device: torch.device) -> None:
+    """Raise ``InvalidInput`` where an AdamW with 8-bit moments does not make the updates of AdamW on a device.
+
+    Gradients that are one positive number in each block of 256 have moments that 8 bits hold exactly: their block's
+    largest. What a kernel may then lose is the rounding of 1 - β2 to float32, 2^-24 / (1 - β2), and of the weights.
+    """
+    generator, size, rate, steps = torch.Generator().manual_seed(0), 5000, 0.01, 3
+    start = torch.randn(size, generator=generator)
+    blocks = 0.1 + torch.rand(steps, math.ceil(size / 256), generator=generator)
+    ends = []
+    for make in (torch.optim.AdamW, optimizer):
+        weight = nn.Parameter(start.to(device, copy=True))
+        one = make([weight], lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # type: ignore[call-arg]
+        for block in blocks:
+            weight.grad = block.repeat_interleave(256)[:size].to(device)
+            one.step()
+        ends.append(weight.detach())
+    if not bool(((ends[0] - ends[1]).abs() <= 1e-3 * rate * steps + 2**-22 * ends[0].abs()).all()):
+        problem = f"makes other updates than AdamW on {device} with the installed bitsandbytes"
+        raise invalid("optimizer.name", "adamw8bit", problem, "choose adamw, or install another bitsandbytes")

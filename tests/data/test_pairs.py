@@ -67,9 +67,12 @@ def test_labels_decide_the_winner(write: Write) -> None:
     assert pairs.image_size == (8, 8)
 
 
-def test_integer_and_boolean_labels(write: Write) -> None:
-    pairs = PairDataset(write({**row(0), "label_0": 0, "label_1": 1}, {**row(1), "label_0": 1, "label_1": 0}))
-    assert [pair.winner.getpixel((0, 0)) for pair in pairs] == [100, 1]
+def test_other_labels_empty_captions_and_broken_ties(write: Write) -> None:
+    whole = {**row(0, caption=""), "label_0": 0, "label_1": 1}, {**row(1), "label_0": 1, "label_1": 0}
+    pairs = PairDataset(write(*whole))
+    assert [(pair.winner.getpixel((0, 0)), pair.caption) for pair in pairs] == [(100, ""), (1, "caption 1")]
+    # A tie with a broken image does not matter.
+    assert len(PairDataset(write(row(0), row(1, 0.5, jpg_0=b"text")))) == 1
 
 
 def test_ties_are_dropped_and_counted(write: Write) -> None:
@@ -138,10 +141,6 @@ def test_image_feature_structs_and_other_formats(write: Write) -> None:
     assert (pair.winner.mode, pair.loser.mode) == ("RGB", "RGB")
 
 
-def test_empty_caption_is_allowed(write: Write) -> None:
-    assert PairDataset(write(row(0, caption="")))[0].caption == ""
-
-
 def test_large_sets_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
@@ -191,10 +190,6 @@ def test_damage_inside_a_file_is_an_error_when_the_pair_is_read(write: Write) ->
     assert pairs[0].row == 0
     with pytest.raises(InvalidInput, match=r"row 1, column 'jpg_1' = .*is not an intact image"):
         pairs[1]
-
-
-def test_a_tied_row_with_a_broken_image_does_not_matter(write: Write) -> None:
-    assert len(PairDataset(write(row(0), row(1, 0.5, jpg_0=b"text")))) == 1
 
 
 TRUNCATED = encoded(image(0))[:-20]

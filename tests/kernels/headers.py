@@ -68,7 +68,7 @@ def compiled(source: Path, include: Path, folder: Path) -> subprocess.CompletedP
     options = ["-std=c++17", f"-I{ROOT / 'csrc'}"]
     options += [f"-I{path}" for path in (include, include / "torch/csrc/api/include", sysconfig.get_path("include"))]
     if cuda:
-        kind = [str(NVCC), "-c", "-O0", "-gencode=arch=compute_90,code=compute_90", "-o", str(folder / "kernel.o")]
+        kind = [str(NVCC), "-c", "-G", "-gencode=arch=compute_90,code=compute_90", "-o", str(folder / "kernel.o")]
     else:
         kind = [str(COMPILER), "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-psabi"]
     return subprocess.run([*kind, *options, str(source)], capture_output=True, text=True, timeout=600)

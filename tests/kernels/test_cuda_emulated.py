@@ -7,6 +7,7 @@ the compiler and the machine do.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastinvdpo.ops import philox
 from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.cases import pairwise
 from tests.kernels import emulated
 from tests.kernels.cases import ROUNDING, at_offset, check_gradient, check_loss, check_step, exact, problem
 from tests.kernels.emulated import Launch
@@ -36,11 +38,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 # The cut
 
 
-@pytest.mark.parametrize("largest_team", [0, 1, 2, 8])
-@pytest.mark.parametrize("rows", [2, 128, 10240])
 @pytest.mark.parametrize("n", [1, 7, 2047, 2048, 2049, 16384, 65536, 100003, 4838400])
-def test_chunks_cover_a_row_once(library: ctypes.CDLL, rows: int, n: int, largest_team: int) -> None:
-    for head in (0, 1, 7):
+def test_chunks_cover_a_row_once(library: ctypes.CDLL, n: int) -> None:
+    for rows, largest_team, head in itertools.product((2, 128, 10240), (0, 1, 2, 8), (0, 1, 7)):
         cut = emulated.cut(library, rows, n, largest_team, head)
         position = 0
         for begin, end in cut.ranges:
@@ -69,19 +69,20 @@ def test_a_row_is_one_cluster_at_training_shapes(library: ctypes.CDLL) -> None:
 # preference_loss
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
-@pytest.mark.parametrize("n", [1, 3, 250, 2053, 16384, 36867])
+@pytest.mark.parametrize(
+    ("n", "launch"), [*itertools.product([1, 3, 250, 2053], LAUNCHES), (16384, LAUNCHES[1]), (36867, LAUNCHES[2])]
+)
 def test_forward(library: ctypes.CDLL, n: int, launch: Launch) -> None:
     p = problem(n)
     check_loss(p, emulated.forward(library, p, launch))
 
 
-@pytest.mark.parametrize("launch", LAUNCHES[:2], ids=str)
-@pytest.mark.parametrize("with_target", [True, False])
+MIXED = [(BF16, BF16, torch.float32), (torch.float32, torch.float16, BF16)]
+
+
 @pytest.mark.parametrize(
-    "dtypes",
-    [(dtype,) * 3 for dtype in DTYPES]
-    + [(torch.bfloat16, torch.bfloat16, torch.float32), (torch.float32, torch.float16, torch.bfloat16)],
+    ("dtypes", "with_target", "launch"),
+    pairwise([*((dtype,) * 3 for dtype in DTYPES), *MIXED], [True, False], LAUNCHES[:2]),
 )
 def test_forward_dtypes(
     library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...], with_target: bool, launch: Launch
@@ -90,11 +91,11 @@ def test_forward_dtypes(
     check_loss(p, emulated.forward(library, p, launch))
 
 
-@pytest.mark.parametrize("offsets", [(1, 1, 1), (3, 3, 3), (1, 0, 1), (1, 1, 0), (5, 1, 1)])
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.bfloat16, *(torch.float32,) * 2)]
-)
-@pytest.mark.parametrize("n", [2, 4107])
+    ("n", "dtypes", "offsets"),
+    pairwise([2, 4107], [(torch.float32,) * 3, (BF16,) * 3, (BF16, *(torch.float32,) * 2)],
+             [(1, 1, 1), (3, 3, 3), (1, 0, 1), (1, 1, 0), (5, 1, 1)]),
+)  # fmt: skip
 def test_forward_off_boundaries(
     library: ctypes.CDLL, n: int, dtypes: tuple[torch.dtype, ...], offsets: tuple[int, ...]
 ) -> None:
@@ -161,27 +162,18 @@ def test_what_is_not_finite_stays_in_its_pair(library: ctypes.CDLL, value: float
     assert torch.isfinite(policy_mse).tolist() == [True, False, True, True, True, True]
 
 
-@pytest.mark.parametrize("resident", [1 << 20, 3])
-@pytest.mark.parametrize("utility", UTILITIES)
-@pytest.mark.parametrize(
-    ("n", "steps", "dtypes", "offsets"),
-    [
-        (4107, None, (torch.float32,) * 3, (0, 0, 0)),
-        (4107, None, (torch.bfloat16,) * 3, (0, 0, 0)),
-        (2501, 2, (torch.float16,) * 3, (3, 3, 3)),
-        (4100, None, (torch.bfloat16, torch.bfloat16, torch.float32), (0, 0, 0)),
-        (33, 3, (torch.float32,) * 3, (1, 0, 2)),
-    ],
-)
-def test_backward(
-    library: ctypes.CDLL,
-    n: int,
-    steps: int | None,
-    dtypes: tuple[torch.dtype, ...],
-    offsets: tuple[int, ...],
-    utility: str,
-    resident: int,
-) -> None:
+BACKWARD_CASES = [
+    (4107, None, (torch.float32,) * 3, (0, 0, 0)),
+    (4107, None, (torch.bfloat16,) * 3, (0, 0, 0)),
+    (2501, 2, (torch.float16,) * 3, (3, 3, 3)),
+    (4100, None, (torch.bfloat16, torch.bfloat16, torch.float32), (0, 0, 0)),
+    (33, 3, (torch.float32,) * 3, (1, 0, 2)),
+]
+
+
+@pytest.mark.parametrize(("case", "utility", "resident"), pairwise(BACKWARD_CASES, UTILITIES, [1 << 20, 3]))
+def test_backward(library: ctypes.CDLL, case: tuple[Any, ...], utility: str, resident: int) -> None:
+    n, steps, dtypes, offsets = case
     p = problem(n, steps=steps, dtypes=dtypes, offsets=offsets, utility=utility)
     margin = exact(p)[1].float()
     for gradients in (
@@ -218,19 +210,9 @@ def step_settings(rows: int, outputs: int, noise: bool, active: Tensor | None) -
     return (torch.randn(rows, 1 + outputs), active, *extra, 2**62 + 11, 2**32 - 1)
 
 
-@pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("outputs", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize(("dtype", "output_dtype", "n", "offset"), STEP_CASES)
-def test_affine_step(
-    library: ctypes.CDLL,
-    dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    n: int,
-    offset: int,
-    outputs: int,
-    noise: bool,
-) -> None:
-    rows = 3
+@pytest.mark.parametrize(("case", "outputs", "noise"), pairwise(STEP_CASES, range(5), [False, True]))
+def test_affine_step(library: ctypes.CDLL, case: tuple[Any, ...], outputs: int, noise: bool) -> None:
+    rows, (dtype, output_dtype, n, offset) = 3, case
     sample = at_offset(torch.randn(rows, n).to(dtype), offset)
     others = [at_offset(torch.randn(rows, n).to(output_dtype), offset) for _ in range(outputs)]
     for mask in (torch.tensor([True, False, True]), None):
@@ -239,23 +221,21 @@ def test_affine_step(
         check_step(sample, others, settings, found)
 
 
-@pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("outputs", [0, 2, 4])
-@pytest.mark.parametrize(("offset", "gap"), [(0, 0), (0, 8), (4, 4), (1, 3)])
-@pytest.mark.parametrize(("dtype", "output_dtype"), [*((dtype, dtype) for dtype in DTYPES), (BF16, torch.float32)])
+@pytest.mark.parametrize(
+    ("dtypes", "place", "outputs", "stored", "noise"),
+    pairwise([*((dtype, dtype) for dtype in DTYPES), (BF16, torch.float32)], [(0, 0), (0, 8), (4, 4), (1, 3)],
+             [0, 2, 4], DTYPES, [False, True]),
+)  # fmt: skip
 def test_affine_step_into_given_memory(
     library: ctypes.CDLL,
-    dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    offset: int,
-    gap: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    place: tuple[int, int],
     outputs: int,
     stored: torch.dtype,
     noise: bool,
 ) -> None:
     """Rows that lie apart, a trajectory of another type, in place: the bits of a new result."""
-    rows, n = 3, 2100
+    rows, n, (dtype, output_dtype), (offset, gap) = 3, 2100, dtypes, place
     values = torch.randn(rows, n).to(dtype)
     others = [torch.randn(rows, n).to(output_dtype) for _ in range(outputs)]
     settings = step_settings(rows, outputs, noise, torch.tensor([True, False, True]))

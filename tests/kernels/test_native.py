@@ -1,5 +1,7 @@
 """The C++ kernels for the CPU, through the public ops, against the reference in float64.
 
+Utilities and layouts: tests/ops/test_backends.py. Mixed types: test_native_lengths.py.
+
 Bounds: an error of at most twice that of plain PyTorch (the reference backend) on the same inputs, with the rounding of
 one float32 operation as the least that is asked for. Outputs are poisoned: memory that is not written holds NaN.
 """
@@ -16,8 +18,7 @@ from torch import Tensor
 import fastinvdpo
 from fastinvdpo import _native
 from fastinvdpo.ops import philox
-from fastinvdpo.ops.preference_loss import UTILITIES
-from tests.cases import predictions
+from tests.cases import pairwise, predictions
 
 pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
 
@@ -70,26 +71,10 @@ def check(inputs: tuple[Tensor, Tensor, Tensor | None], **options) -> None:
     assert all(torch.equal(value, other) for value, other in zip(native, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("target_free", [False, True])
+@pytest.mark.parametrize(("dtype", "shape", "target_free"), pairwise(DTYPES, SHAPES, [False, True]))
 def test_shapes(dtype: torch.dtype, shape: tuple[int, ...], target_free: bool) -> None:
     policy, reference, target = predictions(PAIRS, shape, gap=0.1, dtype=dtype)
     check((policy, reference, None if target_free else target))
-
-
-@pytest.mark.parametrize("utility", UTILITIES)
-def test_utilities(utility: str) -> None:
-    smoothing = 0.1 if UTILITIES[utility].smoothed else 0.0
-    inputs = predictions(PAIRS, (4, 9, 9), gap=0.5, dtype=torch.float32)
-    for beta in (0.5, 20.0, 5000.0):
-        check(inputs, beta=beta, utility=utility, label_smoothing=smoothing)
-
-
-@pytest.mark.parametrize(("policy", "reference", "target"), list(itertools.product(DTYPES, repeat=3)))
-def test_mixed_types(policy: torch.dtype, reference: torch.dtype, target: torch.dtype) -> None:
-    tensors = predictions(PAIRS, (4, 8, 9), gap=0.2)
-    check((tensors[0].to(policy), tensors[1].to(reference), tensors[2].to(target)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,8 +119,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
     assert all(torch.equal(value, other) for value, other in zip(one, many, strict=True))
 
 
-@pytest.mark.parametrize("length", [2**16, 2**16 + 5])
-@pytest.mark.parametrize(("policy", "target"), list(itertools.product(DTYPES, repeat=2)))
+@pytest.mark.parametrize(("policy", "target", "length"), pairwise(DTYPES, DTYPES, [2**16, 2**16 + 5]))
 def test_a_gradient_that_is_written_past_the_caches(policy: torch.dtype, target: torch.dtype, length: int) -> None:
     """From 8 MiB on: the same bits as of its parts, which are smaller. Rows of odd lengths do not begin at a vector."""
     tensors = predictions(PAIRS, (length,), gap=0.1, dtype=torch.float32)
@@ -190,10 +174,7 @@ def test_a_gradient_is_rounded_to_the_nearest(dtype: torch.dtype, factor: float)
 STEP_OPTIONS = ({}, {"active": True}, {"noise": True}, {"active": True, "noise": True})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("count", [0, 1, 4])
-@pytest.mark.parametrize("options", STEP_OPTIONS)
+@pytest.mark.parametrize(("dtype", "shape", "count", "options"), pairwise(DTYPES, SHAPES, [0, 1, 4], STEP_OPTIONS))
 def test_affine_step(dtype: torch.dtype, shape: tuple[int, ...], count: int, options: dict[str, bool]) -> None:
     """A new result, and both results of a step into given memory."""
     generator = torch.Generator().manual_seed(count)
@@ -226,9 +207,9 @@ def test_affine_step(dtype: torch.dtype, shape: tuple[int, ...], count: int, opt
             assert error <= 2 * max(allowed, floor)
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "masked"), pairwise(SHAPES, itertools.product(DTYPES, repeat=2), [False, True])
+)
 def test_affine_step_backward(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], masked: bool) -> None:
     """Of a sample of the first dtype, and outputs of both."""
     kinds = (dtypes[0], dtypes[1], dtypes[0], dtypes[1])
@@ -249,19 +230,6 @@ def test_affine_step_backward(shape: tuple[int, ...], dtypes: tuple[torch.dtype,
         assert [gradient.stride() for gradient in native] == [gradient.stride() for gradient in plain]
         for error, allowed in zip(distance(native, exact), distance(plain, exact), strict=True):
             assert error <= 2 * max(allowed, ONE_ROUNDING)
-
-
-def test_affine_step_layouts() -> None:
-    sample, output = torch.randn(2, 3, 4, 8, 8)
-    table, scale = torch.randn(3, 2), torch.rand(3)
-    for x in (sample, sample.to(memory_format=torch.channels_last), torch.cat([sample] * 2, 3)[..., ::2]):
-        for noise_scale in (None, scale):
-            with fastinvdpo.use_backend("reference"):
-                plain = fastinvdpo.affine_step(x, [output], table, noise_scale=noise_scale, seed=3)
-            with fastinvdpo.use_backend("native"):
-                native = fastinvdpo.affine_step(x, [output], table, noise_scale=noise_scale, seed=3)
-            assert native.stride() == plain.stride()
-            torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_is_that_of_every_backend() -> None:

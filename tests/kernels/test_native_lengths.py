@@ -64,8 +64,13 @@ def test_utilities(utility: str) -> None:
 
 
 @pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(dtype)[6:] for dtype in mix))
-@pytest.mark.parametrize("count", range(5))
-def test_affine_step(dtypes: tuple[torch.dtype, ...], count: int) -> None:
+def test_affine_step(dtypes: tuple[torch.dtype, ...]) -> None:
+    """Of two or three numbers of outputs, each of which is met by every type."""
+    for count in {MIXES.index(dtypes) % 5, (MIXES.index(dtypes) + 2) % 5, 2 if len(set(dtypes)) == 1 else 0}:
+        check_affine_step(dtypes, count)
+
+
+def check_affine_step(dtypes: tuple[torch.dtype, ...], count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     lengths = LENGTHS if count == 2 and len(set(dtypes)) == 1 else LENGTHS[MIXES.index(dtypes) % 9 :: 9]
     for number, n in enumerate(lengths):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fastinvdpo.ops import philox
 from fastinvdpo.ops.affine_step import reference as affine_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from fastinvdpo.ops.preference_loss import reference as loss_reference
-from tests.cases import predictions
+from tests.cases import pairwise, predictions
 from tests.kernels.loading import kernel_module
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -116,10 +117,9 @@ class TestForward:
         rho = torch.tensor([1.0, -0.5, 2.0], device=DEVICE)
         check_forward(policy, reference, target, rho, None, 20.0, "sigmoid", 0.0)
 
-    @pytest.mark.parametrize(("utility", "smoothing"), UTILITY_CASES)
-    @pytest.mark.parametrize("with_target", [True, False])
-    @pytest.mark.parametrize("timesteps", [None, 1, 3])
-    def test_utilities(self, utility: str, smoothing: float, with_target: bool, timesteps: int | None) -> None:
+    @pytest.mark.parametrize(("case", "with_target", "timesteps"), pairwise(UTILITY_CASES, [True, False], [None, 1, 3]))
+    def test_utilities(self, case: tuple[str, float], with_target: bool, timesteps: int | None) -> None:
+        utility, smoothing = case
         shape = (4, 5, 3) if timesteps is None else (timesteps, 4, 5, 3)
         policy, reference, target = inputs(4, shape, (F32, F32, F32), gap=0.1)
         weight = None if timesteps is None else torch.rand(4, timesteps, device=DEVICE)
@@ -337,9 +337,10 @@ class TestAffine:
         check_error(ours, plain, exact)
         return ours
 
-    @pytest.mark.parametrize("dtypes", [(F32,) * 5, (BF16,) * 5, (F16,) * 5, (F32, BF16, F16, F32, BF16)], ids=str)
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    @pytest.mark.parametrize("count", [0, 1, 2, 4])
+    @pytest.mark.parametrize(
+        ("shape", "dtypes", "count"),
+        pairwise(SHAPES, [(F32,) * 5, (BF16,) * 5, (F16,) * 5, (F32, BF16, F16, F32, BF16)], [0, 1, 2, 4]),
+    )
     def test_shapes_and_dtypes(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], count: int) -> None:
         sample, *outputs = (torch.randn(3, *shape).to(DEVICE, dtype) for dtype in dtypes[: count + 1])
         table = torch.randn(3, 1 + count, device=DEVICE)
@@ -394,21 +395,13 @@ class TestAffine:
 
 class TestAffineMemoryAndGradients:
     @pytest.mark.parametrize(
-        ("dtypes", "stored"),
-        [((F32, F32), None), ((F32, F32), BF16), ((BF16, BF16), F32), ((F16, F16), BF16), ((F16, F32), F16)],
-        ids=str,
-    )
-    @pytest.mark.parametrize(("shape", "apart"), [((7,), 3), ((3, 19, 32), 8), ((3, 5, 11), 8)], ids=str)
-    @pytest.mark.parametrize("noisy", [True, False])
-    def test_into_given_memory(
-        self,
-        shape: tuple[int, ...],
-        apart: int,
-        stored: torch.dtype | None,
-        dtypes: tuple[torch.dtype, ...],
-        noisy: bool,
-    ) -> None:
+        ("types", "place", "noisy"),
+        pairwise([((F32, F32), None), ((F32, F32), BF16), ((BF16, BF16), F32), ((F16, F16), BF16), ((F16, F32), F16)],
+                 [((7,), 3), ((3, 19, 32), 8), ((3, 5, 11), 8)], [True, False]),
+    )  # fmt: skip
+    def test_into_given_memory(self, types: tuple[Any, Any], place: tuple[tuple[int, ...], int], noisy: bool) -> None:
         """Rows that lie apart, a trajectory of another type, in place: the bits of a new result."""
+        (dtypes, stored), (shape, apart) = types, place
         values, output = (torch.randn(3, *shape).to(DEVICE, dtype) for dtype in dtypes)
         active = torch.tensor([True, False, True], device=DEVICE)
         scale = torch.rand(3, device=DEVICE) if noisy else None
@@ -425,10 +418,11 @@ class TestAffineMemoryAndGradients:
             if trajectory is not None:
                 assert torch.equal(trajectory, unrounded.to(stored)) and beside(trajectory, apart).isnan().all()
 
-    @pytest.mark.parametrize("columns", [[0], [1, 3], [0, 1, 2, 3, 4]], ids=str)
-    @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)], ids=str)
-    @pytest.mark.parametrize("shape", [(1,), (3, 5, 11), (3, 19, 32)], ids=str)
-    @pytest.mark.parametrize("masked", [True, False])
+    @pytest.mark.parametrize(
+        ("shape", "dtypes", "columns", "masked"),
+        pairwise([(1,), (3, 5, 11), (3, 19, 32)], [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)],
+                 [[0], [1, 3], [0, 1, 2, 3, 4]], [True, False]),
+    )  # fmt: skip
     def test_backward(
         self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], columns: list[int], masked: bool
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,39 +135,25 @@ def test_schedule_is_the_checkpoints_in_double_precision(model: DiffusionModel, 
     assert (model.schedule.steps_offset, model.schedule.set_alpha_to_one) == (1, False)
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([], r"images = \[\]: is empty"),
-        ([Image.new("L", (8, 8)), Image.new("L", (9, 8))], r"images\[1\].size = \(9, 8\): digit models need 8x8"),
-        (["three.png"], r"images\[0\] = 'three.png': is not a PIL image"),
-    ],
-)
-def test_bad_images(model: DiffusionModel, images: list[object], message: str) -> None:
+EIGHT = Image.new("L", (8, 8))
+BAD_CALLS: list[tuple[str, Any, str]] = [
+    ("encode_images", [], r"images = \[\]: is empty"),
+    ("encode_images", [EIGHT, Image.new("L", (9, 8))], r"images\[1\].size = \(9, 8\): digit models need 8x8"),
+    ("encode_images", ["three.png"], r"images\[0\] = 'three.png': is not a PIL image"),
+    ("decode_latents", torch.zeros(1, 4, 8, 8), "wrong shape or dtype"),
+    ("decode_latents", torch.zeros(8, 8), "wrong shape or dtype"),
+    ("decode_latents", torch.zeros(1, 1, 8, 8, dtype=torch.int64), "wrong shape or dtype"),
+    ("decode_latents", torch.full((1, 1, 8, 8), float("nan")), "NaN"),
+    ("encode_prompts", "three", "is one string"),
+    ("encode_prompts", [], "is empty"),
+    ("encode_prompts", ["a", None], r"prompts\[1\] = None"),
+]
+
+
+@pytest.mark.parametrize(("method", "argument", "message"), BAD_CALLS)
+def test_bad_calls(model: DiffusionModel, method: str, argument: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        model.encode_images(images)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("latents", "message"),
-    [
-        (torch.zeros(1, 4, 8, 8), "wrong shape or dtype"),
-        (torch.zeros(8, 8), "wrong shape or dtype"),
-        (torch.zeros(1, 1, 8, 8, dtype=torch.int64), "wrong shape or dtype"),
-        (torch.full((1, 1, 8, 8), float("nan")), "NaN"),
-    ],
-)
-def test_bad_latents(model: DiffusionModel, latents: torch.Tensor, message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        model.decode_latents(latents)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"), [("three", "is one string"), ([], "is empty"), (["a", None], r"prompts\[1\] = None")]
-)
-def test_bad_prompts(model: DiffusionModel, prompts: object, message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        model.encode_prompts(prompts)  # type: ignore[arg-type]
+        getattr(model, method)(argument)
 
 
 def test_missing_conditioning_is_named(model: DiffusionModel) -> None:

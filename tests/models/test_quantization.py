@@ -26,7 +26,6 @@ from tests.evaluation.test_in_training import SECTION, Planned, run
 from tests.trainer import tiny
 from tests.trainer.test_resume import _assert_same
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes cannot be imported")
 KINDS: tuple[Kind, ...] = ("int8", "nf4")
 LORA = LoraSection(rank=2, alpha=4.0, target_modules=["to_q", "to_v", "proj", "conv1"])
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -76,8 +75,8 @@ def test_a_layer_is_linear_with_the_weight_it_stands_for(kind: Kind, dtype: torc
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert layer.weight.nbytes == weight.numel() * (1 if kind == "int8" else 0.5)
     largest = weight.abs().amax(1, keepdim=True)
-    if kind == "int8":  # half a step of the row, after rounding to float16
-        assert ((layer.dequantized(torch.float32) - weight).abs() <= largest * (0.5 / 127 + 2**-10)).all()
+    if kind == "int8":  # half a step of the row
+        assert ((layer.dequantized(torch.float32) - weight).abs() <= largest * (0.5 / 127 + 2**-22)).all()
     assert 0 < (layer.dequantized(torch.float32) - weight).norm() < (0.01 if kind == "int8" else 0.12) * weight.norm()
 
 

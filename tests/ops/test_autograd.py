@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastinvdpo
 from fastinvdpo.ops.preference_loss import UTILITIES
-from tests.cases import predictions
+from tests.cases import pairwise, predictions
 from tests.ops.steps import PAIRS, SHAPE, Loss, assert_near, loss_on
 from tests.places import EVERYWHERE, Place
 
@@ -24,8 +24,9 @@ everywhere = pytest.mark.parametrize("place", EVERYWHERE)
 
 
 @everywhere
-@pytest.mark.parametrize("given", list(itertools.product((True, False), repeat=3))[:-1], ids=str)
-@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize(
+    ("given", "steps"), zip(list(itertools.product((True, False), repeat=3))[:-1], itertools.cycle([None, 3]))
+)
 def test_opcheck_of_the_backward_of_preference_loss(
     place: Place, steps: int | None, given: tuple[bool, bool, bool]
 ) -> None:
@@ -146,9 +147,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @everywhere
-@pytest.mark.parametrize("output", ["loss", "margin", "policy_mse"])
-@pytest.mark.parametrize("steps", [None, 3])
-@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize(("strides", "steps", "output"), pairwise(STRIDES, [None, 3], ["loss", "margin", "policy_mse"]))
 def test_gradients_of_any_strides(place: Place, strides: str, steps: int | None, output: str) -> None:
     tensors = loss_on(place.device, SHAPE if steps is None else (steps, *SHAPE))
     weight = None if steps is None else torch.rand(PAIRS, steps, device=place.device)

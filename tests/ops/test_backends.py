@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastinvdpo
 from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.cases import pairwise
 from tests.kernels.cases import Problem, check_gradient, check_loss, check_step, problem
 from tests.places import EVERYWHERE, Place
 
@@ -109,9 +110,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 
 
 @everywhere
-@with_and_without_target
-@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[3]], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtypes", "with_target"), pairwise(LAYOUTS, [DTYPES[0], DTYPES[3]], [True, False]))
 def test_layouts(place: Place, layout: str, dtypes: tuple[torch.dtype, ...], with_target: bool) -> None:
     p = latents(place, dtypes=dtypes, with_target=with_target)
     tensors = [
@@ -231,10 +230,10 @@ def images(place: Place, count: int, dtypes: tuple[torch.dtype, ...] = (F32,)) -
 
 
 @everywhere
-@pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
-@pytest.mark.parametrize("active", [False, True], ids=["", "active"])
-@pytest.mark.parametrize("count", [0, 1, 2, 4])
-@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (F16,), (F32, BF16, F16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtypes", "count", "active", "noise"),
+    pairwise([(F32,), (BF16,), (F16,), (F32, BF16, F16)], [0, 1, 2, 4], [False, True], [False, True]),
+)
 def test_affine_step(place: Place, dtypes: tuple[torch.dtype, ...], count: int, active: bool, noise: bool) -> None:
     sample, *outputs = images(place, count, dtypes)
     check_affine(place, sample, outputs, **options_of(place, active, noise))

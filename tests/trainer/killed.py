@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from fastinvdpo import cli
 from fastinvdpo import io as atomic
 from fastinvdpo.data import write_pairs
-from fastinvdpo.trainer import cache_writing, scoring
+from fastinvdpo.evaluation import scoring
+from fastinvdpo.trainer import cache_writing
 from fastinvdpo.trainer.cache import Manifest
 from fastinvdpo.trainer.checkpoint import load_checkpoint
 from tests.evaluation import tiny_clip

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import shutil
 from pathlib import Path
@@ -69,8 +68,7 @@ def root(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(root: Path, forks: Server) -> dict[str, list[ranks.Kept]]:
     runs = {name: mapping(root, name, "together", 2) for name in NAMES}
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        runs["float32"] = _quantised(root, "together", 2)
+    runs["float32"] = _quantised(root, "together", 2)
     return ranks.in_processes(forks, runs, root / "kept")
 
 
@@ -117,10 +115,9 @@ def test_two_processes_have_the_gradient_of_one(root: Path, together: dict[str, 
 def test_adapters_on_quantised_weights_have_the_gradient_of_one_process(
     root: Path, together: dict[str, list[ranks.Kept]]
 ) -> None:
-    """In float32, which bitsandbytes quantises: at β = 500 the rounding of predictions, 1e-6, moves what scales the
+    """In float32, in which weights are made whole: at β = 500 the rounding of predictions, 1e-6, moves what scales the
     gradient by up to 1e-3.
     """
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes cannot be imported")
     alone = ranks.run_kept(_quantised(root, "alone", 1), DigitsModel)
     for kept in together["float32"]:
         assert len(kept.gradients) == len(alone.gradients) == STEPS, kept.error

@@ -126,7 +126,6 @@ def test_an_adapter_on_quantised_weights_loads_in_plain_diffusers(
     root: Path, tmp_path: Path, family: str, kind: str
 ) -> None:
     """And the whole model is the original with the adapter merged: the images are equal to the rounding of weights."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes cannot be imported")
     config = _config(root, tmp_path / "run", family, "diffusion-dpo", model={"lora": LORA, "quantization": kind})
     result = train(config, progress=False)
     assert result.history[0]["margin"] == 0
