@@ -24,14 +24,13 @@ def inspect(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs on the sheet.")] = 8,
 ) -> None:
     """Count rows, ties and broken rows by cause, tell sizes, captions and scores, and draw a sheet of pairs."""
-    from fastinvdpo.data.inspecting import SHEET, check_place, described, inspect_pairs
+    from fastinvdpo.data.inspecting import check_place, inspect_pairs
     from fastinvdpo.trainer.config_files import load_data_section
     from fastinvdpo.trainer.opening import open_pairs
 
     check_place(output)
     dataset = open_pairs(load_data_section(path, options or []), all_broken=True)
-    typer.echo(described(inspect_pairs(dataset, output, pairs=pairs)))
-    typer.echo(f"sheet     {output / SHEET}")
+    typer.echo(inspect_pairs(dataset, output, pairs=pairs))
 
 
 def build(
@@ -48,8 +47,8 @@ def build(
     image_root: Annotated[Path | None, typer.Option(help="Directory of the images, if not that of the file.")] = None,
 ) -> None:
     """Turn several scored images per prompt into pairs, with a data card beside them."""
-    from fastinvdpo.data.building import PairRule, build_pairs, parse_weights, relation_counts
-    from fastinvdpo.data.structured import read_structured
+    from fastinvdpo._examples.structured.building import PairRule, build_pairs, parse_weights, relation_counts
+    from fastinvdpo._examples.structured.schema import read_structured
 
     rule = PairRule(parse_weights(weight or []), margin, max_pairs, balance, seed)
     if output is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ CAUSES = (
     *("missing caption", "malformed caption", "missing image", "corrupt image"),
 )
 LISTED, SUMMARY = "broken.jsonl", "data.json"
+_LINE = {"row", "place", "cause", "problem"}
 _SHOWN = 10
 
 
@@ -54,9 +55,6 @@ class DataSummary:
     ties: int
     ties_kept: bool
     broken: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         left_out = sum(self.broken.values())
@@ -127,12 +125,12 @@ def write_report(summary: DataSummary, rows: BrokenRows, directory: Path) -> Non
     """Write ``data.json`` (the summary) and ``broken.jsonl`` (every row that was left out, maybe none).
 
     Raises:
-        InvalidInput: files of these names are there that are no such report, or the directory cannot be written.
+        InvalidInput: other files than such reports have these names, or the directory cannot be written.
     """
     check_report(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / SUMMARY).write_text(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (directory / SUMMARY).write_text(json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n", "utf-8")
         (directory / LISTED).write_text(jsonl(rows.lines()), "utf-8")
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
@@ -154,16 +152,21 @@ def read_summary(directory: Path) -> DataSummary | None:
 
 
 def check_report(directory: Path) -> None:
-    """Raise ``InvalidInput`` where another file than a report of ours has the name of one."""
-    for name, keys in ((SUMMARY, DataSummary.__dataclass_fields__), (LISTED, ("row", "place", "cause", "problem"))):
-        path = directory / name
-        try:
-            text = path.read_text("utf-8") if path.exists() else ""
-            texts = [text] if name == SUMMARY and path.exists() else text.splitlines()
-            objects = map(json.loads, texts)
-            ours = all(isinstance(one, dict) and set(one) == set(keys) for one in objects)
-        except (OSError, ValueError, RecursionError):
-            ours = False
-        if not ours:
-            problem = "is there, and no report of ours that could be replaced"
-            raise invalid("output", str(path), problem, "name another directory, or move that file")
+    """Raise ``InvalidInput`` where another file than such a report has the name of one."""
+    require_own(directory / SUMMARY, lambda path: read_summary(path.parent) is not None)
+    require_own(directory / LISTED, lambda path: all(set(line) == _LINE for line in _lines(path)))
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    return (json.loads(line) for line in path.read_text("utf-8").split("\n") if line)
+
+
+def require_own(path: Path, is_own: Callable[[Path], bool]) -> None:
+    """Raise ``InvalidInput`` where something is at ``path`` that ``is_own`` does not recognize."""
+    try:
+        own = is_own(path) if path.exists() else not path.is_symlink()
+    except (OSError, ValueError, TypeError, RecursionError):  # no JSON, no image, or of another kind
+        own = False
+    if not own:
+        problem = "is there, and was not written by fastinvdpo"
+        raise invalid("output", str(path), problem, "name another directory, or move that file")

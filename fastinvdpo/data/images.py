@@ -24,6 +24,7 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _HEADER_BYTES = 64 * 1024
 _ORIENTATION = 0x0112
 _TURN_MARKS = (b"eXIf", b"exif", b"Orientation")  # in a PNG, before or after the pixels
+_TIFF_STARTS = (b"II*\0", b"MM\0*")  # some versions of PIL turn these when they state the size, others do not
 _BACKGROUND = (255, 255, 255, 255)
 _REMEDY = "re-encode or remove the row, or allow some broken rows with data.max_broken"
 _PURPOSE = "decoding images"
@@ -120,7 +121,8 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
     head, tail = bytes(data[:_HEADER_BYTES]), bytes(data[-_HEADER_BYTES:])
     is_png = head.startswith(_PNG_START)
     cut_off = (is_png and _PNG_END not in tail[-16:]) or (head.startswith(_JPEG_START) and _JPEG_END not in tail[-16:])
-    if cut_off or (is_png and any(mark in part for mark in _TURN_MARKS for part in (head, tail))):
+    may_turn = is_png and any(mark in part for mark in _TURN_MARKS for part in (head, tail))
+    if cut_off or may_turn or head.startswith(_TIFF_STARTS):
         image = decode(data, where)
         return image.height, image.width
     try:

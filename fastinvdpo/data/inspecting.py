@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.broken import by_cause, check_report, write_report
+from fastinvdpo.data.broken import by_cause, check_report, require_own, write_report
 from fastinvdpo.data.pairs import Pair, PairDataset
-from fastinvdpo.errors import invalid
+from fastinvdpo.data.rows import SCORES
 
 SHEET = "pairs.png"
 _MARK = ("Software", "fastinvdpo data inspect")
@@ -20,27 +20,17 @@ _SIZES_SHOWN = 5
 
 def check_place(directory: Path) -> None:
     """Raise ``InvalidInput`` where ``directory`` holds other files than those of an earlier look, by the same names."""
-    pil = require("PIL.Image", extra="train", purpose="drawing pairs")
     check_report(directory)
-    path = directory / SHEET
-    try:
-        if path.exists():
-            with pil.open(path, formats=["PNG"]) as there:
-                ours = there.info.get(_MARK[0]) == _MARK[1]
-        else:
-            ours = not path.is_symlink()
-    except OSError:
-        ours = False
-    if not ours:
-        raise invalid(
-            "output", str(path), "is there, and no sheet of ours that could be replaced", "name another place"
-        )
+    require_own(directory / SHEET, _is_sheet)
 
 
-def inspect_pairs(dataset: PairDataset, directory: Path, *, pairs: int = 8) -> dict[str, Any]:
-    """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return the summary.
+def _is_sheet(path: Path) -> bool:
+    with require("PIL.Image", extra="train", purpose="drawing pairs").open(path, formats=["PNG"]) as there:
+        return bool(there.info.get(_MARK[0]) == _MARK[1])
 
-    The summary has what :class:`fastinvdpo.data.broken.DataSummary` counts, and sizes, captions and scores.
+
+def inspect_pairs(dataset: PairDataset, directory: Path, *, pairs: int = 8) -> str:
+    """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return a summary as text.
 
     Raises:
         InvalidInput: files that are no earlier reports are in the way, see :func:`check_place`.
@@ -50,49 +40,34 @@ def inspect_pairs(dataset: PairDataset, directory: Path, *, pairs: int = 8) -> d
     marks = require("PIL.PngImagePlugin", extra="train", purpose="drawing pairs").PngInfo()
     marks.add_text(*_MARK)
     sheet([dataset[i] for i in range(min(pairs, len(dataset)))]).save(directory / SHEET, pnginfo=marks)
+    found, sizes = dataset.summary, [f"{w} x {h} ({count})" for (h, w), count in dataset.image_sizes.most_common()]
+    if len(sizes) > _SIZES_SHOWN:
+        sizes = [*sizes[:_SIZES_SHOWN], f"{len(sizes) - _SIZES_SHOWN} other sizes"]
     captions = [dataset.caption(i) for i in range(len(dataset))]
     lengths = [len(caption) for caption in captions]
-    found: dict[str, Any] = {
-        **dataset.summary.as_dict(),
-        "sizes": {f"{w} x {h}": count for (h, w), count in dataset.image_sizes.most_common()},
-        "captions": {"distinct": len(set(captions)), "empty": captions.count("")},
-        "characters": {"least": min(lengths), "median": statistics.median(lengths), "most": max(lengths)},
-    }
-    scores = dataset.scores()
-    if scores is not None:
-        found["scores"] = {
-            "columns": [dataset.source.shown(name) for name in ("score_0", "score_1")],
-            "winner_mean": statistics.fmean(winner for winner, _ in scores),
-            "loser_mean": statistics.fmean(loser for _, loser in scores),
-            "winner_higher": sum(winner > loser for winner, loser in scores) / len(scores),
-        }
-    return found
-
-
-def described(found: dict[str, Any]) -> str:
-    """The summary as lines of text."""
-    sizes, captions, length = found["sizes"], found["captions"], found["characters"]
-    shown = [f"{size} ({count})" for size, count in list(sizes.items())[:_SIZES_SHOWN]]
-    if len(sizes) > _SIZES_SHOWN:
-        shown.append(f"{len(sizes) - _SIZES_SHOWN} other sizes")
     lines = [
-        f"path      {found['path']} ({found['format']})",
-        f"rows      {found['rows']}",
-        f"pairs     {found['pairs']}",
-        f"ties      {found['ties']} ({'kept' if found['ties_kept'] else 'dropped'})",
-        f"broken    {by_cause(found['broken']) or 'none'}",
-        f"images    {', '.join(shown) or 'not looked at (streaming)'}",
-        f"captions  {captions['distinct']} distinct, {captions['empty']} empty, {length['least']} to {length['most']} "
-        f"characters, median {length['median']:g}",
+        f"path      {found.path} ({found.format})",
+        f"rows      {found.rows}",
+        f"pairs     {found.pairs}",
+        f"ties      {found.ties} ({'kept' if found.ties_kept else 'dropped'})",
+        f"broken    {by_cause(found.broken) or 'none'}",
+        f"images    {', '.join(sizes) or 'not looked at (streaming)'}",
+        f"captions  {len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
+        f"characters, median {statistics.median(lengths):g}",
+        f"scores    {_scores(dataset)}",
+        f"sheet     {directory / SHEET}",
     ]
-    scores = found.get("scores")
-    lines.append(
-        "scores    none"
-        if scores is None
-        else f"scores    {', '.join(scores['columns'])}: winners {scores['winner_mean']:.4g}, losers "
-        f"{scores['loser_mean']:.4g} on average; the winner's is higher in {scores['winner_higher']:.1%}"
-    )
     return "\n".join(lines)
+
+
+def _scores(dataset: PairDataset) -> str:
+    scores = dataset.scores()
+    if scores is None:
+        return "none"
+    won, lost = (statistics.fmean(side) for side in zip(*scores, strict=True))
+    higher = sum(winner > loser for winner, loser in scores) / len(scores)
+    columns = ", ".join(dataset.source.shown(name) for name in SCORES)
+    return f"{columns}: winners {won:.4g}, losers {lost:.4g} on average; the winner's is higher in {higher:.1%}"
 
 
 def sheet(pairs: list[Pair]) -> Any:

@@ -145,12 +145,12 @@ class PairDataset:
         self.image_sizes: Counter[Size] = Counter()
         kept, self.dropped_ties = self._read_rows(relabel_by_score, ties)
         self._kept, self.image_size = self._check_images(kept)
-        tied, counts = sum(pair.tie for pair in self._kept), self.broken.counts()
-        ties_found, kind = self.dropped_ties + tied, self.source.format
-        self.summary = DataSummary(self.source.path, kind, total, len(self), ties_found, ties == "keep", counts)
+        found = self.dropped_ties + sum(pair.tie for pair in self._kept), ties == "keep"
+        path, kind = self.source.path, self.source.format
+        self.summary = DataSummary(path, kind, total, len(self), *found, self.broken.counts())
         if self.broken.found:
             left_out = f"left out {len(self.broken.found)} broken rows {self.broken.shown()}"
-            warnings.warn(f"{self.source.path}: {left_out}", stacklevel=2)
+            warnings.warn(f"{path}: {left_out}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -189,10 +189,6 @@ class PairDataset:
     def caption(self, i: int) -> str:
         """Caption of pair ``i``."""
         return self._kept[i].caption
-
-    def row(self, i: int) -> int:
-        """Row of pair ``i`` in the data."""
-        return self._kept[i].row
 
     def groups(self) -> list[list[int]] | None:
         """Pairs that are read together, where the source reads groups of rows; None where it reads single rows."""
@@ -280,25 +276,15 @@ class PairDataset:
             except BrokenRow as error:
                 return error
 
-        if not whole:  # headers alone, not worth a thread
-            yield from ((pair, sizes(pair)) for pair in pairs)
-            return
         remaining = iter(pairs)
-        with ThreadPoolExecutor(_THREADS) as threads:  # decoding leaves the interpreter lock
+        with ThreadPoolExecutor(_THREADS if whole else 1) as threads:  # decoding leaves the interpreter lock
             while some := list(islice(remaining, _ROWS_AHEAD)):
                 yield from zip(some, threads.map(sizes, some), strict=True)
 
     def _sizes_of(self, whole: bool, row: int) -> list[Size]:
         """``(height, width)`` of both images; ``whole`` decodes them, otherwise the header tells."""
-        found = []
-        for side, name in enumerate(IMAGES):
-            data, where = self.source.image(row, side), self.source.where(row, name)
-            if whole:
-                image = decode(data, where)
-                found.append((image.height, image.width))
-            else:
-                found.append(probe(data, where))
-        return found
+        images = [(self.source.image(row, side), self.source.where(row, name)) for side, name in enumerate(IMAGES)]
+        return [decode(*image).size[::-1] if whole else probe(*image) for image in images]
 
 
 def _content_key(data: memoryview, caption: str) -> Any:

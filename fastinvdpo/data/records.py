@@ -223,14 +223,10 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open("rb") as file:
             is_list = file.read(4096).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
-        if is_list:
-            yield from enumerate(json.loads(path.read_bytes(), object_pairs_hook=_once), start=1)
-            return
-    except (ValueError, RecursionError) as error:
+        entries = json.loads(path.read_bytes(), object_pairs_hook=_once) if is_list else []
+    except (OSError, ValueError, RecursionError) as error:
         raise invalid("data.path", str(path), f"is not valid JSON ({error})", "write the file again") from None
-    except OSError as error:
-        raise invalid("data.path", str(path), f"cannot be read ({error})", "name a readable file") from None
-    yield from json_lines(path)
+    yield from enumerate(entries, start=1) if is_list else json_lines(path)
 
 
 def looks_ranked(path: Path) -> bool:

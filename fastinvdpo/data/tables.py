@@ -56,15 +56,12 @@ class TableSource(PairSource):
         self._dataset: Any = None
         self._loaded: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        if self._locations:
-            metadata = [_metadata(location) for location in self._locations]
-            self._schemas = [(file, m.schema.to_arrow_schema()) for file, m in zip(locations, metadata, strict=True)]
-            self._groups = [
-                (file, number, m.row_group(number).num_rows)
-                for file, m in zip(locations, metadata, strict=True)
-                for number in range(m.num_row_groups)
-            ]
-        else:
+        metadata = [(location, _metadata(location)) for location in self._locations]
+        self._schemas = [(file, found.schema.to_arrow_schema()) for file, found in metadata]
+        self._groups = [
+            (file, n, found.row_group(n).num_rows) for file, found in metadata for n in range(found.num_row_groups)
+        ]
+        if repository is not None:
             table = self._repository_table()
             self._schemas, self._groups = [(path, table.schema)], [(path, 0, table.num_rows)]
         sizes = [rows for *_, rows in self._groups]
@@ -82,8 +79,8 @@ class TableSource(PairSource):
                     problem = f"{'lacks' if name not in columns else 'has'} the column of {name!r}, unlike other files"
                     raise invalid("data.path", file, problem, "write all files with the same columns")
         self._columns = found[0]
-        small = [name for name in self._columns if name not in IMAGES]
-        self._values = {name: self._read_small(self._columns[name]) for name in small}
+        small = {name: column for name, column in self._columns.items() if name not in IMAGES}
+        self._values = {name: self._read_small(column) for name, column in small.items()}
         return set(self._columns)
 
     def record(self, row: int) -> Mapping[str, Any]:
@@ -102,19 +99,20 @@ class TableSource(PairSource):
         if any("://" in location for location in self._locations):
             problem = "is read from a remote place, whose content cannot be hashed for a cache"
             raise invalid("data.streaming", True, problem, "set data.streaming to false, or cache.path to null")
+        if self._locations:
+            return [Path(location) for location in self._locations]
         self._repository_table()
-        cached = [] if self._dataset is None else [entry["filename"] for entry in self._dataset.cache_files]
-        if not (cached or self._locations):
+        if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        return [Path(file) for file in (self._locations or cached)]
+        return [Path(entry["filename"]) for entry in self._dataset.cache_files]
 
     def shown(self, name: str) -> str:
         return self._columns.get(name, self.names.get(name, name))
 
     def column_names(self) -> list[str]:
-        (first, schema), *others = self._schemas
-        for file, found in others:
+        first, schema = self._schemas[0]
+        for file, found in self._schemas:
             if set(found.names) != set(schema.names):
                 problem = f"its columns {found.names} are not those of {first}, {schema.names}"
                 raise invalid("data.path", file, problem, "write files with the same columns")
@@ -134,10 +132,9 @@ class TableSource(PairSource):
     def _found(self, file: str, schema: Any, required: Sequence[str]) -> dict[str, str]:
         """Which column of a file serves each part of the schema."""
         types = require("pyarrow", extra="train", purpose=_PURPOSE).types
-        columns = {
-            name: next((key for key in stored_under(name, self.names) if key in schema.names), None) for name in SCHEMA
+        found = {
+            name: key for name in SCHEMA for key in reversed(stored_under(name, self.names)) if key in schema.names
         }
-        found = {name: key for name, key in columns.items() if key is not None}
         for name in choices(self.names):
             kinds = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
             if name in schema.names and any(kind(schema.field(name).type) for kind in kinds):
@@ -179,9 +176,8 @@ class TableSource(PairSource):
         return open_table(self._locations, columns)
 
     def _repository_table(self) -> Any:
-        if self._repository is None:
-            return None
         if self._dataset is None:
+            assert self._repository is not None  # there are no locations
             self._dataset = _load(self.path, self._repository)
         return self._dataset.data.table
 
@@ -237,6 +233,10 @@ def _load(path: str, options: Mapping[str, str | None]) -> Any:
 def _datasets(path: str, function: str, options: Mapping[str, str | None] | None, **more: Any) -> Any:
     datasets = require("datasets", extra="train", purpose="data.format = datasets")
     which = {} if options is None else {"name": options["subset"], "revision": options["revision"]}
+    place = str(Path(path).resolve())
+    if which and Path(place).is_dir() and glob.escape(place) != place:
+        problem = "has a part with *, ? or [, which datasets reads as a pattern"
+        raise invalid("data.path", path, problem, "rename it, or name its directory of parquet files")
     try:
         return getattr(datasets, function)(path, **which, **more)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:

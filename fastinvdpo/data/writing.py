@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from fastinvdpo._extras import require
 from fastinvdpo.data.rows import IMAGES, SCHEMA, SCORES, number
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import atomic_file
 
 _ROWS_PER_GROUP = 1000
 
@@ -35,19 +35,13 @@ def write_pairs(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     names = [name for name in SCHEMA if name not in SCORES or "score_0" in first]
     kinds = {"jpg_0": arrow.binary(), "jpg_1": arrow.binary(), "caption": arrow.string()}
     schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names])
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     numbered = enumerate(chain([first], remaining))
     count = 0
-    try:
-        with parquet.ParquetWriter(partial, schema) as writer:
-            while group := [_checked(row, i, names) for i, row in islice(numbered, _ROWS_PER_GROUP)]:
-                writer.write_table(arrow.Table.from_pylist(group, schema=schema))
-                count += len(group)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as partial, parquet.ParquetWriter(partial, schema) as writer:
+        while group := [_checked(row, i, names) for i, row in islice(numbered, _ROWS_PER_GROUP)]:
+            writer.write_table(arrow.Table.from_pylist(group, schema=schema))
+            count += len(group)
     return count
 
 

@@ -56,3 +56,19 @@ def test_the_sheet_frames_winners_green_and_losers_red(tmp_path: Path) -> None:
     assert [page.getpixel((6, 88)), page.getpixel((182, 88))] == [(46, 125, 50), (198, 40, 40)]
     assert [page.getpixel((6, 264)), page.getpixel((182, 264))] == [(117, 117, 117)] * 2
     assert page.getpixel((8, 8)) == (0, 0, 0) and page.getpixel((184, 8)) == (100, 100, 100)
+
+
+def test_files_that_are_no_reports_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = store(tmp_path / "p.parquet", [row(0), row(1, jpg_0=b"text")])
+    command = ["data", "inspect", str(path), "--output", str(tmp_path / "out")]
+    assert cli.main(command) == 0 == cli.main(command), "its own reports are replaced"
+    for name in ("data.json", "broken.jsonl", "pairs.png"):
+        written = (tmp_path / "out" / name).read_bytes()
+        for mine in (b'[{"rank": [1, 2]}]', encoded(image(0)), b"{}"):
+            (tmp_path / "out" / name).write_bytes(mine)
+            assert cli.main(command) == 2
+            assert f"{name}': is there, and was not written by fastinvdpo" in capsys.readouterr().err
+            assert (tmp_path / "out" / name).read_bytes() == mine
+        (tmp_path / "out" / name).write_bytes(written)
+    assert cli.main([*command[:-1], str(path / "below")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -64,14 +64,13 @@ def folder_with_labels(root: Path) -> Path:
 
 def shards(root: Path) -> Path:
     for shard, numbers in enumerate((range(4), range(4, COUNT))):
-        with tarfile.open(root / f"{shard}.tar", "w") as tar:
-            for i in numbers:
-                labels = {"label_0": LABELS[i], "label_1": 1 - LABELS[i], "caption": f"caption {i}", **scores(i)}
-                members = {"0.png": encoded(image(i)), "1.png": encoded(image(i + 100))}
-                for ending, data in {"json": json.dumps(labels).encode(), **members}.items():
-                    member = tarfile.TarInfo(f"part/{i:04d}.{ending}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        members: dict[str, bytes] = {}
+        for i in numbers:
+            labels = {"label_0": LABELS[i], "label_1": 1 - LABELS[i], "caption": f"caption {i}", **scores(i)}
+            images = {"0.png": encoded(image(i)), "1.png": encoded(image(i + 100))}
+            parts = {"json": json.dumps(labels).encode(), **images}
+            members |= {f"part/{i:04d}.{ending}": data for ending, data in parts.items()}
+        write_tar(root / f"{shard}.tar", [], members)
     return root
 
 
@@ -81,6 +80,22 @@ def repository(root: Path) -> Path:
     store(root / "data" / "train-1.parquet", rows()[4:])
     store(root / "data" / "validation-0.parquet", rows()[:1])
     return root
+
+
+def write_tar(path: Path, samples: list[dict[str, bytes]], more: dict[str, bytes] | None = None) -> Path:
+    """A shard of samples with the keys 0, 1, …, and further members by name."""
+    members = {f"{i}.{ending}": data for i, sample in enumerate(samples) for ending, data in sample.items()}
+    with tarfile.open(path, "w") as tar:
+        for name, data in (members | (more or {})).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_more(path: Path, text: str) -> Path:
+    path.write_bytes(path.read_bytes() + b"\n" + text.encode())
+    return path
 
 
 FORMATS: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -201,6 +216,98 @@ def test_streaming_does_not_look_at_images_before_they_are_drawn(root: Path) -> 
         assert len(PairDataset(open_source(path, streaming=True), max_broken=1)) == 1
 
 
+# Splits, names and places
+
+
+def captions(path: Path, **options: Any) -> list[str]:
+    dataset = PairDataset(open_source(path, **options))
+    return [dataset.caption(i) for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "tar"])
+def test_a_split_that_file_names_tell_is_read_alone(root: Path, suffix: str) -> None:
+    for number, name in enumerate(("train-00000", "my_training.1", "val-0", "test-00000-of-00001")):
+        if suffix == "parquet":
+            store(root / f"{name}.parquet", [row(number)])
+        else:
+            members = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1))}
+            write_tar(root / f"{name}.tar", [{**members, "txt": f"caption {number}".encode()}])
+    assert captions(root) == captions(root, split="train") == ["caption 1", "caption 0"]
+    assert captions(root, split="validation") == captions(root, split="val") == ["caption 2"]
+    assert captions(root / f"val-0.{suffix}") == ["caption 2"], "a file that is named counts"
+    for split in ("no-such-split", "train[:50%]"):
+        with pytest.raises(InvalidInput, match=r"is not a split of .*test, train, validation"):
+            open_source(root, split=split)
+    (root / f"train-00000.{suffix}").rename(root / f"more.{suffix}")
+    with pytest.raises(InvalidInput, match=rf"more.{suffix}, whose name tells none"):
+        open_source(root)
+
+
+def test_a_split_that_nothing_tells_is_refused(root: Path) -> None:
+    write_images(root)
+    write_lines(root / "pairs.jsonl", [{"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "a"}])
+    store(root / "p.parquet", [row(0)])
+    for path in (root / "pairs.jsonl", root / "p.parquet"):
+        assert len(captions(path)) == 1
+        with pytest.raises(InvalidInput, match=r"data.split = 'test': is not a split of"):
+            open_source(path, split="test")
+
+
+@pytest.mark.parametrize("way", ["memory", "mapped", "streaming"])
+def test_paths_are_no_patterns(root: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shade, name in enumerate(("set1", "set2", "set[12]", "se*?")):
+        (root / name).mkdir()
+        store(root / name / "p[0].parquet", [row(shade)])
+    monkeypatch.setattr("fastinvdpo.data.tables.IN_MEMORY_BYTES", 0 if way == "mapped" else 2**31)
+    for shade, name in ((2, "set[12]"), (3, "se*?")):
+        for path in (root / name, root / name / "p[0].parquet"):
+            pair = PairDataset(open_source(path, streaming=way == "streaming"))[0]
+            assert (pair.winner.getpixel((0, 0)), pair.caption) == (shade, f"caption {shade}")
+
+
+def test_a_repository_whose_path_datasets_would_read_as_a_pattern_is_refused(root: Path) -> None:
+    for name in ("repo1", "repo[1]"):
+        repository(root / name)
+    for streaming in (False, True):
+        with pytest.raises(InvalidInput, match="which datasets reads as a pattern"):
+            open_source(root / "repo[1]", streaming=streaming)
+
+
+def test_hidden_files_and_companions_of_a_mac_are_no_pairs(root: Path) -> None:
+    junk = b"\0\x05\x16\x07\0\x02\0\0Mac OS X"
+    store(root / "a.parquet", [row(0)])
+    for name in ("._a.parquet", ".writing-b.parquet"):
+        (root / name).write_bytes(junk)
+    assert captions(root) == ["caption 0"]
+    sample = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"a"}
+    companions = {f"._0.{ending}": junk for ending in sample} | {f"__MACOSX/0.{ending}": junk for ending in sample}
+    assert captions(write_tar(root / "s.tar", [sample], companions)) == ["a"]
+
+
+@pytest.mark.parametrize("text", ["un café noir".encode("utf-8-sig"), "un café noir".encode("utf-16")])
+def test_encodings_that_tell_themselves_are_read(root: Path, text: bytes) -> None:
+    write_images(root)
+    sample = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": text}
+    assert captions(write_tar(root / "s.tar", [sample])) == ["un café noir"]
+    line = json.dumps({"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "un café noir"}) + "\n"
+    encoding = "utf-16" if text.startswith(b"\xff\xfe") else "utf-8-sig"
+    (root / "pairs.jsonl").write_bytes((2 * line.replace("\\u00e9", "é")).encode(encoding))
+    assert captions(root / "pairs.jsonl") == ["un café noir"] * 2
+
+
+def test_encodings_that_cannot_be_told_are_broken_rows(root: Path) -> None:
+    write_images(root)
+    sample = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1))}
+    texts = ("café".encode("latin-1"), "cafe".encode("utf-16-le"), b"a")
+    path = write_tar(root / "s.tar", [{**sample, "txt": text} for text in texts])
+    with pytest.warns(UserWarning, match=r"left out 2 broken rows \[0, 1\] \(2 malformed caption\)"):
+        assert len(PairDataset(path, max_broken=2)) == 1
+    line = '{"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "%s"}\n'
+    (root / "pairs.jsonl").write_bytes((line % "café").encode("latin-1") + (line % "a \\ud83d").encode() + b"[" * 10**5)
+    with pytest.warns(UserWarning, match=r"\(2 malformed row, 1 malformed caption\)"):
+        PairDataset(write_more(root / "pairs.jsonl", line % "a"), max_broken=3)
+
+
 # What cannot be told or read
 
 
@@ -272,14 +379,29 @@ def test_broken_entries_of_ranked_images(root: Path) -> None:
 
 
 def test_broken_members_of_shards(root: Path) -> None:
-    with tarfile.open(root / "s.tar", "w") as tar:
-        whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
-        for i, sample in enumerate((whole, {**whole, "json": b"{"}, {"winner.png": encoded(image(0)), "txt": b"t"})):
-            for ending, data in sample.items():
-                member = tarfile.TarInfo(f"{i}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    with pytest.warns(UserWarning, match=r"left out 2 broken rows"):
-        dataset = PairDataset(root / "s.tar", max_broken=0.7)
+    whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
+    missing = {"winner.png": encoded(image(0)), "txt": b"t"}
+    other = {**whole, "json": b'{"label": 1}'}
+    write_tar(root / "s.tar", [whole, {**whole, "json": b"{"}, missing, other, {**whole, "json": b'{"a":1,"a":2}'}])
+    with tarfile.open(root / "s.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("2.txt"))
+    with pytest.warns(UserWarning, match=r"left out 4 broken rows"):
+        dataset = PairDataset(root / "s.tar", max_broken=0.8)
     assert dataset[0].caption == "text"
-    assert dataset.broken.counts() == {"malformed row": 1, "missing image": 1}
+    assert [line["cause"] for line in dataset.broken.lines()] == [
+        *("malformed row", "malformed row", "malformed label", "malformed row")
+    ]
+    assert "'2.txt': is the name of two members" in dataset.broken.lines()[1]["problem"]
+
+
+def test_shards_that_end_early_are_refused(root: Path) -> None:
+    whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
+    data = write_tar(root / "s.tar", [whole, whole]).read_bytes()
+    end = max(i for i in range(0, len(data), 512) if any(data[i : i + 512])) + 512
+    for kept in (*range(512, end, 512), 700, end):
+        (root / "s.tar").write_bytes(data[:kept])
+        with pytest.raises(InvalidInput, match=r"s.tar.*(ends early|cannot be read as an uncompressed tar file)"):
+            open_source(root / "s.tar")
+    (root / "s.tar").write_bytes(data + data)
+    with pytest.raises(InvalidInput, match="holds more after its end"):
+        open_source(root / "s.tar")

@@ -270,6 +270,31 @@ def test_columns_that_are_there_are_not_overwritten(ten: Path, tmp_path: Path) -
     assert read(second)["score_shade_0"] == read(second)["score_0"]
 
 
+def test_an_output_among_the_files_that_are_read_is_refused(ten: Path) -> None:
+    with pytest.raises(InvalidInput, match="lies among the files that are read"):
+        score_pairs(open_source(ten.parent), [scorer()], ten.parent / "scored.parquet")
+    assert [file.name for file in ten.parent.iterdir()] == ["pairs.parquet"]
+
+
+def test_new_labels_do_not_meet_the_old_name_of_the_winner(ten: Path, tmp_path: Path) -> None:
+    rows = [{k: v for k, v in one.items() if k != "label_1"} | {"winner": 0} for one in pq.read_table(ten).to_pylist()]
+    output = tmp_path / "scored.parquet"
+    score_pairs(open_source(store(tmp_path / "named.parquet", rows)), [scorer()], output, relabel="shade")
+    after = read(output)
+    assert after["original_winner"] == [0] * 10 and after["original_label_0"] == [1.0] * 10
+    assert PairDataset(output)[0].winner.getpixel((0, 0)) == 100
+
+
+def test_slices_of_a_split_are_told_apart(ten: Path, tmp_path: Path) -> None:
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "train-0.parquet").write_bytes(ten.read_bytes())
+    output = tmp_path / "out.parquet"
+    score_pairs(open_source(tmp_path / "set", split="train[:50%]"), [scorer()], output)
+    assert read(output)["extra"] == [0, 1, 2, 3, 4]
+    with pytest.raises(InvalidInput, match=r"different are data.split \('train\[:50%\]' there, 'train\[50%:\]' here\)"):
+        score_pairs(open_source(tmp_path / "set", split="train[50%:]"), [scorer()], output)
+
+
 def test_two_at_once_are_refused(ten: Path, tmp_path: Path) -> None:
     output = tmp_path / "scored.parquet"
 

@@ -127,6 +127,16 @@ def test_a_range_of_another_unit_is_an_error(scored: Path, factor: float) -> Non
         trained(scored, "run", PICKSCORE_RANGE, data={"path": str(output)})
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_scores_of_another_unit_are_an_error_whoever_wrote_them(scored: Path, cached: bool) -> None:
+    rows = pq.read_table(scored / "b.parquet").to_pylist()
+    write_pairs(scored / "c.parquet", [row | {n: 100 * row[n] for n in ("score_0", "score_1")} for row in rows])
+    assert stored_range(open_source(scored / "c.parquet"), ("score_0", "score_1")) is None
+    sections = {"cache": {"path": str(scored / "cache")}} if cached else {}
+    with pytest.raises(InvalidInput, match=r"score_range = 0\.16658: is not of the unit of the scores"):
+        trained(scored, "run", PICKSCORE_RANGE, data={"path": str(scored / "c.parquet")}, **sections)
+
+
 def test_equal_scores_are_an_error(scored: Path) -> None:
     rows = PairDataset(scored / "bare.parquet")
     same = FunctionScorer(lambda images, captions: [1.0] * len(images), "same")

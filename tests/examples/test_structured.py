@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastinvdpo import cli
-from fastinvdpo.data import PairDataset
-from fastinvdpo.data.building import (
+from fastinvdpo._examples.structured.building import (
     NO_RELATION,
     BuiltPair,
     PairRule,
@@ -23,7 +22,8 @@ from fastinvdpo.data.building import (
     parse_weights,
     relation_counts,
 )
-from fastinvdpo.data.structured import StructuredImage, read_structured
+from fastinvdpo._examples.structured.schema import StructuredImage, read_structured
+from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import encoded, image
 
@@ -235,6 +235,16 @@ def test_winners_stand_on_both_sides(images: Path, tmp_path: Path) -> None:
     dataset = PairDataset(tmp_path / "pairs.parquet")
     first = [dataset.source.record(row)["label_0"] == 1 for row in range(len(dataset))]
     assert len(first) == 40 and 5 < sum(first) < 35
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.md"])
+def test_an_output_that_is_there_is_kept(
+    images: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("made by hand")
+    assert cli.main(["data", "build", str(images), "--output", str(tmp_path / "pairs.parquet")]) == 2
+    assert f"{name}': is there already" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "made by hand"
 
 
 def test_mistakes_of_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,9 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fastinvdpo._examples.structured.schema import StructuredImage, read_structured
 from fastinvdpo._extras import require
 from fastinvdpo.data.images import decode, file_bytes
-from fastinvdpo.data.structured import StructuredImage, read_structured
 from fastinvdpo.data.writing import require_new, write_pairs
 from fastinvdpo.errors import invalid
 

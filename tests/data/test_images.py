@@ -1,0 +1,103 @@
+"""Images look as in a viewer: upright, in 8 bits, on white below transparency, in the colors of their profile."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.images import decode, probe
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> memoryview:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return memoryview(buffer.getvalue())
+
+
+def seen(image: Image.Image, kind: str = "PNG", **options: Any) -> Image.Image:
+    return decode(saved(image, kind, **options), "row 0")
+
+
+def half_white(width: int = 32, height: int = 16) -> Image.Image:
+    """White on the left, black on the right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2] = 255
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(("orientation", "white"), [(1, "left"), (3, "right"), (6, "top"), (8, "bottom")])
+def test_images_are_turned_upright(kind: str, orientation: int, white: str) -> None:
+    stored = half_white()
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    data = saved(stored, kind, exif=exif.tobytes())
+    upright = decode(data, "row 0").convert("L")
+    assert upright.size == ((32, 16) if orientation < 5 else (16, 32))
+    assert probe(data, "row 0") == (upright.height, upright.width), "what the header tells is what is trained on"
+    x, y = {"left": (2, 8), "right": (29, 8), "top": (8, 2), "bottom": (8, 29)}[white]
+    assert upright.getpixel((x, y)) > 200 and upright.getpixel((upright.width - 1 - x, upright.height - 1 - y)) < 55
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_16_bits_is_scaled_to_8(kind: str) -> None:
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    found = np.asarray(seen(Image.fromarray(values), kind))
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, np.round(values / 257).astype(np.uint8))
+
+
+def test_pixels_without_a_known_white_are_broken() -> None:
+    for values in (np.float32([[0.0, 1.0]]), np.int32([[0, 70000]])):
+        with pytest.raises(BrokenRow, match="without a known black and white"):
+            seen(Image.fromarray(values), "TIFF")
+
+
+def transparent(mode: str) -> Image.Image:
+    draw = np.random.default_rng(0)
+    colors = draw.integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    colors[..., 3] = 0
+    colors[4:12, 4:12] = (0, 128, 0, 255)
+    image = Image.fromarray(colors)
+    return image.quantize(64) if mode == "P" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_colors_below_transparency_are_not_seen(mode: str) -> None:
+    found = np.asarray(seen(transparent(mode)))
+    assert found.shape == (16, 16, 3)
+    assert (found[:4] == 255).all() and (found[:, 12:] == 255).all(), "the background is white"
+    assert (found[4:12, 4:12] < 200).any(-1).all()
+
+
+def test_half_transparent_pixels_are_composited() -> None:
+    found = seen(Image.new("RGBA", (4, 4), (200, 0, 100, 51)))
+    expected = [value * 0.2 + 255 * 0.8 for value in (200, 0, 100)]
+    assert all(abs(a - b) <= 1 for a, b in zip(found.getpixel((0, 0)), expected, strict=True))  # rounding of 8 bits
+    keyed = seen(Image.new("RGB", (4, 4), (9, 9, 9)), transparency=(9, 9, 9))
+    assert keyed.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_opaque_pixels_stay_as_they_are() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    opaque = Image.fromarray(pixels)
+    assert np.array_equal(np.asarray(seen(opaque)), pixels)
+    assert np.array_equal(np.asarray(seen(opaque.convert("RGBA"))), pixels)
+
+
+def test_cmyk_goes_through_its_profile() -> None:
+    image = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    assert seen(image, "JPEG").getpixel((0, 0))[0] < 30, "plain conversion without a profile"
+    rgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # of another color space
+    with pytest.raises(BrokenRow, match="color profile cannot be used"):
+        seen(image, "JPEG", icc_profile=rgb)
+
+
+def test_formats_that_start_other_programs_are_not_opened() -> None:
+    with pytest.raises(BrokenRow, match="is not an intact image"):
+        seen(half_white(), "EPS")
