@@ -38,7 +38,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	@touch $@
 
 demo: $(READY)
-	$(RUN) -m fastinvdpo.cli demo $(ARGS)
+	$(RUN) -m fastinvdpo demo $(ARGS)
 
 # One thread for each test process: two processes with all threads each would fight for the cores.
 test: $(READY)
@@ -64,4 +64,4 @@ check: $(READY)
 
 # The results are kept in the checkout, by device.
 bench: $(READY)
-	$(RUN) -m fastinvdpo.cli bench --output benchmarks/results $(ARGS)
+	$(RUN) -m fastinvdpo bench --output benchmarks/results $(ARGS)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from fastinvdpo import _mapped
+from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 
 if TYPE_CHECKING:
@@ -29,8 +30,17 @@ app.add_typer(data_app, name="data")
 # A preset names no data, and --dry-run reads none.
 _NO_DATA = "path/to/pairs"
 
+
+def _bars(progress: bool) -> bool:
+    """Without progress, diffusers, transformers and the hub draw no bars either."""
+    if not progress:
+        for package in ("diffusers", "transformers"):
+            require(f"{package}.utils.logging", extra="train", purpose="this command").disable_progress_bar()
+    return progress
+
+
 # What several commands take.
-Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.")]
+Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.", callback=_bars)]
 PairsPath: TypeAlias = Annotated[
     str, typer.Argument(help="Pairs in any format that training reads.", show_default=False)
 ]
@@ -237,7 +247,9 @@ def demo(
     train_base: Annotated[
         bool, typer.Option("--train-base", help="Train the base model again first, 5 to 8 minutes on one core.")
     ] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar and the table at the end.")] = True,
+    progress: Annotated[
+        bool, typer.Option(help="Show a progress bar and the table at the end.", callback=_bars)
+    ] = True,
 ) -> None:
     """Align a small model of handwritten digits to a preference in minutes on a CPU, and show what changed."""
     from fastinvdpo.demo.run import run_demo

@@ -39,6 +39,7 @@ LAYERS = {
     "doctor": 10,
     "commands": 11,
     "cli": 12,
+    "__main__": 13,
 }
 BESIDE_OBJECTIVES = {"data", "models"}
 ABOVE = {"trainer", "evaluation", "demo", "commands", "doctor", "cli"}

@@ -39,7 +39,7 @@ class Part(NamedTuple):
 def parts(sanitizer: str | None, extra: list[str]) -> list[Part]:
     pytest = [sys.executable, "-m", "pytest", "-q"]
     found = [
-        Part("all", "doctor", [sys.executable, "-m", "fastinvdpo.cli", "doctor"], None),
+        Part("all", "doctor", [sys.executable, "-m", "fastinvdpo", "doctor"], None),
         Part("all", "trainer", [*pytest, TRAINER, *extra], None),
     ]
     for backend, alone in ALONE.items():
