@@ -52,7 +52,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS)
 	@touch $@
 
 demo: $(READY)
-	$(RUN) -m fastinvdpo.cli demo $(ARGS)
+	$(RUN) -m fastinvdpo demo $(ARGS)
 
 # One thread for each test process: two processes with all threads each would fight for the cores. Tests of a file stay together
 # where they can, and share what it makes once. What inductor compiles takes longest of all, and is left to test-deep.
@@ -86,7 +86,7 @@ wheels: $(READY)
 
 # The results are kept in the checkout, by device.
 bench: $(READY)
-	$(RUN) -m fastinvdpo.cli bench --output benchmarks/results $(ARGS)
+	$(RUN) -m fastinvdpo bench --output benchmarks/results $(ARGS)
 
 # uv reads pyproject.toml, and answers with a version of every package for each Python.
 RESOLVE = .venv-uv/bin/uv pip compile --quiet --no-header --no-annotate --extra train --extra dev pyproject.toml

@@ -40,10 +40,10 @@ NOT_RUN = {
     "pip install setuptools wheel ninja": _INSTALLS,
     "pip install --no-build-isolation .": _INSTALLS,
     "pip install --no-build-isolation '.[train]'": _INSTALLS,
-    "accelerate launch --multi_gpu --num_processes 8 -m fastinvdpo.cli train run.yaml": _LAUNCHES,
-    "torchrun --nproc_per_node 8 -m fastinvdpo.cli train run.yaml": _LAUNCHES,
+    "accelerate launch --multi_gpu --num_processes 8 -m fastinvdpo train run.yaml": _LAUNCHES,
+    "torchrun --nproc_per_node 8 -m fastinvdpo train run.yaml": _LAUNCHES,
     "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --num_processes 8 "
-    "-m fastinvdpo.cli train run.yaml training.max_batch=4": "accelerate turns FSDP on for GPUs alone; "
+    "-m fastinvdpo train run.yaml training.max_batch=4": "accelerate turns FSDP on for GPUs alone; "
     "tests/trainer/sharded.py shares weights between two processes",
 }
 

@@ -48,6 +48,7 @@ LAYERS = {
     "_examples": 9,
     "doctor": 10,
     "cli": 12,
+    "__main__": 13,
 }
 BESIDE_METHODS = {"data", "models"}
 ABOVE = {"trainer", "evaluation", "_examples", "doctor", "cli"}

@@ -5,13 +5,21 @@ The commands need the ``train`` extra; ``doctor`` works with torch alone.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
+
+_FOREIGN = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "transformers.utils.import_utils": "ImageProcessor` requires torchvision (not installed); falling back to",
+}
+"""What other packages log when diffusers imports them, about parts that nothing here uses: logger and words."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastinvdpo import doctor
 
         return doctor.main(arguments[1:])
+    for name, words in _FOREIGN.items():
+        logging.getLogger(name).addFilter(_Without(words))
     try:
         require("typer", extra="train", purpose="the command line")
         from fastinvdpo.cli.app import app
@@ -39,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except NonFiniteLoss as error:
         return _fail(str(error), 1)
+
+
+@dataclass(frozen=True)  # equal ones are added to a logger once
+class _Without:
+    """A filter of log records that hold certain words."""
+
+    words: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.words not in record.getMessage()
 
 
 def _fail(message: str, status: int) -> int:

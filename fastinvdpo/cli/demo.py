@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fastinvdpo.cli.options import quiet
+
 
 def demo(
     method: Annotated[str, typer.Option(help="diffusion-dpo, inpo, smpo or inversion-dpo.")] = "inversion-dpo",
@@ -24,7 +26,9 @@ def demo(
     train_base: Annotated[
         bool, typer.Option("--train-base", help="Train the base model again first, 5 to 8 minutes on one core.")
     ] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar and the table at the end.")] = True,
+    progress: Annotated[
+        bool, typer.Option(help="Show a progress bar and the table at the end.", callback=quiet)
+    ] = True,
 ) -> None:
     """Align a small model of handwritten digits to a preference in minutes on a CPU, and show what changed."""
     from fastinvdpo._examples.digits.run import run_demo

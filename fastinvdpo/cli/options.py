@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 
 if TYPE_CHECKING:
     from fastinvdpo.trainer import TrainConfig
 
-Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
+def quiet(progress: bool) -> bool:
+    """Without progress, diffusers, transformers and the hub draw no bars either."""
+    if not progress:
+        for package in ("diffusers", "transformers"):
+            require(f"{package}.utils.logging", extra="train", purpose="this command").disable_progress_bar()
+    return progress
+
+
+Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.", callback=quiet)]
 PairsPath: TypeAlias = Annotated[
     str, typer.Argument(help="Pairs in any format that training reads.", show_default=False)
 ]

@@ -75,7 +75,7 @@ def parts(sanitizer: str | None, extra: list[str], processes: int = 1) -> list[P
             found.append(Part(backend, "kernels", [*spread, *alone, "-k", f"not ({HUGE})", *extra], obstacle))
             last.append(Part(backend, "huge", [*pytest, *alone, "-k", HUGE, *extra], obstacle, alone=True))
         found.append(Part(backend, "ops", [*spread, *PUBLIC, "-k", f"{backend}-cuda", *extra], obstacle))
-    found.append(Part("all", "doctor", [sys.executable, "-m", "fastinvdpo.cli", "doctor"], None))
+    found.append(Part("all", "doctor", [sys.executable, "-m", "fastinvdpo", "doctor"], None))
     return found + last
 
 

@@ -190,7 +190,7 @@ def test_as_processes_of_their_own(root: Path, tmp_path: Path) -> None:
             evaluation_of(root, chain, family, True),
         ):
             if chain is chains[0]:
-                command = [sys.executable, "-m", "fastinvdpo.cli", *words]
+                command = [sys.executable, "-m", "fastinvdpo", *words]
                 done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
                 assert done.returncode == 0, done.stderr
             else:

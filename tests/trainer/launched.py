@@ -49,7 +49,7 @@ def test_two_launched_processes_equal_one(workspace: Path, launcher: str) -> Non
         port = str(free.getsockname()[1])
     words = [word.format(port=port) for word in LAUNCHERS[launcher]]
     # An override, as on any command line: one pair for each process.
-    command = [sys.executable, "-m", *words, "-m", "fastinvdpo.cli", "train", str(file), "training.batch_size=1"]
+    command = [sys.executable, "-m", *words, "-m", "fastinvdpo", "train", str(file), "training.batch_size=1"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
