@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
+from fastinvdpo.methods import METHODS
 from fastinvdpo.trainer.accounting import Costs, forward_flops, peak_flops
 
 from . import results
@@ -29,7 +30,6 @@ from .live_memory import peak_bytes
 from .measure import percentiles
 from .step_models import SIZES
 from .step_providers import (
-    BETA,
     OTHER_OBJECTIVE,
     OURS,
     PEERS,
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure whole training steps of this package's trainer beside the order of the released codes.",
     )
     parser.add_argument("--size", default="tiny", help="tiny (5.7 M parameters), or on a GPU sd15 or sdxl")
-    parser.add_argument("--method", default=",".join(BETA), help="of these, comma-separated")
+    parser.add_argument("--method", default=",".join(METHODS), help="of these, comma-separated")
     names = dict.fromkeys(name for providers in (PEERS, *OURS.values()) for name in providers)
     parser.add_argument("--providers", default=",".join(names), help="of these, comma-separated")
     parser.add_argument("--pairs", type=int, default=None, help="a step (inversion-dpo: 1, others: 4)")
@@ -98,14 +98,14 @@ def _run(options: argparse.Namespace) -> int:
         raise invalid(
             "--compare", str(options.compare), "has times, and --rounds 0 takes none", "leave one of them out"
         )
-    methods = _chosen("--method", options.method, BETA)
+    methods = _chosen("--method", options.method, METHODS)
     providers = _chosen("--providers", options.providers, [*PEERS, *{name for of in OURS.values() for name in of}])
     _check_size(options.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {**results.origin(device), "skipped": [], "results": [], "copy_gbps": None, "unavailable": {}}
     result["settings"] = {"overrides": options.override, "rounds": options.rounds, "providers": providers}
     for method in methods:
-        pairs = options.pairs or (1 if method == "inversion-dpo" else 4)
+        pairs = options.pairs or (1 if METHODS[method].whole_chain else 4)
         with tempfile.TemporaryDirectory() as folder:
             steps = options.num_inference_steps
             case = build_case(options.size, method, pairs, options.override, Path(folder), steps)

@@ -11,6 +11,7 @@ import typer
 
 from fastinvdpo import _mapped
 from fastinvdpo.errors import invalid
+from fastinvdpo.methods import METHODS
 
 if TYPE_CHECKING:
     from fastinvdpo.trainer import TrainConfig
@@ -222,7 +223,7 @@ def score(
 
 @app.command()
 def demo(
-    method: Annotated[str, typer.Option(help="diffusion-dpo, inpo, smpo or inversion-dpo.")] = "inversion-dpo",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "inversion-dpo",
     preference: Annotated[
         str, typer.Option(help="slant (leaning right wins), bold (more ink wins) or digit (the prompted digit wins).")
     ] = "slant",

@@ -9,8 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.diffusion.schedule import PREDICTION_TYPES, affine_coefficients, inversion_levels, recover_noise
-from fastinvdpo.methods import METHODS, STREAM_TIMESTEP, Draws, InversionDPO, PairBatch, Preference, build_objective
+from fastinvdpo.diffusion.schedule import (
+    PREDICTION_TYPES,
+    NoiseSchedule,
+    affine_coefficients,
+    inversion_levels,
+    recover_noise,
+)
+from fastinvdpo.methods import (
+    METHODS,
+    STREAM_TIMESTEP,
+    ChainObjective,
+    Draws,
+    InversionDPO,
+    PairBatch,
+    SmPO,
+    build_objective,
+)
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule, toy_network
 
@@ -66,6 +81,13 @@ class Policy:
 
 
 REFERENCE = toy_network()
+
+
+def chain_objective(schedule: NoiseSchedule, n: int, k: int | None = None) -> ChainObjective:
+    method = InversionDPO(beta=10.0, num_inference_steps=n, guidance_scale=1.0, timesteps_per_step=k)
+    built = method.objective(schedule)
+    assert isinstance(built, ChainObjective)
+    return built
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -208,7 +230,7 @@ def test_endpoint_target_is_the_noise_from_the_clean_latent() -> None:
 @pytest.mark.parametrize("variant", ["endpoint", "step", "distance"])
 def test_cached_trajectory_changes_nothing(variant: str) -> None:
     objective, batch = build_objective("inversion-dpo", SCHEDULE, variant=variant, num_inference_steps=4), pairs()
-    assert objective.trajectory_is_cacheable
+    assert objective.method.reference_chain
     chain = objective.reference_trajectory(REFERENCE, batch.latents, batch.conditioning, batch.unconditional)
     fresh = objective(Policy(), REFERENCE, batch, seed=0)
     cached = objective(Policy(), None_inverts, dataclasses.replace(batch, trajectory=chain), seed=0)
@@ -225,8 +247,8 @@ def test_sampled_timesteps_estimate_the_margin_without_bias() -> None:
     """Over many draws the mean margin is that of the full chain, and every draw takes one position per stratum."""
     n, k = 6, 2
     schedule, batch, policy = SCHEDULE, pairs(1), Policy(gap=0.1)
-    full = InversionDPO(schedule, Preference(10.0), "endpoint", n, 1.0)(policy, REFERENCE, batch, seed=0)
-    sampled = InversionDPO(schedule, Preference(10.0), "endpoint", n, 1.0, timesteps_per_step=k)
+    full = chain_objective(schedule, n)(policy, REFERENCE, batch, seed=0)
+    sampled = chain_objective(schedule, n, k)
     draws = [sampled(policy, REFERENCE, dataclasses.replace(batch, draw=torch.tensor([d])), seed=0) for d in range(400)]
     margins = torch.stack([output.margin.detach() for output in draws])
     expected, error = full.margin.detach(), margins.std() / math.sqrt(len(draws))
@@ -237,7 +259,7 @@ def test_sampled_timesteps_estimate_the_margin_without_bias() -> None:
 
 
 def test_sampled_positions_cover_an_uneven_chain_evenly() -> None:
-    objective = InversionDPO(SCHEDULE, Preference(10.0), "endpoint", 5, 1.0, timesteps_per_step=2)
+    objective = chain_objective(SCHEDULE, 5, 2)
     batch = dataclasses.replace(pairs(1), draw=torch.arange(20_000), latents=torch.zeros(40_000, 1))
     positions, weight = objective._sample_positions(batch, seed=1)
     share = torch.bincount(positions.flatten(), minlength=5).double() / 20_000
@@ -269,14 +291,15 @@ def test_inpo_draws_noise_for_each_side() -> None:
     assert not torch.equal(output.noisy_latents[:4], output.noisy_latents[4:])
 
 
-def test_smpo_weighs_a_tie_with_zero() -> None:
+def test_smpo_weighs_a_tie_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, batch = build_objective("smpo", SCHEDULE, num_inference_steps=3, beta=50.0), pairs()
     tied = objective(Policy(), REFERENCE, dataclasses.replace(batch, scores=torch.ones(8)), seed=0)
     assert not tied.margin.any()
     plain = objective(Policy(), REFERENCE, batch, seed=0).margin
     winner, loser = batch.scores.chunk(2)
     rho = 10 * (2 * torch.sigmoid((winner - loser) / 0.16658) - 1)
-    unweighted = dataclasses.replace(objective, pair_weight=None)(Policy(), REFERENCE, batch, seed=0).margin
+    monkeypatch.setattr(SmPO, "pair_weight", lambda self, batch: None)
+    unweighted = objective(Policy(), REFERENCE, batch, seed=0).margin
     torch.testing.assert_close(plain, rho * unweighted)
 
 

@@ -16,7 +16,7 @@ from fastinvdpo.data import PairDataset
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
-from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
+from fastinvdpo.methods import PairBatch
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.atomic import clean_leftovers
 from fastinvdpo.trainer.batches import BatchBuilder, Pairs
@@ -118,7 +118,7 @@ def train(
         config = with_score_range(config, dataset.source)
         return train_model(config, open_model(config), dataset, resume=resume, progress=progress, evaluate=evaluate)
     find_checkpoint(resume, Path(config.output.directory) / "checkpoints")  # refused before anything is computed
-    if config.method.name == "smpo":
+    if config.method.needs_scores:
         config = with_score_range(config, open_data_source(config.data))
     cache = precompute(config, progress=progress)
     model = open_model(config, frozen_parts=config.evaluation is not None)
@@ -173,7 +173,7 @@ class _Run:
         # Another run's checkpoint is refused before anything is computed or written.
         self._stored = self._load(found)
         self._last_checkpoint = found
-        self.objective = build_objective(config.method.name, model.schedule, **config.method.objective_options())
+        self.objective = config.method.objective(model.schedule)
         self._prepare_directory()
         self.reporter = Reporter(
             self.directory,
@@ -202,7 +202,7 @@ class _Run:
 
     def _batches(self, source: Pairs | PairCache) -> BatchBuilder | CachedBatches:
         options: dict[str, Any] = {
-            "with_unconditional": isinstance(self.objective, InversionDPO) and self.objective.guidance_scale != 1,
+            "with_unconditional": self.config.method.guided,
             "caption_dropout": self.config.data.caption_dropout,
             "num_workers": self.config.training.num_workers,
         }
@@ -315,7 +315,7 @@ class _Run:
         state.gradient_passes = gradient_passes(self.config, str(self.accelerator.distributed_type.value))
         if training.max_batch is not None:
             state.max_batch = training.max_batch
-        elif isinstance(self.objective, InversionDPO):
+        elif self.config.method.whole_chain:
             networks, passes = state.networks, state.gradient_passes
             state.max_batch = choose_max_batch(networks, self.objective, pair, self.accelerator, passes=passes)
             if self.accelerator.device.type == "cuda":
