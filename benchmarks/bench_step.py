@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
+from fastinvdpo.methods import METHODS
 
 from . import report, results
 from .step_measure import Row, measure
 from .step_models import SIZES
-from .step_providers import BETA, OURS, PEERS, build_case
+from .step_providers import OURS, PEERS, build_case
 
 QUICK_METHODS = "diffusion-dpo,inversion-dpo"
 
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_METHODS}; one pair, N = 2, two rounds, where nothing else is said"
     )
-    parser.add_argument("--method", default=None, help=f"of {','.join(BETA)} (all)")
+    parser.add_argument("--method", default=None, help=f"of {','.join(METHODS)} (all)")
     names = dict.fromkeys(name for providers in (PEERS, *OURS.values()) for name in providers)
     parser.add_argument("--providers", default=",".join(names), help="of these, comma-separated")
     parser.add_argument("--pairs", type=int, default=None, help="a step (inversion-dpo: 1, others: 4)")
@@ -74,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
         raise invalid(
             "--compare", str(options.compare), "has times, and --rounds 0 takes none", "leave one of them out"
         )
-    methods = _chosen("--method", options.method or (QUICK_METHODS if quick else ",".join(BETA)), BETA)
+    methods = _chosen("--method", options.method or (QUICK_METHODS if quick else ",".join(METHODS)), METHODS)
     providers = _chosen("--providers", options.providers, [*PEERS, *{name for of in OURS.values() for name in of}])
     _check_size(options.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         results.write({**result, "results": [*result["results"], *rows]}, options.output, "step-")
 
     for method in methods:
-        pairs = options.pairs or (1 if quick or method == "inversion-dpo" else 4)
+        pairs = options.pairs or (1 if quick or METHODS[method].whole_chain else 4)
         with tempfile.TemporaryDirectory() as folder:
             case = build_case(options.size, method, pairs, options.override, Path(folder), steps)
             title = f"{method} {case.size} pairs={pairs} N={case.timesteps}"

@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastinvdpo.ops.preference_loss.utilities import UTILITIES
+
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "benchmarks/results/compiled_triton.md"
 ARCHITECTURES = (80, 90, 100)
@@ -88,7 +90,7 @@ def cases() -> Iterator[Case]:
     loss, affine = kernel_modules()
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     small, odd, huge = (4, 128, 128), (3, 33, 35), (16, 21, 90, 160)
-    utilities = (("sigmoid", 0.0), ("cdpo", 0.1), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0), ("linear", 0.0))
+    utilities = [(name, 0.1 if utility.smoothed else 0.0) for name, utility in UTILITIES.items()]
     for dtypes in ((f32, f32, f32), (bf16, bf16, bf16), (f16, f16, f16), (bf16, f32, bf16), (f32, bf16, f16)):
         yield forward_case(loss, dtypes, small)
         yield backward_case(loss, dtypes[::2], small)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import (
+    METHODS,
     STREAM_INVERSION,
     STREAM_NOISE,
     STREAM_TIMESTEP,
-    InversionDPO,
+    ChainObjective,
+    DiffusionDPO,
+    InPO,
     PairBatch,
-    build_objective,
 )
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.ops import philox
@@ -37,14 +39,13 @@ from .step_models import SIZES, RandomModel, RandomPairs
 
 Evaluations = dict[str, int]
 PERTURBATION = 0.01  # of the policy's weights: at policy = reference the released Inversion-DPO has no gradient
-BETA = {"diffusion-dpo": 5000.0, "inpo": 2000.0, "smpo": 2000.0, "inversion-dpo": 2000.0}
 PEERS = {"released": False, "released-checkpointed": True}
 """Provider and whether it checkpoints activations."""
 OURS = {
-    "inversion-dpo": ("ours", "ours-two-passes", "ours-cached", "ours-cached-endpoint"),
-    "diffusion-dpo": ("ours", "ours-corrected"),
-    "inpo": ("ours", "ours-corrected"),
-    "smpo": ("ours", "ours-corrected"),
+    name: ("ours", "ours-two-passes", "ours-cached", "ours-cached-endpoint")
+    if method.whole_chain
+    else ("ours", "ours-corrected")
+    for name, method in METHODS.items()
 }
 OTHER_OBJECTIVE = ("ours-corrected", "ours-cached-endpoint")
 """Our defaults, which compute something else than the released codes: timed, and never compared."""
@@ -79,7 +80,6 @@ def build_case(
     """
     settings = {
         "method.name": method,
-        "method.beta": BETA[method],
         "method.compat": "released",
         "model.family": "stable-diffusion",
         "model.path": "random-weights",
@@ -92,9 +92,9 @@ def build_case(
         "output.directory": str(directory),
         "output.trackers": "[]",
     }
-    if method == "inversion-dpo":
-        settings |= {"method.variant": "distance", "training.gradient_passes": 1}
-    if num_inference_steps is not None and method != "diffusion-dpo":
+    if METHODS[method].whole_chain:
+        settings["training.gradient_passes"] = 1
+    if num_inference_steps is not None and hasattr(METHODS[method], "num_inference_steps"):
         settings["method.num_inference_steps"] = num_inference_steps
     if SIZES[size].mixed_precision == "bf16":
         settings["model.reference_dtype"] = "bf16"
@@ -192,10 +192,11 @@ class Ours(Provider):
             lora=state.networks.lora, gradient_checkpointing=case.config.training.gradient_checkpointing
         )
         self._passes = 2 if name == "ours-two-passes" else 1
-        options = case.config.method.objective_options()
+        method = case.config.method
         if name in OTHER_OBJECTIVE:
-            options |= {"compat": None, **({"variant": "endpoint"} if case.method == "inversion-dpo" else {})}
-        self.objective = build_objective(case.method, trainer.model.schedule, **options)
+            corrected: dict[str, Any] = {"compat": None, **({"variant": None} if method.whole_chain else {})}
+            method = dataclasses.replace(method, **corrected)
+        self.objective = method.objective(trainer.model.schedule)
         self._batch = trainer.batch
         if "cached" in name:
             self._batch = self._with_reference(trainer.batch)
@@ -203,7 +204,7 @@ class Ours(Provider):
     def _with_reference(self, batch: PairBatch) -> PairBatch:
         """The batch as it comes from a complete cache."""
         objective, networks = self.objective, self.networks
-        assert isinstance(objective, InversionDPO)
+        assert isinstance(objective, ChainObjective)
         told = batch.conditioning, batch.unconditional
         chain = objective.reference_trajectory(networks.reference, batch.latents, *told)
         predictions = objective.reference_predictions(networks.reference, chain, *told)
@@ -347,13 +348,14 @@ def released_inputs(case: StepCase, batch: PairBatch, number: int) -> peers.Inpu
     seed, draw, latents = case.config.training.seed, draws(number, case.pairs), batch.latents
     shape, device = tuple(latents.shape[1:]), latents.device
     noise = probabilities = None
-    if case.method == "diffusion-dpo":
+    method = case.config.method
+    if isinstance(method, DiffusionDPO):
         noise = philox.normal(seed, STREAM_NOISE, draw.to(device), shape)
-    if case.method == "inpo":
+    if isinstance(method, InPO):
         rows = torch.cat([2 * draw, 2 * draw + 1]).to(device)
         steps = range(STREAM_INVERSION, STREAM_INVERSION + case.timesteps)
         noise = torch.stack([philox.normal(seed, step, rows, shape) for step in steps])
-    if case.method == "smpo":
+    if method.needs_scores:
         assert batch.scores is not None
         winner, loser = batch.scores.chunk(2)
         probabilities = preference_probability(winner, loser, PICKSCORE_RANGE).float()
@@ -363,7 +365,7 @@ def released_inputs(case: StepCase, batch: PairBatch, number: int) -> peers.Inpu
 
 def released_settings(case: StepCase) -> peers.Settings:
     known = {field.name for field in dataclasses.fields(peers.Settings)}
-    options = {key: value for key, value in case.config.method.model_dump().items() if key in known}
+    options = {key: value for key, value in vars(case.config.method).items() if key in known}
     return peers.Settings(scaled_linear(), **options)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, plan_grid, plan_released
 from fastinvdpo.diffusion.prompt import Prompt, weighted_sum
 from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
-from fastinvdpo.methods import METHODS, Draws, ObjectiveOutput, PairBatch, SingleTimestepObjective, build_objective
+from fastinvdpo.methods import Draws, ObjectiveOutput, PairBatch, build_objective
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
 from tests.cases import GOLDEN, load_golden
 
@@ -137,18 +137,11 @@ def run(
     draws = Draws(timesteps, None if noise is None else noise.to(dtype))
     objective = build_objective(method, NoiseSchedule.from_config(config), compat="released", **options)
     if float64_schedule:
-        objective = build_with_float64_schedule(objective, method, config, options)
+        objective = dataclasses.replace(objective, schedule=NoiseSchedule.from_config(config))
     policy.zero_grad()
     output = objective(network(policy), network(reference), batch, seed=0, draws=draws)
     output.loss.backward()
     return Run(tensors, settings, objective.schedule, batch, draws, policy, reference, output)
-
-
-def build_with_float64_schedule(objective, method: str, config: dict, options: dict):
-    schedule = NoiseSchedule.from_config(config)
-    if not isinstance(objective, SingleTimestepObjective):
-        return dataclasses.replace(objective, schedule=schedule)
-    return METHODS[method](schedule, compat="released", **options)
 
 
 def gradients(run: Run) -> tuple[Tensor, Tensor]:

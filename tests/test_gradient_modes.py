@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.diffusion.schedule import inversion_levels
-from fastinvdpo.methods import InversionDPO, PairBatch, SingleTimestepObjective, build_objective
+from fastinvdpo.methods import ChainObjective, PairBatch, SingleTimestepObjective, build_objective
 from tests.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
@@ -37,7 +37,7 @@ def guided(network: Small, batch: PairBatch, row: int, latent: Tensor, level: in
     return without + GUIDANCE * (with_prompt - without)
 
 
-def oracle(method: InversionDPO, batch: PairBatch, chain: Tensor) -> tuple[Tensor, Tensor]:
+def oracle(method: ChainObjective, batch: PairBatch, chain: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of Inversion-DPO's loss and its margins ``(B,)``, for an epsilon model: one graph over all calls."""
     policy, reference = networks(batch.latents.dtype)
     levels = inversion_levels(SCHEDULE, LEVELS).tolist()
@@ -53,12 +53,12 @@ def oracle(method: InversionDPO, batch: PairBatch, chain: Tensor) -> tuple[Tenso
                 p = guided(policy, batch, row, latent, level)
                 with torch.no_grad():
                     r = guided(reference, batch, row, latent, level)
-                if method.variant == "distance":
+                if method.method.variant == "distance":
                     margin = margin + sign * BETA / 2 * weight / (2 * alpha_bar) * (p - r).square().mean()
                     continue
                 clean = batch.latents[row]
                 target = (latent - alpha_bar**0.5 * clean) / (1 - alpha_bar) ** 0.5
-                if method.variant == "step":
+                if method.method.variant == "step":
                     target = chain[row, position + LEVELS]
                 score = (p - target).square().mean() - (r - target).square().mean()
                 margin = margin - sign * BETA / 2 * weight * score
@@ -88,7 +88,7 @@ def refuse(*arguments: Any) -> Any:
 
 
 def terms(
-    method: InversionDPO, policy: Small, reference: Any, batch: PairBatch, passes: int | None, max_batch: int | None
+    method: ChainObjective, policy: Small, reference: Any, batch: PairBatch, passes: int | None, max_batch: int | None
 ) -> Iterator[Tensor]:
     """What is to be differentiated, one after the other; without ``passes`` the loss itself."""
     if passes is None:
@@ -153,8 +153,10 @@ def test_methods_of_one_timestep(name: str, dtype: torch.dtype) -> None:
     assert inverts is False or len(set(out.timesteps.tolist())) == PAIRS  # ragged
     target, weight = out.target, torch.ones(PAIRS, dtype=torch.float64)
     assert target is not None
-    if method.pair_weight is not None:
-        weight = method.pair_weight(batch)
+    if method.method.needs_scores:
+        given = method.method.pair_weight(batch)
+        assert given is not None
+        weight = given
     losses = []
     for pair in range(PAIRS):
         margin = torch.zeros((), dtype=torch.float64)

@@ -10,8 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.diffusion.schedule import PREDICTION_TYPES, affine_coefficients, inversion_levels, recover_noise
-from fastinvdpo.methods import METHODS, STREAM_TIMESTEP, Draws, InversionDPO, PairBatch, Preference, build_objective
+from fastinvdpo.diffusion.schedule import (
+    PREDICTION_TYPES,
+    NoiseSchedule,
+    affine_coefficients,
+    inversion_levels,
+    recover_noise,
+)
+from fastinvdpo.methods import (
+    METHODS,
+    STREAM_TIMESTEP,
+    ChainObjective,
+    Draws,
+    InversionDPO,
+    PairBatch,
+    SmPO,
+    build_objective,
+)
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule, toy_network
 
@@ -67,6 +82,13 @@ class Policy:
 
 
 REFERENCE = toy_network()
+
+
+def chain_objective(schedule: NoiseSchedule, n: int, k: int | None = None) -> ChainObjective:
+    method = InversionDPO(beta=10.0, num_inference_steps=n, guidance_scale=1.0, timesteps_per_step=k)
+    built = method.objective(schedule)
+    assert isinstance(built, ChainObjective)
+    return built
 
 
 @pytest.mark.parametrize(
@@ -209,7 +231,7 @@ def test_endpoint_target_is_the_noise_from_the_clean_latent() -> None:
 
 def test_sampled_positions_cover_an_uneven_chain_evenly() -> None:
     """One from each half; their margin is unbiased (test_streaming.py)."""
-    objective = InversionDPO(SCHEDULE, Preference(10.0), "endpoint", 5, 1.0, timesteps_per_step=2)
+    objective = chain_objective(SCHEDULE, 5, 2)
     batch = dataclasses.replace(pairs(1), draw=torch.arange(20_000), latents=torch.zeros(40_000, 1))
     positions, weight = objective._sample_positions(batch, seed=1)
     assert (positions[:, 0] <= 2).all() and (positions[:, 1] >= 2).all()
@@ -242,14 +264,15 @@ def test_inpo_draws_noise_for_each_side() -> None:
     assert not torch.equal(output.noisy_latents[:4], output.noisy_latents[4:])
 
 
-def test_smpo_weighs_a_tie_with_zero() -> None:
+def test_smpo_weighs_a_tie_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, batch = build_objective("smpo", SCHEDULE, num_inference_steps=3, beta=50.0), pairs()
     tied = objective(Policy(), REFERENCE, dataclasses.replace(batch, scores=torch.ones(8)), seed=0)
     assert not tied.margin.any()
     plain = objective(Policy(), REFERENCE, batch, seed=0).margin
     winner, loser = batch.scores.chunk(2)
     rho = 10 * (2 * torch.sigmoid((winner - loser) / 0.16658) - 1)
-    unweighted = dataclasses.replace(objective, pair_weight=None)(Policy(), REFERENCE, batch, seed=0).margin
+    monkeypatch.setattr(SmPO, "pair_weight", lambda self, batch: None)
+    unweighted = objective(Policy(), REFERENCE, batch, seed=0).margin
     torch.testing.assert_close(plain, rho * unweighted)
 
 

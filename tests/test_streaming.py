@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.methods import VARIANTS, InversionDPO, PairBatch, Preference, build_objective
+from fastinvdpo.methods import VARIANTS, ChainObjective, InversionDPO, PairBatch, build_objective
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import sd_schedule
 
@@ -68,15 +68,15 @@ def pairs(count: int = PAIRS, dtype: torch.dtype = torch.float64) -> PairBatch:
     )
 
 
-def objective(variant: str = "endpoint", **options: Any) -> InversionDPO:
+def objective(variant: str = "endpoint", **options: Any) -> ChainObjective:
     built = build_objective(
         "inversion-dpo", SCHEDULE, **{"variant": variant, "num_inference_steps": LEVELS, "beta": 20.0, **options}
     )
-    assert isinstance(built, InversionDPO)
+    assert isinstance(built, ChainObjective)
     return built
 
 
-def full_graph(method: InversionDPO, batch: PairBatch) -> tuple[Tensor, Any]:
+def full_graph(method: ChainObjective, batch: PairBatch) -> tuple[Tensor, Any]:
     policy, reference = networks(batch.latents.dtype)
     output = method(policy, reference, batch, seed=3)
     output.loss.backward()
@@ -84,7 +84,7 @@ def full_graph(method: InversionDPO, batch: PairBatch) -> tuple[Tensor, Any]:
     return policy.gradient(), output
 
 
-def streamed(method: InversionDPO, batch: PairBatch, **options: Any) -> tuple[Small, Small, Any]:
+def streamed(method: ChainObjective, batch: PairBatch, **options: Any) -> tuple[Small, Small, Any]:
     policy, reference = networks(batch.latents.dtype)
     result = method.backward(policy, reference, batch, seed=3, parameters=list(policy.parameters()), **options)
     return policy, reference, result
@@ -282,7 +282,7 @@ def test_saved_activations_do_not_grow_with_the_trajectory(max_batch: int, passe
 
 def test_a_sampled_loss_is_biased_and_its_margin_is_not() -> None:
     """What the docs say of timesteps_per_step: by about u''(z)·Var/2, upwards."""
-    method = InversionDPO(SCHEDULE, Preference(300.0), "endpoint", 6, 1.0)
+    method = InversionDPO(beta=300.0, num_inference_steps=6, guidance_scale=1.0).objective(SCHEDULE)
     policy, reference = networks()
     one = pairs(1)
     draws = 1500
@@ -293,7 +293,9 @@ def test_a_sampled_loss_is_biased_and_its_margin_is_not() -> None:
     )
     with torch.no_grad():
         full = method(policy, reference, one, seed=0)
-        sampled = dataclasses.replace(method, timesteps_per_step=1)(policy, reference, many, seed=0)
+        sampled = dataclasses.replace(method.method, timesteps_per_step=1).objective(SCHEDULE)(
+            policy, reference, many, seed=0
+        )
     z, margins = float(full.margin), sampled.margin
     assert abs(float(margins.mean()) - z) < 4 * float(margins.std()) / math.sqrt(draws)
     losses = torch.nn.functional.softplus(-margins)

@@ -19,6 +19,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.io import discard, write_json
+from fastinvdpo.methods import METHODS
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from fastinvdpo.trainer import TrainResult
 
-METHODS = ("diffusion-dpo", "inpo", "smpo", "inversion-dpo")
 CONTROLS = ("shuffle",)
 PAIRS = 2000
 NUM_INFERENCE_STEPS = 25
@@ -69,7 +69,7 @@ def run_demo(
     """Align a small diffusion model of handwritten digits to a preference and say what that changed.
 
     Args:
-        method: ``diffusion-dpo``, ``inpo``, ``smpo`` or ``inversion-dpo``.
+        method: a name in ``fastinvdpo.methods.METHODS``.
         preference: ``slant`` (leaning to the right wins), ``bold`` (more ink wins) or ``digit`` (the prompted digit
             wins; starts from a base model that saw wrong captions).
         seed: of the pairs, of training and of sampling.
@@ -141,23 +141,21 @@ def build_config(
     method: str, preference: str, seed: int, steps: int | None, directory: Path, base: Path, score_range: float
 ) -> TrainConfig:
     """The training configuration of a demo run: 32 pairs a step, AdamW without weight decay, 20 warm-up steps."""
-    recipe = RECIPES[preference]
+    recipe, chosen = RECIPES[preference], METHODS[method]
     steps = recipe.steps if steps is None else steps
     options: dict[str, dict[str, Any]] = {
-        "diffusion-dpo": {},
-        "inpo": {"num_inference_steps": 10, "eta": 0.1},
-        "smpo": {"num_inference_steps": 5, "score_range": score_range, "preference_scale": _smpo_scale(preference)},
+        "smpo": {"score_range": score_range, "preference_scale": _smpo_scale(preference)},
         "inversion-dpo": {"num_inference_steps": 10, "guidance_scale": 1.0, "timesteps_per_step": 1},
     }
     return TrainConfig.from_mapping(
         {
             "method": {
                 "name": method,
-                "beta": recipe.inverting_beta if method in ("inpo", "smpo") else recipe.beta,
-                **options[method],
+                "beta": recipe.inverting_beta if chosen.policy_inverts else recipe.beta,
+                **options.get(method, {}),
             },
             "model": {"family": "digits", "path": str(base)},
-            "data": {"path": str(directory / "pairs.parquet"), "relabel_by_score": method == "smpo"},
+            "data": {"path": str(directory / "pairs.parquet"), "relabel_by_score": chosen.needs_scores},
             "optimizer": {
                 "learning_rate": recipe.learning_rate,
                 "weight_decay": 0.0,
@@ -169,7 +167,7 @@ def build_config(
                 "batch_size": 32,
                 "seed": seed,
             },
-            "cache": {"path": str(directory / "training" / "cache") if method == "inversion-dpo" else None},
+            "cache": {"path": str(directory / "training" / "cache") if chosen.whole_chain else None},
             "output": {
                 "directory": str(directory / "training"),
                 "checkpoint_every": steps,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.ops import affine_step
 from fastinvdpo.ops.affine_step import MAX_OUTPUTS
 
-MODEL_TIMES = ("destination", "source")
+ModelTime = Literal["destination", "source"]
+"""The level whose timestep the network gets in a step."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ class InversionSettings:
     static_shapes: bool = False
 
     def __post_init__(self) -> None:
-        if self.model_time not in MODEL_TIMES:
-            raise invalid("model_time", self.model_time, "is not known", f"use one of {MODEL_TIMES}")
+        if self.model_time not in get_args(ModelTime):
+            raise invalid("model_time", self.model_time, "is not known", f"use one of {get_args(ModelTime)}")
         if not 0 <= self.eta <= 1:
             raise invalid("eta", self.eta, "out of range", "use a number from 0 (deterministic) to 1")
         if isinstance(self.renoise_iterations, bool) or not isinstance(self.renoise_iterations, int):

@@ -1,12 +1,23 @@
-"""The published methods: each is one composition of trajectory, target, weights and utility.
+"""The published methods. Each is a frozen dataclass of options, which are at once its constructor's arguments and its
+section of a training configuration::
 
-:func:`build_objective` makes an objective by the method's name; calling it on a batch of pairs gives a loss to
-differentiate. Every random draw is keyed by the run's seed and the pair's number in the run, never by its place in a
-batch.
+    objective = InPO(beta=2000.0, num_inference_steps=10).objective(schedule)
+    loss = objective(policy, reference, batch, seed=0).loss
+
+Random numbers are keyed by the run's seed and the pair's number in the run, never by its place in a batch.
 """
 
-from fastinvdpo.methods.base import METHODS, Objective, build_objective
-from fastinvdpo.methods.inversion_dpo import VARIANTS, InversionDPO, inversion_dpo
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastinvdpo.diffusion.schedule import NoiseSchedule
+from fastinvdpo.errors import invalid
+from fastinvdpo.methods.base import Method, Objective
+from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
+from fastinvdpo.methods.inpo import InPO
+from fastinvdpo.methods.inversion_dpo import VARIANTS, ChainObjective, InversionDPO
 from fastinvdpo.methods.pairs import (
     STREAM_INVERSION,
     STREAM_NOISE,
@@ -15,9 +26,9 @@ from fastinvdpo.methods.pairs import (
     Draws,
     ObjectiveOutput,
     PairBatch,
-    Preference,
 )
-from fastinvdpo.methods.single_timestep import SingleTimestepObjective, diffusion_dpo, inpo, smpo
+from fastinvdpo.methods.single_timestep import SingleTimestepObjective
+from fastinvdpo.methods.smpo import SmPO
 from fastinvdpo.methods.timesteps import TimestepSampling
 
 __all__ = [
@@ -27,17 +38,35 @@ __all__ = [
     "STREAM_STRATUM",
     "STREAM_TIMESTEP",
     "VARIANTS",
+    "ChainObjective",
+    "DiffusionDPO",
     "Draws",
+    "InPO",
     "InversionDPO",
+    "Method",
     "Objective",
     "ObjectiveOutput",
     "PairBatch",
-    "Preference",
     "SingleTimestepObjective",
+    "SmPO",
     "TimestepSampling",
     "build_objective",
-    "diffusion_dpo",
-    "inpo",
-    "inversion_dpo",
-    "smpo",
 ]
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DiffusionDPO, InPO, SmPO, InversionDPO)}
+"""The one table of methods: configurations, the command line, demo and benchmarks take their names from it."""
+
+
+def build_objective(method: str, schedule: NoiseSchedule, **options: Any) -> Objective:
+    """The objective of a published method: ``METHODS[method](**options).objective(schedule)``.
+
+    Raises:
+        InvalidInput: an unknown method or option, or a value out of range.
+    """
+    if method not in METHODS:
+        raise invalid("method", method, "is not known", f"use one of {', '.join(METHODS)}")
+    known = [field.name for field in dataclasses.fields(METHODS[method])]
+    for name, value in options.items():
+        if name not in known:
+            raise invalid(name, value, f"is not an option of {method}", f"its options are {', '.join(known)}")
+    return METHODS[method](**options).objective(schedule)

@@ -1,42 +1,149 @@
-"""From a method's name to its objective."""
+"""What every method is: options, and the objective that they make on a noise schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
+from torch import nn
+
+from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.inversion_dpo import InversionDPO, inversion_dpo
-from fastinvdpo.methods.single_timestep import SingleTimestepObjective, diffusion_dpo, inpo, smpo
+from fastinvdpo.methods.pairs import Draws, ObjectiveOutput, PairBatch
+from fastinvdpo.methods.streaming import LossTerms
+from fastinvdpo.ops.preference_loss import check_beta
+from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
 
-Objective = SingleTimestepObjective | InversionDPO
-
-METHODS: dict[str, Callable[..., Objective]] = {
-    "diffusion-dpo": diffusion_dpo,
-    "inpo": inpo,
-    "smpo": smpo,
-    "inversion-dpo": inversion_dpo,
-}
+STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+"""How pydantic reads a section of a configuration that is a dataclass; nothing here needs pydantic."""
 
 
-def build_objective(method: str, schedule: NoiseSchedule, *, compat: str | None = None, **options: Any) -> Objective:
-    """The objective of a published method.
+class Objective(Protocol):
+    """The loss of a batch of pairs. It keeps no state, and draws by the seed and the pairs' numbers alone."""
 
-    Args:
-        method: ``diffusion-dpo``, ``inpo``, ``smpo`` or ``inversion-dpo``.
-        schedule: the model's noise schedule.
-        compat: ``"released"`` reproduces the released code's grid, levels, model time, weighting and float32 schedule.
-        options: ``beta``, ``utility``, ``label_smoothing``, and the arguments of the method's own function.
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    def __call__(
+        self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
+    ) -> ObjectiveOutput:
+        """The loss with one graph. Raises ``InvalidInput`` where the batch lacks what the method needs."""
+        ...
+
+    def stream(
+        self,
+        policy: Network,
+        reference: Network,
+        batch: PairBatch,
+        *,
+        seed: int,
+        max_batch: int | None = None,
+        passes: int = 2,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> LossTerms:
+        """The loss in parts, each with a graph of its own; their gradients add up to that of :meth:`__call__`.
+
+        Args:
+            policy, reference, batch, seed: as for :meth:`__call__`.
+            max_batch: the largest forward pass, in samples (but at least one guided prediction); None: no limit.
+            passes: how a whole chain is streamed (``streaming.py``): 2 evaluates everything without gradient first,
+                1 works pair by pair with a second gradient buffer.
+            parameters: for ``passes=1``, all parameters that get a gradient.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method's options: its constructor, its section of the configuration and its documentation at once.
+
+    Attributes:
+        beta: ``β > 0``, how strongly the policy is tied to the reference.
+        utility: name of ``u``, which makes a loss of a pair's margin (``ops/preference_loss/utilities.py``).
+        label_smoothing: ``ε`` in [0, 0.5), the share of wrong labels; of the utilities that use it.
+        compat: ``"released"`` reproduces the released code's grid, levels, weighting and float32 schedule.
 
     Raises:
-        InvalidInput: an unknown method or option, or a value out of range.
+        InvalidInput: a value is out of range.
     """
-    if method not in METHODS:
-        raise invalid("method", method, "is not known", f"use one of {', '.join(METHODS)}")
-    if compat not in (None, "released"):
-        raise invalid("compat", compat, "is not known", 'use "released" or null')
-    if compat and schedule.prediction_type == FLOW:
-        problem = "is the code of diffusion models, and knows no flow matching"
-        raise invalid("compat", compat, problem, "set it to null")
-    return METHODS[method](schedule.released() if compat else schedule, compat=compat, **options)
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: ClassVar[str]
+    needs_scores: ClassVar[bool] = False
+    """Whether pairs need scores."""
+    policy_inverts: ClassVar[bool] = False
+    """Whether the policy inverts the latents that it is trained on, each to its pair's timestep."""
+    whole_chain: ClassVar[bool] = False
+    """Whether a pair is scored along a whole chain, whose gradient is streamed; otherwise at one timestep."""
+
+    beta: float
+    utility: str = "sigmoid"
+    label_smoothing: float = 0.0
+    compat: Literal["released"] | None = None
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_utility(self.utility, self.label_smoothing)
+        if UTILITIES[self.utility].smoothed and self.label_smoothing == 0:
+            problem = f"makes utility {self.utility!r} the same as sigmoid"
+            remedy = "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid"
+            raise invalid("label_smoothing", self.label_smoothing, problem, remedy)
+        if self.compat not in (None, "released"):
+            raise invalid("compat", self.compat, "is not known", 'use "released" or null')
+
+    def objective(self, schedule: NoiseSchedule) -> Objective:
+        """The loss on a model's noise schedule. Raises ``InvalidInput`` where schedule and options do not fit."""
+        if self.compat and schedule.prediction_type == FLOW:
+            problem = "is the code of diffusion models, and knows no flow matching"
+            raise invalid("compat", self.compat, problem, "set it to null")
+        return self._objective(schedule.released() if self.compat else schedule)
+
+    @abstractmethod
+    def _objective(self, schedule: NoiseSchedule) -> Objective:
+        """The loss on ``schedule``, whose precision is decided."""
+
+    @property
+    def preference(self) -> dict[str, Any]:
+        """The options that ``preference_loss`` takes."""
+        return {"beta": self.beta, "utility": self.utility, "label_smoothing": self.label_smoothing}
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether all forward passes of a step have few shapes, as CUDA graphs and ``torch.compile`` want it."""
+        return True
+
+    @property
+    def guided(self) -> bool:
+        """Whether networks are evaluated with classifier-free guidance, which needs the empty prompt's conditioning."""
+        return False
+
+    @property
+    def zero_gradient_at_reference(self) -> bool:
+        """Whether the gradient is exactly zero while policy = reference."""
+        return False
+
+    @property
+    def reference_chain(self) -> dict[str, Any] | None:
+        """The options that a chain depends on which the reference inverts, so that a cache can hold it; None: there is
+        no such chain.
+        """
+        return None
+
+    @property
+    def awaits_score_range(self) -> bool:
+        """Whether :meth:`with_score_range` must be called before :meth:`objective`."""
+        return False
+
+    def with_score_range(self, measured: float) -> Method:
+        """The method, knowing the range of the data's scores. Raises ``InvalidInput`` where it does not fit."""
+        return self
+
+
+def check_count(option: str, value: object) -> None:
+    """Raise ``InvalidInput`` unless ``value`` is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise invalid(option, value, "must be a whole number above 0", "use 1 or more")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, plan_grid
+from fastinvdpo.diffusion.inversion import InversionSettings, ModelTime, inversion_steps, plan_grid
 from fastinvdpo.diffusion.prompt import Conditioning, Network, Prompt, chunked, predict, weighted_sum
 from fastinvdpo.diffusion.schedule import (
     FLOW,
@@ -20,16 +21,9 @@ from fastinvdpo.diffusion.schedule import (
     recover_noise,
 )
 from fastinvdpo.errors import invalid
+from fastinvdpo.methods.base import Method, check_count
 from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
-from fastinvdpo.methods.pairs import (
-    STREAM_STRATUM,
-    Draws,
-    ObjectiveOutput,
-    PairBatch,
-    Preference,
-    check_batch,
-    checked_preference,
-)
+from fastinvdpo.methods.pairs import STREAM_STRATUM, Draws, ObjectiveOutput, PairBatch, check_batch
 from fastinvdpo.methods.streaming import PASSES, LossTerms, Scored, StreamedLoss
 from fastinvdpo.ops import philox
 
@@ -42,39 +36,60 @@ class _ScoringInputs(NamedTuple):
     target: Tensor | None
 
 
-VARIANTS = ("endpoint", "step", "distance", "distance-policy")
+Variant = Literal["endpoint", "step", "distance", "distance-policy"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
-@dataclass(frozen=True)
-class InversionDPO:
+@dataclass(frozen=True, kw_only=True)
+class InversionDPO(Method):
     """Inversion-DPO (arXiv 2507.11554): the policy is scored along a whole inverted chain, which is treated as data.
 
-    Variants: ``endpoint`` scores against the noise that leads from ``x_0`` to each latent of the chain; ``step``
-    against the noise that the inversion itself used to arrive there; ``distance`` and ``distance-policy`` measure the
-    distance between policy and reference at the inversion's own inputs, as the released code does (chain inverted by
-    the reference) or as its derivation reads (by the policy).
+    Attributes:
+        variant: ``"endpoint"`` scores against the noise that leads from ``x_0`` to each latent of the chain; ``"step"``
+            against the noise that the inversion itself used to arrive there; ``"distance"`` and ``"distance-policy"``
+            measure the distance between policy and reference at the inversion's own inputs, as the released code does
+            (chain inverted by the reference) or as its derivation reads (by the policy). None: ``"endpoint"``, or
+            ``"distance"`` with ``compat="released"``.
+        num_inference_steps: N, levels of the chain.
+        guidance_scale: of the inversion and of the predictions that are scored; 1 is none.
+        timesteps_per_step: k levels of the chain that a pair is scored at in a step; None: all N.
+        model_time: the level that the network gets in a step of the inversion: its ``"destination"``, or ``"source"``.
     """
 
-    schedule: NoiseSchedule
-    preference: Preference
-    variant: str = "endpoint"
+    name = "inversion-dpo"
+    whole_chain = True
+
+    beta: float = 2000.0
     num_inference_steps: int = 80
+    variant: Variant | None = None
     guidance_scale: float = 2.0
     timesteps_per_step: int | None = None
-    model_time: str = "destination"
+    model_time: ModelTime = "destination"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant is None:
+            object.__setattr__(self, "variant", "distance" if self.compat else "endpoint")
         InversionSettings(model_time=self.model_time)
+        check_count("num_inference_steps", self.num_inference_steps)
         if self.variant not in VARIANTS:
             raise invalid("variant", self.variant, "is not known", f"use one of {', '.join(VARIANTS)}")
-        plan_grid(self.schedule, 1, self.num_inference_steps)
+        if self.compat and self.variant != "distance":
+            remedy = "set variant to distance, or compat to null"
+            raise invalid("variant", self.variant, "is not what the released code computes", remedy)
         k = self.timesteps_per_step
-        if k is not None and not (isinstance(k, int) and 1 <= k <= self.num_inference_steps):
-            remedy = f"use a whole number from 1 to num_inference_steps = {self.num_inference_steps}, or null for all"
-            raise invalid("timesteps_per_step", k, "out of range", remedy)
-        if not self.guidance_scale >= 0:
-            raise invalid("guidance_scale", self.guidance_scale, "must not be negative", "the published value is 2")
-        if self.scores_distance and self.schedule.prediction_type == FLOW:
+        if k is not None:
+            check_count("timesteps_per_step", k)
+        if k is not None and k > self.num_inference_steps:
+            problem = f"exceeds num_inference_steps = {self.num_inference_steps}"
+            raise invalid("timesteps_per_step", k, problem, "lower it, or set it to null to score every level")
+        if not 0 <= self.guidance_scale < math.inf:
+            remedy = "the published value is 2"
+            raise invalid("guidance_scale", self.guidance_scale, "must be finite and not negative", remedy)
+
+    def _objective(self, schedule: NoiseSchedule) -> ChainObjective:
+        plan_grid(schedule, 1, self.num_inference_steps)  # fail now, not at the first batch
+        if self.scores_distance and schedule.prediction_type == FLOW:
             problem = "weighs by 1/(2ᾱ) of a diffusion chain, which flow matching does not have"
             raise invalid("variant", self.variant, problem, "use variant 'endpoint' or 'step'")
         if self.scores_distance:
@@ -84,17 +99,36 @@ class InversionDPO:
                 "policy = reference, and its loss falls either way: the result's direction depends on the initial "
                 "perturbation. It is meant for comparison with the released code; use variant 'endpoint' to align a "
                 "model.",
-                stacklevel=2,
+                stacklevel=3,
             )
+        return ChainObjective(schedule, self)
 
     @property
     def scores_distance(self) -> bool:
-        return self.variant.startswith("distance")
+        return self.variant in ("distance", "distance-policy")
 
     @property
-    def trajectory_is_cacheable(self) -> bool:
-        """Whether the chain does not depend on the policy."""
-        return self.variant != "distance-policy"
+    def guided(self) -> bool:
+        return self.guidance_scale != 1
+
+    @property
+    def zero_gradient_at_reference(self) -> bool:
+        return self.scores_distance
+
+    @property
+    def reference_chain(self) -> dict[str, Any] | None:
+        if self.variant == "distance-policy":
+            return None
+        names = ("name", "variant", "num_inference_steps", "guidance_scale", "model_time", "compat")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class ChainObjective:
+    """The loss of :class:`InversionDPO`; implements :class:`~fastinvdpo.methods.base.Objective`."""
+
+    schedule: NoiseSchedule
+    method: InversionDPO
 
     @torch.no_grad()
     def reference_trajectory(
@@ -109,20 +143,21 @@ class InversionDPO:
     def _invert(
         self, network: Network, latents: Tensor, conditioning: Conditioning, unconditional: Conditioning | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The chain, and what the network predicts at its latents where the inversion has asked just that."""
-        prompt = Prompt(conditioning, unconditional, self.guidance_scale)
-        plan = plan_grid(self.schedule, latents.shape[0], self.num_inference_steps)
-        settings = InversionSettings(model_time=self.model_time)
-        count = self.num_inference_steps
-        chain = latents.new_empty(len(latents), 2 * count if self.variant == "step" else count, *latents.shape[1:])
-        visited = None if self.scores_distance else chain[:, :count]
-        predictions = torch.empty_like(chain) if self.scores_distance else None
+        """The chain, and the predictions at its latents where the inversion makes just these forward passes."""
+        prompt = Prompt(conditioning, unconditional, self.method.guidance_scale)
+        plan = plan_grid(self.schedule, latents.shape[0], self.method.num_inference_steps)
+        settings = InversionSettings(model_time=self.method.model_time)
+        count = self.method.num_inference_steps
+        length = 2 * count if self.method.variant == "step" else count
+        chain = latents.new_empty(len(latents), length, *latents.shape[1:])
+        visited = None if self.method.scores_distance else chain[:, :count]
+        predictions = torch.empty_like(chain) if self.method.scores_distance else None
         walk = inversion_steps(network, self.schedule, latents, plan, prompt, settings, trajectory=visited)
         for position, step in enumerate(walk):
             if predictions is not None:
                 chain[:, position] = step.source
                 predictions[:, position] = weighted_sum(step.outputs, step.weights)
-            if self.variant == "step":
+            if self.method.variant == "step":
                 used = weighted_sum(step.outputs, step.weights)
                 source, level = plan.source[:, position], plan.target[:, position]
                 clean, noise = predicted_clean_and_noise(self.schedule, step.source, used, source)
@@ -138,13 +173,13 @@ class InversionDPO:
         Args:
             chain: what :meth:`reference_trajectory` gave, ``(n, N, …)`` or ``(n, 2N, …)``, in the networks' type.
         """
-        prompt = Prompt(conditioning, unconditional, self.guidance_scale)
-        plan = plan_grid(self.schedule, 1, self.num_inference_steps)
-        from_source = self.scores_distance and self.model_time == "source"
+        prompt = Prompt(conditioning, unconditional, self.method.guidance_scale)
+        plan = plan_grid(self.schedule, 1, self.method.num_inference_steps)
+        from_source = self.method.scores_distance and self.method.model_time == "source"
         times = (plan.source[0].clamp(min=0) if from_source else plan.target[0]).to(chain.device)
         levels = [
             predict(reference, chain[:, k], times[k].expand(chain.shape[0]), prompt)
-            for k in range(self.num_inference_steps)
+            for k in range(self.method.num_inference_steps)
         ]
         return torch.stack(levels, dim=1)
 
@@ -156,9 +191,10 @@ class InversionDPO:
         positions, weight = self._scored_positions(batch, seed)
         rows, k = torch.arange(2 * batch.pairs), positions.shape[1]
         rows, columns = rows.repeat_interleave(k), positions.repeat(2, 1).flatten()
-        inputs, told = self._inputs(batch, chain, rows, columns), batch.prompt(self.guidance_scale).repeat_interleave(k)
-        policy_pred = predict(policy, inputs.noisy, inputs.times.to(chain.device), told).unflatten(0, (-1, k))
-        reference_pred = self._reference_pred(reference, stored, rows, columns, inputs, told).unflatten(0, (-1, k))
+        inputs = self._inputs(batch, chain, rows, columns)
+        prompt = batch.prompt(self.method.guidance_scale).repeat_interleave(k)
+        policy_pred = predict(policy, inputs.noisy, inputs.times.to(chain.device), prompt).unflatten(0, (-1, k))
+        reference_pred = self._reference_pred(reference, stored, rows, columns, inputs, prompt).unflatten(0, (-1, k))
         noisy, target = inputs.noisy.unflatten(0, (-1, k)), inputs.target
         target = None if target is None else target.unflatten(0, (-1, k))
         result = preference_loss(
@@ -166,9 +202,9 @@ class InversionDPO:
             reference_pred,
             target,
             # The distance enters with the opposite sign (+β/2).
-            pair_weight=-torch.ones(batch.pairs, device=noisy.device) if self.scores_distance else None,
+            pair_weight=-torch.ones(batch.pairs, device=noisy.device) if self.method.scores_distance else None,
             timestep_weight=weight.to(noisy.device, torch.promote_types(noisy.dtype, torch.float32)),
-            **vars(self.preference),
+            **self.method.preference,
         )
         return ObjectiveOutput(**vars(result), timesteps=inputs.times.view(-1, k), noisy_latents=noisy, target=target,
                                policy_pred=policy_pred, reference_pred=reference_pred)  # fmt: skip
@@ -184,17 +220,10 @@ class InversionDPO:
         passes: int = 2,
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
-        """The loss in parts, each with a graph of its own: the same gradient as of calling the objective, in memory
-        that does not depend on the number of timesteps (:mod:`fastinvdpo.methods.streaming`). :meth:`backward` shows
-        how to use the parts.
+        """The loss in parts, as :meth:`Objective.stream`: memory does not depend on the number of timesteps.
 
-        Args:
-            policy, reference, batch, seed: as when calling the objective.
-            max_batch: network evaluations in one call at most, and whose graph is in memory at a time (but at least
-                those of one guided prediction); None: all in one.
-            passes: 2 evaluates everything without gradient first; 1 works pair by pair with a second gradient buffer.
-                It makes no difference to pairs whose timesteps fit into one call.
-            parameters: for ``passes=1``, all parameters that get a gradient.
+        ``max_batch`` also limits the samples whose graph is in memory at a time. ``passes`` makes no difference to
+        pairs whose timesteps fit into one part. :meth:`backward` shows how to use the parts.
         """
         check_batch(batch)
         if passes not in PASSES:
@@ -202,16 +231,17 @@ class InversionDPO:
         policy, reference = chunked(policy, max_batch), chunked(reference, max_batch)
         chain, stored = self._reference(policy, reference, batch)
         positions, weight = self._scored_positions(batch, seed)
-        prompt, pairs = batch.prompt(self.guidance_scale), batch.pairs
-        if self.scores_distance:
+        prompt, pairs = batch.prompt(self.method.guidance_scale), batch.pairs
+        if self.method.scores_distance:
             weight = -weight
 
         def score(rows: Tensor, columns: Tensor, reference_pred: Tensor | None) -> Scored:
             pair, n = rows % pairs, rows.numel()
-            inputs, told = self._inputs(batch, chain, rows, positions[pair, columns]), prompt.select(rows)
-            policy_pred = predict(policy, inputs.noisy, inputs.times.to(chain.device), told)
+            place, selected = positions[pair, columns], prompt.select(rows)
+            inputs = self._inputs(batch, chain, rows, place)
+            policy_pred = predict(policy, inputs.noisy, inputs.times.to(chain.device), selected)
             if reference_pred is None:
-                reference_pred = self._reference_pred(reference, stored, rows, positions[pair, columns], inputs, told)
+                reference_pred = self._reference_pred(reference, stored, rows, place, inputs, selected)
             # To the loss each term is a pair of its own: a winner whose loser stays where the reference is, so that
             # the loser's part is zero; terms of losers count with the opposite sign.
             signed = weight[pair, columns] * (1 - 2 * (rows // pairs))
@@ -220,7 +250,7 @@ class InversionDPO:
                 torch.cat([reference_pred, reference_pred]),
                 None if inputs.target is None else torch.cat([inputs.target, inputs.target]),
                 pair_weight=signed.to(chain.device, torch.promote_types(inputs.noisy.dtype, torch.float32)),
-                **vars(self.preference),
+                **self.method.preference,
             )
             return Scored(result.margin, result.policy_mse[:n], result.reference_mse[:n], reference_pred)
 
@@ -231,7 +261,7 @@ class InversionDPO:
             terms_per_call=None if max_batch is None else max(1, max_batch // len(prompt.weights)),
             passes=passes,
             parameters=parameters,
-            **vars(self.preference),
+            **self.method.preference,
         )
 
     def backward(
@@ -259,9 +289,9 @@ class InversionDPO:
         """
         if batch.trajectory is not None:
             return batch.trajectory.to(batch.latents.device), batch.reference_pred
-        inverting = reference if self.trajectory_is_cacheable else policy
+        inverting = reference if self.method.reference_chain else policy
         chain, predictions = self._invert(inverting, batch.latents, batch.conditioning, batch.unconditional)
-        if batch.reference_pred is not None or not self.trajectory_is_cacheable:
+        if batch.reference_pred is not None or not self.method.reference_chain:
             return chain, batch.reference_pred
         return chain, predictions
 
@@ -273,25 +303,25 @@ class InversionDPO:
         rows: Tensor,
         positions: Tensor,
         inputs: _ScoringInputs,
-        told: Prompt,
+        prompt: Prompt,
     ) -> Tensor:
         """The reference's predictions at ``inputs`` of samples ``rows``: of those that are ``stored``, if any are."""
         noisy = inputs.noisy
         if stored is None:
-            return predict(reference, noisy, inputs.times.to(noisy.device), told)
+            return predict(reference, noisy, inputs.times.to(noisy.device), prompt)
         return stored[rows.to(stored.device), positions.to(stored.device)].to(noisy.device, noisy.dtype)
 
     def _inputs(self, batch: PairBatch, chain: Tensor, rows: Tensor, positions: Tensor) -> _ScoringInputs:
         """What samples ``rows`` are scored on at ``positions`` of the chain, both int64 ``(n,)`` on the host."""
-        plan = plan_grid(self.schedule, 1, self.num_inference_steps)
+        plan = plan_grid(self.schedule, 1, self.method.num_inference_steps)
         levels, device = plan.target[0][positions], chain.device
         on_device, where = rows.to(device), positions.to(device)
         noisy = chain[on_device, where].to(batch.latents.dtype)
-        if self.scores_distance:
-            times = plan.source[0].clamp(min=0)[positions] if self.model_time == "source" else levels
+        if self.method.scores_distance:
+            times = plan.source[0].clamp(min=0)[positions] if self.method.model_time == "source" else levels
             return _ScoringInputs(noisy, times, None)
-        if self.variant == "step":
-            target = chain[on_device, where + self.num_inference_steps].to(noisy.dtype)
+        if self.method.variant == "step":
+            target = chain[on_device, where + self.method.num_inference_steps].to(noisy.dtype)
             return _ScoringInputs(noisy, levels, target)
         clean = batch.latents[on_device]
         noise = recover_noise(self.schedule, noisy, clean, levels)
@@ -300,8 +330,8 @@ class InversionDPO:
     def _scored_positions(self, batch: PairBatch, seed: int) -> tuple[Tensor, Tensor]:
         """Positions ``(B, K)`` and the weights of their scores, float64 ``(B, K)``."""
         positions, weight = self._sample_positions(batch, seed)
-        if self.scores_distance:
-            levels = plan_grid(self.schedule, 1, self.num_inference_steps).target[0][positions]
+        if self.method.scores_distance:
+            levels = plan_grid(self.schedule, 1, self.method.num_inference_steps).target[0][positions]
             weight = weight / (2 * self.schedule.alpha_bar(levels))
         return positions, weight
 
@@ -313,38 +343,10 @@ class InversionDPO:
         loss is not linear in the margin, and is biased: by about ``u''(z)·Var(ẑ)/2``, upwards for a convex utility, and
         its gradient by ``Cov(u'(ẑ), ∇ẑ)`` and the like. Both fall with k.
         """
-        n, k = self.num_inference_steps, self.timesteps_per_step
+        n, k = self.method.num_inference_steps, self.method.timesteps_per_step
         if k is None or k == n:
             return torch.arange(n).expand(batch.pairs, n), torch.full((batch.pairs, n), 1 / n, dtype=torch.float64)
         strata = torch.arange(k)
         draw = torch.stack([philox.uniform(seed, STREAM_STRATUM + s, batch.draw) for s in range(k)], dim=1)
         positions = ((strata + draw) * (n / k)).long().clamp(max=n - 1)
         return positions, torch.full((batch.pairs, k), 1 / k, dtype=torch.float64)
-
-
-def inversion_dpo(
-    schedule: NoiseSchedule,
-    *,
-    variant: str | None = None,
-    num_inference_steps: int = 80,
-    guidance_scale: float = 2.0,
-    timesteps_per_step: int | None = None,
-    model_time: str = "destination",
-    compat: str | None = None,
-    **preference: Any,
-) -> InversionDPO:
-    """Inversion-DPO; see :class:`InversionDPO`. The variant is ``endpoint``, or ``distance`` with
-    ``compat="released"``.
-    """
-    if compat and variant not in (None, "distance"):
-        raise invalid("variant", variant, "the released code has the variant 'distance' only", "drop variant or compat")
-    variant = variant or ("distance" if compat else "endpoint")
-    return InversionDPO(
-        schedule,
-        checked_preference(2000.0, preference),
-        variant,
-        num_inference_steps,
-        guidance_scale,
-        timesteps_per_step,
-        model_time,
-    )

@@ -31,6 +31,9 @@ __all__ = [
 PICKSCORE_RANGE = 0.16658
 """SmPO's κ: the range of PickScore's cosine, without its scale of 100, over Pick-a-Pic v2."""
 
+PREFERENCE_SCALE = 10.0
+"""SmPO's λ, as published."""
+
 
 def preference_probability(winner_scores: Tensor, loser_scores: Tensor, score_range: float = PICKSCORE_RANGE) -> Tensor:
     """``p = σ((score_w − score_l)/κ)``, the probability that the winner is preferred; ``(B,)`` from two ``(B,)`` (SmPO,
@@ -44,7 +47,7 @@ def preference_probability(winner_scores: Tensor, loser_scores: Tensor, score_ra
     return torch.sigmoid((winner_scores - loser_scores) / score_range)
 
 
-def smoothed_pair_weight(probability: Tensor, preference_scale: float = 10.0) -> Tensor:
+def smoothed_pair_weight(probability: Tensor, preference_scale: float = PREFERENCE_SCALE) -> Tensor:
     """``ρ = λ(2p − 1)``: a tie weighs nothing, a certain preference ``λ``; shape and dtype of ``probability`` (SmPO,
     arXiv 2506.02698).
     """

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
+from fastinvdpo.methods.losses import PreferenceLoss
 
 # Offsets of the random streams of one draw; an inversion uses one offset per step, the strata one each.
 STREAM_TIMESTEP, STREAM_NOISE, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 1 << 16, 1 << 17
@@ -23,14 +21,14 @@ class PairBatch:
 
     Attributes:
         latents: ``(2B, …)``.
-        conditioning: what the network is told, every tensor ``(2B, …)``.
+        conditioning: what the network takes besides latents and timesteps, every tensor ``(2B, …)``.
         draw: int64 ``(B,)`` on the host: the number of each pair's draw in the whole run. It keys all random numbers.
         unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
         scores: preference scores ``(2B,)``; needed by SmPO.
-        trajectory: what :meth:`InversionDPO.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
+        trajectory: what :meth:`ChainObjective.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
             None.
-        reference_pred: what :meth:`InversionDPO.reference_predictions` gave for that trajectory, ``(2B, N, …)``; the
-            reference is asked when None, and not at all otherwise.
+        reference_pred: what :meth:`ChainObjective.reference_predictions` gave for that trajectory, ``(2B, N, …)``; the
+            reference makes forward passes when None, and none otherwise.
     """
 
     latents: Tensor
@@ -73,28 +71,6 @@ class ObjectiveOutput(PreferenceLoss):
     target: Tensor | None
     policy_pred: Tensor
     reference_pred: Tensor
-
-
-@dataclass(frozen=True)
-class Preference:
-    """How a margin becomes a loss: the part that all methods share."""
-
-    beta: float
-    utility: str = "sigmoid"
-    label_smoothing: float = 0.0
-
-
-def checked_preference(default_beta: float, options: dict[str, Any]) -> Preference:
-    known = {field.name for field in dataclasses.fields(Preference)}
-    for name, value in options.items():
-        if name not in known:
-            raise invalid(
-                name, value, "is not an option of this method", f"the common options are {', '.join(sorted(known))}"
-            )
-    preference = Preference(**{"beta": default_beta, **options})
-    one = torch.zeros(2, 1)
-    preference_loss(one, one, None, **vars(preference))  # fail now, not at the first batch
-    return preference
 
 
 def check_batch(batch: PairBatch) -> None:

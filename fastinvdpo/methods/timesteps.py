@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
+from fastinvdpo.methods.base import STRICT
 from fastinvdpo.ops import philox
 
-DENSITIES = ("uniform", "logit-normal")
+Density = Literal["uniform", "logit-normal"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,39 @@ class TimestepSampling:
         density: ``"uniform"``, or ``"logit-normal"`` (arXiv 2403.03206, section 3.1): the place in the range or list is
             ``1/(1 + exp(−z))`` with ``z ~ N(logit_mean, logit_std²)``, counted towards noise. None: logit-normal for
             flow matching, uniform else. The shift of a flow schedule is in its levels, so it acts on either.
+
+    Raises:
+        InvalidInput: a value is out of range.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     range: Sequence[int] | None = None
     values: Sequence[int] | None = None
-    density: str | None = None
+    density: Density | None = None
     logit_mean: float = 0.0
     logit_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.range is not None and self.values is not None:
+            raise invalid("timesteps.values", self.values, "cannot be had with timesteps.range", "drop one of them")
+        for name in ("range", "values"):
+            levels = getattr(self, name)
+            if levels is None:
+                continue
+            # A list, as a configuration file gives it.
+            object.__setattr__(self, name, list(levels))
+            if not levels or not all(isinstance(level, int) and level >= 0 for level in levels):
+                raise invalid(f"timesteps.{name}", list(levels), "are not levels", "list whole numbers from 0")
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] <= self.range[1]):
+            remedy = "give the first and the last level"
+            raise invalid("timesteps.range", self.range, "is not a range of levels", remedy)
+        if self.density not in (None, *get_args(Density)):
+            raise invalid("timesteps.density", self.density, "is not known", f"use one of {get_args(Density)}, or null")
+        if not math.isfinite(self.logit_mean):
+            raise invalid("timesteps.logit_mean", self.logit_mean, "must be finite", "the published value is 0")
+        if not 0 < self.logit_std < math.inf:
+            raise invalid("timesteps.logit_std", self.logit_std, "must be positive", "the published value is 1")
 
     @classmethod
     def of(cls, given: TimestepSampling | Mapping[str, Any] | None) -> TimestepSampling:
@@ -46,19 +74,11 @@ class TimestepSampling:
         return cls(**(given or {}))
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Raise ``InvalidInput`` unless there is something to draw, within the schedule."""
+        """Raise ``InvalidInput`` unless all levels are those of the schedule."""
         last = schedule.num_train_timesteps - 1
-        if self.range is not None and self.values is not None:
-            raise invalid("timesteps.values", self.values, "cannot be had with timesteps.range", "drop one of them")
-        if self.range is not None and not (len(self.range) == 2 and 0 <= self.range[0] <= self.range[1] <= last):
-            remedy = f"give the first and the last level, from 0 to {last}"
-            raise invalid("timesteps.range", list(self.range), "is not a range of levels", remedy)
-        if self.values is not None and not (self.values and all(0 <= level <= last for level in self.values)):
-            raise invalid("timesteps.values", list(self.values), "are not levels", f"list levels from 0 to {last}")
-        if self.density not in (None, *DENSITIES):
-            raise invalid("timesteps.density", self.density, "is not known", f"use one of {DENSITIES}, or null")
-        if not self.logit_std > 0:
-            raise invalid("timesteps.logit_std", self.logit_std, "must be positive", "the published value is 1")
+        for name, levels in (("range", self.range), ("values", self.values)):
+            if levels is not None and max(levels) > last:
+                raise invalid(f"timesteps.{name}", levels, "exceeds the schedule", f"use levels from 0 to {last}")
 
     def draw(self, schedule: NoiseSchedule, seed: int, offset: int, index: Tensor) -> Tensor:
         """Levels int64 ``(B,)``, one for each stream ``index`` int64 ``(B,)``."""

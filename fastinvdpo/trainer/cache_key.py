@@ -20,7 +20,6 @@ from fastinvdpo.trainer.opening import open_data_source
 FORMAT = 1
 _ENCODING, _INVERTING = "latents, embeddings", "latents, embeddings, trajectories, reference predictions"
 _DATA = ("columns", "rank_pairs", "ties", "resolution", "relabel_by_score", "max_broken")
-_METHOD = ("name", "variant", "num_inference_steps", "guidance_scale", "model_time", "compat")
 
 
 def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     from fastinvdpo.models import checkpoint_files, resolve_family
 
     parquet = require("pyarrow.parquet", extra="train", purpose="reading preference pairs")
-    model, data = config.model, config.data
+    model, data, chain = config.model, config.data, config.method.reference_chain
     source = open_data_source(data)
     tables = source.files()
     family = resolve_family(model.family, model.path, model.revision)
@@ -44,7 +43,7 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     network = "unet" if "unet" in files else "transformer"
     key: dict[str, Any] = {
         "format": FORMAT,
-        "contents": _INVERTING if config.reference_chain else _ENCODING,
+        "contents": _ENCODING if chain is None else _INVERTING,
         "cache.dtype": config.cache.dtype,
         "data rows": _rows(parquet, tables),
         "data format": source.format,
@@ -57,14 +56,14 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     }
     if data.latents != "mean":  # caches made before there was such a key stay valid
         key["data.latents"] = data.latents
-    if config.reference_chain:
+    if chain is not None:
         (schedule,) = [file for file in files["scheduler"] if file.name == "scheduler_config.json"]
         settings = json.loads(schedule.read_text())
         key |= {
             f"model {network}": digests.of(files[network]),
             **_given(model, ("zero_terminal_snr", "guidance_embedding")),
             **{f"scheduler {name}": value for name, value in settings.items() if not name.startswith("_")},
-            **{f"method.{name}": getattr(config.method, name) for name in _METHOD},
+            **{f"method.{name}": value for name, value in chain.items()},
             "training.mixed_precision": config.training.mixed_precision,
             "model.reference_dtype": config.model.reference_dtype,
         }

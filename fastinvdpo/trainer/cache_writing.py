@@ -26,7 +26,7 @@ from fastinvdpo.data.digests import Digests, key_hash
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import only_writer
-from fastinvdpo.methods import InversionDPO, build_objective
+from fastinvdpo.methods import ChainObjective
 from fastinvdpo.trainer.batches import Tensors, embed, encode
 from fastinvdpo.trainer.cache import (
     INDEX,
@@ -175,11 +175,10 @@ class _ShardMaker:
         performance = decide(config, model.network, accelerator)
         set_tf32(performance, accelerator.device)
         model.to(accelerator.device)
-        self._objective: InversionDPO | None = None
-        if config.reference_chain:
-            options = config.method.objective_options()
-            objective = build_objective(config.method.name, model.schedule, **options)
-            assert isinstance(objective, InversionDPO)
+        self._objective: ChainObjective | None = None
+        if config.method.reference_chain is not None:
+            objective = config.method.objective(model.schedule)
+            assert isinstance(objective, ChainObjective)
             self._objective = objective
         dtype = None if config.model.reference_dtype is None else DTYPES[config.model.reference_dtype]
         self.networks = Networks(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods import InversionDPO, PairBatch
+from fastinvdpo.methods import Objective, PairBatch
 from fastinvdpo.trainer.networks import Networks
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ LARGEST = 512
 
 
 def choose_max_batch(
-    networks: Networks, objective: InversionDPO, batch: PairBatch, accelerator: Accelerator, *, passes: int
+    networks: Networks, objective: Objective, batch: PairBatch, accelerator: Accelerator, *, passes: int
 ) -> int:
     """The largest call that fits, in samples; the same in all processes.
 

@@ -7,99 +7,30 @@ value and remedy for every mistake at once. Reading YAML files, presets and ``ke
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
-from fastinvdpo.trainer.config_checks import check_combinations, count_or_share, positive_or_auto
+from fastinvdpo.errors import invalid
+from fastinvdpo.methods import METHODS, Method, TimestepSampling
+from fastinvdpo.trainer.config_checks import check_combinations, count_or_share
 from fastinvdpo.trainer.config_errors import explain
 
-Utility: TypeAlias = Literal["sigmoid", "cdpo", "robust", "hinge", "ipo", "linear"]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
-Level: TypeAlias = Annotated[int, Field(ge=0)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
 CountOrShare: TypeAlias = Annotated[int | float, PlainValidator(count_or_share)]
-PositiveOrAuto: TypeAlias = Annotated[float | Literal["auto"], PlainValidator(positive_or_auto)]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys and values of another type are errors, a whole number passes as a float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
-
-
-class MethodConfig(Section):
-    """Options that all methods share: strength of the tie to the reference, utility, and released or corrected form."""
-
-    name: str
-    beta: Positive
-    utility: Utility = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    compat: Literal["released"] | None = None
-
-    def objective_options(self) -> dict[str, Any]:
-        """Keyword arguments for ``fastinvdpo.methods.build_objective``."""
-        return self.model_dump(exclude={"name"})
-
-
-class TimestepsSection(Section):
-    """Which timesteps a pair may get (``methods/timesteps.py``): a range, or a list; drawn uniformly or
-    logit-normally, for null as the model was trained.
-    """
-
-    range: Annotated[list[Level], Field(min_length=2, max_length=2)] | None = None
-    values: Annotated[list[Level], Field(min_length=1)] | None = None
-    density: Literal["uniform", "logit-normal"] | None = None
-    logit_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    logit_std: Positive = 1.0
-
-
-class DiffusionDPOConfig(MethodConfig):
-    name: Literal["diffusion-dpo"]
-    beta: Positive = 5000.0
-    timesteps: TimestepsSection = TimestepsSection()
-
-
-class InversionConfig(MethodConfig):
-    """Options of every method that inverts: steps of the grid, and the timestep handed to the network."""
-
-    num_inference_steps: Count
-    model_time: Literal["destination", "source"] = "destination"
-
-
-class InPOConfig(InversionConfig):
-    name: Literal["inpo"]
-    beta: Positive = 2000.0
-    num_inference_steps: Count = 10
-    eta: Share = 0.1
-    static_shapes: bool = False
-    timesteps: TimestepsSection = TimestepsSection()
-
-
-class SmPOConfig(InversionConfig):
-    """``score_range``: SmPO's κ, in the unit of the scores; ``auto`` reads what ``fastinvdpo score`` stored."""
-
-    name: Literal["smpo"]
-    beta: Positive = 2000.0
-    num_inference_steps: Count = 5
-    renoise_iterations: Count = 1
-    static_shapes: bool = False
-    timesteps: TimestepsSection = TimestepsSection()
-    preference_scale: Positive = 10.0
-    score_range: PositiveOrAuto = 0.16658
-
-
-class InversionDPOConfig(InversionConfig):
-    name: Literal["inversion-dpo"]
-    beta: Positive = 2000.0
-    num_inference_steps: Count = 80
-    variant: Literal["endpoint", "step", "distance", "distance-policy"] = "endpoint"
-    guidance_scale: NonNegative = 2.0
-    timesteps_per_step: Count | None = None
 
 
 class LoraSection(Section):
@@ -283,21 +214,36 @@ class OutputSection(Section):
     hub_private: bool = True
 
 
-AnyMethod: TypeAlias = Annotated[
-    DiffusionDPOConfig | InPOConfig | SmPOConfig | InversionDPOConfig, Field(discriminator="name")
-]
-METHODS: dict[str, type[MethodConfig]] = {
-    "diffusion-dpo": DiffusionDPOConfig,
-    "inpo": InPOConfig,
-    "smpo": SmPOConfig,
-    "inversion-dpo": InversionDPOConfig,
-}
+def read_method(section: object) -> Method:
+    """The method of the section ``method``: its ``name``, and its options. A method is returned as it is.
+
+    Raises:
+        InvalidInput: one line per mistake, by key.
+    """
+    if isinstance(section, Method):
+        return section
+    if not isinstance(section, Mapping):
+        raise invalid("method", section, "is not a section", "write a mapping of key: value pairs")
+    name = section.get("name")
+    if name not in METHODS:
+        problem = "is missing and has no default" if name is None else "names no known method"
+        raise invalid("method.name", name, problem, f"choose one of {', '.join(map(repr, METHODS))}")
+    options = {key: value for key, value in section.items() if key != "name"}
+    try:
+        # As JSON: pydantic reads a dataclass strictly from that alone.
+        return TypeAdapter(METHODS[name]).validate_json(json.dumps(options, default=str))
+    except ValidationError as error:
+        raise explain(error, known_keys, ("method", name)) from None
+
+
+def _write_method(method: Method) -> dict[str, Any]:
+    return {"name": method.name, **dataclasses.asdict(method)}
 
 
 class TrainConfig(Section):
     """One training run. Build it with :meth:`from_mapping`, which explains mistakes."""
 
-    method: AnyMethod
+    method: Annotated[Method, PlainValidator(read_method), PlainSerializer(_write_method)]
     model: ModelSection
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
@@ -308,7 +254,6 @@ class TrainConfig(Section):
     output: OutputSection
 
     sections: ClassVar[dict[str, type[Section]]] = {
-        "method.timesteps": TimestepsSection,
         "model": ModelSection,
         "model.lora": LoraSection,
         "data": DataSection,
@@ -348,11 +293,6 @@ class TrainConfig(Section):
         """The resolved configuration as plain numbers, strings, lists and dictionaries."""
         return self.model_dump(mode="python")
 
-    @property
-    def reference_chain(self) -> bool:
-        """Whether the method scores along a chain that the reference inverts, which a cache can hold."""
-        return self.method.name == "inversion-dpo" and self.method.variant != "distance-policy"
-
     def effective_batch(self, processes: int = 1) -> int:
         """Pairs per optimiser step over all processes."""
         return self.training.batch_size * self.training.gradient_accumulation_steps * processes
@@ -364,7 +304,7 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
     if isinstance(config, TrainConfig) and method is config.method:
         return config
     origin, source = getattr(model, "origin", None), getattr(pairs, "source", None)
-    given["method"] = method.model_dump() if isinstance(method, MethodConfig) else dict(method)
+    given["method"] = _write_method(method) if isinstance(method, Method) else dict(method)
     path = "a model at hand" if origin is None else str(origin.path)
     given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
     given["data"] = {"path": str(getattr(source, "path", "pairs at hand")), **given.get("data", {})}
@@ -379,8 +319,10 @@ def known_keys(path: tuple[str, ...]) -> list[str]:
     """Keys that may stand in the section ``path`` of a configuration; ``("method", NAME)`` for a method's options."""
     if not path:
         return list(TrainConfig.model_fields)
-    if path[0] == "method" and path[-1] != "timesteps":
-        models = [METHODS[path[1]]] if len(path) > 1 and path[1] in METHODS else list(METHODS.values())
-        return sorted({key for model in models for key in model.model_fields})
-    section = TrainConfig.sections.get("method.timesteps" if path[0] == "method" else ".".join(path))
+    if path[0] == "method":
+        if path[2:] == ("timesteps",):
+            return [field.name for field in dataclasses.fields(TimestepSampling)]
+        methods = [METHODS[path[1]]] if len(path) > 1 else METHODS.values()
+        return sorted({"name", *(field.name for method in methods for field in dataclasses.fields(method))})
+    section = TrainConfig.sections.get(".".join(path))
     return list(section.model_fields) if section else []

@@ -13,10 +13,9 @@ import torch
 from fastinvdpo.errors import InvalidInput, invalid
 
 if TYPE_CHECKING:
-    from fastinvdpo.trainer.config import InversionDPOConfig, TrainConfig
+    from fastinvdpo.trainer.config import TrainConfig
 
 STANDARD_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
-DISTANCE_VARIANTS = ("distance", "distance-policy")
 
 
 def check_combinations(config: TrainConfig) -> None:
@@ -42,15 +41,6 @@ def count_or_share(value: object) -> int | float:
     raise ValueError("is neither a count (0, 10) nor a share below 1 (0.01)")
 
 
-def positive_or_auto(value: object) -> float | str:
-    """Validates a number above 0, or ``auto``."""
-    if value == "auto":
-        return "auto"
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
-    raise ValueError("is neither a number above 0 nor auto")
-
-
 def runs_on_cpu() -> bool:
     """Whether accelerate will place a run on the CPU; asks for the device without touching it."""
     return not runs_on_cuda() and (_forced_to_cpu() or not torch.backends.mps.is_available())
@@ -67,47 +57,12 @@ def _forced_to_cpu() -> bool:
 
 def _method(config: TrainConfig) -> Iterator[InvalidInput]:
     method = config.method
-    smoothed = method.utility in ("cdpo", "robust")
-    if method.label_smoothing > 0 and not smoothed:
-        yield invalid(
-            "method.label_smoothing",
-            method.label_smoothing,
-            f"has no meaning for utility {method.utility!r}",
-            "set it to 0, or choose utility cdpo or robust",
-        )
-    if smoothed and method.label_smoothing == 0:
-        yield invalid(
-            "method.label_smoothing",
-            0.0,
-            f"makes utility {method.utility!r} the same as sigmoid",
-            "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid",
-        )
-    if method.name == "inversion-dpo":
-        yield from _inversion_dpo(config, method)
-
-
-def _inversion_dpo(config: TrainConfig, method: InversionDPOConfig) -> Iterator[InvalidInput]:
-    if method.compat == "released" and method.variant != "distance":
-        yield invalid(
-            "method.variant",
-            method.variant,
-            "is not what the released code computes, as compat asks for",
-            "set method.variant to distance, or method.compat to null",
-        )
-    sampled = method.timesteps_per_step
-    if sampled is not None and sampled > method.num_inference_steps:
-        yield invalid(
-            "method.timesteps_per_step",
-            sampled,
-            f"exceeds method.num_inference_steps = {method.num_inference_steps}",
-            "lower it, or set it to null to score every level",
-        )
-    if method.variant in DISTANCE_VARIANTS and config.model.init_perturbation == 0:
+    if method.zero_gradient_at_reference and config.model.init_perturbation == 0:
         yield invalid(
             "model.init_perturbation",
             0.0,
-            f"starts policy = reference, where the gradient of variant {method.variant!r} is exactly zero",
-            "set it to 0.01, or choose variant endpoint, whose gradient has a determined direction",
+            f"starts policy = reference, where the gradient of {method.name} with these options is exactly zero",
+            "set it to 0.01, or choose a variant whose gradient has a determined direction (endpoint)",
         )
 
 
@@ -201,7 +156,7 @@ def _training(config: TrainConfig) -> Iterator[InvalidInput]:
         yield invalid("output.directory", str(directory), "is a file", "name a directory")
     if not math.isfinite(config.optimizer.learning_rate * config.effective_batch()):
         yield invalid("optimizer.learning_rate", config.optimizer.learning_rate, "overflows", "lower it")
-    if training.gradient_passes is not None and config.method.name != "inversion-dpo":
+    if training.gradient_passes is not None and not config.method.whole_chain:
         key, problem = "training.gradient_passes", f"means nothing for method {config.method.name!r}"
         yield invalid(key, training.gradient_passes, problem, "set it to null")
 
@@ -217,7 +172,7 @@ def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
         if used:
             problem = f"needs the same latents at every visit, and {name} changes them"
             yield invalid("cache.path", path, problem, f"drop {name}, or set cache.path to null")
-    if config.reference_chain and data.caption_dropout > 0:
+    if config.method.reference_chain and data.caption_dropout > 0:
         problem = "holds trajectories, which follow the captions, and data.caption_dropout changes those"
         yield invalid("cache.path", path, problem, "drop data.caption_dropout, or set cache.path to null")
 
@@ -234,8 +189,7 @@ def _performance(config: TrainConfig) -> Iterator[InvalidInput]:
     if asked.compile and config.model.quantization is not None:
         problem = f"is not built for layers in {config.model.quantization}"
         yield invalid("performance.compile", True, problem, "set it to null, or model.quantization to null")
-    ragged = config.method.name in ("inpo", "smpo") and not config.method.static_shapes
     for key, used in (("compile", asked.compile), ("cuda_graphs", asked.cuda_graphs)):
-        if used and ragged:
-            problem = "needs calls of few shapes, and an inversion asks about fewer samples the further it gets"
+        if used and not config.method.fixed_shapes:
+            problem = "needs forward passes of few shapes, and those of an inversion shrink the further it gets"
             yield invalid(f"performance.{key}", True, problem, "set method.static_shapes to true")

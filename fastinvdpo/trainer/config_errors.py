@@ -24,35 +24,38 @@ _TYPE_REMEDIES = {
     "dict_type": "write a mapping of key: value pairs",
     "model_type": "write a mapping of key: value pairs",
     "model_attributes_type": "write a mapping of key: value pairs",
+    "dataclass_type": "write a mapping of key: value pairs",
 }
 
 
-def explain(error: ValidationError, known_keys: KnownKeys) -> InvalidInput:
-    """All mistakes that pydantic found, as one :class:`InvalidInput` with one line each."""
-    lines = [_line(dict(mistake), known_keys) for mistake in error.errors(include_url=False)]
+def explain(error: ValidationError, known_keys: KnownKeys, section: tuple[str, ...] = ()) -> InvalidInput:
+    """All mistakes that pydantic found in a section, as one :class:`InvalidInput` with one line each."""
+    lines = [_line(dict(mistake), known_keys, section) for mistake in error.errors(include_url=False)]
     return InvalidInput("\n".join(dict.fromkeys(lines)))
 
 
-def _line(mistake: dict[str, Any], known_keys: KnownKeys) -> str:
-    location = tuple(str(part) for part in mistake["loc"])
+def under(section: str, error: InvalidInput) -> InvalidInput:
+    """The error of a section's own options, with their full keys."""
+    return InvalidInput(f"{section}.{error}")
+
+
+def _line(mistake: dict[str, Any], known_keys: KnownKeys, section: tuple[str, ...]) -> str:
+    location = (*section, *(str(part) for part in mistake["loc"]))
     kind, value, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
     key = ".".join(_without_tag(location))
-    if kind == "extra_forbidden":
+    if isinstance(context.get("error"), InvalidInput):
+        return str(under(section[0], context["error"]) if section else context["error"])
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return _unknown(location, value, known_keys)
     if kind == "missing":
         return str(invalid(key, None, "is missing and has no default", f"add it, for example {key}=..."))
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        names = context.get("expected_tags", "'diffusion-dpo', 'inpo', 'smpo', 'inversion-dpo'")
-        name = value.get("name") if isinstance(value, dict) else value
-        problem = "names no known method" if name is not None else "is missing and has no default"
-        return str(invalid("method.name", name, problem, f"choose one of {names}"))
     if kind == "literal_error":
         return str(invalid(key, value, "is not a possible value", f"choose one of {context['expected']}"))
     return str(invalid(key, value, _problem(mistake["msg"]), _TYPE_REMEDIES.get(kind, "choose a value in that range")))
 
 
 def _without_tag(location: tuple[str, ...]) -> tuple[str, ...]:
-    """Pydantic puts the method's name between "method" and the key; the user wrote "method.key"."""
+    """The method's name stands between "method" and the key; the user wrote "method.key"."""
     return ("method", *location[2:]) if len(location) > 2 and location[0] == "method" else location
 
 

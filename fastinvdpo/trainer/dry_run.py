@@ -6,6 +6,7 @@ steps: nothing is loaded or measured, and there is no second copy of a method's 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.diffusion.schedule import NoiseSchedule
-from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
+from fastinvdpo.methods import ChainObjective, Objective, PairBatch
 from fastinvdpo.trainer.call_size import gradient_passes
 from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.draws import DrawOrder
@@ -53,10 +54,10 @@ def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
 
     Raises ``InvalidInput`` where method and schedule do not fit.
     """
-    training, options = config.training, config.method.objective_options()
-    if options.get("score_range") == "auto":
-        options["score_range"] = 1.0  # a weight, and no evaluation, follows from it
-    objective = build_objective(config.method.name, _schedule(config), **options)
+    training, method = config.training, config.method
+    if method.awaits_score_range:
+        method = method.with_score_range(1.0)  # a weight, and no forward pass, follows from it
+    objective = method.objective(_schedule(config))
     policy, reference = _Counter(), _Counter()
     order = DrawOrder(1, training.seed, training.batch_size, training.gradient_accumulation_steps, processes)
     micro_batches = math.ceil(_PAIRS / training.batch_size)
@@ -98,14 +99,19 @@ def _schedule(config: TrainConfig) -> NoiseSchedule:
     return NoiseSchedule.from_config(settings)
 
 
-def _batch(config: TrainConfig, objective: object, draws: range) -> PairBatch:
+def _batch(config: TrainConfig, objective: Objective, draws: range) -> PairBatch:
     """A batch of latents of one element; with a cache that stores the reference's chain, its predictions too."""
     count = 2 * len(draws)
-    latents, told = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
-    batch = PairBatch(latents, told, torch.arange(draws.start, draws.stop), told, scores=torch.zeros(count))
-    if not (isinstance(objective, InversionDPO) and config.cache.path is not None and config.reference_chain):
+    latents, prompts = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
+    batch = PairBatch(latents, prompts, torch.arange(draws.start, draws.stop), prompts, scores=torch.zeros(count))
+    if config.cache.path is None or config.method.reference_chain is None:
         return batch
-    levels = objective.num_inference_steps
-    chain = torch.zeros(count, levels * (2 if objective.variant == "step" else 1), 1, 1, 1)
-    predictions = torch.zeros(count, levels, 1, 1, 1)
-    return PairBatch(latents, told, batch.draw, told, batch.scores, chain, predictions)
+    assert isinstance(objective, ChainObjective)
+    chain = objective.reference_trajectory(_uncounted, latents, prompts, prompts)
+    predictions = objective.reference_predictions(_uncounted, chain, prompts, prompts)
+    return dataclasses.replace(batch, trajectory=chain, reference_pred=predictions)
+
+
+def _uncounted(latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """What ``precompute`` evaluates, before the run."""
+    return torch.zeros_like(latents)

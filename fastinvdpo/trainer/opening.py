@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.config import DataSection, TrainConfig
+from fastinvdpo.trainer.config_errors import under
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from fastinvdpo.data import PairDataset, PairSource
     from fastinvdpo.models import DiffusionModel
 
-# Between the cosine and a hundredfold of it; subsets of a data set differ by less.
-_OTHER_UNIT = 30.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODEL_OPTIONS = ("vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
 FLOW_FAMILIES = ("stable-diffusion-3", "flux")
@@ -76,13 +75,15 @@ def open_data_source(data: DataSection) -> PairSource:
 
 def check_dataset(config: TrainConfig, dataset: Scored) -> None:
     """Raise ``InvalidInput`` when the method needs what the data set lacks."""
-    if config.method.name == "smpo" and not dataset.has_scores:
+    if config.method.needs_scores and not dataset.has_scores:
         remedy = "add columns score_0 and score_1, or name yours in data.columns"
-        raise invalid("method.name", "smpo", f"weighs pairs by scores, and {config.data.path} has none", remedy)
+        raise invalid(
+            "method.name", config.method.name, f"weighs pairs by scores, and {config.data.path} has none", remedy
+        )
 
 
 def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainConfig:
-    """The configuration with SmPO's κ as a number, where ``method.score_range`` is ``auto``; others as they are.
+    """The configuration with ``method.score_range`` as a number where it is ``auto``; others as they are.
 
     Raises:
         InvalidInput: no range is stored with the scores, or a given number is not of their unit.
@@ -90,24 +91,22 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
     from fastinvdpo.data.score_range import measured_range, stored_range
 
     method = config.method
-    if method.name != "smpo":
+    if not method.needs_scores:
         return config
     names = [config.data.columns.get(name, name) for name in ("score_0", "score_1")]
-    stored = None if source is None else stored_range(source, (names[0], names[1]))
-    if not isinstance(method.score_range, str):
-        found = measured_range(source) if source is not None and stored is None else stored
-        if found is not None and found.value and not 1 / _OTHER_UNIT < found.value / method.score_range < _OTHER_UNIT:
-            problem = f"is not of the unit of the scores, which range over {found.value:.5g}"
-            remedy = "give the range of all scores of the set" if stored is None else "set it to auto"
-            raise invalid("method.score_range", method.score_range, problem, remedy)
-        return config
-    if stored is None:
+    found = None if source is None else stored_range(source, (names[0], names[1]))
+    if found is None and not method.awaits_score_range:
+        found = None if source is None else measured_range(source)
+        if found is None or found.value == 0:
+            return config
+    if found is None:
         problem = f"no range of the columns {names[0]!r} and {names[1]!r} is stored in {config.data.path}"
         remedy = "score the pairs with fastinvdpo score, or give the largest minus the smallest score of the set"
         raise invalid("method.score_range", "auto", problem, remedy)
-    if stored.value <= 0:
-        raise invalid("method.score_range", "auto", f"all scores in {config.data.path} are equal", "use another scorer")
-    return config.model_copy(update={"method": method.model_copy(update={"score_range": stored.value})})
+    try:
+        return config.model_copy(update={"method": method.with_score_range(found.value)})
+    except InvalidInput as error:
+        raise under("method", error) from None
 
 
 def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionModel:

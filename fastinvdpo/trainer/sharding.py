@@ -48,10 +48,10 @@ def check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
     if config.model.quantization is not None:
         remedy = "set it to null, or launch without FSDP"
         raise invalid("model.quantization", config.model.quantization, "cannot be sharded", remedy)
-    if config.method.name in ("inpo", "smpo") and config.method.compat is not None:
+    if config.method.policy_inverts and config.method.compat is not None:
         problem = "may invert a batch in no step at all, and FSDP needs all processes to begin together"
         raise invalid("method.compat", config.method.compat, problem, "set it to null, or launch without FSDP")
-    if config.method.name == "inversion-dpo" and config.training.max_batch is None:
+    if config.method.whole_chain and config.training.max_batch is None:
         problem = "is found by a probe, which every process makes for itself, and FSDP needs all of them for a call"
         raise invalid("training.max_batch", None, problem, "give a number, such as 4")
 

@@ -16,7 +16,7 @@ from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.io import clean_leftovers
-from fastinvdpo.methods import InversionDPO, PairBatch, build_objective
+from fastinvdpo.methods import Method, PairBatch
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache
@@ -85,7 +85,7 @@ def train(
         config = with_score_range(config, dataset.source)
         return PreferenceTrainer(open_model(config), config.method, dataset, config, **options).train()
     find_checkpoint(resume, Path(config.output.directory) / "checkpoints")  # refused before anything is computed
-    if config.method.name == "smpo":
+    if config.method.needs_scores:
         config = with_score_range(config, open_data_source(config.data))
     cache = precompute(config, progress=progress)
     model = open_model(config, frozen_parts=config.evaluation is not None)
@@ -98,11 +98,11 @@ class PreferenceTrainer:
         model = fastinvdpo.models.load_model("auto", "stable-diffusion-v1-5/stable-diffusion-v1-5")
         pairs = fastinvdpo.data.PairDataset("pairs.parquet", resolution=512)
         config = {"optimizer": {"learning_rate": 1e-8}, "training": {"steps": 400}, "output": {"directory": "run"}}
-        result = PreferenceTrainer(model, {"name": "inpo", "beta": 2000.0}, pairs, config).train()
+        result = PreferenceTrainer(model, fastinvdpo.methods.InPO(beta=2000.0), pairs, config).train()
 
     Args:
         model: its network is trained in place.
-        method: the method with its options.
+        method: the method with its options, or its section of a configuration.
         pairs: the data set, or a complete cache.
         config: the other sections of a configuration, as a mapping or whole; ``model.path`` and ``data.path`` are only
             recorded, since model and pairs are at hand.
@@ -126,7 +126,7 @@ class PreferenceTrainer:
     def __init__(
         self,
         model: DiffusionModel,
-        method: Any,
+        method: Method | Mapping[str, Any],
         pairs: Pairs | PairCache,
         config: TrainConfig | Mapping[str, Any],
         *,
@@ -161,7 +161,7 @@ class PreferenceTrainer:
         # Another run's checkpoint is refused before anything is computed or written.
         self._stored = self._load(found)
         self._last_checkpoint = found
-        self.objective = build_objective(config.method.name, model.schedule, **config.method.objective_options())
+        self.objective = config.method.objective(model.schedule)
         self._pairs = pairs
 
     def train(self) -> TrainResult:
@@ -237,7 +237,7 @@ class PreferenceTrainer:
             encoded,
             self.accelerator.device,
             self.order,
-            with_unconditional=isinstance(self.objective, InversionDPO) and self.objective.guidance_scale != 1,
+            with_unconditional=self.config.method.guided,
             caption_dropout=data.caption_dropout,
             num_workers=self.config.training.num_workers,
         )
@@ -286,7 +286,7 @@ class PreferenceTrainer:
         state.gradient_passes = gradient_passes(self.config, str(self.accelerator.distributed_type.value))
         if training.max_batch is not None:
             state.max_batch = training.max_batch
-        elif isinstance(self.objective, InversionDPO):
+        elif self.config.method.whole_chain:
             networks, passes = state.networks, state.gradient_passes
             state.max_batch = choose_max_batch(networks, self.objective, pair, self.accelerator, passes=passes)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.data import digests as digests_module
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.methods import InversionDPO, build_objective
+from fastinvdpo.methods import ChainObjective
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train
@@ -118,8 +118,8 @@ def test_the_gradient_from_the_cache_is_the_plain_one(workspace: Path, variant: 
     )
     stored = precompute(config, progress=False)
     model = load_model("digits", workspace / "model", dtype=dtype)
-    objective = build_objective("inversion-dpo", model.schedule, **config.method.objective_options())
-    assert isinstance(objective, InversionDPO)
+    objective = config.method.objective(model.schedule)
+    assert isinstance(objective, ChainObjective)
     networks = Networks(model, lora=None, gradient_checkpointing=False)
     perturb(networks.policy_module, 0.02, seed=0)
     order = DrawOrder(PAIRS, 0, 4, 1)
@@ -162,7 +162,7 @@ def test_bf16_rounds_what_is_stored_and_nothing_else(workspace: Path) -> None:
         "caption.encoder_hidden_states": torch.bfloat16,
     }
     model = load_model("digits", workspace / "model")
-    objective = build_objective("inversion-dpo", model.schedule, **config.method.objective_options())
+    objective = config.method.objective(model.schedule)
     networks = Networks(model, lora=None, gradient_checkpointing=False)
     perturb(networks.policy_module, 0.02, seed=0)
     builder = BatchBuilder(stored, model.device, DrawOrder(PAIRS, 0, PAIRS, 1), with_unconditional=True)
