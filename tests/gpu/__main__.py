@@ -145,7 +145,7 @@ def find_sanitizer() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description="The tests that need a GPU.")
     parser.add_argument("--no-sanitizer", action="store_true", help=f"leave out compute-sanitizer's {', '.join(TOOLS)}")
-    cores = len(os.sched_getaffinity(0))
+    cores = min(16, len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--jobs", type=int, default=cores, help=f"processes side by side (here {cores}); each holds memory of the GPU"
     )
