@@ -77,6 +77,7 @@ def _merge_adapter(model: DiffusionModel, folder: Path, kind: str) -> None:
     if pipeline is None:
         remedy = "name the adapter in peft's format, or the whole model"
         raise invalid("aligned", str(folder), f"the family {model.family} has no adapters in diffusers' format", remedy)
-    pipeline.load_lora_weights(str(folder))
+    # Without the name, diffusers 0.36 refuses where it may not ask the hub, though this is a directory.
+    pipeline.load_lora_weights(str(folder), weight_name=_DIFFUSERS)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()

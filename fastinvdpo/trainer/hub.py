@@ -141,7 +141,7 @@ def _usage(config: TrainConfig, model: DiffusionModel) -> str:
     if config.model.lora is not None:
         lines += ["", "# or the adapter on the base model, which can be scaled and switched off"]
         lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}")')
-        lines.append('pipe.load_lora_weights("DIRECTORY/adapter")')
+        lines.append('pipe.load_lora_weights("DIRECTORY/adapter", weight_name="pytorch_lora_weights.safetensors")')
     return "```python\n" + "\n".join(lines) + "\n```"
 
 

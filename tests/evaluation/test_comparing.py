@@ -178,7 +178,7 @@ def test_stable_diffusion_with_an_adapter_in_diffusers_format(tmp_path: Path) ->
             torch.nn.init.normal_(parameter)
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipeline.unet))
     pipeline.unet.delete_adapters("default")
-    pipeline.load_lora_weights(str(tmp_path / "lora"))
+    pipeline.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(tmp_path / "whole", safe_serialization=True)

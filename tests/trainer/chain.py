@@ -27,7 +27,7 @@ from fastinvdpo.trainer.config import LoraSection
 from fastinvdpo.trainer.networks import add_lora, merged_copy
 from tests.models import tiny as models
 from tests.trainer import tiny
-from tests.trainer.test_families import LENGTH, LORA, images, write_two_pairs
+from tests.trainer.test_families import DIFFUSERS_LORA, LENGTH, LORA, images, write_two_pairs
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a cat", "zebra"]
@@ -150,7 +150,7 @@ def test_through_the_commands(root: Path, tmp_path: Path, family: str, method: s
     model: Any = trained_model(base, chain, lora)
     plain = DiffusionPipeline.from_pretrained(base if lora else chain.run / "model")
     if lora:
-        plain.load_lora_weights(chain.run / "adapter")
+        plain.load_lora_weights(chain.run / "adapter", weight_name=DIFFUSERS_LORA)
     found = images(plain, family)
     assert found == images(model.pipeline, family)
     assert found != before(base)

@@ -112,6 +112,6 @@ def test_peft_0_18_reads_the_adapter(folder: Path, old_peft: None) -> None:
 
 def test_diffusers_on_peft_0_18_reads_the_adapter(folder: Path, old_peft: None) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "base")
-    pipeline.load_lora_weights(folder / "adapter")
+    pipeline.load_lora_weights(folder / "adapter", weight_name="pytorch_lora_weights.safetensors")
     assert type(pipeline.unet.peft_config["default_0"]) is OldLoraConfig
     torch.testing.assert_close(predict(pipeline.unet), torch.load(folder / "prediction.pt"), rtol=0, atol=0)

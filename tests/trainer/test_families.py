@@ -20,6 +20,7 @@ from tests.trainer import tiny
 
 LENGTH = 6
 LORA = {"rank": 2, "alpha": 6.0}  # alpha / rank is not 1: it must be in the adapter's file
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 # Every family and every method; tests/trainer/chain.py has each family with each.
 RUNS = [
     *(("sd15", "inversion-dpo"), ("sdxl", "inpo"), ("sd3", "smpo"), ("flux", "inversion-dpo")),
@@ -109,7 +110,7 @@ def test_a_trained_adapter_gives_the_images_of_plain_diffusers(root: Path, tmp_p
     before = images(ours.pipeline, family)
     result = tiny.train_model(config, ours, open_dataset(config), progress=False)
     plain = DiffusionPipeline.from_pretrained(root / family)
-    plain.load_lora_weights(result.directory / "adapter")
+    plain.load_lora_weights(result.directory / "adapter", weight_name=DIFFUSERS_LORA)
     mine = images(ours.pipeline, family)
     assert mine == images(plain, family)
     assert mine != before
@@ -130,7 +131,7 @@ def test_an_adapter_on_quantised_weights_loads_in_plain_diffusers(
     assert result.history[0]["margin"] == 0
     plain = DiffusionPipeline.from_pretrained(root / family)
     before = images(plain, family)
-    plain.load_lora_weights(result.directory / "adapter")
+    plain.load_lora_weights(result.directory / "adapter", weight_name=DIFFUSERS_LORA)
     adapted = images(plain, family)
     assert adapted != before
     merged = images(DiffusionPipeline.from_pretrained(result.model_directory), family)
