@@ -31,7 +31,10 @@ def output(*command: str | Path, **options) -> str:
 
 def build(python: str, folder: Path) -> None:
     """One wheel, in a folder that is empty: what an earlier build left would go into it."""
-    found = json.loads(output(python, "-c", ASK))
+    try:
+        found = json.loads(output(python, "-c", ASK))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"PYTHONS: {python!r} does not run: {error}. Remedy: name an interpreter.") from None
     if not Path(found["include"], "Python.h").is_file():
         raise SystemExit(f"PYTHONS: {python!r} has no headers: {found['include']}/Python.h. Remedy: install them.")
     # CFLAGS come before the headers of this interpreter.

@@ -32,7 +32,7 @@ def sources(tmp_path: Path) -> Path:
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("fastinvdpo", "kernels", "csrc", "benchmarks"):
+    for name in (".ci", "fastinvdpo", "kernels", "csrc", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return copy
 
@@ -220,3 +220,46 @@ def in_a_terminal(command: list[str], **environment: str) -> tuple[int, str]:
 def test_a_later_build_takes_back_what_an_earlier_one_said(sources: Path) -> None:
     build(sources, CXX="/nonexistent/c++").unlink()
     assert "fastinvdpo/_not_built.txt" not in names_in(build(sources, FASTINVDPO_BUILD="0"))
+
+
+def another_python() -> str | None:
+    """An interpreter of another version than this, with its headers: on PATH, or installed beside this one."""
+    minors = [minor for minor in (13, 12, 11, 10) if minor != sys.version_info[1]]
+    beside = Path(sys.base_prefix).parent
+    candidates = [f"python3.{minor}" for minor in minors]
+    candidates += [str(path) for minor in minors for path in beside.glob(f"*/bin/python3.{minor}")]
+    ask = "import sysconfig; print(sysconfig.get_path('include'))"
+    for name in filter(shutil.which, candidates):
+        # A name on PATH may lead nowhere, as those of version managers do.
+        done = subprocess.run([name, "-c", ask], capture_output=True, text=True)
+        if done.returncode == 0 and Path(done.stdout.strip(), "Python.h").is_file():
+            return name
+    return None
+
+
+OTHER = another_python()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(OTHER is None, reason="there is no other Python with its headers")
+def test_a_wheel_for_another_python_is_built_with_this_one(sources: Path) -> None:
+    environment = {**os.environ, "FASTINVDPO_CUDA": "0"}
+    command = [sys.executable, str(sources / ".ci/wheels.py"), str(OTHER)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    tag = str(OTHER).rpartition("python")[2].replace(".", "")
+    assert f"-cp{tag}-cp{tag}-" in wheel.name
+    (extension,) = extensions(names_in(wheel))
+    assert f"_C.cpython-{tag}-" in extension
+    with zipfile.ZipFile(wheel) as archive:
+        content = archive.read(extension)
+        assert f"Tag: cp{tag}-cp{tag}-" in archive.read(f"{DIST_INFO}/WHEEL").decode()
+    # pybind11 keeps the version that it was compiled for, to refuse others.
+    assert f"3.{tag[1:]}\0".encode() in content and f"3.{sys.version_info[1]}\0".encode() not in content
+
+
+@pytest.mark.parametrize("python", ["/nonexistent/python3.12", shutil.which("false")])
+def test_an_interpreter_that_does_not_run_is_named(python: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / ".ci/wheels.py"), python], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"PYTHONS: {python!r} does not run: ")
