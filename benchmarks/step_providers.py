@@ -194,7 +194,7 @@ class Ours(Provider):
         _allocate_moments(self._trainer.run.state.optimizer.optimizer, self._trainer.run.state.parameters)
 
     def prepare(self, number: int) -> PairBatch:
-        return dataclasses.replace(self._batch, draw=draws(number, self._trainer.case.pairs))
+        return dataclasses.replace(self._batch, sample_index=draws(number, self._trainer.case.pairs))
 
     def step(self, prepared: PairBatch) -> None:
         state, training = self._trainer.run.state, self._trainer.case.config.training

@@ -46,7 +46,7 @@ def pairs(count: int = 4, seed: int = 0) -> PairBatch:
         latents=torch.randn(2 * count, 4, 8, 8, generator=generator, dtype=torch.float64),
         conditioning={"prompt": prompt},
         unconditional={"prompt": torch.zeros_like(prompt)},
-        draw=torch.arange(100, 100 + count),
+        sample_index=torch.arange(100, 100 + count),
         scores=torch.rand(2 * count, generator=generator, dtype=torch.float64),
     )
 
@@ -63,7 +63,7 @@ def select(batch: PairBatch, chosen: list[int]) -> PairBatch:
         name: pick(getattr(batch, name))
         for name in ("latents", "conditioning", "unconditional", "scores", "trajectory")
     }
-    return PairBatch(**fields, draw=batch.draw[chosen])
+    return PairBatch(**fields, sample_index=batch.sample_index[chosen])
 
 
 class Policy:
@@ -249,7 +249,10 @@ def test_sampled_timesteps_estimate_the_margin_without_bias() -> None:
     schedule, batch, policy = SCHEDULE, pairs(1), Policy(gap=0.1)
     full = chain_objective(schedule, n)(policy, REFERENCE, batch, seed=0)
     sampled = chain_objective(schedule, n, k)
-    draws = [sampled(policy, REFERENCE, dataclasses.replace(batch, draw=torch.tensor([d])), seed=0) for d in range(400)]
+    draws = [
+        sampled(policy, REFERENCE, dataclasses.replace(batch, sample_index=torch.tensor([d])), seed=0)
+        for d in range(400)
+    ]
     margins = torch.stack([output.margin.detach() for output in draws])
     expected, error = full.margin.detach(), margins.std() / math.sqrt(len(draws))
     assert float((margins.mean() - expected).abs()) < 4 * float(error) and float(error) > 0
@@ -260,7 +263,7 @@ def test_sampled_timesteps_estimate_the_margin_without_bias() -> None:
 
 def test_sampled_positions_cover_an_uneven_chain_evenly() -> None:
     objective = chain_objective(SCHEDULE, 5, 2)
-    batch = dataclasses.replace(pairs(1), draw=torch.arange(20_000), latents=torch.zeros(40_000, 1))
+    batch = dataclasses.replace(pairs(1), sample_index=torch.arange(20_000), latents=torch.zeros(40_000, 1))
     positions, weight = objective._sample_positions(batch, seed=1)
     share = torch.bincount(positions.flatten(), minlength=5).double() / 20_000
     torch.testing.assert_close(share, torch.full((5,), 0.4, dtype=torch.float64), rtol=0, atol=0.02)
@@ -270,9 +273,9 @@ def test_sampled_positions_cover_an_uneven_chain_evenly() -> None:
 def test_timesteps_are_drawn_by_the_number_of_the_draw() -> None:
     objective, batch = build_objective("diffusion-dpo", SCHEDULE), pairs()
     output = objective(Policy(), REFERENCE, batch, seed=9)
-    assert torch.equal(output.timesteps[:4], philox.integers(9, STREAM_TIMESTEP, batch.draw, 1000))
+    assert torch.equal(output.timesteps[:4], philox.integers(9, STREAM_TIMESTEP, batch.sample_index, 1000))
     assert torch.equal(output.timesteps[:4], output.timesteps[4:])
-    again = objective(Policy(), REFERENCE, dataclasses.replace(batch, draw=batch.draw + 1), seed=9)
+    again = objective(Policy(), REFERENCE, dataclasses.replace(batch, sample_index=batch.sample_index + 1), seed=9)
     assert torch.equal(output.timesteps[1:4], again.timesteps[:3])
     other = objective(Policy(), REFERENCE, batch, seed=10)
     assert not torch.equal(output.timesteps, other.timesteps)

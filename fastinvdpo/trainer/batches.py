@@ -204,7 +204,7 @@ class BatchBuilder:
         return PairBatch(
             latents=latents,
             conditioning=conditioning,
-            draw=torch.arange(draws.start, draws.stop),
+            sample_index=torch.arange(draws.start, draws.stop),
             unconditional=unconditional,
             scores=None if scores is None else to_device(scores, device),
         )

@@ -102,7 +102,7 @@ class CachedBatches:
         return PairBatch(
             latents=stored["image.latents"],
             conditioning=conditioning,
-            draw=torch.arange(draws.start, draws.stop),
+            sample_index=torch.arange(draws.start, draws.stop),
             unconditional=unconditional if self._with_unconditional else None,
             scores=stored.get("scores"),
             trajectory=stored.get("image.trajectory"),
