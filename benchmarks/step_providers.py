@@ -215,7 +215,7 @@ class Ours(Provider):
         return self.networks.probe(*one_sample(self._batch))
 
     def prepare(self, number: int) -> PairBatch:
-        return dataclasses.replace(self._batch, draw=draws(number, self._trainer.case.pairs))
+        return dataclasses.replace(self._batch, sample_index=draws(number, self._trainer.case.pairs))
 
     def step(self, prepared: PairBatch) -> None:
         state, training = self._trainer.run.state, self._trainer.case.config.training

@@ -43,7 +43,7 @@ def call(method: str, **changes: Any) -> Callable[[], object]:
     batch = {
         "latents": torch.zeros(4, 1, 2, 2),
         "conditioning": {"prompt": torch.zeros(4)},
-        "draw": torch.arange(2),
+        "sample_index": torch.arange(2),
         **changes,
     }
     return lambda: build_objective(method, SCHEDULE)(lambda x, t, c: x, lambda x, t, c: x, PairBatch(**batch), seed=0)
@@ -144,7 +144,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("smpo without scores", call("smpo"), "batch.scores = None"),
     ("inversion-dpo without the empty prompt", call("inversion-dpo"), "guidance_scale = 2.0"),
     ("odd batch of latents", call("inpo", latents=torch.zeros(3, 1, 2, 2)), "batch.latents.shape = (3, 1, 2, 2)"),
-    ("draws of another length", call("inpo", draw=torch.arange(4)), "batch.draw"),
+    ("draws of another length", call("inpo", sample_index=torch.arange(4)), "batch.sample_index"),
     ("prompts of another length", call("inpo", conditioning={"prompt": torch.zeros(2)}), "batch.conditioning['prompt'].shape = (2,)"),
     ("scheduler without timesteps", lambda: DDIMInverseScheduler().step(X, 1, X), "num_inference_steps = None"),
     ("scheduler beyond its levels", stepped(1000), "timestep = 1000"),

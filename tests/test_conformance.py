@@ -126,7 +126,7 @@ def run(
     batch = PairBatch(
         latents=torch.cat([tensors["in.latents_win"], tensors["in.latents_lose"]]).to(dtype),
         conditioning=told,
-        draw=torch.arange(pairs),
+        sample_index=torch.arange(pairs),
         unconditional=unconditional,
         scores=scores,
     )

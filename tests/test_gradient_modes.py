@@ -78,7 +78,7 @@ def split(batch: PairBatch, count: int) -> Iterator[PairBatch]:
             batch,
             conditioning={name: tensor[rows] for name, tensor in batch.conditioning.items()},
             unconditional={name: tensor[rows] for name, tensor in (batch.unconditional or {}).items()},
-            draw=batch.draw[start : start + count],
+            sample_index=batch.sample_index[start : start + count],
             **{name: None if tensor is None else tensor[rows] for name, tensor in parts.items()},
         )
 

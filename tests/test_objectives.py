@@ -47,7 +47,7 @@ def pairs(count: int = 4, seed: int = 0) -> PairBatch:
         latents=torch.randn(2 * count, 4, 8, 8, generator=generator, dtype=torch.float64),
         conditioning={"prompt": prompt},
         unconditional={"prompt": torch.zeros_like(prompt)},
-        draw=torch.arange(100, 100 + count),
+        sample_index=torch.arange(100, 100 + count),
         scores=torch.rand(2 * count, generator=generator, dtype=torch.float64),
     )
 
@@ -64,7 +64,7 @@ def select(batch: PairBatch, chosen: list[int]) -> PairBatch:
         name: pick(getattr(batch, name))
         for name in ("latents", "conditioning", "unconditional", "scores", "trajectory")
     }
-    return PairBatch(**fields, draw=batch.draw[chosen])
+    return PairBatch(**fields, sample_index=batch.sample_index[chosen])
 
 
 class Policy:
@@ -232,7 +232,7 @@ def test_endpoint_target_is_the_noise_from_the_clean_latent() -> None:
 def test_sampled_positions_cover_an_uneven_chain_evenly() -> None:
     """One from each half; their margin is unbiased (test_streaming.py)."""
     objective = chain_objective(SCHEDULE, 5, 2)
-    batch = dataclasses.replace(pairs(1), draw=torch.arange(20_000), latents=torch.zeros(40_000, 1))
+    batch = dataclasses.replace(pairs(1), sample_index=torch.arange(20_000), latents=torch.zeros(40_000, 1))
     positions, weight = objective._sample_positions(batch, seed=1)
     assert (positions[:, 0] <= 2).all() and (positions[:, 1] >= 2).all()
     share = torch.bincount(positions.flatten(), minlength=5).double() / 20_000
@@ -243,9 +243,9 @@ def test_sampled_positions_cover_an_uneven_chain_evenly() -> None:
 def test_timesteps_are_drawn_by_the_number_of_the_draw() -> None:
     objective, batch = build_objective("diffusion-dpo", SCHEDULE), pairs()
     output = objective(Policy(), REFERENCE, batch, seed=9)
-    assert torch.equal(output.timesteps[:4], philox.integers(9, STREAM_TIMESTEP, batch.draw, 1000))
+    assert torch.equal(output.timesteps[:4], philox.integers(9, STREAM_TIMESTEP, batch.sample_index, 1000))
     assert torch.equal(output.timesteps[:4], output.timesteps[4:])
-    again = objective(Policy(), REFERENCE, dataclasses.replace(batch, draw=batch.draw + 1), seed=9)
+    again = objective(Policy(), REFERENCE, dataclasses.replace(batch, sample_index=batch.sample_index + 1), seed=9)
     assert torch.equal(output.timesteps[1:4], again.timesteps[:3])
     other = objective(Policy(), REFERENCE, batch, seed=10)
     assert not torch.equal(output.timesteps, other.timesteps)

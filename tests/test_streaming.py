@@ -64,7 +64,7 @@ def pairs(count: int = PAIRS, dtype: torch.dtype = torch.float64) -> PairBatch:
         latents=torch.randn(2 * count, 4, 4, 4, generator=generator, dtype=torch.float64).to(dtype),
         conditioning={"prompt": prompt},
         unconditional={"prompt": torch.zeros_like(prompt)},
-        draw=torch.arange(100, 100 + count),
+        sample_index=torch.arange(100, 100 + count),
     )
 
 
@@ -151,7 +151,7 @@ def test_other_predictions(prediction_type: str) -> None:
 def test_gradients_accumulate(passes: int) -> None:
     """Two micro-batches of other pairs, and a gradient from before: nothing of it is lost or scaled."""
     method, first = objective(), pairs()
-    second = dataclasses.replace(first, latents=first.latents.flip(0), draw=first.draw + 7)
+    second = dataclasses.replace(first, latents=first.latents.flip(0), sample_index=first.sample_index + 7)
     policy, reference = networks()
     for parameter in list(policy.parameters())[:2]:
         parameter.grad = torch.ones_like(parameter)
@@ -289,7 +289,7 @@ def test_a_sampled_loss_is_biased_and_its_margin_is_not() -> None:
     many = PairBatch(
         latents=one.latents.repeat_interleave(draws, 0),
         conditioning={"prompt": one.conditioning["prompt"].repeat_interleave(draws)},
-        draw=torch.arange(draws),
+        sample_index=torch.arange(draws),
     )
     with torch.no_grad():
         full = method(policy, reference, one, seed=0)

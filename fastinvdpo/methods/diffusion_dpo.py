@@ -29,7 +29,7 @@ class DiffusionDPO(SingleTimestepMethod):
     ) -> tuple[Tensor, Tensor]:
         noise = draws.noise
         if noise is None:
-            index = batch.draw.to(batch.latents.device)
+            index = batch.sample_index.to(batch.latents.device)
             noise = philox.normal(seed, STREAM_NOISE, index, tuple(batch.latents.shape[1:]), batch.latents.dtype)
         noise = torch.cat([noise, noise])
         return add_noise(schedule, batch.latents, noise, timesteps), noise

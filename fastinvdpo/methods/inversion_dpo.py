@@ -347,6 +347,7 @@ class ChainObjective:
         if k is None or k == n:
             return torch.arange(n).expand(batch.pairs, n), torch.full((batch.pairs, n), 1 / n, dtype=torch.float64)
         strata = torch.arange(k)
-        draw = torch.stack([philox.uniform(seed, STREAM_STRATUM + s, batch.draw) for s in range(k)], dim=1)
-        positions = ((strata + draw) * (n / k)).long().clamp(max=n - 1)
+        index = batch.sample_index
+        within = torch.stack([philox.uniform(seed, STREAM_STRATUM + s, index) for s in range(k)], dim=1)
+        positions = ((strata + within) * (n / k)).long().clamp(max=n - 1)
         return positions, torch.full((batch.pairs, k), 1 / k, dtype=torch.float64)

@@ -11,7 +11,7 @@ from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.losses import PreferenceLoss
 
-# Offsets of the random streams of one draw; an inversion uses one offset per step, the strata one each.
+# Offsets of the random streams of one pair; an inversion uses one offset per step, the strata one each.
 STREAM_TIMESTEP, STREAM_NOISE, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 1 << 16, 1 << 17
 
 
@@ -22,7 +22,7 @@ class PairBatch:
     Attributes:
         latents: ``(2B, …)``.
         conditioning: what the network takes besides latents and timesteps, every tensor ``(2B, …)``.
-        draw: int64 ``(B,)`` on the host: the number of each pair's draw in the whole run. It keys all random numbers.
+        sample_index: int64 ``(B,)`` on the host: each pair's number in the whole run. It keys all random numbers.
         unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
         scores: preference scores ``(2B,)``; needed by SmPO.
         trajectory: what :meth:`ChainObjective.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
@@ -33,7 +33,7 @@ class PairBatch:
 
     latents: Tensor
     conditioning: dict[str, Tensor]
-    draw: Tensor
+    sample_index: Tensor
     unconditional: dict[str, Tensor] | None = None
     scores: Tensor | None = None
     trajectory: Tensor | None = None
@@ -77,9 +77,10 @@ def check_batch(batch: PairBatch) -> None:
     samples = batch.latents.shape[0]
     if samples == 0 or samples % 2:
         raise invalid("batch.latents.shape", tuple(batch.latents.shape), "must be (2B, …)", "stack [winners; losers]")
-    if batch.draw.shape != (samples // 2,) or batch.draw.dtype != torch.int64:
-        shown = (tuple(batch.draw.shape), batch.draw.dtype)
-        raise invalid("batch.draw", shown, "must be int64 of one number per pair", f"pass shape ({samples // 2},)")
+    if batch.sample_index.shape != (samples // 2,) or batch.sample_index.dtype != torch.int64:
+        shown = (tuple(batch.sample_index.shape), batch.sample_index.dtype)
+        remedy = f"pass shape ({samples // 2},)"
+        raise invalid("batch.sample_index", shown, "must be int64 of one number per pair", remedy)
     for name, tensor in batch.conditioning.items():
         if tensor.shape[0] != samples:
             raise invalid(

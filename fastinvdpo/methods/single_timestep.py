@@ -95,7 +95,7 @@ class InvertingMethod(SingleTimestepMethod):
             plan,
             batch.prompt(),
             self.settings(seed),
-            noise_index=torch.cat([2 * batch.draw, 2 * batch.draw + 1]).to(batch.latents.device),
+            noise_index=torch.cat([2 * batch.sample_index, 2 * batch.sample_index + 1]).to(batch.latents.device),
             noise=draws.noise,
         )
         levels = timesteps[:1].expand_as(timesteps) if self.compat else timesteps
@@ -119,7 +119,7 @@ class SingleTimestepObjective:
         check_batch(batch)
         drawn = draws.timesteps
         if drawn is None:
-            drawn = self.method.timesteps.draw(self.schedule, seed, STREAM_TIMESTEP, batch.draw)
+            drawn = self.method.timesteps.draw(self.schedule, seed, STREAM_TIMESTEP, batch.sample_index)
         timesteps = drawn.repeat(2)
         noisy, noise = self.method.trajectory(self.schedule, policy, batch, timesteps, draws, seed)
         target = prediction_target(self.schedule, batch.latents, noise, timesteps)

@@ -209,7 +209,7 @@ class BatchBuilder:
         return PairBatch(
             latents=stacked["latents"],
             conditioning=conditioning,
-            draw=torch.arange(draws.start, draws.stop),
+            sample_index=torch.arange(draws.start, draws.stop),
             unconditional=unconditional if self._with_unconditional else None,
             scores=self._scores(pairs, swapped, stacked["latents"].dtype),
             trajectory=stacked.get("trajectory"),

@@ -69,7 +69,8 @@ def report_loss(batch: PairBatch, out: ObjectiveOutput, *, step: int, row: int, 
         kept: what remains on disk, for the message.
     """
     raise NonFiniteLoss(
-        f"The loss of step {step} is not finite: pair in data row {row} (draw {int(batch.draw[0])}), {_timestep(out)}, "
+        f"The loss of step {step} is not finite: pair in data row {row} (draw {int(batch.sample_index[0])}), "
+        f"{_timestep(out)}, "
         f"{_origin(batch, out)}. {_ending(kept)}"
     )
 

@@ -68,7 +68,7 @@ def training_step(
     guard, wrapped = state.guard, state.networks.wrapped
     first_draw = -1
     for micro, batch in enumerate(batches):
-        draw = int(batch.draw[0])
+        draw = int(batch.sample_index[0])
         first_draw = draw if micro == 0 else first_draw
         terms = objective.stream(
             state.networks.policy,

@@ -49,8 +49,8 @@ def own_loop(root: Path) -> dict[str, Tensor]:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.01, fused=True)
     for step in range(STEPS):
         batch = builder.build(range(2 * step, 2 * step + 2))
-        timesteps = TimestepSampling().draw(model.schedule, 0, STREAM_TIMESTEP, batch.draw).repeat(2)
-        noise = philox.normal(0, STREAM_NOISE, batch.draw, tuple(batch.latents.shape[1:])).repeat(2, 1, 1, 1)
+        timesteps = TimestepSampling().draw(model.schedule, 0, STREAM_TIMESTEP, batch.sample_index).repeat(2)
+        noise = philox.normal(0, STREAM_NOISE, batch.sample_index, tuple(batch.latents.shape[1:])).repeat(2, 1, 1, 1)
         noisy = add_noise(model.schedule, batch.latents, noise, timesteps)
         predicted = model.predict(policy, noisy, timesteps, batch.conditioning)
         with torch.no_grad():
