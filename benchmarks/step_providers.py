@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.config import TrainConfig, files
 from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import (
@@ -27,10 +28,11 @@ from fastinvdpo.methods import (
     PairBatch,
 )
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
+from fastinvdpo.models.adapters import perturb
 from fastinvdpo.ops import philox
-from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, config_files
+from fastinvdpo.trainer import PreferenceTrainer
 from fastinvdpo.trainer.accounting import AUTOCAST, gradient_factor
-from fastinvdpo.trainer.networks import Networks, frozen_copy, perturb
+from fastinvdpo.trainer.networks import Networks, frozen_copy
 from fastinvdpo.trainer.step import training_step
 
 from . import peers
@@ -98,7 +100,7 @@ def build_case(
         settings["method.num_inference_steps"] = num_inference_steps
     if SIZES[size].mixed_precision == "bf16":
         settings["model.reference_dtype"] = "bf16"
-    config = config_files.load_config(None, [*(f"{key}={value}" for key, value in settings.items()), *overrides])
+    config = files.load_config(None, [*(f"{key}={value}" for key, value in settings.items()), *overrides])
     if config.method.name != method or config.training.batch_size != pairs:
         raise invalid("--override", list(overrides), "changes method or pairs", "use --method and --pairs")
     return StepCase(size, method, pairs, config)

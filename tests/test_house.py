@@ -40,6 +40,7 @@ LAYERS = {
     "methods": 4,
     "data": 4.1,  # stands beside methods; knows no model
     "models": 4.2,  # stands beside methods; knows the geometry of its images
+    "config": 5,
     "": 6,  # fastinvdpo/__init__.py, and what is imported from it
     "trainer": 7,
     "evaluation": 8,
@@ -51,7 +52,7 @@ LAYERS = {
     "__main__": 13,
 }
 BESIDE_METHODS = {"data", "models"}
-ABOVE = {"trainer", "evaluation", "_examples", "doctor", "cli"}
+ABOVE = {"config", "trainer", "evaluation", "_examples", "doctor", "cli"}
 IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 

@@ -24,8 +24,8 @@ def inspect(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs on the sheet.")] = 8,
 ) -> None:
     """Count rows, ties and broken rows by cause, tell sizes, captions and scores, and draw a sheet of pairs."""
+    from fastinvdpo.config.files import load_data_section
     from fastinvdpo.data.inspecting import check_place, inspect_pairs
-    from fastinvdpo.trainer.config_files import load_data_section
     from fastinvdpo.trainer.opening import open_pairs
 
     check_place(output)

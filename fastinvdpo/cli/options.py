@@ -11,7 +11,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 
 if TYPE_CHECKING:
-    from fastinvdpo.trainer import TrainConfig
+    from fastinvdpo.config import TrainConfig
 
 
 def quiet(progress: bool) -> bool:
@@ -29,12 +29,12 @@ PairsPath: TypeAlias = Annotated[
 
 
 def read_config(arguments: list[str] | None, preset: str | None, defaults: dict[str, Any] | None = None) -> TrainConfig:
-    from fastinvdpo.trainer import config_files
+    from fastinvdpo.config import load_config
 
     path, overrides = _split(arguments or [])
     if path is None and preset is None:
         raise invalid("CONFIG.yaml", None, "is missing", "name a configuration file, or a preset with --preset")
-    return config_files.load_config(path, overrides, preset=preset, defaults=defaults)
+    return load_config(path, overrides, preset=preset, defaults=defaults)
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:

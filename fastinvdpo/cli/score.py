@@ -34,8 +34,8 @@ def score(
     progress: Progress = True,
 ) -> None:
     """Score the images of pairs and write the scores beside them; killed at any moment, it continues."""
+    from fastinvdpo.config.files import load_data_section
     from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, run_scorers
-    from fastinvdpo.trainer.config_files import load_data_section
 
     data = load_data_section(path, options or [])
     result = run_scorers(

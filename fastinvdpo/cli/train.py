@@ -40,14 +40,14 @@ def train(
     progress: Progress = True,
 ) -> None:
     """Train a model as CONFIG.yaml says; every key can be overridden, as in training.steps=100."""
-    from fastinvdpo.trainer import config_files
+    from fastinvdpo import config as configuration
 
     if preset == "list":
-        typer.echo("\n".join(config_files.presets()))
+        typer.echo("\n".join(configuration.presets()))
         return
     config = read_config(arguments, preset, defaults={"data": {"path": NO_DATA}} if dry_run and preset else None)
     if dry_run:
-        typer.echo(config_files.to_yaml(config), nl=False)
+        typer.echo(configuration.to_yaml(config), nl=False)
         from fastinvdpo.trainer.dry_run import described
 
         typer.echo(described(config))

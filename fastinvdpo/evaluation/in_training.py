@@ -31,8 +31,8 @@ from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
+    from fastinvdpo.config.sections import EvaluationSection
     from fastinvdpo.models import DiffusionModel
-    from fastinvdpo.trainer.config import EvaluationSection
 
 Scores = dict[str, list[float]]
 

@@ -36,9 +36,9 @@ from fastinvdpo.trainer.opening import open_data_source
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fastinvdpo.config.sections import DataSection
     from fastinvdpo.data import PairSource
     from fastinvdpo.evaluation.scorers import Scorer
-    from fastinvdpo.trainer.config import DataSection
 
 FORMAT = 1
 ROWS_PER_PART = 256

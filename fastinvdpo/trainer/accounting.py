@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from fastinvdpo.config.sections import TrainingSection
     from fastinvdpo.methods import PairBatch
-    from fastinvdpo.trainer.config import TrainingSection
     from fastinvdpo.trainer.networks import Networks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

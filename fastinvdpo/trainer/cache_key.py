@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
+from fastinvdpo.config import TrainConfig
+from fastinvdpo.config.sections import ModelSection
 from fastinvdpo.data.digests import Digests, differences
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.trainer.config import ModelSection, TrainConfig
 from fastinvdpo.trainer.opening import open_data_source
 
 FORMAT = 1

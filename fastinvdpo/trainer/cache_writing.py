@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo._extras import require
+from fastinvdpo.config import TrainConfig
 from fastinvdpo.data.broken import write_report
 from fastinvdpo.data.digests import Digests, key_hash
 from fastinvdpo.diffusion.prompt import chunked
@@ -40,7 +41,6 @@ from fastinvdpo.trainer.cache import (
     write_tensors,
 )
 from fastinvdpo.trainer.cache_key import cache_key, check_key
-from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
 from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up

@@ -21,7 +21,7 @@ from fastinvdpo.trainer.networks import Networks
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.trainer.config import TrainConfig
+    from fastinvdpo.config import TrainConfig
 
 HOST_BUDGET = 96 * 2**20
 """Bytes that the graph of one call may keep on a CPU. Larger calls are hardly faster there."""

@@ -15,9 +15,9 @@ from fastinvdpo.io import atomic_file
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from fastinvdpo.config import TrainConfig
     from fastinvdpo.data.broken import DataSummary
     from fastinvdpo.models import DiffusionModel
-    from fastinvdpo.trainer.config import TrainConfig
     from fastinvdpo.trainer.step import TrainingState
 
 HISTORY = "history.jsonl"

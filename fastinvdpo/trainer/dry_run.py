@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.config import TrainConfig
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.methods import ChainObjective, Objective, PairBatch
 from fastinvdpo.trainer.call_size import gradient_passes
-from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.draws import DrawOrder
 from fastinvdpo.trainer.opening import FLOW_FAMILIES
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinvdpo.io import atomic_directory
+from fastinvdpo.models.adapters import merged_copy, merged_into, save_adapter
 from fastinvdpo.trainer.ema import EMA
-from fastinvdpo.trainer.networks import Networks, merged_copy, merged_into, save_adapter
+from fastinvdpo.trainer.networks import Networks
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel

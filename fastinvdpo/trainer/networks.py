@@ -8,28 +8,24 @@ dropout would put noise into that difference.
 from __future__ import annotations
 
 import copy
-import json
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.adapters import adapter_settings
-from fastinvdpo.models.quantization import quantize_linear_layers, whole_weight
+from fastinvdpo.models.adapters import adapters_disabled, add_lora
+from fastinvdpo.models.quantization import quantize_linear_layers
 from fastinvdpo.trainer.sharding import Shards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from fastinvdpo.config.sections import LoraSection
     from fastinvdpo.models import DiffusionModel
-    from fastinvdpo.trainer.config import LoraSection
     from fastinvdpo.trainer.graphs import GraphedCalls
 
 
@@ -67,7 +63,8 @@ class Networks:
         self.lora = lora is not None
         self.reference_module: nn.Module | None = None
         if lora is not None:
-            add_lora(network, lora, model.default_lora_targets)
+            targets = lora.target_modules or model.default_lora_targets
+            add_lora(network, rank=lora.rank, alpha=lora.alpha, targets=targets)
         elif reference == "self":
             self.reference_module = network.requires_grad_(False)
             if reference_dtype is not None:
@@ -186,126 +183,6 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
             cast = tensor.detach().to(dtype, copy=True)
             memo[id(tensor)] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
     return copy.deepcopy(network, memo).requires_grad_(False)
-
-
-def add_lora(network: nn.Module, lora: LoraSection, default_targets: tuple[str, ...]) -> None:
-    """Put LoRA layers into ``network`` in place; only they are trainable afterwards.
-
-    Raises:
-        InvalidInput: a target names no module, or one that cannot carry an adapter.
-        MissingExtra: peft is not installed.
-    """
-    peft = require("peft", extra="train", purpose="training with LoRA")
-    targets = list(lora.target_modules or default_targets)
-    names = [name for name, _ in network.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if name and not name[-1].isdigit()})
-            raise invalid(
-                "model.lora.target_modules", target, "names no module of the network", f"choose among {leaves}"
-            )
-    network.requires_grad_(False)
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
-    try:
-        peft.inject_adapter_in_model(settings, network)
-    except ValueError as error:
-        raise invalid(
-            "model.lora.target_modules",
-            targets,
-            f"cannot carry adapters ({error})",
-            "name linear or convolution layers",
-        ) from error
-
-
-@contextmanager
-def adapters_disabled(network: nn.Module) -> Iterator[None]:
-    """Inside, ``network`` computes what it did without adapters; afterwards they are back, also after an error."""
-    layers = _adapter_layers(network)
-    # Not enable_adapters(), which also changes what is trainable: under FSDP2 of other tensors before than after.
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-def merged_copy(network: nn.Module) -> nn.Module:
-    """A copy of a network with adapters, in which they are folded into ordinary weights."""
-    tuners = require("peft.tuners.tuners_utils", extra="train", purpose="merging LoRA")
-    merged = copy.deepcopy(network)
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, tuners.BaseTunerLayer):
-            module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(merged.get_submodule(parent), child, module.get_base_layer())
-    if hasattr(merged, "peft_config"):
-        del merged.peft_config
-    return merged.requires_grad_(False)
-
-
-@torch.no_grad()
-def merged_into(base: nn.Module, network: nn.Module) -> nn.Module:
-    """``base``, a network without adapters, with those of ``network`` folded into its weights in place.
-
-    The layers of both have the same names, and may have other weights: those below the adapters may be quantised.
-    """
-    tuners = require("peft.tuners.tuners_utils", extra="train", purpose="merging LoRA")
-    for name, layer in network.named_modules():
-        if isinstance(layer, tuners.BaseTunerLayer):
-            weight: Any = base.get_submodule(name).weight
-            for adapter in layer.active_adapters:
-                weight += layer.get_delta_weight(adapter).to(weight)
-    return base.requires_grad_(False)
-
-
-def save_adapter(network: nn.Module, directory: Path) -> None:
-    """Write the adapter in peft's own format, which ``peft.PeftModel.from_pretrained(unet, directory)`` reads."""
-    peft = require("peft", extra="train", purpose="saving a LoRA adapter")
-    safetensors = require("safetensors.torch", extra="train", purpose="saving a LoRA adapter")
-    directory.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(adapter_settings(network), indent=2, sort_keys=True)
-    (directory / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-    weights = peft.get_peft_model_state_dict(network)
-    # PeftModel keeps the network below two wrappers, and its files carry that prefix.
-    renamed = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    safetensors.save_file(renamed, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-@torch.no_grad()
-def perturb(network: nn.Module, scale: float, seed: int) -> None:
-    """Move the trainable weights by random amounts of relative size ``scale``, so that policy ≠ reference.
-
-    Full fine-tuning: every tensor W gains ``scale·rms(W)·z``. LoRA, whose product B·A starts at zero: B is drawn so
-    that the update it makes to its layer has ``scale`` times the root mean square of that layer's weight.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if not any(".lora_" in name for name, _ in network.named_parameters()):
-        for parameter in network.parameters():
-            parameter.add_(_normal_like(parameter, generator), alpha=scale * _rms(parameter))
-        return
-    for layer in _adapter_layers(network):
-        for name, up in layer.lora_B.items():
-            down = layer.lora_A[name].weight
-            # Entries of B·A: rank·var(B)·mean(A²) is their variance.
-            size = layer.scaling[name] * math.sqrt(layer.r[name]) * _rms(down)
-            up.weight.add_(
-                _normal_like(up.weight, generator), alpha=scale * _rms(whole_weight(layer.get_base_layer())) / size
-            )
-
-
-def _normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device, tensor.dtype)
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.double().square().mean().sqrt())
-
-
-def _adapter_layers(network: nn.Module) -> list[Any]:
-    tuners = require("peft.tuners.tuners_utils", extra="train", purpose="training with LoRA")
-    return [module for module in network.modules() if isinstance(module, tuners.BaseTunerLayer)]
 
 
 def _checkpoint_activations(network: nn.Module) -> None:

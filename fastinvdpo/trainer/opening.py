@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fastinvdpo._extras import require
+from fastinvdpo.config import TrainConfig
+from fastinvdpo.config.explain import under
+from fastinvdpo.config.sections import DataSection
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.models.quantization import quantize_network
-from fastinvdpo.trainer.config import DataSection, TrainConfig
-from fastinvdpo.trainer.config_errors import under
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,7 +20,7 @@ from fastinvdpo.trainer.graphs import GraphedCalls
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.trainer.config import TrainConfig
+    from fastinvdpo.config import TrainConfig
     from fastinvdpo.trainer.networks import Networks
 
 COMPILER = "inductor"

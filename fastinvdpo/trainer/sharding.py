@@ -20,7 +20,7 @@ from fastinvdpo.errors import invalid
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.trainer.config import TrainConfig
+    from fastinvdpo.config import TrainConfig
 
 
 def check_launch(config: TrainConfig, accelerator: Accelerator) -> None:

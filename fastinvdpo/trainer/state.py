@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastinvdpo.config import TrainConfig
+from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.checkpoint import Checkpoint
-from fastinvdpo.trainer.config import TrainConfig
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.metrics import MetricSums
-from fastinvdpo.trainer.networks import Networks, perturb
+from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.nonfinite import FiniteGuard
 from fastinvdpo.trainer.opening import DTYPES
 from fastinvdpo.trainer.performance import Performance, arrange, match_layout

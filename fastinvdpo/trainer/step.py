@@ -23,7 +23,7 @@ from fastinvdpo.trainer.sharding import full
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.trainer.config import OptimizerSection
+    from fastinvdpo.config.sections import OptimizerSection
 
 
 @dataclass

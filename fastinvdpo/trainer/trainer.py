@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastinvdpo._extras import require
+from fastinvdpo.config import TrainConfig, complete
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
@@ -31,7 +32,6 @@ from fastinvdpo.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fastinvdpo.trainer.config import TrainConfig, complete
 from fastinvdpo.trainer.draws import DrawOrder, epoch_order
 from fastinvdpo.trainer.export import export_model
 from fastinvdpo.trainer.hub import Publishing, data_digest, model_card

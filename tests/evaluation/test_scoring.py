@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from fastinvdpo import cli
+from fastinvdpo.config.files import load_data_section
 from fastinvdpo.data import PairDataset, open_source
 from fastinvdpo.data.score_range import METADATA, stored_range
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import scoring
 from fastinvdpo.evaluation.scorers import FunctionScorer, open_scorer
 from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_pairs
-from fastinvdpo.trainer.config_files import load_data_section
 from tests.data.test_pairs import encoded, image, row, store
 from tests.data.test_sources import FORMATS, write_images, write_lines
 from tests.evaluation import tiny_clip as tiny

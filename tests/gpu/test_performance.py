@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
 from fastinvdpo.models.quantization import QuantizedLinear
 from fastinvdpo.trainer import train
-from fastinvdpo.trainer.config import LoraSection
 from fastinvdpo.trainer.graphs import GraphedCalls
 from fastinvdpo.trainer.networks import Networks
 from tests.trainer import tiny

@@ -14,13 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
+from fastinvdpo.models.adapters import merged_into, perturb
 from fastinvdpo.models.quantization import Kind, QuantizedLinear, quantize_network
 from fastinvdpo.trainer import train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
-from fastinvdpo.trainer.config import LoraSection
-from fastinvdpo.trainer.networks import Networks, merged_into, perturb
+from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.evaluation.test_in_training import SECTION, Planned, run
 from tests.trainer import tiny

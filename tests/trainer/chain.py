@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 from fastinvdpo import cli
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.models import DiffusionModel, load_model
-from fastinvdpo.trainer.config import LoraSection
-from fastinvdpo.trainer.networks import add_lora, merged_copy
+from fastinvdpo.models.adapters import add_lora, merged_copy
 from tests.models import tiny as models
 from tests.trainer import tiny
 from tests.trainer.test_families import DIFFUSERS_LORA, LENGTH, LORA, images, write_two_pairs
@@ -111,7 +110,7 @@ def opened(path: Path, lora: bool) -> DiffusionModel:
     """The base, with adapters where a run has them; read once, its weights are those of whoever asked last."""
     model = load_model("auto", path)
     if lora:
-        add_lora(model.network, LoraSection(**LORA), model.default_lora_targets)
+        add_lora(model.network, rank=LORA["rank"], alpha=LORA["alpha"], targets=model.default_lora_targets)
     return model
 
 

@@ -14,9 +14,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
+from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
-from fastinvdpo.trainer.config import LoraSection
-from fastinvdpo.trainer.networks import Networks, perturb, save_adapter
+from fastinvdpo.models.adapters import perturb, save_adapter
+from fastinvdpo.trainer.networks import Networks
 from tests.models import tiny
 
 # The fields of LoraConfig in peft 0.18.0 and 0.18.1. peft 0.19 adds lora_ga_config and use_bdlora to them.

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastinvdpo.config.sections import OptimizerSection
 from fastinvdpo.errors import InvalidInput, MissingExtra
 from fastinvdpo.models import load_model
 from fastinvdpo.models.quantization import quantize_linear_layers
 from fastinvdpo.trainer import train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
-from fastinvdpo.trainer.config import OptimizerSection
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.step import _check_kernel, build_optimizer
 from tests.trainer import tiny

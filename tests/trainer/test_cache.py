@@ -22,12 +22,13 @@ from fastinvdpo.data import digests as digests_module
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import ChainObjective
 from fastinvdpo.models import load_model
+from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.draws import DrawOrder
-from fastinvdpo.trainer.networks import Networks, perturb
+from fastinvdpo.trainer.networks import Networks
 from tests.trainer import tiny
 from tests.trainer.forked import Server
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
+from fastinvdpo.models.adapters import adapters_disabled
 from fastinvdpo.trainer import graphs
-from fastinvdpo.trainer.config import LoraSection
 from fastinvdpo.trainer.graphs import GraphedCalls
-from fastinvdpo.trainer.networks import Networks, adapters_disabled
+from fastinvdpo.trainer.networks import Networks
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 

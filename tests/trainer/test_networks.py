@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
+from fastinvdpo.models.adapters import adapters_disabled, merged_copy, perturb
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer.config import LoraSection
-from fastinvdpo.trainer.networks import Networks, adapters_disabled, merged_copy, perturb
+from fastinvdpo.trainer.networks import Networks
 from tests.trainer import tiny
 
 LORA = LoraSection(rank=2, alpha=4.0)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastinvdpo.config.sections import OptimizerSection
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
-from fastinvdpo.trainer.config import OptimizerSection
 from fastinvdpo.trainer.step import build_optimizer
 from tests.trainer import tiny
 from tests.trainer.test_resume import _assert_same

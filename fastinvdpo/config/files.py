@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from fastinvdpo.config.sections import DataSection
+from fastinvdpo.config.train import TrainConfig
 from fastinvdpo.errors import invalid
-from fastinvdpo.trainer.config import DataSection, TrainConfig
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from fastinvdpo.config.files import parse_yaml
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, load_config, presets, to_yaml
-from fastinvdpo.trainer.config_files import parse_yaml
 from tests.trainer.tiny import mapping
 
 # ruff: noqa: E501 - tables have a row a case

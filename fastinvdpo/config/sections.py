@@ -1,9 +1,4 @@
-"""The training configuration: every key, its type, its default, and the combinations that cannot work.
-
-Nothing is loaded here; ``TrainConfig.from_mapping`` raises :class:`fastinvdpo.errors.InvalidInput` that names key,
-value and remedy for every mistake at once. Reading YAML files, presets and ``key=value`` overrides is in
-``config_files.py``.
-"""
+"""The sections of a configuration: every key, its type and its default."""
 
 from __future__ import annotations
 
@@ -14,10 +9,18 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
+from fastinvdpo.config.explain import explain
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import METHODS, Method, TimestepSampling
-from fastinvdpo.trainer.config_checks import check_combinations, count_or_share
-from fastinvdpo.trainer.config_errors import explain
+
+
+def count_or_share(value: object) -> int | float:
+    """Validates a whole number from 0, or a share below 1."""
+    count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if count or (isinstance(value, float) and 0 <= value < 1):
+        return value  # type: ignore[return-value]
+    raise ValueError("is neither a count (0, 10) nor a share below 1 (0.01)")
+
 
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -236,14 +239,14 @@ def read_method(section: object) -> Method:
         raise explain(error, known_keys, ("method", name)) from None
 
 
-def _write_method(method: Method) -> dict[str, Any]:
+def write_method(method: Method) -> dict[str, Any]:
     return {"name": method.name, **dataclasses.asdict(method)}
 
 
-class TrainConfig(Section):
-    """One training run. Build it with :meth:`from_mapping`, which explains mistakes."""
+class RunSections(Section):
+    """All sections of a run, each valid by itself."""
 
-    method: Annotated[Method, PlainValidator(read_method), PlainSerializer(_write_method)]
+    method: Annotated[Method, PlainValidator(read_method), PlainSerializer(write_method)]
     model: ModelSection
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
@@ -266,63 +269,19 @@ class TrainConfig(Section):
         "output": OutputSection,
     }
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> TrainConfig:
-        """Validate a nested mapping, as a YAML file holds it.
-
-        Raises:
-            InvalidInput: one line per mistake: unknown key (with the closest known one), wrong type, value out of
-                range, missing key, or keys that cannot be combined.
-        """
-        try:
-            config = cls.model_validate(dict(mapping))
-        except ValidationError as error:
-            raise explain(error, known_keys) from None
-        check_combinations(config)
-        return config
-
-    @classmethod
-    def data_section(cls, mapping: Mapping[str, Any]) -> DataSection:
-        """The section ``data`` by itself, as :meth:`from_mapping` validates it."""
-        try:
-            return _DataOnly.model_validate({"data": mapping}).data
-        except ValidationError as error:
-            raise explain(error, known_keys) from None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The resolved configuration as plain numbers, strings, lists and dictionaries."""
-        return self.model_dump(mode="python")
-
     def effective_batch(self, processes: int = 1) -> int:
         """Pairs per optimiser step over all processes."""
         return self.training.batch_size * self.training.gradient_accumulation_steps * processes
 
 
-def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, pairs: Any) -> TrainConfig:
-    """A whole configuration from its sections and what is at hand, which takes the place of what they name."""
-    given = config.as_dict() if isinstance(config, TrainConfig) else {key: dict(part) for key, part in config.items()}
-    if isinstance(config, TrainConfig) and method is config.method:
-        return config
-    origin, source = getattr(model, "origin", None), getattr(pairs, "source", None)
-    given["method"] = _write_method(method) if isinstance(method, Method) else dict(method)
-    path = "a model at hand" if origin is None else str(origin.path)
-    given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
-    given["data"] = {"path": str(getattr(source, "path", "pairs at hand")), **given.get("data", {})}
-    return TrainConfig.from_mapping(given)
-
-
-class _DataOnly(Section):
-    data: DataSection
-
-
 def known_keys(path: tuple[str, ...]) -> list[str]:
     """Keys that may stand in the section ``path`` of a configuration; ``("method", NAME)`` for a method's options."""
     if not path:
-        return list(TrainConfig.model_fields)
+        return list(RunSections.model_fields)
     if path[0] == "method":
         if path[2:] == ("timesteps",):
             return [field.name for field in dataclasses.fields(TimestepSampling)]
         methods = [METHODS[path[1]]] if len(path) > 1 else METHODS.values()
         return sorted({"name", *(field.name for method in methods for field in dataclasses.fields(method))})
-    section = TrainConfig.sections.get(".".join(path))
+    section = RunSections.sections.get(".".join(path))
     return list(section.model_fields) if section else []

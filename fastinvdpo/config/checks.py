@@ -6,19 +6,16 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from fastinvdpo.config.sections import RunSections
 from fastinvdpo.errors import InvalidInput, invalid
-
-if TYPE_CHECKING:
-    from fastinvdpo.trainer.config import TrainConfig
 
 STANDARD_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
 
 
-def check_combinations(config: TrainConfig) -> None:
+def check_combinations(config: RunSections) -> None:
     """Raise one ``InvalidInput`` with a line for each impossible combination."""
     problems = [
         *_method(config),
@@ -31,14 +28,6 @@ def check_combinations(config: TrainConfig) -> None:
     ]
     if problems:
         raise InvalidInput("\n".join(str(problem) for problem in problems))
-
-
-def count_or_share(value: object) -> int | float:
-    """Validates a whole number from 0, or a share below 1."""
-    count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if count or (isinstance(value, float) and 0 <= value < 1):
-        return value  # type: ignore[return-value]
-    raise ValueError("is neither a count (0, 10) nor a share below 1 (0.01)")
 
 
 def runs_on_cpu() -> bool:
@@ -55,7 +44,7 @@ def _forced_to_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def _method(config: TrainConfig) -> Iterator[InvalidInput]:
+def _method(config: RunSections) -> Iterator[InvalidInput]:
     method = config.method
     if method.zero_gradient_at_reference and config.model.init_perturbation == 0:
         yield invalid(
@@ -66,7 +55,7 @@ def _method(config: TrainConfig) -> Iterator[InvalidInput]:
         )
 
 
-def _model(config: TrainConfig) -> Iterator[InvalidInput]:
+def _model(config: RunSections) -> Iterator[InvalidInput]:
     model = config.model
     if model.family == "digits" and model.revision is not None:
         yield invalid(
@@ -83,7 +72,7 @@ def _model(config: TrainConfig) -> Iterator[InvalidInput]:
             yield invalid(f"model.{key}", value, problem, f"set it to null{other}, or drop model.lora")
 
 
-def _data(config: TrainConfig) -> Iterator[InvalidInput]:
+def _data(config: RunSections) -> Iterator[InvalidInput]:
     data = config.data
     for name in data.columns:
         if name not in STANDARD_COLUMNS:
@@ -106,7 +95,7 @@ def _data(config: TrainConfig) -> Iterator[InvalidInput]:
         yield invalid("data.caption_dropout", 1.0, "drops every caption", "choose a share below 1, such as 0.1")
 
 
-def _buckets(config: TrainConfig) -> Iterator[InvalidInput]:
+def _buckets(config: RunSections) -> Iterator[InvalidInput]:
     data, buckets = config.data, config.data.buckets
     assert buckets is not None
     if data.resolution is None:
@@ -122,7 +111,7 @@ def _buckets(config: TrainConfig) -> Iterator[InvalidInput]:
         yield invalid("cache.path", config.cache.path, problem, "set it to null, or drop data.buckets")
 
 
-def _optimizer(config: TrainConfig) -> Iterator[InvalidInput]:
+def _optimizer(config: RunSections) -> Iterator[InvalidInput]:
     optimizer, steps = config.optimizer, config.training.steps
     if optimizer.name == "adafactor":
         for key in ("beta1", "beta2", "epsilon"):
@@ -147,7 +136,7 @@ def _optimizer(config: TrainConfig) -> Iterator[InvalidInput]:
         )
 
 
-def _training(config: TrainConfig) -> Iterator[InvalidInput]:
+def _training(config: RunSections) -> Iterator[InvalidInput]:
     training = config.training
     if training.mixed_precision == "fp16" and runs_on_cpu():
         yield invalid("training.mixed_precision", "fp16", "needs a GPU, and none is in use", "choose no or bf16")
@@ -161,7 +150,7 @@ def _training(config: TrainConfig) -> Iterator[InvalidInput]:
         yield invalid(key, training.gradient_passes, problem, "set it to null")
 
 
-def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
+def _cache(config: RunSections) -> Iterator[InvalidInput]:
     data, path = config.data, config.cache.path
     if path is None:
         return
@@ -177,7 +166,7 @@ def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
         yield invalid("cache.path", path, problem, "drop data.caption_dropout, or set cache.path to null")
 
 
-def _performance(config: TrainConfig) -> Iterator[InvalidInput]:
+def _performance(config: RunSections) -> Iterator[InvalidInput]:
     asked = config.performance
     if not runs_on_cuda():
         for key, value in (("attention", asked.attention), ("cuda_graphs", asked.cuda_graphs), ("tf32", asked.tf32)):
