@@ -5,11 +5,11 @@ from fastinvdpo._extras import require
 for _package in ("numpy", "pydantic", "yaml"):
     require(_package, extra="train", purpose="training")
 
-from fastinvdpo.config import TrainConfig
-from fastinvdpo.config.files import load_config, presets, to_yaml
+from fastinvdpo.config import TrainConfig, load_config, presets, to_yaml
 from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.callbacks import Callback, TrainResult
-from fastinvdpo.trainer.trainer import PreferenceTrainer, train
+from fastinvdpo.trainer.run import train
+from fastinvdpo.trainer.trainer import PreferenceTrainer
 
 __all__ = [
     "Callback",

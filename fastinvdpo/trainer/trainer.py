@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig, complete
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.diffusion.prompt import chunked
@@ -21,7 +20,6 @@ from fastinvdpo.methods import Method, PairBatch
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache
-from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.call_size import choose_max_batch, gradient_passes
 from fastinvdpo.trainer.callbacks import Callback, Reporting, TrainResult
 from fastinvdpo.trainer.checkpoint import (
@@ -40,56 +38,15 @@ from fastinvdpo.trainer.nonfinite import report_gradient, report_loss
 from fastinvdpo.trainer.opening import (
     check_dataset,
     open_accelerator,
-    open_data_source,
-    open_dataset,
-    open_model,
     with_score_range,
 )
-from fastinvdpo.trainer.performance import decide, require_extras, set_tf32, speed_up, tell_changes
+from fastinvdpo.trainer.performance import decide, set_tf32, speed_up, tell_changes
 from fastinvdpo.trainer.sharding import check_launch
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
 from fastinvdpo.trainer.step import training_step
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
-
-
-def train(
-    config: TrainConfig, *, resume: str | Path = "auto", progress: bool = True, callbacks: Sequence[Callback] = ()
-) -> TrainResult:
-    """Train as configured: open the data, load the model, run the loop, write the model.
-
-    With ``cache.path`` the cache is completed first where something of it is missing; the run then reads nothing else,
-    and loads neither text encoders nor VAE.
-
-    Args:
-        resume, progress, callbacks: as in :class:`PreferenceTrainer`. The section ``evaluation`` needs a callback:
-            ``fastinvdpo.evaluation.EvaluationCallback(config.evaluation)``.
-
-    Raises:
-        InvalidInput: configuration, data, model and checkpoint do not fit together.
-        MissingExtra: a package of the ``train`` extra is missing.
-        NonFiniteLoss: a loss or gradient was not finite; the last good checkpoint is kept.
-    """
-    for package in ("accelerate", "diffusers"):
-        require(package, extra="train", purpose="training")
-    require_extras(config)
-    if config.evaluation is not None and not callbacks:
-        remedy = (
-            "pass callbacks=[fastinvdpo.evaluation.EvaluationCallback(config.evaluation)], as fastinvdpo train does"
-        )
-        raise invalid("evaluation", config.evaluation.prompts, "needs a callback that samples and scores", remedy)
-    options: dict[str, Any] = {"callbacks": callbacks, "resume": resume, "progress": progress}
-    if config.cache.path is None:
-        dataset = open_dataset(config)
-        config = with_score_range(config, dataset.source)
-        return PreferenceTrainer(open_model(config), config.method, dataset, config, **options).train()
-    find_checkpoint(resume, Path(config.output.directory) / "checkpoints")  # refused before anything is computed
-    if config.method.needs_scores:
-        config = with_score_range(config, open_data_source(config.data))
-    cache = precompute(config, progress=progress)
-    model = open_model(config, frozen_parts=config.evaluation is not None)
-    return PreferenceTrainer(model, config.method, cache, config, **options).train()
 
 
 class PreferenceTrainer:
