@@ -37,7 +37,7 @@ NOT_RUN = {
     "make test": "this suite",
     "make test-deep": "what .ci/run calls beside this suite",
     "pip install torch": _INSTALLS,
-    "pip install setuptools wheel ninja": _INSTALLS,
+    "pip install 'setuptools>=77' wheel ninja": _INSTALLS,
     "pip install --no-build-isolation .": _INSTALLS,
     "pip install --no-build-isolation '.[train]'": _INSTALLS,
     "accelerate launch --multi_gpu --num_processes 8 -m fastinvdpo train run.yaml": _LAUNCHES,
