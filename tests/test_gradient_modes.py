@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.methods import ChainObjective, PairBatch, SingleTimestepObjective, build_objective
+from tests.cases import pairwise
 from tests.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
@@ -103,9 +104,9 @@ def terms(
 SIZES: list[int | None] = [3, 8, 27, None]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
-@pytest.mark.parametrize("sampled", [None, 2], ids=["all levels", "sampled levels"])
-@pytest.mark.parametrize("variant", ["endpoint", "step", "distance"])
+@pytest.mark.parametrize(
+    ("variant", "sampled", "dtype"), pairwise(["endpoint", "step", "distance"], [None, 2], TOLERANCE)
+)
 def test_inversion_dpo(variant: str, sampled: int | None, dtype: torch.dtype) -> None:
     """Called as a whole, streamed in one pass and in two, from the cache and without, in one batch and accumulated."""
     method, batch = objective(variant, timesteps_per_step=sampled, beta=BETA, guidance_scale=GUIDANCE), pairs(PAIRS)
