@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.digests import Digests, differences
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.io import Digests, differences
 from fastinvdpo.trainer.config import ModelSection, TrainConfig
 from fastinvdpo.trainer.opening import open_data_source
 
