@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of about one area, so that pictures of any shape are cropped little.
+"""Aspect-ratio buckets: sizes of about one area, so that images of any shape are cropped little.
 
 The area of every bucket is at most that of the square, and its sides are multiples of one number. A batch holds one
 bucket, and so does a pair.
@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that pictures are resized and cropped to.
+    """The sizes that images are resized and cropped to.
 
     Args:
         resolution: side of the square bucket in pixels, a multiple of ``multiple``.

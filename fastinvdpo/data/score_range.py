@@ -46,7 +46,7 @@ def measured_range(source: PairSource) -> ScoreRange | None:
     for row in range(len(source)):
         try:
             found += scores_of(source.record(row), partial(source.where, row))
-        except BrokenRow:  # told with its row when the pairs are opened
+        except BrokenRow:  # PairDataset names the row
             continue
     return ScoreRange.of(found) if found else None
 

@@ -1,4 +1,4 @@
-"""Open pairs of any format, and tell the format and the split from the path."""
+"""Open pairs of any format; infer the format and the split from the path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastinvdpo.data.tables import TableSource, parquet_locations
 from fastinvdpo.errors import invalid
 
 FORMATS = ("parquet", "folder", "hpd", "webdataset", "datasets")
-# Words in a file's name that tell its split, as `datasets` reads them.
+# Words in a file's name that name its split, as `datasets` reads them.
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
 _SPLITS |= {"test": ("test", "testing", "eval", "evaluation")}
 
@@ -35,9 +35,9 @@ def open_source(
     """The rows at ``path``.
 
     Args:
-        format: one of :data:`FORMATS`, or ``"auto"``: told from the path (:func:`detect_format`).
+        format: one of :data:`FORMATS`, or ``"auto"``: inferred from the path (:func:`detect_format`).
         columns: where the names of the schema are stored under other names.
-        split: of a ``datasets`` repository, or of the files in a directory whose names tell it.
+        split: of a ``datasets`` repository, or of files in a directory, by their names.
         revision, subset: of a ``datasets`` repository.
         streaming: read images when they are needed; parquet in row groups where it lies, without a copy.
         shuffle_buffer: pairs that are mixed, and kept in memory, where parquet is streamed.
@@ -45,7 +45,7 @@ def open_source(
         rank_pairs: ``"all"`` pairs of a ranked list of images, or ``"best"`` against each of the rest.
 
     Raises:
-        InvalidInput: nothing is there, the format cannot be told, or an option does not belong to it.
+        InvalidInput: nothing is there, the format cannot be inferred, or an option does not belong to it.
     """
     names, shown = dict(columns or {}), str(path)
     for name in names:
@@ -77,7 +77,7 @@ def open_source(
 
 
 def detect_format(path: str | Path) -> str:
-    """Which of :data:`FORMATS` a path holds. Raises ``InvalidInput`` saying why it cannot be told."""
+    """Which of :data:`FORMATS` a path holds. Raises ``InvalidInput`` saying why it cannot be inferred."""
     root = Path(path)
     if root.is_dir():
         return _directory_format(root)
@@ -95,7 +95,7 @@ def detect_format(path: str | Path) -> str:
 def files_of(path: str | Path, suffix: str, split: str | None = None) -> list[Path]:
     """The file itself, or the files of a directory that end in ``suffix``, in the order of their names.
 
-    Where the names tell a split, only those of ``split`` count; None takes all, if they are of one split. Hidden files
+    Where names contain a split, only those of ``split`` count; None takes all, if they are of one split. Hidden files
     are left out: temporary ones, and the ``._`` companions that a Mac writes.
 
     Raises:
@@ -114,23 +114,23 @@ def files_of(path: str | Path, suffix: str, split: str | None = None) -> list[Pa
 
 
 def _of_split(files: list[Path], split: str | None, path: str) -> list[Path]:
-    told = {file: _split_of(file) for file in files}
-    found = {name for name in told.values() if name is not None}
+    splits = {file: _split_of(file) for file in files}
+    found = {name for name in splits.values() if name is not None}
     if files == [Path(path)] and split == "train":
         return files  # the default; a file that is named counts whatever its name
     if not found and split in (None, "train"):
         return files
-    if None in told.values() and found:
-        unnamed = next(file.name for file, name in told.items() if name is None)
-        problem = f"has files of the split {', '.join(sorted(found))}, and {unnamed}, whose name tells none"
+    if None in splits.values() and found:
+        unnamed = next(file.name for file, name in splits.items() if name is None)
+        problem = f"has files of the split {', '.join(sorted(found))}, and {unnamed}, whose name has none"
         raise invalid("data.path", path, problem, "rename or move those that are not meant, or name one file")
     if split is None and len(found) == 1:
         return files
-    asked = next((name for name, words in _SPLITS.items() if split in words), None)
-    if asked not in found:
-        problem = f"is not a split of {path}, whose file names tell {', '.join(sorted(found)) or 'none'}"
+    wanted = next((name for name, words in _SPLITS.items() if split in words), None)
+    if wanted not in found:
+        problem = f"is not a split of {path}, whose file names have {', '.join(sorted(found)) or 'none'}"
         raise invalid("data.split", split, problem, "choose one of those, or name one file")
-    return [file for file, name in told.items() if name == asked]
+    return [file for file, name in splits.items() if name == wanted]
 
 
 def _split_of(file: Path) -> str | None:
@@ -156,7 +156,7 @@ def _directory_format(root: Path) -> str:
         problem = f"holds what could be read as {' and as '.join(found)}"
         raise invalid("data.path", str(root), problem, "set data.format to one of them")
     if not found:
-        problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be told"
+        problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be inferred"
         remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
         raise invalid("data.path", str(root), problem, remedy)
     return found[0]

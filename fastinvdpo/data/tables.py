@@ -80,7 +80,10 @@ class TableSource(PairSource):
                     raise invalid("data.path", file, problem, "write all files with the same columns")
         self._columns = found[0]
         small = {name: column for name, column in self._columns.items() if name not in IMAGES}
-        self._values = {name: self._read_small(column) for name, column in small.items()}
+        stored = list(dict.fromkeys(small.values()))
+        tables = [_read(file, None, stored) for file in self._locations] or [self._repository_table()]
+        values = {column: [v for table in tables for v in table.column(column).to_pylist()] for column in stored}
+        self._values = {name: values[column] for name, column in small.items()}
         return set(self._columns)
 
     def record(self, row: int) -> Mapping[str, Any]:
@@ -149,12 +152,6 @@ class TableSource(PairSource):
                     f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}",
                 )
         return found
-
-    def _read_small(self, column: str) -> list[Any]:
-        if not self._locations:
-            found: list[Any] = self._repository_table().column(column).to_pylist()
-            return found
-        return [value for file in self._locations for value in _read(file, None, [column]).column(0).to_pylist()]
 
     def _group(self, number: int) -> Any:
         with self._lock:  # a group is read by one thread, the others wait for it

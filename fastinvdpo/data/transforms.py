@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """What SDXL is told about an image, in pixels, each ``(vertical, horizontal)``.
+    """The conditioning of SDXL on an image's size, in pixels, each ``(vertical, horizontal)``.
 
     Attributes:
         original_size: ``(height, width)`` as stored.
@@ -29,7 +29,7 @@ class ImageGeometry:
 
 @dataclass(frozen=True)
 class Decisions:
-    """The random choices of one draw: mirrored or not, and the crop's place as shares of the free room."""
+    """The random choices of one sample index: mirrored or not, and the crop's place as shares of the free room."""
 
     flip: bool = False
     vertical: float = 0.5
@@ -37,7 +37,7 @@ class Decisions:
 
 
 def decide(seed: int, draw: int, *, random_flip: bool, center_crop: bool) -> Decisions:
-    """Choices for draw number ``draw``; a hash of ``(seed, draw)``, so no process or order of access matters."""
+    """Choices for the sample index ``draw``; a hash of ``(seed, draw)``, so no process or order of access matters."""
     digest = hashlib.sha256(f"fastinvdpo.transforms/{seed}/{draw}".encode()).digest()
     shares = [int.from_bytes(digest[8 * k : 8 * k + 8], "big") / 2.0**64 for k in range(3)]
     flip = random_flip and shares[0] < 0.5
@@ -47,10 +47,10 @@ def decide(seed: int, draw: int, *, random_flip: bool, center_crop: bool) -> Dec
 def transform(
     image: Image, resolution: int | tuple[int, int] | None, decisions: Decisions
 ) -> tuple[Image, ImageGeometry]:
-    """Resize (bilinear) until the picture just covers the target, flip, crop; without a resolution only the flip.
+    """Resize (bilinear) until the image just covers the target, flip, crop; without a resolution only the flip.
 
     ``resolution`` is the side of a square, or ``(height, width)``. The crop is taken after the flip, so its place
-    refers to the picture as the model sees it.
+    refers to the image as the model sees it.
     """
     pil = require("PIL.Image", extra="train", purpose="resizing and cropping images")
     original = (image.height, image.width)

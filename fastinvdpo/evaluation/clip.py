@@ -1,4 +1,4 @@
-"""CLIP through transformers: images and captions to normalised embeddings, the same in any batch."""
+"""CLIP through transformers: images and captions to normalized embeddings, the same in any batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.digests import Digests
 from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.io import Digests
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +59,7 @@ class Clip:
         own = processor is None and fallback is not None and not _holds_processor(transformers, path, revision)
         where, of = (fallback, None) if own else (processor or path, revision if processor is None else None)
         assert where is not None
-        told = _folder(transformers, where, "preprocessor_config.json", of)
+        place = _folder(transformers, where, "preprocessor_config.json", of)
         # The processor that works with PIL alone: with torchvision there, transformers would choose another one, whose
         # resizing differs in the last bits.
         reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
@@ -77,7 +77,9 @@ class Clip:
         digests = Digests()
         self.key: dict[str, Any] = {
             "weights": digests.of([folder / "config.json", *weights]),
-            "processor": digests.of([told / name for name in (*_TEXT_FILES, *_IMAGE_FILES) if (told / name).is_file()]),
+            "processor": digests.of(
+                [place / name for name in (*_TEXT_FILES, *_IMAGE_FILES) if (place / name).is_file()]
+            ),
         }
 
     @torch.no_grad()
@@ -85,7 +87,7 @@ class Clip:
         """``(n, width)``, each of norm 1. Grey, palette and transparent images become RGB first."""
         pixels = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         hidden = self._model.vision_model(pixel_values=pixels["pixel_values"].to(self.device)).pooler_output
-        return _normalised(self._model.visual_projection(hidden))
+        return _normalized(self._model.visual_projection(hidden))
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
@@ -99,10 +101,10 @@ class Clip:
         hidden = self._model.text_model(
             input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
         ).pooler_output
-        return _normalised(self._model.text_projection(hidden))
+        return _normalized(self._model.text_projection(hidden))
 
 
-def _normalised(embeddings: Tensor) -> Tensor:
+def _normalized(embeddings: Tensor) -> Tensor:
     return embeddings / embeddings.norm(dim=-1, keepdim=True)
 
 

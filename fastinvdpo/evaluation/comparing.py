@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.digests import Digests, differences, key_hash
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.aligned import aligned_files, open_aligned
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import write_page
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
-from fastinvdpo.io import TEMPORARY, clean_leftovers, write_json
+from fastinvdpo.io import TEMPORARY, Digests, clean_leftovers, differences, key_hash, write_json
 from fastinvdpo.models import checkpoint_files, load_model, resolve_family
 from fastinvdpo.models.base import check_prompts
 from fastinvdpo.trainer.opening import DTYPES

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.digests import Digests
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import Digests
 
 # christophschuhmann/improved-aesthetic-predictor: five linear layers in an nn.Sequential, of widths 1024, 128, 64, 16
 # and 1, with dropout after the first three and no activation between them.

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastinvdpo.data.digests import key_hash
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
-from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard
+from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard, key_hash
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 

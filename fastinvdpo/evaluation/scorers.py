@@ -83,7 +83,7 @@ class ClipScorer:
 
 
 class AestheticScorer:
-    """A head on CLIP's normalised image embedding, which does not look at the caption: LAION's aesthetic predictor."""
+    """A head on CLIP's normalized image embedding, which does not look at the caption: LAION's aesthetic predictor."""
 
     def __init__(self, clip: Clip, head: str, name: str, batch_size: int) -> None:
         self.name, self.batch_size = name, batch_size

@@ -22,7 +22,6 @@ import torch
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, entry, jsonl
-from fastinvdpo.data.digests import Digests, differences, key_hash
 from fastinvdpo.data.images import decode
 from fastinvdpo.data.rows import IMAGES, caption_of
 from fastinvdpo.data.score_range import METADATA, ScoreRange
@@ -30,7 +29,7 @@ from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import in_batches, open_scorer
-from fastinvdpo.io import atomic_file, discard, only_writer
+from fastinvdpo.io import Digests, atomic_file, differences, discard, key_hash, only_writer
 from fastinvdpo.trainer.opening import open_data_source
 
 if TYPE_CHECKING:

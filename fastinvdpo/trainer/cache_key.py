@@ -14,8 +14,8 @@ from typing import Any
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.sections import ModelSection
-from fastinvdpo.data.digests import Digests, differences
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.io import Digests, differences
 from fastinvdpo.trainer.opening import open_data_source
 
 FORMAT = 1

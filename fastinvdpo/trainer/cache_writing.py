@@ -23,10 +23,9 @@ from torch import Tensor
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.data.broken import write_report
-from fastinvdpo.data.digests import Digests, key_hash
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import only_writer
+from fastinvdpo.io import Digests, key_hash, only_writer
 from fastinvdpo.methods import ChainObjective
 from fastinvdpo.trainer.batches import Tensors, embed, encode
 from fastinvdpo.trainer.cache import (

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
-from fastinvdpo.data.digests import Digests
 from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.io import Digests
 from fastinvdpo.trainer.cache import Manifest
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 

@@ -93,11 +93,6 @@ def write_tar(path: Path, samples: list[dict[str, bytes]], more: dict[str, bytes
     return path
 
 
-def write_more(path: Path, text: str) -> Path:
-    path.write_bytes(path.read_bytes() + b"\n" + text.encode())
-    return path
-
-
 FORMATS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "parquet": (parquet, "parquet"),
     "parquet shards": (parquet_shards, "parquet"),
@@ -139,47 +134,6 @@ def test_every_format_gives_the_same_pairs(root: Path, name: str, streaming: boo
     assert again.pair(1, draw=3).winner.tobytes() == dataset.pair(1, draw=3).winner.tobytes()
 
 
-def test_a_folder_names_winner_and_loser(root: Path) -> None:
-    write_images(root)
-    write_lines(root / "pairs.jsonl", [{"winner": "images/1-1.png", "loser": "images/1-0.png", "prompt": "one"}])
-    pair = PairDataset(root)[0]
-    assert (pair.winner.getpixel((0, 0)), pair.loser.getpixel((0, 0)), pair.caption) == (101, 1, "one")
-
-
-def test_a_folder_with_other_names_and_images_elsewhere(root: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "elsewhere")
-    record = {"left": "2-0.png", "right": "2-1.png", "label": 1, "text": "two"}
-    path = write_lines(root / "mine.jsonl", [record])
-    names = {"jpg_0": "left", "jpg_1": "right", "caption": "text"}
-    dataset = PairDataset(open_source(path, columns=names, image_root=tmp_path / "elsewhere" / "images"))
-    assert (dataset[0].winner.getpixel((0, 0)), dataset[0].caption) == (102, "two")
-
-
-RANKED = {"prompt": "p", "image_path": ["images/0-0.png", "images/1-0.png", "images/2-0.png"]}
-
-
-@pytest.mark.parametrize(
-    ("entry", "choice", "expected"),
-    [
-        ({"rank": [2, 1, 3]}, "all", [(1, 0), (0, 2), (1, 2)]),
-        ({"rank": [2, 1, 3]}, "best", [(1, 0), (1, 2)]),
-        ({"rank": [1, 2, 1]}, "all", [(0, 1), "tie", (2, 1)]),
-        ({"human_preference": [0, 0, 1]}, "best", [(2, 0), (2, 1)]),
-    ],
-)
-@pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
-def test_ranked_images_become_pairs(
-    root: Path, entry: dict[str, Any], choice: str, expected: list[Any], lines: bool
-) -> None:
-    write_images(root)
-    path = root / ("ranked.jsonl" if lines else "ranked.json")
-    write_lines(path, [RANKED | entry]) if lines else path.write_text(json.dumps([RANKED | entry]))
-    assert detect_format(path) == "hpd"
-    dataset = PairDataset(open_source(path, rank_pairs=choice), ties="keep")
-    found = ["tie" if p.tie else (p.winner.getpixel((0, 0)), p.loser.getpixel((0, 0))) for p in dataset]
-    assert found == expected
-
-
 def test_a_repository_has_splits_and_can_be_saved_to_disk(root: Path, tmp_path: Path) -> None:
     import datasets
 
@@ -206,7 +160,7 @@ def test_streamed_parquet_keeps_few_groups(root: Path) -> None:
     assert len(source._loaded) == 4  # type: ignore[attr-defined]  # two windows of two groups
 
 
-def test_streaming_does_not_look_at_images_before_they_are_drawn(root: Path) -> None:
+def test_streaming_does_not_look_at_images_before_they_are_needed(root: Path) -> None:
     path = store(root / "p.parquet", [row(0), row(1, jpg_0=b"text")])
     dataset = PairDataset(open_source(path, streaming=True), resolution=8)
     assert len(dataset) == 2 and dataset[0].row == 0
@@ -239,7 +193,7 @@ def test_a_split_that_file_names_tell_is_read_alone(root: Path, suffix: str) -> 
         with pytest.raises(InvalidInput, match=r"is not a split of .*test, train, validation"):
             open_source(root, split=split)
     (root / f"train-00000.{suffix}").rename(root / f"more.{suffix}")
-    with pytest.raises(InvalidInput, match=rf"more.{suffix}, whose name tells none"):
+    with pytest.raises(InvalidInput, match=rf"more.{suffix}, whose name has none"):
         open_source(root)
 
 
@@ -284,35 +238,11 @@ def test_hidden_files_and_companions_of_a_mac_are_no_pairs(root: Path) -> None:
     assert captions(write_tar(root / "s.tar", [sample], companions)) == ["a"]
 
 
-@pytest.mark.parametrize("text", ["un café noir".encode("utf-8-sig"), "un café noir".encode("utf-16")])
-def test_encodings_that_tell_themselves_are_read(root: Path, text: bytes) -> None:
-    write_images(root)
-    sample = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": text}
-    assert captions(write_tar(root / "s.tar", [sample])) == ["un café noir"]
-    line = json.dumps({"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "un café noir"}) + "\n"
-    encoding = "utf-16" if text.startswith(b"\xff\xfe") else "utf-8-sig"
-    (root / "pairs.jsonl").write_bytes((2 * line.replace("\\u00e9", "é")).encode(encoding))
-    assert captions(root / "pairs.jsonl") == ["un café noir"] * 2
-
-
-def test_encodings_that_cannot_be_told_are_broken_rows(root: Path) -> None:
-    write_images(root)
-    sample = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1))}
-    texts = ("café".encode("latin-1"), "cafe".encode("utf-16-le"), b"a")
-    path = write_tar(root / "s.tar", [{**sample, "txt": text} for text in texts])
-    with pytest.warns(UserWarning, match=r"left out 2 broken rows \[0, 1\] \(2 malformed caption\)"):
-        assert len(PairDataset(path, max_broken=2)) == 1
-    line = '{"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "%s"}\n'
-    (root / "pairs.jsonl").write_bytes((line % "café").encode("latin-1") + (line % "a \\ud83d").encode() + b"[" * 10**5)
-    with pytest.warns(UserWarning, match=r"\(2 malformed row, 1 malformed caption\)"):
-        PairDataset(write_more(root / "pairs.jsonl", line % "a"), max_broken=3)
-
-
 # What cannot be told or read
 
 
 def test_formats_that_cannot_be_told(root: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"so its format cannot be told"):
+    with pytest.raises(InvalidInput, match=r"so its format cannot be inferred"):
         open_source(root)
     parquet(root)
     shards(root)
@@ -339,69 +269,3 @@ def test_files_that_cannot_be_read(root: Path) -> None:
     write_lines(root / "pairs.jsonl", [{}])
     with pytest.raises(InvalidInput, match=r"data.image_root"):
         open_source(root / "pairs.jsonl", image_root=root / "nowhere")
-
-
-def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
-    write_images(root)
-    good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
-    records = [
-        good,
-        "{not json",
-        good | {"label": 2},
-        good | {"caption": None},
-        good | {"image_1": "images/no.png"},
-        [],
-    ]
-    path = write_lines(root / "pairs.jsonl", [*records, {k: v for k, v in good.items() if k != "image_0"}])
-    with pytest.warns(UserWarning, match=r"left out 6 broken rows"):
-        dataset = PairDataset(path, max_broken=6)
-    assert [line["cause"] for line in dataset.broken.lines()] == [
-        "malformed row",
-        "malformed label",
-        "missing caption",
-        "missing image",
-        "malformed row",
-        "missing image",
-    ]
-    assert dataset.broken.lines()[1]["place"] == "row 2 (pairs.jsonl, line 3)"
-    with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '{not json': is not valid JSON"):
-        PairDataset(path)
-
-
-def test_broken_entries_of_ranked_images(root: Path) -> None:
-    write_images(root)
-    entries = [RANKED | {"rank": [1, 2]}, RANKED | {"rank": [1, 2, 3]}, {"prompt": "p", "rank": [1]}, 7]
-    (root / "r.json").write_text(json.dumps(entries))
-    with pytest.warns(UserWarning, match=r"left out 3 broken rows"):
-        dataset = PairDataset(open_source(root / "r.json", format="hpd"), max_broken=3)
-    assert len(dataset) == 3
-    assert dataset.broken.counts() == {"malformed row": 2, "malformed label": 1}
-
-
-def test_broken_members_of_shards(root: Path) -> None:
-    whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
-    missing = {"winner.png": encoded(image(0)), "txt": b"t"}
-    other = {**whole, "json": b'{"label": 1}'}
-    write_tar(root / "s.tar", [whole, {**whole, "json": b"{"}, missing, other, {**whole, "json": b'{"a":1,"a":2}'}])
-    with tarfile.open(root / "s.tar", "a") as tar:
-        tar.addfile(tarfile.TarInfo("2.txt"))
-    with pytest.warns(UserWarning, match=r"left out 4 broken rows"):
-        dataset = PairDataset(root / "s.tar", max_broken=0.8)
-    assert dataset[0].caption == "text"
-    assert [line["cause"] for line in dataset.broken.lines()] == [
-        *("malformed row", "malformed row", "malformed label", "malformed row")
-    ]
-    assert "'2.txt': is the name of two members" in dataset.broken.lines()[1]["problem"]
-
-
-def test_shards_that_end_early_are_refused(root: Path) -> None:
-    whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
-    data = write_tar(root / "s.tar", [whole, whole]).read_bytes()
-    end = max(i for i in range(0, len(data), 512) if any(data[i : i + 512])) + 512
-    for kept in (*range(512, end, 512), 700, end):
-        (root / "s.tar").write_bytes(data[:kept])
-        with pytest.raises(InvalidInput, match=r"s.tar.*(ends early|cannot be read as an uncompressed tar file)"):
-            open_source(root / "s.tar")
-    (root / "s.tar").write_bytes(data + data)
-    with pytest.raises(InvalidInput, match="holds more after its end"):
-        open_source(root / "s.tar")

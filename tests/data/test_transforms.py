@@ -1,4 +1,4 @@
-"""Flip and crop: one decision for both images of a pair, made by seed and draw alone."""
+"""Flip and crop: one decision for both images of a pair, made by seed and sample index alone."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def pixels(images: list[Image.Image]) -> Tensor:
 
 
 def embeddings(images: list[Image.Image], captions: list[str]) -> tuple[Tensor, Tensor]:
-    """CLIP's embeddings in float64, not normalised; padding is masked."""
+    """CLIP's embeddings in float64, not normalized; padding is masked."""
     model = tiny.clip_model().double()
     ids = torch.tensor([tokens(caption) for caption in captions])
     ends = [row.index(1) for row in ids.tolist()]

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastinvdpo import io as digests_module
 from fastinvdpo.data import PairDataset, write_pairs
-from fastinvdpo.data import digests as digests_module
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import ChainObjective
 from fastinvdpo.models import load_model
