@@ -1,6 +1,6 @@
 """Every way to compute a method's gradient gives that of the published formula, differentiated term by term.
 
-``tests/test_streaming.py`` holds the streamed gradient against the objective called as a whole. Here both, and all the
+``tests/methods/test_streaming.py`` holds the streamed gradient against the objective called as a whole. Here both, and all the
 modes together, are held against an oracle in plain PyTorch that asks about one sample at a time and shares no code with
 them but the trajectory.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.methods import ChainObjective, PairBatch, SingleTimestepObjective, build_objective
-from tests.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
+from tests.methods.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -41,7 +41,7 @@ def oracle(method: ChainObjective, batch: PairBatch, chain: Tensor) -> tuple[Ten
     """The gradient of Inversion-DPO's loss and its margins ``(B,)``, for an epsilon model: one graph over all calls."""
     policy, reference = networks(batch.latents.dtype)
     levels = inversion_levels(SCHEDULE, LEVELS).tolist()
-    positions, weights = method._sample_positions(batch, SEED)  # which positions: tests/test_objectives.py
+    positions, weights = method._sample_positions(batch, SEED)  # which positions: tests/methods/test_objectives.py
     margins = []
     for pair in range(batch.pairs):
         margin = torch.zeros((), dtype=batch.latents.dtype)
