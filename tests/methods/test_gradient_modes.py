@@ -1,6 +1,6 @@
 """Every way to compute a method's gradient gives that of the published formula, differentiated term by term.
 
-``tests/methods/test_streaming.py`` holds the streamed gradient against the objective called as a whole. Here both, and all the
+``test_streaming.py`` holds the streamed gradient against the objective called as a whole. Here both, and all the
 modes together, are held against an oracle in plain PyTorch that asks about one sample at a time and shares no code with
 them but the trajectory.
 """
