@@ -13,7 +13,7 @@ from benchmarks import peers
 from benchmarks.peers.common import scaled_linear
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from tests.cases import SD_SCHEDULER, load_golden
-from tests.test_conformance import RUNS, conditioning, network, relative, scheduler_config, unet
+from tests.methods.test_conformance import RUNS, conditioning, network, relative, scheduler_config, unet
 
 
 def run(

@@ -11,7 +11,7 @@ size, and the memory for their graphs does not depend on the length of the traje
 - two passes: all terms are evaluated without gradient first. Costs a forward evaluation of every term more;
 - one pass: pair by pair, the terms are differentiated with factor 1 into gradients of their own, which are multiplied
   by ``u'(z_i)`` and added to the others when the pair's last term is known. Costs memory for one more gradient, and
-  only from the second pair of an optimiser step on;
+  only from the second pair of an optimizer step on;
 - pairs that fit into a slice whole need neither.
 """
 
@@ -53,7 +53,7 @@ class LossTerms(Protocol):
 
     Attributes:
         calls: the number of parts.
-        result: the whole loss, its margins and errors, without gradient; known once the last part was asked for.
+        result: the whole loss, its margins and errors, without gradient; known after the last part.
     """
 
     calls: int
@@ -61,7 +61,7 @@ class LossTerms(Protocol):
     def term(self, call: int) -> Tensor:
         """A scalar; the gradients of all of them add up to that of the loss, and nothing is said of its value.
 
-        Parts must be asked for in order, and each differentiated before the next is asked for.
+        Call it for the parts in order, and differentiate each before the next.
         """
         ...
 

@@ -1,6 +1,6 @@
 """Every way to compute a method's gradient gives that of the published formula, differentiated term by term.
 
-``tests/test_streaming.py`` holds the streamed gradient against the objective called as a whole. Here both, and all the
+``test_streaming.py`` holds the streamed gradient against the objective called as a whole. Here both, and all the
 modes together, are held against an oracle in plain PyTorch that asks about one sample at a time and shares no code with
 them but the trajectory.
 """
@@ -42,7 +42,7 @@ def oracle(method: ChainObjective, batch: PairBatch, chain: Tensor) -> tuple[Ten
     """The gradient of Inversion-DPO's loss and its margins ``(B,)``, for an epsilon model: one graph over all calls."""
     policy, reference = networks(batch.latents.dtype)
     levels = inversion_levels(SCHEDULE, LEVELS).tolist()
-    positions, weights = method._sample_positions(batch, SEED)  # which positions: tests/test_objectives.py
+    positions, weights = method._sample_positions(batch, SEED)  # which positions: tests/methods/test_objectives.py
     margins = []
     for pair in range(batch.pairs):
         margin = torch.zeros((), dtype=batch.latents.dtype)
