@@ -19,7 +19,7 @@ from torch import Tensor
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.methods import ChainObjective, PairBatch, SingleTimestepObjective, build_objective
 from tests.cases import pairwise
-from tests.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
+from tests.methods.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

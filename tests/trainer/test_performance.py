@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo.config import checks as config_checks
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.errors import InvalidInput, MissingExtra
 from fastinvdpo.models import load_model
-from fastinvdpo.trainer import config_checks, performance, train
+from fastinvdpo.trainer import performance, train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.performance import Performance, arrange, decide, match_layout, speed_up
