@@ -159,7 +159,8 @@ def _too_old() -> dict[str, str]:
         requirements = importlib.metadata.requires("fastinvdpo") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that nobody installed
         return {}
-    bounds = dict(match.groups() for match in map(re.compile(r"([\w.-]+)>=([\w.]+)").match, requirements) if match)
+    matches = [re.match(r"([\w.-]+)>=([\w.]+)", requirement) for requirement in requirements]
+    bounds = {match[1]: match[2] for match in matches if match}
     known = {"torch", *(name for names in EXTRAS.values() for name in names)}
     installed = {name: _version(name) for name in sorted(known & set(bounds))}
     return {name: bounds[name] for name, found in installed.items() if found and TorchVersion(found) < bounds[name]}
