@@ -18,15 +18,13 @@ from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import (
     METHODS,
-    STREAM_INVERSION,
-    STREAM_NOISE,
-    STREAM_TIMESTEP,
     ChainObjective,
     DiffusionDPO,
     InPO,
     PairBatch,
 )
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
+from fastinvdpo.methods.pairs import STREAM_INVERSION, STREAM_NOISE, STREAM_TIMESTEP
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import TrainConfig, config_files
 from fastinvdpo.trainer.accounting import AUTOCAST, gradient_factor

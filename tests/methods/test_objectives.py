@@ -18,7 +18,6 @@ from fastinvdpo.diffusion.schedule import (
 )
 from fastinvdpo.methods import (
     METHODS,
-    STREAM_TIMESTEP,
     ChainObjective,
     Draws,
     InversionDPO,
@@ -26,6 +25,7 @@ from fastinvdpo.methods import (
     SmPO,
     build_objective,
 )
+from fastinvdpo.methods.pairs import STREAM_TIMESTEP
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule, toy_network
 
