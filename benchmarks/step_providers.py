@@ -19,9 +19,6 @@ from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import (
     METHODS,
-    STREAM_INVERSION,
-    STREAM_NOISE,
-    STREAM_TIMESTEP,
     ChainObjective,
     DiffusionDPO,
     InPO,

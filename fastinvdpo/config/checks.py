@@ -47,12 +47,9 @@ def _forced_to_cpu() -> bool:
 def _method(config: RunSections) -> Iterator[InvalidInput]:
     method = config.method
     if method.zero_gradient_at_reference and config.model.init_perturbation == 0:
-        yield invalid(
-            "model.init_perturbation",
-            0.0,
-            f"starts policy = reference, where the gradient of {method.name} with these options is exactly zero",
-            "set it to 0.01, or choose a variant whose gradient has a determined direction (endpoint)",
-        )
+        problem = f"starts policy = reference, where the gradient of {method.name} with these options is exactly zero"
+        remedy = "set it to 0.01, or choose a variant whose gradient has a determined direction (endpoint)"
+        yield invalid("model.init_perturbation", 0.0, problem, remedy)
 
 
 def _model(config: RunSections) -> Iterator[InvalidInput]:

@@ -38,21 +38,16 @@ class Prompt:
 
     def select(self, rows: Tensor) -> Prompt:
         """The prompt of some samples: ``rows`` is an int64 index into the batch."""
-
-        def pick(conditioning: Conditioning) -> Conditioning:
-            return {name: tensor[rows.to(tensor.device)] for name, tensor in conditioning.items()}
-
-        unconditional = None if self.unconditional is None else pick(self.unconditional)
-        return Prompt(pick(self.conditional), unconditional, self.guidance_scale)
+        return self._each(lambda tensor: tensor[rows.to(tensor.device)])
 
     def first(self, count: int) -> Prompt:
         """The prompt of the first ``count`` samples, without copying anything."""
+        return self._each(lambda tensor: tensor[:count])
 
-        def cut(conditioning: Conditioning) -> Conditioning:
-            return {name: tensor[:count] for name, tensor in conditioning.items()}
-
-        unconditional = None if self.unconditional is None else cut(self.unconditional)
-        return Prompt(cut(self.conditional), unconditional, self.guidance_scale)
+    def _each(self, take: Callable[[Tensor], Tensor]) -> Prompt:
+        given = self.conditional, self.unconditional
+        taken = [None if c is None else {name: take(tensor) for name, tensor in c.items()} for c in given]
+        return Prompt(taken[0] or {}, taken[1], self.guidance_scale)
 
     @property
     def weights(self) -> list[float]:

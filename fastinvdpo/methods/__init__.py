@@ -18,25 +18,13 @@ from fastinvdpo.methods.base import Method, Objective
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
 from fastinvdpo.methods.inpo import InPO
 from fastinvdpo.methods.inversion_dpo import VARIANTS, ChainObjective, InversionDPO
-from fastinvdpo.methods.pairs import (
-    STREAM_INVERSION,
-    STREAM_NOISE,
-    STREAM_STRATUM,
-    STREAM_TIMESTEP,
-    Draws,
-    ObjectiveOutput,
-    PairBatch,
-)
+from fastinvdpo.methods.pairs import Draws, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.single_timestep import SingleTimestepObjective
 from fastinvdpo.methods.smpo import SmPO
 from fastinvdpo.methods.timesteps import TimestepSampling
 
 __all__ = [
     "METHODS",
-    "STREAM_INVERSION",
-    "STREAM_NOISE",
-    "STREAM_STRATUM",
-    "STREAM_TIMESTEP",
     "VARIANTS",
     "ChainObjective",
     "DiffusionDPO",

@@ -5,33 +5,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from fastinvdpo.diffusion.prompt import Network
+from fastinvdpo.diffusion.prompt import Network, chunked
 from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.pairs import Draws, ObjectiveOutput, PairBatch
-from fastinvdpo.methods.streaming import LossTerms
-from fastinvdpo.ops.preference_loss import check_beta
+from fastinvdpo.methods.streaming import LossTerms, WholeLoss
+from fastinvdpo.ops.preference_loss import PreferenceLoss, check_beta
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
 
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic reads a section of a configuration that is a dataclass; nothing here needs pydantic."""
 
 
-class Objective(Protocol):
+@dataclass(frozen=True)
+class Objective(ABC):
     """The loss of a batch of pairs. It keeps no state, and draws by the seed and the pairs' numbers alone."""
 
-    @property
-    def schedule(self) -> NoiseSchedule: ...
+    schedule: NoiseSchedule
+    method: Method
 
+    @abstractmethod
     def __call__(
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
     ) -> ObjectiveOutput:
         """The loss with one graph. Raises ``InvalidInput`` where the batch lacks what the method needs."""
-        ...
 
     def stream(
         self,
@@ -44,16 +45,26 @@ class Objective(Protocol):
         passes: int = 2,
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
-        """The loss in parts, each with a graph of its own; their gradients add up to that of :meth:`__call__`.
+        """The loss in parts, each with a graph of its own, whose gradients add up to that of :meth:`__call__`: one part
+        here, several where a whole chain is scored (``streaming.py``).
 
         Args:
             policy, reference, batch, seed: as for :meth:`__call__`.
-            max_batch: the largest forward pass, in samples (but at least one guided prediction); None: no limit.
-            passes: how a whole chain is streamed (``streaming.py``): 2 evaluates everything without gradient first,
-                1 works pair by pair with a second gradient buffer.
+            max_batch: the largest forward pass, in samples (but at least one guided prediction), whose graph is in
+                memory at a time; None: no limit.
+            passes: for pairs that do not fit into one part, 2 evaluates everything without gradient first, 1 works
+                pair by pair with a second gradient buffer.
             parameters: for ``passes=1``, all parameters that get a gradient.
         """
-        ...
+        networks = chunked(policy, max_batch), chunked(reference, max_batch)
+        return WholeLoss(lambda: self(*networks, batch, seed=seed))
+
+    def backward(self, policy: Network, reference: Network, batch: PairBatch, **options: Any) -> PreferenceLoss:
+        """Add the gradient of the loss to the parameters' ``grad``, part by part; arguments as of :meth:`stream`."""
+        terms = self.stream(policy, reference, batch, **options)
+        for call in range(terms.calls):
+            terms.term(call).backward()
+        return terms.result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,10 @@ from fastinvdpo.diffusion.schedule import (
     recover_noise,
 )
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.base import Method, check_count
-from fastinvdpo.methods.losses import PreferenceLoss, preference_loss
+from fastinvdpo.methods.base import Method, Objective, check_count
 from fastinvdpo.methods.pairs import STREAM_STRATUM, Draws, ObjectiveOutput, PairBatch, check_batch
 from fastinvdpo.methods.streaming import PASSES, LossTerms, Scored, StreamedLoss
-from fastinvdpo.ops import philox
+from fastinvdpo.ops import philox, preference_loss
 
 
 class _ScoringInputs(NamedTuple):
@@ -124,10 +123,9 @@ class InversionDPO(Method):
 
 
 @dataclass(frozen=True)
-class ChainObjective:
-    """The loss of :class:`InversionDPO`; implements :class:`~fastinvdpo.methods.base.Objective`."""
+class ChainObjective(Objective):
+    """The loss of :class:`InversionDPO`."""
 
-    schedule: NoiseSchedule
     method: InversionDPO
 
     @torch.no_grad()
@@ -220,11 +218,7 @@ class ChainObjective:
         passes: int = 2,
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
-        """The loss in parts, as :meth:`Objective.stream`: memory does not depend on the number of timesteps.
-
-        ``max_batch`` also limits the samples whose graph is in memory at a time. ``passes`` makes no difference to
-        pairs whose timesteps fit into one part. :meth:`backward` shows how to use the parts.
-        """
+        """See :meth:`Objective.stream`; memory does not depend on the number of timesteps."""
         check_batch(batch)
         if passes not in PASSES:
             raise invalid("passes", passes, "is not known", "use 1 or 2")
@@ -263,25 +257,6 @@ class ChainObjective:
             parameters=parameters,
             **self.method.preference,
         )
-
-    def backward(
-        self,
-        policy: Network,
-        reference: Network,
-        batch: PairBatch,
-        *,
-        seed: int,
-        max_batch: int | None = None,
-        passes: int = 2,
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> PreferenceLoss:
-        """Add the gradient of the loss to the parameters' ``grad``, part by part; arguments as of :meth:`stream`."""
-        terms = self.stream(
-            policy, reference, batch, seed=seed, max_batch=max_batch, passes=passes, parameters=parameters
-        )
-        for call in range(terms.calls):
-            terms.term(call).backward()
-        return terms.result
 
     def _reference(self, policy: Network, reference: Network, batch: PairBatch) -> tuple[Tensor, Tensor | None]:
         """The trajectories ``(2B, …)``, where the batch is, and the reference's predictions as far as they are known:

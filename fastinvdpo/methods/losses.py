@@ -9,24 +9,8 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.ops.preference_loss import (
-    UTILITIES,
-    PreferenceLoss,
-    check_beta,
-    check_predictions,
-    preference_loss,
-)
+from fastinvdpo.ops.preference_loss import check_beta, check_predictions
 from fastinvdpo.ops.preference_loss.op import preference_loss_op
-
-__all__ = [
-    "UTILITIES",
-    "DiffusionDPOLoss",
-    "PreferenceLoss",
-    "diffusion_dpo_loss",
-    "preference_loss",
-    "preference_probability",
-    "smoothed_pair_weight",
-]
 
 PICKSCORE_RANGE = 0.16658
 """SmPO's κ: the range of PickScore's cosine, without its scale of 100, over Pick-a-Pic v2."""

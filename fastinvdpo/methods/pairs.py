@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.losses import PreferenceLoss
+from fastinvdpo.ops import PreferenceLoss
 
 # Offsets of the random streams of one pair; an inversion uses one offset per step, the strata one each.
 STREAM_TIMESTEP, STREAM_NOISE, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 1 << 16, 1 << 17

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastinvdpo.diffusion.inversion import (
     InversionSettings,
@@ -17,13 +16,12 @@ from fastinvdpo.diffusion.inversion import (
     plan_inversion,
     plan_released,
 )
-from fastinvdpo.diffusion.prompt import Network, chunked
+from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import NoiseSchedule, prediction_target, recover_noise
-from fastinvdpo.methods.base import Method, check_count
-from fastinvdpo.methods.losses import preference_loss
+from fastinvdpo.methods.base import Method, Objective, check_count
 from fastinvdpo.methods.pairs import STREAM_TIMESTEP, Draws, ObjectiveOutput, PairBatch, check_batch
-from fastinvdpo.methods.streaming import LossTerms, WholeLoss
 from fastinvdpo.methods.timesteps import TimestepSampling
+from fastinvdpo.ops import preference_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +105,9 @@ class InvertingMethod(SingleTimestepMethod):
 
 
 @dataclass(frozen=True)
-class SingleTimestepObjective:
-    """The loss of a :class:`SingleTimestepMethod`; implements :class:`~fastinvdpo.methods.base.Objective`."""
+class SingleTimestepObjective(Objective):
+    """The loss of a :class:`SingleTimestepMethod`."""
 
-    schedule: NoiseSchedule
     method: SingleTimestepMethod
 
     def __call__(
@@ -132,18 +129,3 @@ class SingleTimestepObjective:
         result = preference_loss(policy_pred, reference_pred, target, pair_weight=weight, **preference)
         return ObjectiveOutput(**vars(result), timesteps=timesteps, noisy_latents=noisy, target=target,
                                policy_pred=policy_pred, reference_pred=reference_pred)  # fmt: skip
-
-    def stream(
-        self,
-        policy: Network,
-        reference: Network,
-        batch: PairBatch,
-        *,
-        seed: int,
-        max_batch: int | None = None,
-        passes: int = 2,
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> LossTerms:
-        """One timestep a pair makes one part; ``max_batch`` limits the forward passes."""
-        networks = chunked(policy, max_batch), chunked(reference, max_batch)
-        return WholeLoss(lambda: self(*networks, batch, seed=seed))

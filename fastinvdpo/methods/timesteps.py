@@ -91,16 +91,6 @@ class TimestepSampling:
             places = (share * len(levels)).long().clamp(max=len(levels) - 1)
         return int(levels[0]) + places if self.values is None else levels[places.cpu()]
 
-    def probabilities(self, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-        """What :meth:`draw` draws from: levels int64 ``(n,)``, ascending, and how likely each is, float64 ``(n,)``."""
-        levels = self._levels(schedule)
-        count = len(levels)
-        if self._is_uniform(schedule):
-            return levels, torch.full((count,), 1 / count, dtype=torch.float64)
-        edges = torch.arange(count + 1, dtype=torch.float64) / count
-        below = torch.special.ndtr((torch.logit(edges) - self.logit_mean) / self.logit_std)  # ±∞ at both ends
-        return levels, below.diff()
-
     def _levels(self, schedule: NoiseSchedule) -> Tensor:
         """All levels there are to draw, int64 on the host, ascending."""
         if self.values is not None:

@@ -63,7 +63,7 @@ def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
     micro_batches = math.ceil(_PAIRS / training.batch_size)
     for number in range(micro_batches):
         step, micro = divmod(number, training.gradient_accumulation_steps)
-        terms = objective.stream(
+        objective.backward(
             policy,
             torch.no_grad()(reference),
             _batch(config, objective, order.micro_batch(step, micro)),
@@ -72,8 +72,6 @@ def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
             passes=gradient_passes(config, "NO"),
             parameters=[policy.weight],
         )
-        for call in range(terms.calls):
-            terms.term(call).backward()
     pairs = micro_batches * training.batch_size
     return Evaluations(policy.counts[True] / pairs, (policy.counts[False] + reference.counts[False]) / pairs, pairs)
 

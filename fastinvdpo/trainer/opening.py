@@ -78,9 +78,8 @@ def check_dataset(config: TrainConfig, dataset: Scored) -> None:
     """Raise ``InvalidInput`` when the method needs what the data set lacks."""
     if config.method.needs_scores and not dataset.has_scores:
         remedy = "add columns score_0 and score_1, or name yours in data.columns"
-        raise invalid(
-            "method.name", config.method.name, f"weighs pairs by scores, and {config.data.path} has none", remedy
-        )
+        problem = f"weighs pairs by scores, and {config.data.path} has none"
+        raise invalid("method.name", config.method.name, problem, remedy)
 
 
 def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainConfig:

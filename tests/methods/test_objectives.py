@@ -19,7 +19,6 @@ from fastinvdpo.diffusion.schedule import (
 )
 from fastinvdpo.methods import (
     METHODS,
-    STREAM_TIMESTEP,
     ChainObjective,
     Draws,
     InversionDPO,
@@ -27,6 +26,7 @@ from fastinvdpo.methods import (
     SmPO,
     build_objective,
 )
+from fastinvdpo.methods.pairs import STREAM_TIMESTEP
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule, toy_network
 
