@@ -25,6 +25,7 @@ from fastinvdpo.methods import (
     PairBatch,
 )
 from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
+from fastinvdpo.methods.pairs import STREAM_INVERSION, STREAM_NOISE, STREAM_TIMESTEP
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import PreferenceTrainer
