@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-import fastinvdpo
+from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.inversion import invert_images, picture_of, run_invert
@@ -60,10 +60,9 @@ def test_reconstruction_error_falls_with_the_number_of_steps(model: DiffusionMod
 
 
 def test_a_trained_model_reconstructs_real_images() -> None:
-    weights = Path(fastinvdpo.__file__).parent / "demo" / "weights" / "clean"
     words = ["zero", "one", "two", "three", "four", "five"]
     scans = [Image.fromarray((scan * 255 / 16).round().astype("uint8")) for scan in load_digits().images[: len(words)]]
-    trained, prompts = load_model("digits", weights), [f"a handwritten {word}" for word in words]
+    trained, prompts = load_model("digits", WEIGHTS / "clean"), [f"a handwritten {word}" for word in words]
     results = [invert_images(trained, scans, prompts, num_inference_steps=steps) for steps in (20, 40, 80)]
     errors = [float(result.latent_mse.mean()) for result in results]
     # A method of first order: the error halves, and its square quarters, with every doubling of the steps.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +161,7 @@ class Reporting(Callback):
     def say(self, message: str) -> None:
         """Show a line above the bar, or where there is none, log it."""
         if self._bar is not None and not self._bar.disable:
-            self._bar.write(message)
+            self._bar.write(message, file=sys.stderr)
         elif self._accelerator.is_main_process:
             _LOGGER.info(message)
 

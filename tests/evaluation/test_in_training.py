@@ -110,7 +110,7 @@ def test_rows_are_the_scores_of_the_models(workspace: Path, ema: float | None) -
     assert json.loads((result.directory / "evaluation" / "base.json").read_text())["scores"] == {"brightness": base}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(result.directory / "tensorboard"))
+    events = EventAccumulator(str(result.directory / "tensorboard" / "fastinvdpo"))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("evaluation/brightness")]
     assert found == [(row["step"], pytest.approx(row["brightness"], rel=1e-6)) for row in result.evaluation]

@@ -32,8 +32,9 @@ def sources(tmp_path: Path) -> Path:
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in (".ci", "fastinvdpo", "kernels", "csrc", "benchmarks"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in (".ci", "fastinvdpo", "kernels", "csrc", "benchmarks", "examples"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
     return copy
 
 
@@ -85,17 +86,16 @@ def test_a_pure_wheel_holds_the_package_and_nothing_else(sources: Path) -> None:
     assert top_level(names) == {"fastinvdpo", DIST_INFO}
     assert f"{DIST_INFO}/licenses/LICENSE" in names
     modules = {path.relative_to(sources).as_posix() for path in (sources / "fastinvdpo").rglob("*.py")}
-    modules |= {f"fastinvdpo/_triton/{path.name}" for path in (sources / "kernels/triton").glob("*.py")}
-    benchmarks = sources / "benchmarks"
-    modules |= {
-        f"fastinvdpo/_benchmarks/{path.relative_to(benchmarks).as_posix()}" for path in benchmarks.rglob("*.py")
-    }
+    for folder, linked in (("kernels/triton", "_triton"), ("benchmarks", "_benchmarks"), ("examples", "_examples")):
+        found = (path.relative_to(sources / folder).as_posix() for path in (sources / folder).rglob("*.py"))
+        modules |= {f"fastinvdpo/{linked}/{name}" for name in found}
     assert {"fastinvdpo/_triton/__init__.py", "fastinvdpo/_triton/_common.py"} <= modules
     assert {name for name in names if name.endswith(".py")} == modules
     assert not any("/results/" in name for name in names)
+    weights = (PACKAGE / "_examples/digits/weights").resolve()
     data = [
         *(PACKAGE / "presets").glob("*"),
-        *(path for path in (PACKAGE / "demo/weights").rglob("*") if path.is_file()),
+        *(PACKAGE / "_examples/digits/weights" / path.relative_to(weights) for path in weights.rglob("*.*")),
     ]
     assert {path.suffix for path in data} == {".yaml", ".json", ".safetensors"}
     assert {path.relative_to(ROOT).as_posix() for path in data} <= names

@@ -457,7 +457,7 @@ def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
     with pytest.raises(InvalidInput, match=r"method\.name = 'smpo': weighs pairs by scores"):
         train(_config(workspace, "smpo"), progress=False)
     model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet")
-    with pytest.raises(InvalidInput, match=r"cache\.path = .*not to a model at hand"):
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*not to pairs at hand"):
         tiny.train_model(_config(workspace), model, dataset, progress=False)
     train(_config(workspace, "inpo", training={"steps": 2}), progress=False)
     with pytest.raises(InvalidInput, match=r"resume = 'never'"):

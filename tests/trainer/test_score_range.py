@@ -123,7 +123,9 @@ def test_a_range_of_another_unit_is_an_error(scored: Path, factor: float) -> Non
     output = scored / "scaled.parquet"
     scaled = FunctionScorer(lambda i, c: [factor * score for score in brightness(i, c)], "b")
     score_pairs(open_source(scored / "bare.parquet"), [scaled], output)
-    with pytest.raises(InvalidInput, match=r"score_range = 0\.16658: is not of the unit of the scores.*set it to auto"):
+    with pytest.raises(
+        InvalidInput, match=r"score_range = 0\.16658: is not of the unit of .*give the range of all scores"
+    ):
         trained(scored, "run", PICKSCORE_RANGE, data={"path": str(output)})
 
 
