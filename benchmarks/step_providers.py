@@ -90,7 +90,7 @@ def build_case(
         "training.steps": 1000000,
         "training.mixed_precision": SIZES[size].mixed_precision,
         "output.directory": str(directory),
-        "output.trackers": "[]",
+        "output.tensorboard": "false",
     }
     if METHODS[method].whole_chain:
         settings["training.gradient_passes"] = 1

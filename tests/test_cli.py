@@ -40,7 +40,7 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def test_train_end_to_end_and_resume(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["optimizer.learning_rate=1e-3", "training.mixed_precision=no", "output.trackers=[tensorboard]"]
+    arguments = ["optimizer.learning_rate=1e-3", "training.mixed_precision=no", "output.tensorboard=true"]
     done = _run("train", str(workspace / "run.yaml"), "training.steps=3", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 steps in ")

@@ -58,7 +58,7 @@ STAND_INS = {
 # Presets hold the published numbers: thousands of pairs a step, of pictures that this checkpoint cannot take.
 SMALL = (
     *("training.steps=2", "training.batch_size=1", "training.gradient_accumulation_steps=1"),
-    *("optimizer.warmup_steps=0", "data.resolution=16", "output.trackers=[]"),
+    *("optimizer.warmup_steps=0", "data.resolution=16", "output.tensorboard=false"),
 )
 
 
@@ -76,7 +76,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"path": "pairs.parquet", "resolution": 16},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
         "training": {"steps": 2},
-        "output": {"directory": "run", "trackers": []},
+        "output": {"directory": "run", "tensorboard": False},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(run))
     return root

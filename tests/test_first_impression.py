@@ -66,7 +66,7 @@ def test_commands_say_nothing_foreign(workspace: Path) -> None:
         "doctor",
         "train|--preset|list",
         "train|digits/run.yaml|--dry-run",
-        "train|digits/run.yaml|--no-progress|output.trackers=[tensorboard]",
+        "train|digits/run.yaml|--no-progress|output.tensorboard=true",
         "train|sd15/run.yaml|--no-progress",
         "evaluate|--base|digits/model|--aligned|digits/run/model|--prompts|prompts.txt|--scorer|mine:score"
         "|--output|evaluated|num_inference_steps=2",

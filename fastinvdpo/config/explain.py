@@ -12,9 +12,6 @@ from fastinvdpo.errors import InvalidInput, invalid
 
 KnownKeys = Callable[[tuple[str, ...]], list[str]]
 
-RENAMED = {"output.tensorboard": "output.trackers: [tensorboard], or [] for none"}
-"""Keys of earlier configuration files, and what takes their place."""
-
 _TYPE_REMEDIES = {
     "float_type": "write a number, such as 0.5 or 1.0e-8",
     "int_type": "write a whole number",
@@ -66,8 +63,6 @@ def _unknown(location: tuple[str, ...], value: Any, known_keys: KnownKeys) -> st
     if section[:1] == ["method"] and name in known_keys(("method",)):
         problem = f"is an option of another method, not of {section[1]!r}"
         return str(invalid(key, value, problem, f"remove it; options here: {', '.join(known)}"))
-    if key in RENAMED:
-        return str(invalid(key, value, "has another name now", f"write {RENAMED[key]}"))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     prefix = ".".join(_without_tag(location)[:-1])
     elsewhere = [top for top in known_keys(()) if name in known_keys((top,)) and top != prefix]

@@ -201,8 +201,8 @@ class EvaluationSection(Section):
 
 
 class OutputSection(Section):
-    """``trackers``: accelerate's, such as tensorboard and wandb. ``pipeline``: write the whole pipeline into ``model``,
-    not the trained network alone. ``data_hash``: read the data once more for the model card. ``push_to_hub``:
+    """``trackers``: of accelerate, such as wandb, beside ``tensorboard``. ``pipeline``: write the whole pipeline into
+    ``model``, not the trained network alone. ``data_hash``: read the data once more for the model card. ``push_to_hub``:
     OWNER/NAME of the repository that the result is uploaded to.
     """
 
@@ -210,7 +210,8 @@ class OutputSection(Section):
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
     log_every: Count = 10
-    trackers: list[NonEmpty] = ["tensorboard"]
+    tensorboard: bool = True
+    trackers: list[NonEmpty] = []
     pipeline: bool = True
     data_hash: bool = True
     push_to_hub: NonEmpty | None = None

@@ -126,7 +126,7 @@ class Reporting(Callback):
             self.rows = [row for row in read_history(trainer.directory) if row["step"] <= first]
             with atomic_file(self._path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        if trainer.config.output.trackers:
+        if accelerator.log_with:
             # Rows of an earlier attempt after its last checkpoint are superseded.
             wandb = {"name": trainer.directory.name, "config": trainer.config.as_dict(), "dir": str(trainer.directory)}
             options = {"tensorboard": {"purge_step": first + 1}, "wandb": wandb}

@@ -143,9 +143,10 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     """A fresh accelerator. Its state is shared in the process, and an earlier run may have had another precision."""
     accelerate = require("accelerate", extra="train", purpose="training")
     accelerate.state.AcceleratorState._reset_state()
+    trackers = [*(["tensorboard"] if config.output.tensorboard else []), *config.output.trackers]
     accelerator: Accelerator = accelerate.Accelerator(
         mixed_precision=config.training.mixed_precision,
-        log_with=list(config.output.trackers) or None,
+        log_with=trackers or None,
         project_dir=f"{config.output.directory}/tensorboard",
     )
     accelerate.utils.set_seed(config.training.seed)

@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training": {"steps": 2},
         # A cache leaves VAE and text encoders on the disk; the evaluation needs them.
         "cache": {"path": "cache"},
-        "output": {"directory": "run", "trackers": []},
+        "output": {"directory": "run", "tensorboard": False},
         **yaml.safe_load(SECTION),
     }
     (root / "run.yaml").write_text(yaml.safe_dump(run))

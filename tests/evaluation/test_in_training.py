@@ -100,7 +100,7 @@ def test_training_does_not_notice(workspace: Path) -> None:
 
 @pytest.mark.parametrize("ema", [None, 0.5], ids=["weights", "averages"])
 def test_rows_are_the_scores_of_the_models(workspace: Path, ema: float | None) -> None:
-    result = run(workspace, "run", training={"ema_decay": ema}, output={"trackers": ["tensorboard"]})
+    result = run(workspace, "run", training={"ema_decay": ema}, output={"tensorboard": True})
     base, final = (scores_of(workspace, model) for model in (workspace / "model", result.model_directory))
     first, last = result.evaluation[0], result.evaluation[-1]
     assert first == {"step": 0, "brightness": np.mean(base), "brightness_win_rate": 0.5}

@@ -60,7 +60,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
     }
-    output = {"directory": "run", "checkpoint_every": 2, "log_every": 5, "trackers": []}
+    output = {"directory": "run", "checkpoint_every": 2, "log_every": 5, "tensorboard": False}
     config: dict[str, Any] = tiny.mapping(
         root, "inversion-dpo", data={"path": "scored.parquet"}, training=training, output=output
     )

@@ -35,7 +35,7 @@ def mapping(root: Path, name: str, batch: int) -> dict[str, Any]:
         training={"steps": 2, "batch_size": batch},
         # Far from Adam's sign-like first steps, so that the order of a sum over processes stays rounding.
         optimizer={"epsilon": 1.0, "learning_rate": 0.01, "warmup_steps": 1, "max_grad_norm": None},
-        output={"directory": str(root / name), "log_every": 1, "trackers": []},
+        output={"directory": str(root / name), "log_every": 1, "tensorboard": False},
     )
 
 

@@ -131,7 +131,7 @@ def test_history_and_tensorboard_hold_every_metric(workspace: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     """With the rates of a warm-up of four steps."""
-    config = tiny.config(workspace, optimizer={"warmup_steps": 4}, output={"trackers": ["tensorboard"]})
+    config = tiny.config(workspace, optimizer={"warmup_steps": 4}, output={"tensorboard": True})
     result = train(config, progress=False)
     rows = [json.loads(line) for line in (result.directory / "history.jsonl").read_text().splitlines()]
     assert rows == result.history

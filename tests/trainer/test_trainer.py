@@ -35,7 +35,7 @@ def settings(root: Path, name: str) -> dict[str, Any]:
     return {
         "optimizer": {"learning_rate": RATE, "lr_scheduler": "constant", "warmup_steps": 0},
         "training": {"steps": STEPS, "batch_size": 2},
-        "output": {"directory": str(root / name), "trackers": []},
+        "output": {"directory": str(root / name), "tensorboard": False},
     }
 
 

@@ -80,7 +80,7 @@ def mapping(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, An
         "data": {"path": str(root / "pairs.parquet")},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "training": {"steps": 6, "batch_size": 2},
-        "output": {"directory": str(root / "run"), "checkpoint_every": 2, "log_every": 2, "trackers": []},
+        "output": {"directory": str(root / "run"), "checkpoint_every": 2, "log_every": 2, "tensorboard": False},
     }
     return {section: {**base.get(section, {}), **sections.get(section, {})} for section in {**base, **sections}}
 
