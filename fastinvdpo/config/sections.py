@@ -202,8 +202,8 @@ class EvaluationSection(Section):
 
 class OutputSection(Section):
     """``trackers``: of accelerate, such as wandb, beside ``tensorboard``. ``pipeline``: write the whole pipeline into
-    ``model``, not the trained network alone. ``data_hash``: read the data once more for the model card. ``push_to_hub``:
-    OWNER/NAME of the repository that the result is uploaded to.
+    ``model``, not the trained network alone. ``data_hash``: read the data once more for the model card.
+    ``push_to_hub``: OWNER/NAME of the repository that the result is uploaded to.
     """
 
     directory: NonEmpty

@@ -149,8 +149,8 @@ class Reporting(Callback):
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['implicit_accuracy']:.2f}",
-                                  pairs_per_s=f"{row['pairs_per_second']:.1f}")  # fmt: skip
+            shown = {"loss": row["loss"], "accuracy": row["implicit_accuracy"], "pairs/s": row["pairs_per_second"]}
+            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
     def scalars(self, group: str, row: Mapping[str, Any]) -> None:
         """Numbers for the trackers alone, below ``group``; ``row["step"]`` is the step they belong to."""

@@ -11,7 +11,7 @@ import torch
 
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
-from fastinvdpo.models.quantization import QuantizedLinear
+from fastinvdpo.models.quantization import QuantizedLinear, dequantize_nf4, nf4_dequantizer
 from fastinvdpo.trainer import train
 from fastinvdpo.trainer.graphs import GraphedCalls
 from fastinvdpo.trainer.networks import Networks
