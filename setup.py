@@ -5,7 +5,7 @@ Python otherwise; ``0`` never builds; ``1`` fails where it cannot build. FASTINV
 ``0`` does not; by default they are built where nvcc is found and torch was built for CUDA. Whether a GPU is visible
 plays no part. TORCH_CUDA_ARCH_LIST: the GPUs to build for, such as ``"8.0;9.0+PTX"``; by default those of ARCHITECTURES
 that nvcc knows, the last with PTX for GPUs to come. Where ``auto`` cannot build, the reason is told, and left in the
-package for fastinvdpo/_native.py to tell again.
+package for fastinvdpo/ops/native.py to tell again.
 """
 
 import os

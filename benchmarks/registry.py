@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastinvdpo import _backend, use_backend
+from fastinvdpo import use_backend
+from fastinvdpo.ops import dispatch
 
 from .bench_affine_step import AffineStepProblem
 from .bench_preference_loss import PreferenceLossProblem
@@ -70,7 +71,7 @@ def matches(case: Case, mode: str, pattern: str) -> bool:
 
 def unavailable(provider: str, op: str, device: torch.device) -> str | None:
     """Why a provider cannot run an op there; None when it can, or when only trying will tell."""
-    return None if provider in BASELINES else _backend.unavailable(op, provider, device.type)
+    return None if provider in BASELINES else dispatch.unavailable(op, provider, device.type)
 
 
 def forward(provider: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import fastinvdpo
-from fastinvdpo import _native
 from fastinvdpo.errors import invalid
+from fastinvdpo.ops import native
 
 SCHEMA = 1
 KEY = ("op", "model", "pairs", "timesteps", "dtype", "mode", "provider")
@@ -44,7 +44,7 @@ def origin(device: torch.device) -> Result:
             "python": platform.python_version(),
             "system": platform.platform(),
         },
-        "native": _native.build_info(),
+        "native": native.build_info(),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo import _native
+from fastinvdpo.ops import native
 
 from . import registry
 from .measure import LARGE, Copy, Task, copies, footprint, free_memory, interleaved, percentiles, replayed
@@ -149,7 +149,7 @@ def _rows(
     for provider, task in tasks.items():
         with task.context():
             task.call(*task.arguments(1)[0])  # compiles what is not compiled yet, and fills the caches of allocators
-        _native.release_kept_memory()  # or the call would seem to need none
+        native.release_kept_memory()  # or the call would seem to need none
         seen[provider] = footprint(task, device, visible=provider != "compile" or device.type != "cpu")
     beside = moved >= LARGE or not copy.samples
     samples = interleaved({**tasks, **({"copy": Task(copy)} if beside else {})}, device, seconds)

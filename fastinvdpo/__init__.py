@@ -1,12 +1,12 @@
 """Fused kernels and a thin trainer for preference-aligning diffusion models by inversion-based DPO."""
 
-from fastinvdpo._backend import use_backend
 from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
 from fastinvdpo.methods import Draws, PairBatch, build_objective
 from fastinvdpo.methods.losses import DiffusionDPOLoss, diffusion_dpo_loss
 from fastinvdpo.ops import PreferenceLoss, affine_step, preference_loss
+from fastinvdpo.ops.dispatch import use_backend
 
 __version__ = "0.1.0"
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 import fastinvdpo
-from fastinvdpo import _backend, _native
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.ops import dispatch, native
 
 # The packages of each extra in pyproject.toml.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -71,12 +71,12 @@ def report() -> dict[str, Any]:
     checks = [
         _run_check(op, device["name"], dtype, backend)
         for device in devices
-        for backend in reversed(_backend.BACKENDS)  # a kernel that breaks the device must not hide who else was right
+        for backend in reversed(dispatch.BACKENDS)  # a kernel that breaks the device must not hide who else was right
         for op in sorted(_CHECKS)
         if backend in _to_check(op, device["type"])
         for dtype in _dtypes(backend, device["type"])
     ]
-    asked_by, asked_for = _backend.requested()
+    asked_by, asked_for = dispatch.requested()
     return {
         "fastinvdpo": fastinvdpo.__version__,
         "python": platform.python_version(),
@@ -87,10 +87,10 @@ def report() -> dict[str, Any]:
         "too_old": _too_old(),
         "devices": devices,
         "cuda": cuda,
-        "native": _native.build_info(),
+        "native": native.build_info(),
         "warnings": _warnings(),
         "backend_request": {"backend": asked_for, "by": asked_by},
-        "backends": {op: {kind: _backends(op, kind) for kind in device_types} for op in sorted(_backend.IMPLEMENTED)},
+        "backends": {op: {kind: _backends(op, kind) for kind in device_types} for op in sorted(dispatch.IMPLEMENTED)},
         "checks": checks,
         "healthy": all(check["passed"] for check in checks),
     }
@@ -188,7 +188,7 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _warnings() -> list[str]:
-    fault, info, cuda = _native.fault(), _native.build_info(), torch.version.cuda
+    fault, info, cuda = native.fault(), native.build_info(), torch.version.cuda
     found = [] if fault is None else [f"{fault}. The ops run in plain PyTorch on the CPU."]
     if info is not None and info["cuda"] and cuda is not None:
         built, runs = (int(version.partition(".")[0]) for version in (str(info["nvcc"]), cuda))
@@ -199,23 +199,23 @@ def _warnings() -> list[str]:
 
 
 def _backends(op: str, device_type: str) -> dict[str, Any]:
-    reasons = {backend: _backend.unavailable(op, backend, device_type) for backend in _backend.BACKENDS}
+    reasons = {backend: dispatch.unavailable(op, backend, device_type) for backend in dispatch.BACKENDS}
     unavailable = {backend: reason for backend, reason in reasons.items() if reason is not None}
-    able = {backend: _backend.skipped(backend, device_type) for backend, reason in reasons.items() if reason is None}
+    able = {backend: dispatch.skipped(backend, device_type) for backend, reason in reasons.items() if reason is None}
     skipped = {backend: reason for backend, reason in able.items() if reason is not None}
     found: dict[str, Any] = {"chosen": None, "error": None, "skipped": skipped, "unavailable": unavailable}
     try:
-        return {**found, "chosen": _backend.choose(op, device_type)}
+        return {**found, "chosen": dispatch.choose(op, device_type)}
     except InvalidInput as error:
         return {**found, "error": str(error)}
 
 
 def _to_check(op: str, device_type: str) -> list[str]:
     """The backend that was asked for, or every one that can run, those that ``auto`` skips too."""
-    asked_for = _backend.requested()[1]
+    asked_for = dispatch.requested()[1]
     if asked_for != "auto":
         return [asked_for]
-    return [name for name in _backend.BACKENDS if _backend.unavailable(op, name, device_type) is None]
+    return [name for name in dispatch.BACKENDS if dispatch.unavailable(op, name, device_type) is None]
 
 
 def _dtypes(backend: str, device_type: str) -> tuple[torch.dtype, ...]:
@@ -228,7 +228,7 @@ def _run_check(op: str, device: str, dtype: torch.dtype, backend: str) -> dict[s
     result: dict[str, Any] = {"op": op, "device": device, "backend": backend, "passed": False, "error": None}
     result["dtype"] = str(dtype).removeprefix("torch.")
     try:
-        with nullcontext() if _backend.requested()[1] == backend else _backend.use_backend(backend):
+        with nullcontext() if dispatch.requested()[1] == backend else dispatch.use_backend(backend):
             deviation, allowed = _CHECKS[op](torch.device(device), dtype)
     except Exception as error:  # whatever the op, its backend or the driver raises is the finding
         return {**result, "deviation": None, "allowed": None, "error": f"{type(error).__name__}: {error}"}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastinvdpo import _triton_kernels
-from fastinvdpo._backend import VARIABLE
+from fastinvdpo.ops import triton_kernels
+from fastinvdpo.ops.dispatch import VARIABLE
 from tests import interpreter
 
 
@@ -22,7 +22,7 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     # Where a test says float32 on a GPU it means it: cuDNN may use TF32, and algorithms that round more and vary.
     torch.backends.cudnn.enabled = False
-    if _triton_kernels.interpreted():
+    if triton_kernels.interpreted():
         interpreter.mend()
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastinvdpo import _backend, _triton_kernels
+from fastinvdpo.ops import dispatch, triton_kernels
 
 
 class Place(NamedTuple):
@@ -22,7 +22,7 @@ def parameters(*places: Place) -> list[Any]:
     """The places as parameters of a test, each with the reason to skip it if there is one."""
     found = []
     for place in places:
-        reason = _backend.unavailable("preference_loss", place.backend, place.device)
+        reason = dispatch.unavailable("preference_loss", place.backend, place.device)
         mark = pytest.mark.skipif(reason is not None, reason=f"{place} not run: {reason}")
         found.append(pytest.param(place, id=str(place), marks=mark))
     return found
@@ -38,7 +38,7 @@ def on_gpu(*backends: str) -> list[Any]:
 
 
 # Triton's kernels run on the CPU in an interpreter only; tests/kernels/interpreted.py starts the tests there.
-_INTERPRETED = _triton_kernels.interpreted()
+_INTERPRETED = triton_kernels.interpreted()
 CPU = parameters(*(Place(backend, "cpu") for backend in (("triton",) if _INTERPRETED else ("reference", "native"))))
 GPU = on_gpu("reference", "triton", "cuda")
 EVERYWHERE = CPU if _INTERPRETED else [*CPU, *GPU]

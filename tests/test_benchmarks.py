@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks import bench_affine_step, bench_preference_loss, measure, registry, report, results, run, suite
 from benchmarks.problem import Case, Problem
-from fastinvdpo import InvalidInput, PreferenceLoss, _backend, cli
-from fastinvdpo.ops import preference_loss
+from fastinvdpo import InvalidInput, PreferenceLoss, cli
+from fastinvdpo.ops import dispatch, preference_loss
 from tests.layout import ROOT, optional_dependencies
 from tests.test_house import IMPORT_NAMES
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 PROVIDERS = (
     "eager",
     "reference",
-    *(["native"] if _backend.unavailable("affine_step", "native", "cpu") is None else []),
+    *(["native"] if dispatch.unavailable("affine_step", "native", "cpu") is None else []),
 )
 
 
@@ -106,13 +106,13 @@ def with_fused(monkeypatch: pytest.MonkeyPatch, change: Callable[[PreferenceLoss
 
     def changed(*arguments: Any, **options: Any) -> PreferenceLoss:
         result = preference_loss(*arguments, **options)
-        if _backend.requested()[1] == "reference":
+        if dispatch.requested()[1] == "reference":
             return result
         return PreferenceLoss(change(result), result.margin, result.policy_mse, result.reference_mse)
 
     monkeypatch.setattr(bench_preference_loss, "preference_loss", changed)
     monkeypatch.setattr(
-        registry, "context", lambda name: _backend.use_backend("reference" if name == "reference" else "auto")
+        registry, "context", lambda name: dispatch.use_backend("reference" if name == "reference" else "auto")
     )
     monkeypatch.setattr(registry, "unavailable", lambda *arguments: None)
 
@@ -182,11 +182,11 @@ def test_what_cannot_be_recorded_says_why(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_backends_that_auto_skips_are_timed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "unavailable", lambda *arguments: None)
+    monkeypatch.setattr(dispatch, "unavailable", lambda *arguments: None)
     for name in ("triton", "cuda"):
         assert name in registry.PROVIDERS and registry.unavailable(name, "affine_step", torch.device("cuda")) is None
         with registry.context(name):
-            assert _backend.requested() == ("use_backend", name)
+            assert dispatch.requested() == ("use_backend", name)
 
 
 def test_a_case_that_does_not_fit_is_skipped_and_told(monkeypatch: pytest.MonkeyPatch, quickly: None) -> None:
@@ -267,7 +267,7 @@ def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
 def test_every_case_is_listed_once_and_quick_is_a_part() -> None:
     everything = list(registry.everything())
     assert len(set(everything)) == len(everything)
-    assert {case.op for case, _ in everything} == set(_backend.IMPLEMENTED)
+    assert {case.op for case, _ in everything} == set(dispatch.IMPLEMENTED)
     for device_type in ("cpu", "cuda"):
         quick = list(registry.quick(device_type))
         assert len(set(quick)) == len(quick) and set(quick) < set(everything)

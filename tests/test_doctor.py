@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastinvdpo
-from fastinvdpo import _backend, doctor
+from fastinvdpo import doctor
+from fastinvdpo.ops import dispatch
 from tests.layout import optional_dependencies
 
 
@@ -23,21 +24,21 @@ def test_report_is_complete_and_fits_json(capsys: pytest.CaptureFixture[str]) ->
     assert report["python"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
     assert report["devices"][0]["type"] == "cpu"
     assert report["cuda"]["available"] or report["cuda"]["reason"]
-    for op in _backend.IMPLEMENTED:
+    for op in dispatch.IMPLEMENTED:
         found = report["backends"][op]["cpu"]
         assert found["chosen"] not in {**found["unavailable"], **found["skipped"]}
         told = {found["chosen"], "reference", *found["unavailable"], *found["skipped"]}
-        assert told == set(_backend.BACKENDS) and not set(found["unavailable"]) & set(found["skipped"])
+        assert told == set(dispatch.BACKENDS) and not set(found["unavailable"]) & set(found["skipped"])
         assert all(found["unavailable"].values()) and all(found["skipped"].values())
     ran = {(check["op"], check["device"], check["backend"], check["dtype"]) for check in report["checks"]}
-    for op, backends in _backend.IMPLEMENTED.items():
-        able = [name for name in backends if _backend.unavailable(op, name, "cpu") is None]
+    for op, backends in dispatch.IMPLEMENTED.items():
+        able = [name for name in backends if dispatch.unavailable(op, name, "cpu") is None]
         assert {(op, "cpu", name, dtype) for name in able for dtype in ("float32", "bfloat16")} <= ran
     assert report["healthy"] is True
 
 
 def test_every_op_has_a_check() -> None:
-    assert set(doctor._CHECKS) == set(_backend.IMPLEMENTED)
+    assert set(doctor._CHECKS) == set(dispatch.IMPLEMENTED)
 
 
 def test_the_extras_are_those_of_the_project() -> None:
@@ -50,8 +51,8 @@ def test_text_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text
-    for op in _backend.IMPLEMENTED:
-        assert f"{op} on cpu: {_backend.choose(op, 'cpu')}" in text
+    for op in dispatch.IMPLEMENTED:
+        assert f"{op} on cpu: {dispatch.choose(op, 'cpu')}" in text
         assert f"ok  {op} on cpu, reference, float32: error" in text
         assert "    cannot run cuda: cuda kernels run on cuda tensors" in text
     assert text.endswith("Healthy.\n")
@@ -59,23 +60,23 @@ def test_text_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_auto_skips_is_told_apart_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where every kernel can run."""
-    monkeypatch.setattr(_backend, "unavailable", lambda op, backend, device_type, float64=False: None)
-    monkeypatch.setattr(_backend, "choose", lambda op, device_type: "reference")
+    monkeypatch.setattr(dispatch, "unavailable", lambda op, backend, device_type, float64=False: None)
+    monkeypatch.setattr(dispatch, "choose", lambda op, device_type: "reference")
     monkeypatch.setattr(doctor, "_run_check", lambda *arguments: {"passed": True, "arguments": arguments})
     report = doctor.report()
-    for op in _backend.IMPLEMENTED:
+    for op in dispatch.IMPLEMENTED:
         found = report["backends"][op]["cpu"]
         assert set(found["skipped"]) == {"cuda", "triton"} and found["unavailable"] == {}
-        assert found["skipped"]["cuda"] == _backend.UNPROVEN["cuda"]
+        assert found["skipped"]["cuda"] == dispatch.UNPROVEN["cuda"]
         checked = [arguments[3] for check in report["checks"] if (arguments := check["arguments"])[0] == op]
         # A kernel that breaks the device must not hide that others were right.
         assert list(dict.fromkeys(checked)) == ["reference", "native", "triton", "cuda"]
     text = doctor.render({**report, "checks": []})
-    assert f"    auto skips cuda: {_backend.UNPROVEN['cuda']}\n" in text
+    assert f"    auto skips cuda: {dispatch.UNPROVEN['cuda']}\n" in text
 
 
 def test_missing_kernels_are_told_beside_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor._native, "fault", lambda: "NATIVE KERNELS MISSING: a reason, says the test")
+    monkeypatch.setattr(doctor.native, "fault", lambda: "NATIVE KERNELS MISSING: a reason, says the test")
     *_, warning, verdict = doctor.render(doctor.report()).splitlines()
     assert verdict == "Healthy."
     assert warning.startswith("WARNING: NATIVE KERNELS MISSING: a reason, says the test. ")
@@ -88,8 +89,8 @@ def test_missing_kernels_are_told_beside_the_verdict(monkeypatch: pytest.MonkeyP
 def test_kernels_that_need_a_newer_driver_than_torch_are_told(
     nvcc: str, torch_cuda: str | None, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor._native, "fault", lambda: None)
-    monkeypatch.setattr(doctor._native, "build_info", lambda: {"cuda": True, "nvcc": nvcc})
+    monkeypatch.setattr(doctor.native, "fault", lambda: None)
+    monkeypatch.setattr(doctor.native, "build_info", lambda: {"cuda": True, "nvcc": nvcc})
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     needed = f"built by nvcc {nvcc} and need a driver for CUDA 13, which this PyTorch, built for CUDA {torch_cuda},"
     warnings = doctor._warnings()
@@ -151,7 +152,7 @@ def test_a_wrong_gradient_is_noticed(wrong: float, monkeypatch: pytest.MonkeyPat
 def test_a_choice_that_cannot_run_is_a_finding(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(_backend.VARIABLE, "cuda")
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
     assert doctor.main([]) == 1
     text = capsys.readouterr().out
     assert "affine_step on cpu: none: FASTINVDPO_BACKEND = 'cuda': cuda kernels run on cuda tensors" in text

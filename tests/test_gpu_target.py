@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastinvdpo import _backend
+from fastinvdpo.ops import dispatch
 from tests.gpu import __main__ as target
 from tests.gpu import sanitized
 from tests.layout import ROOT, optional_dependencies
@@ -50,7 +50,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[target.Part]]:
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU of the test")
-        monkeypatch.setattr(_backend, "unavailable", reason)
+        monkeypatch.setattr(dispatch, "unavailable", reason)
         monkeypatch.setattr(target, "find_sanitizer", lambda: "/cuda/bin/compute-sanitizer")
         monkeypatch.setattr(target, "run", run)
         return ran
@@ -67,7 +67,7 @@ def test_everything_is_run_and_a_pass_names_the_line_to_delete(on_gpu, capsys: p
         + [(backend, what) for backend in ("triton", "cuda") for what in fused]
     )
     shown = capsys.readouterr().out
-    assert all(f"{backend} passed everything: its line" in shown for backend in _backend.UNPROVEN)
+    assert all(f"{backend} passed everything: its line" in shown for backend in dispatch.UNPROVEN)
 
 
 def test_every_file_it_names_exists_and_nothing_is_left_out() -> None:
@@ -201,7 +201,7 @@ def test_the_sanitizer_watches_a_plain_script_and_no_calls_of_the_driver() -> No
 
 
 def test_its_launches_are_right_on_the_host() -> None:
-    backend = "reference" if _backend.unavailable("affine_step", "native", "cpu") else "native"
+    backend = "reference" if dispatch.unavailable("affine_step", "native", "cpu") else "native"
     command = [sys.executable, "-m", "tests.gpu.sanitized", backend, "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0 and "all 143 results are right" in done.stdout, done.stdout + done.stderr

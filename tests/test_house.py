@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastinvdpo
-from fastinvdpo import _backend
+from fastinvdpo.ops import dispatch
 from tests.layout import (
     EXAMPLES,
     PACKAGE,
@@ -32,9 +32,6 @@ LAYERS = {
     "errors": 0,
     "io": 1,
     "_extras": 1,
-    "_backend": 1,
-    "_native": 0.5,
-    "_triton_kernels": 0.5,
     "ops": 2,
     "diffusion": 3,
     "methods": 4,
@@ -90,7 +87,7 @@ def op_names() -> set[str]:
 
 
 def test_every_op_has_its_rooms() -> None:
-    assert op_names() == set(_backend.IMPLEMENTED) == {"affine_step", "preference_loss"}
+    assert op_names() == set(dispatch.IMPLEMENTED) == {"affine_step", "preference_loss"}
     rooms = [
         room
         for op in sorted(op_names())
@@ -113,13 +110,13 @@ def test_every_kernel_belongs_to_an_op() -> None:
 
 
 def test_every_backend_of_an_op_has_a_kernel() -> None:
-    for op, backends in _backend.IMPLEMENTED.items():
+    for op, backends in dispatch.IMPLEMENTED.items():
         module = importlib.import_module(f"fastinvdpo.ops.{op}.op")
         assert set(module._FORWARD) == set(backends)
         assert set(getattr(module, "_BACKWARD", backends)) == set(backends)
 
 
-@pytest.mark.parametrize("op", sorted(_backend.IMPLEMENTED))
+@pytest.mark.parametrize("op", sorted(dispatch.IMPLEMENTED))
 def test_every_op_is_registered_with_a_fake_and_a_backward(op: str) -> None:
     import torch
 

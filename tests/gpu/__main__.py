@@ -25,7 +25,7 @@ from typing import IO, NamedTuple
 
 import torch
 
-from fastinvdpo import _backend, _native
+from fastinvdpo.ops import dispatch, native
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 3600  # seconds a part may take
@@ -65,7 +65,7 @@ def parts(sanitizer: str | None, extra: list[str], processes: int = 1) -> list[P
     missing = f"{', '.join(without)} missing: pip install 'fastinvdpo[train]'" if without else None
     found, last = [Part("all", "trainer", [*spread, TRAINER, *extra], missing)], []
     for backend, alone in ALONE.items():
-        obstacle = _backend.unavailable("preference_loss", backend, "cuda")
+        obstacle = dispatch.unavailable("preference_loss", backend, "cuda")
         if alone:
             no_tool = None if sanitizer else "there is no compute-sanitizer (it comes with the CUDA toolkit)"
             for tool in TOOLS:
@@ -108,7 +108,7 @@ def _may_start(part: Part, running: Sequence[Running], jobs: int) -> bool:
 
 def _start(part: Part, quiet: bool) -> Running:
     environment = {
-        name: value for name, value in os.environ.items() if name not in (_backend.VARIABLE, "TRITON_INTERPRET")
+        name: value for name, value in os.environ.items() if name not in (dispatch.VARIABLE, "TRITON_INTERPRET")
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
     if part.what in TOOLS:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"test-gpu: nothing was tested: there is no GPU (torch {torch.__version__} {built}).", file=sys.stderr)
         return 1
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {_native.build_info()}"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {native.build_info()}"
     )
     # The parts that pytest runs are six; one of the others is about as long as one process of these.
     processes = max(1, arguments.jobs // 6) if importlib.util.find_spec("xdist") else 1
@@ -173,9 +173,9 @@ def main(argv: list[str] | None = None) -> int:
         outcome = f"NOT RUN: {part.obstacle}" if passed is None else "passed" if passed else "FAILED"
         print(f"  {part.backend + ': ' + part.what:24}{outcome}")
     everything = not arguments.no_sanitizer and not arguments.pytest
-    for backend in _backend.UNPROVEN:
+    for backend in dispatch.UNPROVEN:
         if everything and all(passed for part, passed in outcomes if part.backend == backend):
-            print(f"{backend} passed everything: its line in UNPROVEN, in fastinvdpo/_backend.py, can be deleted.")
+            print(f"{backend} passed everything: its line in UNPROVEN, in fastinvdpo/ops/dispatch.py, can be deleted.")
     return 0 if all(passed for _, passed in outcomes) else 1
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastinvdpo
-from fastinvdpo import _backend
+from fastinvdpo.ops import dispatch
 from fastinvdpo.ops.affine_step import reference as step_reference
 from tests.kernels.cases import at_offset, check_gradient, check_loss, check_step, problem
 
@@ -75,7 +75,7 @@ def launches(backend: str) -> Iterator[tuple[Callable[..., None], tuple[object, 
 def main() -> int:
     """Exit status 0 when every result is right."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitized")
-    parser.add_argument("backend", choices=_backend.BACKENDS)
+    parser.add_argument("backend", choices=dispatch.BACKENDS)
     parser.add_argument("device", nargs="?", default="cuda")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fastinvdpo import _native
+from fastinvdpo.ops import native
 from tests.kernels.native_run import INSTRUCTION_SETS, instruction_sets, run_tests
 from tests.layout import ROOT
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS[:-1])
@@ -25,7 +25,7 @@ def test_a_lesser_set_than_the_best(instructions: str) -> None:
     *lesser, best = instruction_sets()
     if instructions not in lesser:
         pytest.skip(f"{instructions} is not below {best}, with which this process runs the same tests")
-    extension = _native._load()[0]
+    extension = native._load()[0]
     assert extension is not None and extension.__file__ is not None
     run_tests(Path(extension.__file__), instructions, ["test_native.py"], {})
 

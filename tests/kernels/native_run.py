@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 
 def instruction_sets() -> tuple[str, ...]:
     """Those that this process may use: up to the best one that the CPU has, or the one that FASTINVDPO_ISA names."""
-    from fastinvdpo import _native
+    from fastinvdpo.ops import native
 
-    info = _native.build_info()
+    info = native.build_info()
     assert info is not None
     return INSTRUCTION_SETS[: INSTRUCTION_SETS.index(str(info["cpu_instructions"])) + 1]
 
@@ -66,10 +66,10 @@ def main(path: str, *files: str) -> int:
 
     # What a sanitizer says before it ends the process is not to be captured.
     status = pytest.main([*(str(HERE / name) for name in files), "-q", "-s", "-p", "no:cacheprovider"])
-    from fastinvdpo import _native
+    from fastinvdpo.ops import native
 
-    info = _native.build_info()
-    assert info is not None and _native._load()[0] is extension
+    info = native.build_info()
+    assert info is not None and native._load()[0] is extension
     print(json.dumps({"extension": extension.__file__, "instructions": info["cpu_instructions"]}))
     return int(status)
 

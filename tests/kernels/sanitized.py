@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastinvdpo import _native
+from fastinvdpo.ops import native
 from tests.kernels.native_run import instruction_sets, run_tests
 from tests.layout import ROOT
 
@@ -44,7 +44,7 @@ def missing() -> str | None:
 
 
 pytestmark = [
-    pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable())),
+    pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 

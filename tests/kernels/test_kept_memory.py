@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fastinvdpo
-from fastinvdpo import _native
+from fastinvdpo.ops import native
 from tests.cases import predictions
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 SHAPE = (4, 96, 96)  # with 4 pairs 1.1 MiB in float32
 VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
@@ -48,7 +48,7 @@ def allocated(seed: int, pairs: int = 4) -> int:
 @needs_2_11
 def test_the_next_result_takes_the_memory_of_a_freed_one() -> None:
     size = 2 * 4 * 4 * 96 * 96 * 4
-    _native.release_kept_memory()
+    native.release_kept_memory()
     assert allocated(0) == size
     assert allocated(1) < size / 100
     first = gradient(2)
@@ -59,13 +59,13 @@ def test_the_next_result_takes_the_memory_of_a_freed_one() -> None:
     assert second.data_ptr() == address
     assert_right(second, 3)
     del second
-    _native.release_kept_memory()
+    native.release_kept_memory()
     assert allocated(4) == size
 
 
 @needs_2_11
 def test_memory_of_another_size_is_not_held_on_to() -> None:
-    _native.release_kept_memory()
+    native.release_kept_memory()
     size = allocated(0, pairs=12)
     assert allocated(0, pairs=8) < size / 100  # it does, with less than as much again left over
     assert allocated(0, pairs=4) == size / 3

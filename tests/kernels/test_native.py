@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 import fastinvdpo
-from fastinvdpo import _native
-from fastinvdpo.ops import philox
+from fastinvdpo.ops import native, philox
 from tests.cases import pairwise, predictions
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below one vector, with a tail, above one block and one chunk, and the latents of Stable Diffusion.

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import fastinvdpo
-from fastinvdpo import _native
+from fastinvdpo.ops import native
 from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.kernels.cases import at_offset, check_gradient, check_loss, check_step, problem
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIXES = list(itertools.product(DTYPES, repeat=3))

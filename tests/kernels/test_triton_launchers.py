@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastinvdpo import _triton_kernels
+from fastinvdpo.ops import triton_kernels
 from fastinvdpo.ops.preference_loss import op as loss_op
 from tests.kernels.cases import Problem, problem
 
-UNAVAILABLE = _triton_kernels.unavailable()
+UNAVAILABLE = triton_kernels.unavailable()
 pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"Triton's launchers not run: {UNAVAILABLE}")
 
 
@@ -35,7 +35,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Noted]:
     """In the place of both kernels of preference_loss."""
     kernel = Noted()
     for name in ("forward_kernel", "backward_kernel"):
-        monkeypatch.setattr(_triton_kernels.load(loss_op.NAME), name, kernel)
+        monkeypatch.setattr(triton_kernels.load(loss_op.NAME), name, kernel)
     yield kernel
 
 

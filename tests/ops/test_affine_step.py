@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 import fastinvdpo
-from fastinvdpo import _native
-from fastinvdpo.ops import layout, philox
+from fastinvdpo.ops import layout, native, philox
 from fastinvdpo.ops.affine_step import op
 from fastinvdpo.ops.affine_step.op import affine_step_op
 from tests.cases import pairwise
 
 BACKENDS = [
     "reference",
-    pytest.param("native", marks=pytest.mark.skipif(bool(_native.unavailable()), reason=str(_native.unavailable()))),
+    pytest.param("native", marks=pytest.mark.skipif(bool(native.unavailable()), reason=str(native.unavailable()))),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from fastinvdpo import _native
-from fastinvdpo._backend import VARIABLE
 from fastinvdpo._examples.digits import digits
 from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.data import write_pairs
+from fastinvdpo.ops import native
 from fastinvdpo.ops.affine_step import op as step_op
+from fastinvdpo.ops.dispatch import VARIABLE
 from fastinvdpo.ops.preference_loss import op as loss_op
 from fastinvdpo.trainer import train
 from tests.trainer import tiny
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason=str(_native.unavailable()))
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 STEPS = 50
 # A loss is no more exact than the network: a prediction that is off by a rounding moves it by about β times that,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo import _backend, _native, _triton_kernels
 from fastinvdpo.errors import invalid
+from fastinvdpo.ops import dispatch, native, triton_kernels
 from fastinvdpo.ops.affine_step import reference as _reference
 from fastinvdpo.ops.layout import fits, is_constant, like, overlap, overlaps_itself, sample_order, sample_rows
 
@@ -79,24 +79,24 @@ def _native_forward(*arguments: Any) -> Tensor:
     def launch(*prepared: Any) -> Tensor:
         *functional, out, _ = prepared
         if out is None:
-            result: Tensor = _native.op("affine_step")(*functional)
+            result: Tensor = native.op("affine_step")(*functional)
             return result
-        _native.op("affine_step_out")(*prepared)
+        native.op("affine_step_out")(*prepared)
         return out
 
     return _forward_fused(launch, *arguments)
 
 
 def _native_backward(*arguments: Any) -> list[Tensor]:
-    return _backward_fused(_native.op("affine_step_backward"), *arguments)
+    return _backward_fused(native.op("affine_step_backward"), *arguments)
 
 
 def _triton_forward(*arguments: Any) -> Tensor:
-    return _forward_fused(_triton_kernels.load(NAME).forward, *arguments)
+    return _forward_fused(triton_kernels.load(NAME).forward, *arguments)
 
 
 def _triton_backward(*arguments: Any) -> list[Tensor]:
-    return _backward_fused(_triton_kernels.load(NAME).backward, *arguments)
+    return _backward_fused(triton_kernels.load(NAME).backward, *arguments)
 
 
 # PyTorch's dispatcher tells the native kernels for the CPU from those for CUDA.
@@ -117,7 +117,7 @@ _BACKWARD: dict[str, Callable[..., list[Tensor]]] = {
 
 def _step(sample: Tensor, outputs: list[Tensor], *arguments: Any) -> Tensor:
     float64 = _reference.arithmetic_dtype(sample, *outputs) == torch.float64
-    backend = _backend.choose(NAME, _backend.device_type(sample), float64)
+    backend = dispatch.choose(NAME, dispatch.device_type(sample), float64)
     return _FORWARD[backend](sample, outputs, *arguments)
 
 
@@ -139,7 +139,7 @@ def _backward(
     grad: Tensor, coefficients: Tensor, active: Tensor | None, columns: list[int], dtypes: list[str]
 ) -> list[Tensor]:
     wanted = [getattr(torch, name) for name in dtypes]
-    backend = _backend.choose(NAME, _backend.device_type(grad), torch.float64 in (grad.dtype, *wanted))
+    backend = dispatch.choose(NAME, dispatch.device_type(grad), torch.float64 in (grad.dtype, *wanted))
     return _BACKWARD[backend](grad, coefficients, active, columns, wanted)
 
 

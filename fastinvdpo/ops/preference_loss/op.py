@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo import _backend, _native, _triton_kernels
+from fastinvdpo.ops import dispatch, native, triton_kernels
 from fastinvdpo.ops.layout import as_rows, like
 from fastinvdpo.ops.preference_loss import reference as _reference
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
@@ -42,7 +42,7 @@ def _native_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     predictions = [policy, reference] if target is None else [policy, reference, target]
     policy, reference, *targets = as_rows(predictions, 1 if timestep_weight is None else 2)
-    return _native.op("preference_loss")(
+    return native.op("preference_loss")(
         policy,
         reference,
         targets[0] if targets else None,
@@ -67,7 +67,7 @@ def _native_backward(
 ) -> Tensor:
     beta, utility, label_smoothing = settings
     rows = as_rows([policy, target], 1 if timestep_weight is None else 2)
-    gradient = _native.op("preference_loss_backward")(
+    gradient = native.op("preference_loss_backward")(
         _float32(grad_loss),
         _float32(grad_margin),
         _float32(grad_policy_mse),
@@ -93,7 +93,7 @@ def _triton_forward(
     predictions = [policy, reference] if target is None else [policy, reference, target]
     policy, reference, *targets = as_rows(predictions, 1 if timestep_weight is None else 2)
     tables = (_float32(pair_weight), _float32_rows(timestep_weight))
-    return _triton_kernels.load(NAME).forward(policy, reference, targets[0] if targets else None, *tables, *settings)
+    return triton_kernels.load(NAME).forward(policy, reference, targets[0] if targets else None, *tables, *settings)
 
 
 def _triton_backward(
@@ -108,7 +108,7 @@ def _triton_backward(
     *settings: Any,
 ) -> Tensor:
     rows = as_rows([policy, target], 1 if timestep_weight is None else 2)
-    gradient = _triton_kernels.load(NAME).backward(
+    gradient = triton_kernels.load(NAME).backward(
         *(_float32(grad) for grad in (grad_loss, grad_margin, grad_policy_mse)),
         *rows,
         _float32(margin),
@@ -152,7 +152,7 @@ def _forward(
     policy: Tensor, reference: Tensor, target: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     float64 = _reference.accumulation_dtype(policy, reference, target) is torch.float64
-    kernel = _FORWARD[_backend.choose(NAME, _backend.device_type(policy), float64)]
+    kernel = _FORWARD[dispatch.choose(NAME, dispatch.device_type(policy), float64)]
     return kernel(policy, reference, target, *arguments)
 
 
@@ -166,7 +166,7 @@ def _backward(
     margin: Tensor,
     *arguments: Any,
 ) -> Tensor:
-    kernel = _BACKWARD[_backend.choose(NAME, _backend.device_type(policy), margin.dtype is torch.float64)]
+    kernel = _BACKWARD[dispatch.choose(NAME, dispatch.device_type(policy), margin.dtype is torch.float64)]
     return kernel(grad_loss, grad_margin, grad_policy_mse, policy, target, margin, *arguments)
 
 

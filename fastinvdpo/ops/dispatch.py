@@ -17,8 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastinvdpo import _native, _triton_kernels
 from fastinvdpo.errors import invalid
+from fastinvdpo.ops import native, triton_kernels
 
 VARIABLE = "FASTINVDPO_BACKEND"
 BACKENDS = ("cuda", "triton", "native", "reference")
@@ -108,7 +108,7 @@ def unavailable(op: str, backend: str, device_type: str, float64: bool = False) 
     """
     if backend not in IMPLEMENTED[op]:
         return f"this version has no {backend} kernel for {op}"
-    interpreted = backend == "triton" and _triton_kernels.interpreted()
+    interpreted = backend == "triton" and triton_kernels.interpreted()
     device = "cpu" if interpreted else _DEVICES.get(backend, device_type)
     if device != device_type:
         under = " under TRITON_INTERPRET" if interpreted else ""
@@ -116,10 +116,10 @@ def unavailable(op: str, backend: str, device_type: str, float64: bool = False) 
     if float64 and backend != "reference":
         return f"{backend} kernels compute in float32, and an input is float64"
     if backend == "native":
-        return _native.unavailable()
+        return native.unavailable()
     if backend == "triton":
-        return _triton_kernels.unavailable() or (None if interpreted else _gpus_unavailable())
-    return (_native.cuda_unavailable() or _gpus_unavailable()) if backend == "cuda" else None
+        return triton_kernels.unavailable() or (None if interpreted else _gpus_unavailable())
+    return (native.cuda_unavailable() or _gpus_unavailable()) if backend == "cuda" else None
 
 
 def skipped(backend: str, device_type: str) -> str | None:
@@ -152,7 +152,7 @@ def _select(op: str, device_type: str, float64: bool, asked_by: str, name: str) 
         considered = (backend for backend in BACKENDS if skipped(backend, device_type) is None)
         chosen = next(backend for backend in considered if unavailable(op, backend, device_type, float64) is None)
         if chosen == "reference" and device_type == "cpu" and not float64:
-            _native.warn_of_fault()
+            native.warn_of_fault()
         return chosen
     reason = unavailable(op, name, device_type, float64)
     if reason is not None:

@@ -14,41 +14,41 @@ import pytest
 import torch
 
 import fastinvdpo
-from fastinvdpo import _backend, _native, _triton_kernels
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.ops import dispatch, native, triton_kernels
 from tests.layout import ROOT
 
-OPS = sorted(_backend.IMPLEMENTED)
+OPS = sorted(dispatch.IMPLEMENTED)
 
 
 @pytest.fixture
 def fresh():
     """Choices made in the test are neither remembered from before nor afterwards."""
-    _backend._select.cache_clear()
+    dispatch._select.cache_clear()
     yield
-    _backend._select.cache_clear()
+    dispatch._select.cache_clear()
 
 
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     """As if there were a GPU, Triton and an extension with CUDA. What is chosen must not be called."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(_backend, "_gpus_unavailable", lambda: None)
-    monkeypatch.setattr(_triton_kernels, "unavailable", lambda: None)
-    monkeypatch.setattr(_native, "cuda_unavailable", lambda: None)
+    monkeypatch.setattr(dispatch, "_gpus_unavailable", lambda: None)
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda: None)
+    monkeypatch.setattr(native, "cuda_unavailable", lambda: None)
 
 
-ON_CPU = "reference" if _native.unavailable() else "native"
+ON_CPU = "reference" if native.unavailable() else "native"
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
 def test_there_is_a_reason_against_each_that_was_not_chosen(op: str, device_type: str) -> None:
-    chosen = _backend.choose(op, device_type)
+    chosen = dispatch.choose(op, device_type)
     assert chosen == (ON_CPU if device_type == "cpu" else "reference")
-    for backend in set(_backend.BACKENDS) - {chosen, "reference"}:
-        assert _backend.unavailable(op, backend, device_type) or _backend.skipped(backend, device_type)
-    assert _backend.unavailable(op, "reference", device_type) is None
+    for backend in set(dispatch.BACKENDS) - {chosen, "reference"}:
+        assert dispatch.unavailable(op, backend, device_type) or dispatch.skipped(backend, device_type)
+    assert dispatch.unavailable(op, "reference", device_type) is None
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def not_built(monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_path: Path) -> I
     def refuse(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(_native, "importlib", SimpleNamespace(import_module=refuse))
-    monkeypatch.setattr(_native, "HERE", tmp_path)
-    forget = (_native._load, _native.warn_of_fault)
+    monkeypatch.setattr(native, "importlib", SimpleNamespace(import_module=refuse))
+    monkeypatch.setattr(native, "HERE", tmp_path)
+    forget = (native._load, native.warn_of_fault)
     for remembered in forget:
         remembered.cache_clear()
     yield tmp_path
@@ -79,44 +79,44 @@ def test_kernels_that_should_be_there_are_missed_aloud_and_once(
     file: str, text: str, reason: str, not_built: Path
 ) -> None:
     (not_built / file).write_text(text)
-    assert reason in str(_backend.unavailable("affine_step", "native", "cpu"))
-    assert str(_native.fault()).startswith("NATIVE KERNELS MISSING: the extension fastinvdpo._C was not built: ")
+    assert reason in str(dispatch.unavailable("affine_step", "native", "cpu"))
+    assert str(native.fault()).startswith("NATIVE KERNELS MISSING: the extension fastinvdpo._C was not built: ")
     with pytest.warns(RuntimeWarning, match="NATIVE KERNELS MISSING.*Plain PyTorch runs instead") as told:
         for op in OPS * 2:
-            assert _backend.choose(op, "cpu") == "reference"
+            assert dispatch.choose(op, "cpu") == "reference"
     assert len(told) == 1 and reason in str(told[0].message)
 
 
 def test_kernels_that_nobody_asked_for_are_not_missed(not_built: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _backend.choose("affine_step", "cpu") == "reference"
-    assert _native.fault() is None
-    assert "fastinvdpo._C was not built" in str(_backend.unavailable("affine_step", "native", "cpu"))
+        assert dispatch.choose("affine_step", "cpu") == "reference"
+    assert native.fault() is None
+    assert "fastinvdpo._C was not built" in str(dispatch.unavailable("affine_step", "native", "cpu"))
 
 
 def test_float64_is_for_the_reference_alone() -> None:
-    assert _backend.choose("affine_step", "cpu", float64=True) == "reference"
-    with _backend.use_backend("native"), pytest.raises(InvalidInput, match="compute in float32"):
-        _backend.choose("affine_step", "cpu", float64=True)
+    assert dispatch.choose("affine_step", "cpu", float64=True) == "reference"
+    with dispatch.use_backend("native"), pytest.raises(InvalidInput, match="compute in float32"):
+        dispatch.choose("affine_step", "cpu", float64=True)
 
 
 def test_without_the_extension_the_reference_runs_and_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch, fresh: None
 ) -> None:
-    monkeypatch.setattr(_native, "unavailable", lambda: "the extension was not built, says the test")
-    assert _backend.choose("affine_step", "cpu") == "reference"
-    with _backend.use_backend("native"), pytest.raises(InvalidInput, match="not built, says the test"):
-        _backend.choose("affine_step", "cpu")
+    monkeypatch.setattr(native, "unavailable", lambda: "the extension was not built, says the test")
+    assert dispatch.choose("affine_step", "cpu") == "reference"
+    with dispatch.use_backend("native"), pytest.raises(InvalidInput, match="not built, says the test"):
+        dispatch.choose("affine_step", "cpu")
 
 
 @pytest.mark.parametrize(("backend", "op"), list(zip(("cuda", "triton"), OPS, strict=True)))
 def test_auto_skips_what_has_not_run_on_a_gpu_but_a_name_chooses_it(backend: str, op: str, with_gpu: None) -> None:
-    assert _backend.unavailable(op, backend, "cuda") is None
-    assert "not been run on a GPU yet" in str(_backend.skipped(backend, "cuda"))
-    assert _backend.choose(op, "cuda") == "reference"
-    with _backend.use_backend(backend):
-        assert _backend.choose(op, "cuda") == backend
+    assert dispatch.unavailable(op, backend, "cuda") is None
+    assert "not been run on a GPU yet" in str(dispatch.skipped(backend, "cuda"))
+    assert dispatch.choose(op, "cuda") == "reference"
+    with dispatch.use_backend(backend):
+        assert dispatch.choose(op, "cuda") == backend
 
 
 @pytest.mark.parametrize(("proven", "chosen"), [(("triton",), "triton"), (("triton", "cuda"), "cuda")])
@@ -124,33 +124,33 @@ def test_deleting_a_line_lets_auto_choose_it(
     proven: tuple[str, ...], chosen: str, with_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in proven:
-        monkeypatch.delitem(_backend.UNPROVEN, name)
-    assert _backend.choose("affine_step", "cuda") == chosen
-    assert _backend.choose("affine_step", "cuda", float64=True) == "reference"
-    assert _backend.choose("affine_step", "cpu") == ON_CPU
+        monkeypatch.delitem(dispatch.UNPROVEN, name)
+    assert dispatch.choose("affine_step", "cuda") == chosen
+    assert dispatch.choose("affine_step", "cuda", float64=True) == "reference"
+    assert dispatch.choose("affine_step", "cpu") == ON_CPU
 
 
 def test_auto_never_interprets(with_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(_backend.UNPROVEN, "triton")
+    monkeypatch.delitem(dispatch.UNPROVEN, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert _backend.choose("affine_step", "cpu") == ON_CPU
-    assert "interpreter" in str(_backend.skipped("triton", "cpu"))
-    with _backend.use_backend("triton"):
-        assert _backend.choose("affine_step", "cpu") == "triton"
+    assert dispatch.choose("affine_step", "cpu") == ON_CPU
+    assert "interpreter" in str(dispatch.skipped("triton", "cpu"))
+    with dispatch.use_backend("triton"):
+        assert dispatch.choose("affine_step", "cpu") == "triton"
         with pytest.raises(InvalidInput, match="run on cpu tensors under TRITON_INTERPRET, not on cuda tensors"):
-            _backend.choose("affine_step", "cuda")
+            dispatch.choose("affine_step", "cuda")
 
 
 def test_the_reasons_of_gpu_kernels(with_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(backend: str, device_type: str = "cuda") -> str | None:
-        return _backend.unavailable("preference_loss", backend, device_type)
+        return dispatch.unavailable("preference_loss", backend, device_type)
 
     for backend in ("triton", "cuda"):
         assert reason(backend, "cpu") == f"{backend} kernels run on cuda tensors, not on cpu tensors"
-    monkeypatch.setattr(_backend, "_gpus_unavailable", lambda: "GPU 0 is old, says the test")
+    monkeypatch.setattr(dispatch, "_gpus_unavailable", lambda: "GPU 0 is old, says the test")
     assert reason("triton") == reason("cuda") == "GPU 0 is old, says the test"
-    monkeypatch.setattr(_triton_kernels, "unavailable", lambda: "no triton, says the test")
-    monkeypatch.setattr(_native, "cuda_unavailable", lambda: "no extension, says the test")
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda: "no triton, says the test")
+    monkeypatch.setattr(native, "cuda_unavailable", lambda: "no extension, says the test")
     assert (reason("triton"), reason("cuda")) == ("no triton, says the test", "no extension, says the test")
 
 
@@ -169,7 +169,7 @@ def test_every_visible_gpu_must_do(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old")
-    found = _backend._gpus_unavailable.__wrapped__()
+    found = dispatch._gpus_unavailable.__wrapped__()
     assert found is None if expected is None else found.startswith(expected)
 
 
@@ -177,7 +177,7 @@ def test_without_a_gpu_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for version, expected in ((None, "was built without CUDA"), ("13.0", "finds no usable GPU or driver")):
         monkeypatch.setattr(torch.version, "cuda", version)
-        assert expected in _backend._gpus_unavailable.__wrapped__()
+        assert expected in dispatch._gpus_unavailable.__wrapped__()
 
 
 @pytest.mark.parametrize(
@@ -199,13 +199,13 @@ def test_the_reasons_against_triton(found: str | None, expected: str | None, mon
             raise ModuleNotFoundError(f"No module named {name!r}")
         return SimpleNamespace(__version__=found, JITFunction=JITFunction, language=SimpleNamespace(sum=JITFunction()))
 
-    monkeypatch.setattr(_triton_kernels, "importlib", SimpleNamespace(import_module=look_up))
+    monkeypatch.setattr(triton_kernels, "importlib", SimpleNamespace(import_module=look_up))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = _triton_kernels.unavailable.__wrapped__()
+    reason = triton_kernels.unavailable.__wrapped__()
     assert reason is None if expected is None else expected in reason
     if reason is None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        assert "changed after triton had been imported" in _triton_kernels.unavailable.__wrapped__()
+        assert "changed after triton had been imported" in triton_kernels.unavailable.__wrapped__()
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_the_reasons_against_triton(found: str | None, expected: str | None, mon
 def test_the_reasons_against_cuda(
     info: dict[str, bool] | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native, "build_info", lambda: info)
-    monkeypatch.setattr(_native, "unavailable", lambda: "not built, says the test")
-    reason = _native.cuda_unavailable()
+    monkeypatch.setattr(native, "build_info", lambda: info)
+    monkeypatch.setattr(native, "unavailable", lambda: "not built, says the test")
+    reason = native.cuda_unavailable()
     assert reason is None if expected is None else expected in str(reason)
 
 
@@ -241,40 +241,40 @@ assert "triton" not in sys.modules and "fastinvdpo._triton" not in sys.modules
 def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reason = f"{name} kernels run on cuda tensors, not on cpu tensors"
-    with _backend.use_backend(name), pytest.raises(InvalidInput, match=f"use_backend = '{name}'.*{reason}"):
-        _backend.choose("affine_step", "cpu")
-    monkeypatch.setenv(_backend.VARIABLE, name)
+    with dispatch.use_backend(name), pytest.raises(InvalidInput, match=f"use_backend = '{name}'.*{reason}"):
+        dispatch.choose("affine_step", "cpu")
+    monkeypatch.setenv(dispatch.VARIABLE, name)
     with pytest.raises(InvalidInput, match=f"FASTINVDPO_BACKEND = '{name}'.*{reason}.*Remedy: choose auto"):
-        _backend.choose("affine_step", "cpu")
+        dispatch.choose("affine_step", "cpu")
 
 
 def test_an_op_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    monkeypatch.setitem(_backend.IMPLEMENTED, "affine_step", ("reference",))
-    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="no cuda kernel for affine_step"):
-        _backend.choose("affine_step", "cpu")
+    monkeypatch.setitem(dispatch.IMPLEMENTED, "affine_step", ("reference",))
+    with dispatch.use_backend("cuda"), pytest.raises(InvalidInput, match="no cuda kernel for affine_step"):
+        dispatch.choose("affine_step", "cpu")
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(InvalidInput, match=r"name = 'Triton'.*auto, cuda, native, reference, triton"),
-        _backend.use_backend("Triton"),
+        dispatch.use_backend("Triton"),
     ):
         raise AssertionError("the block was entered")
-    monkeypatch.setenv(_backend.VARIABLE, "fast")
+    monkeypatch.setenv(dispatch.VARIABLE, "fast")
     with pytest.raises(InvalidInput, match="FASTINVDPO_BACKEND = 'fast'"):
-        _backend.choose("preference_loss", "cpu")
+        dispatch.choose("preference_loss", "cpu")
 
 
 def test_blocks_nest_beat_the_environment_and_end_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, expected in (("", ("default", "auto")), ("cuda", (_backend.VARIABLE, "cuda"))):
-        monkeypatch.setenv(_backend.VARIABLE, value)  # read at every call
-        assert _backend.requested() == expected
-    with _backend.use_backend("auto"):
-        with pytest.raises(ZeroDivisionError), _backend.use_backend("triton"):
-            assert _backend.requested() == ("use_backend", "triton")
+    for value, expected in (("", ("default", "auto")), ("cuda", (dispatch.VARIABLE, "cuda"))):
+        monkeypatch.setenv(dispatch.VARIABLE, value)  # read at every call
+        assert dispatch.requested() == expected
+    with dispatch.use_backend("auto"):
+        with pytest.raises(ZeroDivisionError), dispatch.use_backend("triton"):
+            assert dispatch.requested() == ("use_backend", "triton")
             raise ZeroDivisionError
-        assert _backend.requested() == ("use_backend", "auto")
-    assert _backend.requested() == (_backend.VARIABLE, "cuda")
+        assert dispatch.requested() == ("use_backend", "auto")
+    assert dispatch.requested() == (dispatch.VARIABLE, "cuda")
 
 
 def _in_a_thread(function):
@@ -287,14 +287,14 @@ def _in_a_thread(function):
 
 def test_a_thread_without_a_choice_follows_and_one_with_a_choice_keeps_it() -> None:
     def own_choice() -> tuple[str, str]:
-        with _backend.use_backend("auto"):
-            return _backend.requested()
+        with dispatch.use_backend("auto"):
+            return dispatch.requested()
 
-    with _backend.use_backend("reference"):
-        assert _in_a_thread(_backend.requested) == ("use_backend", "reference")
+    with dispatch.use_backend("reference"):
+        assert _in_a_thread(dispatch.requested) == ("use_backend", "reference")
         assert _in_a_thread(own_choice) == ("use_backend", "auto")
-        assert _backend.requested() == ("use_backend", "reference")
-    assert _in_a_thread(_backend.requested) == ("default", "auto")
+        assert dispatch.requested() == ("use_backend", "reference")
+    assert _in_a_thread(dispatch.requested) == ("default", "auto")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -309,7 +309,7 @@ def test_the_ops_obey_the_choice_without_recompiling(compiled: bool) -> None:
     sample, coefficients = torch.ones(2, 3), torch.tensor([[2.0], [3.0]])
     expected = torch.tensor([[2.0] * 3, [3.0] * 3])
     torch.testing.assert_close(step(sample, [], coefficients), expected, rtol=0, atol=0)
-    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="cuda kernels run on cuda tensors"):
+    with dispatch.use_backend("cuda"), pytest.raises(InvalidInput, match="cuda kernels run on cuda tensors"):
         step(sample, [], coefficients)
     with fastinvdpo.use_backend("reference"):
         torch.testing.assert_close(step(sample, [], coefficients), expected, rtol=0, atol=0)
@@ -319,7 +319,7 @@ def test_the_ops_obey_the_choice_without_recompiling(compiled: bool) -> None:
 def test_the_backward_obeys_the_choice() -> None:
     predictions = torch.randn(2, 5, requires_grad=True)
     loss = fastinvdpo.preference_loss(predictions, torch.zeros(2, 5), torch.ones(2, 5), beta=1.0).loss
-    with _backend.use_backend("cuda"), pytest.raises(InvalidInput, match="cuda kernels run on cuda tensors"):
+    with dispatch.use_backend("cuda"), pytest.raises(InvalidInput, match="cuda kernels run on cuda tensors"):
         loss.backward(retain_graph=True)
     loss.backward()
     assert predictions.grad is not None and bool(predictions.grad.abs().max() > 0)
