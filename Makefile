@@ -107,5 +107,5 @@ test-oldest: .venv-uv/bin/uv
 	rm -rf .venv-oldest/checkout && mkdir -p .venv-oldest/checkout
 	$(RESOLVE) --resolution lowest-direct --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" > .venv-oldest/constraints.txt
 	git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C .venv-oldest/checkout
-	$(MAKE) -C .venv-oldest/checkout ENVIRONMENT=own VENV=../environment CONSTRAINTS=../constraints.txt TORCH=torch test \
+	FASTINVDPO_CUDA=0 $(MAKE) -C .venv-oldest/checkout ENVIRONMENT=own VENV=../environment CONSTRAINTS=../constraints.txt TORCH=torch test \
 	  ARGS='tests/ops tests/models $(addprefix tests/trainer/,test_adapter_files.py test_families.py test_networks.py) $(ARGS)'
