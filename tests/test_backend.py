@@ -63,7 +63,7 @@ def test_without_the_extension_the_reference_runs_and_the_reason_is_told(
         _backend.choose("affine_step", "cpu")
 
 
-@pytest.mark.parametrize(("backend", "op"), zip(("cuda", "triton"), OPS, strict=True))
+@pytest.mark.parametrize(("backend", "op"), list(zip(("cuda", "triton"), OPS, strict=True)))
 def test_auto_skips_what_has_not_run_on_a_gpu_but_a_name_chooses_it(backend: str, op: str, with_gpu: None) -> None:
     assert _backend.unavailable(op, backend, "cuda") is None
     assert "not been run on a GPU yet" in str(_backend.skipped(backend, "cuda"))

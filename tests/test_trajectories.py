@@ -87,7 +87,9 @@ KINDS_OF_STEPS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "given_noise"), zip(KINDS_OF_STEPS, (False, True, False, False), strict=True))
+@pytest.mark.parametrize(
+    ("settings", "given_noise"), list(zip(KINDS_OF_STEPS, (False, True, False, False), strict=True))
+)
 def test_static_shapes_change_the_cost_alone(settings: InversionSettings, given_noise: bool) -> None:
     levels = torch.tensor([700, 3, 250, 999, 0])
     latents, prompt = batch(5)
@@ -123,7 +125,7 @@ def test_every_step_shows_the_whole_batch_in_its_own_order(static_shapes: bool) 
         before = step.latents
 
 
-@pytest.mark.parametrize(("settings", "guidance_scale"), zip(KINDS_OF_STEPS, [1.0, 2.0] * 2, strict=True))
+@pytest.mark.parametrize(("settings", "guidance_scale"), list(zip(KINDS_OF_STEPS, [1.0, 2.0] * 2, strict=True)))
 def test_a_batch_equals_its_samples_one_by_one(settings: InversionSettings, guidance_scale: float) -> None:
     levels, index = torch.tensor([700, 3, 250, 999, 0]), torch.tensor([40, 41, 7, 8, 9])
     latents, prompt = batch(5)

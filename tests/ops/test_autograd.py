@@ -25,7 +25,7 @@ everywhere = pytest.mark.parametrize("place", EVERYWHERE)
 
 @everywhere
 @pytest.mark.parametrize(
-    ("given", "steps"), zip(list(itertools.product((True, False), repeat=3))[:-1], itertools.cycle([None, 3]))
+    ("given", "steps"), list(zip(list(itertools.product((True, False), repeat=3))[:-1], itertools.cycle([None, 3])))
 )
 def test_opcheck_of_the_backward_of_preference_loss(
     place: Place, steps: int | None, given: tuple[bool, bool, bool]

@@ -47,7 +47,7 @@ def test_micro_batches_equal_one_batch_in_float64(workspace: Path, method: str) 
         assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-9)
 
 
-@pytest.mark.parametrize(("method", "lora"), zip(tiny.METHODS, [None, {"rank": 2}] * 2, strict=True))
+@pytest.mark.parametrize(("method", "lora"), list(zip(tiny.METHODS, [None, {"rank": 2}] * 2, strict=True)))
 def test_first_loss_is_ln_2(workspace: Path, method: str, lora: dict[str, Any] | None) -> None:
     config = tiny.config(workspace, method, model={"lora": lora}, training={"steps": 1}, optimizer={"warmup_steps": 0})
     first = train(config, progress=False).history[0]
