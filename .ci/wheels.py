@@ -41,7 +41,7 @@ def build(python: str, folder: Path) -> None:
     flags = f"-I{found['include']} {os.environ.get('CFLAGS', '')}"
     settings = {"CFLAGS": flags, "SETUPTOOLS_EXT_SUFFIX": found["suffix"], "FASTINVDPO_BUILD": "1"}
     setup = ("setup.py", "-q", "build", f"--build-base={folder / 'build'}", "bdist_wheel", f"--dist-dir={folder}")
-    output(sys.executable, *setup, cwd=ROOT, env={**os.environ, **settings})
+    output(sys.executable, "-W", "ignore", *setup, cwd=ROOT, env={**os.environ, **settings})
     (wheel,) = folder.glob("*.whl")
     tags = ("--remove", f"--python-tag={found['tag']}", f"--abi-tag={found['tag']}")
     output(sys.executable, "-m", "wheel", "tags", *tags, wheel)

@@ -71,7 +71,7 @@ def compiled(source: Path, include: Path, folder: Path) -> subprocess.CompletedP
         kind = [str(NVCC), "-c", "-G", "-gencode=arch=compute_90,code=compute_90", "-o", str(folder / "kernel.o")]
     else:
         kind = [str(COMPILER), "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-psabi"]
-    return subprocess.run([*kind, *options, str(source)], capture_output=True, text=True, timeout=600)
+    return subprocess.run([*kind, *options, str(source)], capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.parametrize("source", SOURCES)
