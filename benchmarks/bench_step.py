@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, clipping, optimiser): this package's trainer against the released order.
+"""A whole training step (forward, backward, clipping, optimizer): this package's trainer against the released order.
 
 ``fastinvdpo bench step``, or ``python -m benchmarks.bench_step`` in a checkout. Every provider makes the same steps of
 the same pairs with the same random numbers, and its gradient is first held to that of the released order. What is known

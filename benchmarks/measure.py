@@ -59,7 +59,7 @@ class Percentiles(NamedTuple):
 
 
 def percentiles(samples: Sequence[float]) -> Percentiles:
-    """Median, and the 20th and 80th percentile, interpolated between neighbours."""
+    """Median, and the 20th and 80th percentile, interpolated between neighbors."""
     if len(samples) == 1:
         return Percentiles(*[samples[0]] * 3)
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
@@ -121,7 +121,7 @@ def interleaved(
         for done in range(most):
             if done >= rounds and time.perf_counter() - start > seconds:
                 break
-            for name in random.Random(done).sample(names, len(names)):  # nobody always runs after the same neighbour
+            for name in random.Random(done).sample(names, len(names)):  # nobody always runs after the same neighbor
                 samples[name].append(timed(tasks[name], repetitions[name], device))
     finally:
         if collecting:

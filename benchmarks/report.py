@@ -14,7 +14,7 @@ from .results import Result, summary
 
 Row = dict[str, Any]
 
-_COLOURS = {
+_COLORS = {
     "eager": "tab:gray",
     "compile": "tab:olive",
     "reference": "tab:brown",
@@ -140,7 +140,7 @@ def plot(result: Result, path: Path) -> Path | None:
                 (row["bytes"], row["gbps"], row["correct"]) for row in inside if row["provider"] == provider
             )
             sizes, speeds, _ = zip(*points, strict=True)
-            axis.plot(sizes, speeds, marker="o", markersize=3, color=_COLOURS[provider], label=provider)
+            axis.plot(sizes, speeds, marker="o", markersize=3, color=_COLORS[provider], label=provider)
             wrong = [point for point in points if not point[2]]
             axis.scatter([point[0] for point in wrong], [point[1] for point in wrong], marker="x", s=80, color="black")
         if result["copy_gbps"] is not None:

@@ -26,7 +26,7 @@ class Size:
         pooled: width of SDXL's pooled embedding; 0 where there is none.
         mixed_precision: as in ``training.mixed_precision``.
         gpu: whether only a GPU can do it in any reasonable time.
-        in_turn: whether networks and optimisers of both sides, the released one and ours, fit into 80 GB together.
+        in_turn: whether networks and optimizers of both sides, the released one and ours, fit into 80 GB together.
     """
 
     unet: dict[str, Any]

@@ -126,7 +126,7 @@ class Provider(ABC):
         return dict(self.networks.evaluations)
 
     def warm_up(self) -> None:
-        """Let the optimiser allocate what it keeps, with a gradient of zero."""
+        """Let the optimizer allocate what it keeps, with a gradient of zero."""
         if not self.optimizer.state:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -143,7 +143,7 @@ class Provider(ABC):
 
     @abstractmethod
     def step(self, prepared: Any) -> None:
-        """A whole optimiser step."""
+        """A whole optimizer step."""
 
     @abstractmethod
     def gradient(self, prepared: Any) -> list[Tensor]:
@@ -165,7 +165,7 @@ class Trainer:
         self.batch = self.run.builder.build(range(case.pairs))
 
     def set_up(self) -> None:
-        """Networks and optimiser; the model's network is taken, not copied."""
+        """Networks and optimizer; the model's network is taken, not copied."""
         self.run.start()
 
     def close(self) -> None:

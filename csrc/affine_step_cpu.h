@@ -64,7 +64,7 @@ static inline void multiply(vu32 lanes, uint32_t constant, vu32* high, vu32* low
 
 static constexpr int64_t kNormals = 4 * kLanes;  // drawn at a time
 
-// Philox for kLanes neighbouring blocks: kNormals normal numbers, in the order of the elements.
+// Philox for kLanes neighboring blocks: kNormals normal numbers, in the order of the elements.
 static inline void draw_normals(uint64_t seed, uint32_t offset, uint64_t index, uint32_t first_block, float* out) {
   vu32 c0 = {}, c1 = offset - (vu32){}, c2 = (uint32_t)index - (vu32){}, c3 = (uint32_t)(index >> 32) - (vu32){};
   for (int lane = 0; lane < kLanes; ++lane) c0[lane] = first_block + (uint32_t)lane;

@@ -1,4 +1,4 @@
-// The host's side of a launch: device, stream, grid, checks. Nothing here synchronises.
+// The host's side of a launch: device, stream, grid, checks. Nothing here synchronizes.
 #pragma once
 
 #include "stable_abi.h"  // before PyTorch's

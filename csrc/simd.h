@@ -96,7 +96,7 @@ static inline void store_to(void* row, int64_t at, vf v) {
   kStorage == Storage::kBFloat16 ? to_bfloat16(half, v) : to_float16(half, v);
 }
 
-// Two vectors of a row's elements: neighbours, or, for bfloat16, every other element each, which needs no shuffling.
+// Two vectors of a row's elements: neighbors, or, for bfloat16, every other element each, which needs no shuffling.
 template <Storage kStorage, bool kAlternate>
 static inline void load_two(const void* row, int64_t at, vf* two) {
   if (kAlternate) {

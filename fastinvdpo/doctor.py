@@ -64,7 +64,7 @@ def report() -> dict[str, Any]:
     ``backend_request``, ``backends`` (op -> device type -> the one chosen, why each of the others is not available, and
     why ``auto`` skips those that it does although they can run), ``native`` (how the extension was built; None without
     one), ``warnings`` (what keeps kernels from running that should), ``checks`` (each op, device, dtype and backend
-    that can run against float64) and ``healthy``. Looking for devices initialises CUDA where there is any.
+    that can run against float64) and ``healthy``. Looking for devices initializes CUDA where there is any.
     """
     devices, cuda = _devices()
     device_types = sorted({device["type"] for device in devices})

@@ -227,10 +227,10 @@ def test_where_both_sides_do_not_fit_one_is_freed_before_the_other_is_built(
     in_turn = measured(tmp_path, "diffusion-dpo", rounds=0)
     monkeypatch.setitem(step_models.SIZES, "tiny", dataclasses.replace(MICRO, in_turn=False))
     held: list[weakref.ref[Any]] = []
-    initialise, set_up = ReleasedNetworks.__init__, Trainer.set_up
+    initialize, set_up = ReleasedNetworks.__init__, Trainer.set_up
 
     def watched(self: ReleasedNetworks, *arguments: Any) -> None:
-        initialise(self, *arguments)
+        initialize(self, *arguments)
         held.extend(weakref.ref(tensor) for module in self._modules.values() for tensor in module.parameters())
 
     def alone(self: Trainer) -> None:

@@ -86,10 +86,10 @@ def test_split_holds_every_scan_once(splits: Splits) -> None:
     train, held_out = splits
     images = np.concatenate([train.images, held_out.images])
     labels = np.concatenate([train.labels, held_out.labels])
-    assert labelled(images, labels) == labelled(rounded, scans.target)
+    assert labeled(images, labels) == labeled(rounded, scans.target)
 
 
-def labelled(images: np.ndarray, labels: np.ndarray) -> list[tuple[bytes, int]]:
+def labeled(images: np.ndarray, labels: np.ndarray) -> list[tuple[bytes, int]]:
     return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
 
 
@@ -130,7 +130,7 @@ def test_pairs_follow_the_preference(preference: str, splits: Splits, tmp_path: 
     write_pairs(tmp_path / "pairs.parquet", rows)
     pairs = PairDataset(tmp_path / "pairs.parquet")
     assert len(pairs) == 200
-    known = dict(labelled(splits[0].images, splits[0].labels))
+    known = dict(labeled(splits[0].images, splits[0].labels))
     for pair in (pairs[place] for place in range(200)):
         winner, loser = np.asarray(pair.winner), np.asarray(pair.loser)
         # PNG keeps the pixels, so every picture is one of the training scans.
@@ -327,13 +327,13 @@ def test_a_second_demo_replaces_the_first_and_uses_a_retrained_base(
 # --- pictures ---
 
 
-def grey(value: int) -> Image.Image:
+def gray(value: int) -> Image.Image:
     return Image.new("L", (8, 8), value)
 
 
 def test_grid_shows_before_above_after(tmp_path: Path) -> None:
     path = pictures.save_grid(
-        tmp_path / "grid.png", [grey(0)] * 3, [grey(200)] * 3, ["a", "b", "c"], columns=2, title="t"
+        tmp_path / "grid.png", [gray(0)] * 3, [gray(200)] * 3, ["a", "b", "c"], columns=2, title="t"
     )
     shown = np.asarray(Image.open(path).convert("L")).astype(int)
     rows_of = {value: np.flatnonzero((shown == value).sum(1) > shown.shape[1] // 4) for value in (0, 200)}
@@ -344,7 +344,7 @@ def test_grid_shows_before_above_after(tmp_path: Path) -> None:
 
 def test_grid_needs_pairs(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="after"):
-        pictures.save_grid(tmp_path / "grid.png", [grey(0)], [], ["a"])
+        pictures.save_grid(tmp_path / "grid.png", [gray(0)], [], ["a"])
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,6 @@
 """Real images for the demo: scikit-learn's 1,797 handwritten digits, three preferences over them, and pairs of them.
 
-The scans are 8x8 grey images of 17 levels; they ship with scikit-learn, so nothing is downloaded.
+The scans are 8x8 gray images of 17 levels; they ship with scikit-learn, so nothing is downloaded.
 """
 
 from __future__ import annotations

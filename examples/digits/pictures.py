@@ -73,7 +73,7 @@ def save_curves(
     keys: Sequence[str] = ("loss", "implicit_accuracy", "margin"),
     title: str = "",
 ) -> Path:
-    """Curves over the optimiser steps of ``history``, and histograms of the samples' rewards (before, after)."""
+    """Curves over the optimizer steps of ``history``, and histograms of the samples' rewards (before, after)."""
     if not history:
         raise invalid("history", history, "is empty", "pass the history of a training run")
     figure = new_figure((3.2 * (len(keys) + 1), 2.8))
@@ -81,7 +81,7 @@ def save_curves(
     steps = [row["step"] for row in history]
     for axis, key in zip(curves, keys, strict=True):
         axis.plot(steps, [row[key] for row in history], color=AFTER, linewidth=1)
-        axis.set(xlabel="optimiser step", title=key.replace("_", " "))
+        axis.set(xlabel="optimizer step", title=key.replace("_", " "))
     histogram(last, rewards, ("before", "after"))
     last.set(xlabel="reward", ylabel="samples", title="reward of the samples")
     figure.suptitle(title, fontsize=9)

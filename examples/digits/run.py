@@ -73,9 +73,9 @@ def run_demo(
         preference: ``slant`` (leaning to the right wins), ``bold`` (more ink wins) or ``digit`` (the prompted digit
             wins; starts from a base model that saw wrong captions).
         seed: of the pairs, of training and of sampling.
-        steps: optimiser steps; the recipe of the preference when None.
+        steps: optimizer steps; the recipe of the preference when None.
         output: directory to write; ``runs/demo/METHOD-PREFERENCE-SEED`` when None. An earlier demo there is replaced.
-        control: ``"shuffle"`` draws winners and losers at random: nothing should be learnt.
+        control: ``"shuffle"`` draws winners and losers at random: nothing should be learned.
         train_base: train the base model again first (5 to 8 minutes on one core) instead of using the shipped one.
         progress: show a progress bar, and print the table at the end.
 
@@ -195,7 +195,7 @@ def draw_images(model_path: str | Path, prompts: list[str], seed: int) -> list[I
 
 
 def as_array(images: list[Image]) -> np.ndarray:
-    """Grey pictures as uint8 ``(n, 8, 8)``."""
+    """Gray pictures as uint8 ``(n, 8, 8)``."""
     return np.stack([np.asarray(image) for image in images])
 
 

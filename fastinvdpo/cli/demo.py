@@ -17,12 +17,12 @@ def demo(
         str, typer.Option(help="slant (leaning right wins), bold (more ink wins) or digit (the prompted digit wins).")
     ] = "slant",
     seed: Annotated[int, typer.Option(help="Seed of pairs, training and samples.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps instead of the recipe's.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory to write, instead of runs/demo/METHOD-PREFERENCE-SEED.")
     ] = None,
     control: Annotated[
-        str | None, typer.Option(help="'shuffle' draws winners and losers at random: nothing should be learnt.")
+        str | None, typer.Option(help="'shuffle' draws winners and losers at random: nothing should be learned.")
     ] = None,
     train_base: Annotated[
         bool, typer.Option("--train-base", help="Train the base model again first, 5 to 8 minutes on one core.")

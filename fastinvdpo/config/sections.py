@@ -111,7 +111,7 @@ class OptimizerSection(Section):
     """``name``: ``adamw`` (fused), ``adamw8bit`` with moments in 8 bits (bitsandbytes), or transformers' ``adafactor``
     as the released codes set it for SDXL: the learning rate as given, no relative step, no scaling by the size of a
     weight, updates clipped to a root mean square of 1. It has a decay and an ε of its own: ``beta1``, ``beta2`` and
-    ``epsilon`` are Adam's. ``scale_lr``: multiply the learning rate by the pairs per optimiser step, over all
+    ``epsilon`` are Adam's. ``scale_lr``: multiply the learning rate by the pairs per optimizer step, over all
     processes.
     """
 
@@ -271,7 +271,7 @@ class RunSections(Section):
     }
 
     def effective_batch(self, processes: int = 1) -> int:
-        """Pairs per optimiser step over all processes."""
+        """Pairs per optimizer step over all processes."""
         return self.training.batch_size * self.training.gradient_accumulation_steps * processes
 
 

@@ -1,6 +1,6 @@
 """Encoded image bytes: reading, checking and decoding them, with errors that name the place they came from.
 
-Images look as in a viewer: turned upright by their EXIF entry, 16-bit grey scaled to 8 bits, transparency composited on
+Images look as in a viewer: turned upright by their EXIF entry, 16-bit gray scaled to 8 bits, transparency composited on
 white, CMYK converted through its profile.
 """
 
@@ -66,7 +66,7 @@ def file_bytes(path: Path, where: str, offset: int = 0, size: int = -1) -> memor
 
 
 def decode(data: memoryview, where: str) -> Image:
-    """The whole image, as RGB or 8-bit grey. Raises ``BrokenRow`` for bytes that are not an intact image."""
+    """The whole image, as RGB or 8-bit gray. Raises ``BrokenRow`` for bytes that are not an intact image."""
     module = require("PIL.Image", extra="train", purpose=_PURPOSE)
     try:
         if bytes(data[: len(_PNG_START)]) == _PNG_START:

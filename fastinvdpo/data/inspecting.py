@@ -71,7 +71,7 @@ def _scores(dataset: PairDataset) -> str:
 
 
 def sheet(pairs: list[Pair]) -> Any:
-    """One line a pair: winner (green), loser (red; both grey for a tie), row, caption, scores. A PIL image."""
+    """One line a pair: winner (green), loser (red; both gray for a tie), row, caption, scores. A PIL image."""
     pil = require("PIL.Image", extra="train", purpose="drawing pairs")
     ops = require("PIL.ImageOps", extra="train", purpose="drawing pairs")
     drawing = require("PIL.ImageDraw", extra="train", purpose="drawing pairs")

@@ -84,7 +84,7 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image]) -> Tensor:
-        """``(n, width)``, each of norm 1. Grey, palette and transparent images become RGB first."""
+        """``(n, width)``, each of norm 1. Gray, palette and transparent images become RGB first."""
         pixels = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         hidden = self._model.vision_model(pixel_values=pixels["pixel_values"].to(self.device)).pooler_output
         return _normalized(self._model.visual_projection(hidden))

@@ -1,7 +1,7 @@
 """Invert images to noise and sample them back: how well a model's own DDIM path is followed in both directions.
 
 Inversion (DDIM, arXiv 2010.02502, section 4.3; ReNoise, arXiv 2403.14602) is what inversion-based preference
-optimisation rests on: where the reconstruction is poor, the latents it trains on are not those the model would have
+optimization rests on: where the reconstruction is poor, the latents it trains on are not those the model would have
 sampled.
 """
 
@@ -45,7 +45,7 @@ class InversionResult:
         clean_latents, latents, reconstructed_latents: float32 ``(n, C, h, w)``: the encoded images, the noise that they
             were inverted to, and what sampling from that noise gives.
         prompts: the prompt of each image.
-        originals, reconstructions: pictures, in the colour mode of the model.
+        originals, reconstructions: pictures, in the color mode of the model.
         latent_mse: ``(n,)`` mean squared error of the latents; the error of inversion alone.
         mse: ``(n,)`` mean squared error of the pixels on a scale of 0 to 1; the VAE's own error is part of it.
         psnr: ``(n,)`` ``-10 log10(mse)`` in dB, infinite for equal pictures.

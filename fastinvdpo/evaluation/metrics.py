@@ -40,10 +40,10 @@ def wilson_interval(successes: float, trials: int) -> Interval:
             "pass 0 <= successes <= trials, trials > 0",
         )
     share, z2 = successes / trials, _Z95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     # At 0 and 1 the bound equals the share exactly; rounding must not push it past.
-    return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+    return Interval(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
 
 
 def win_rate(after: ArrayLike, before: ArrayLike) -> Interval:

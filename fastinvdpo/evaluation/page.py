@@ -146,8 +146,8 @@ def plot_scores(name: str, base: Sequence[float], aligned: Sequence[float]) -> b
 def histogram(axis: Any, sides: tuple[Sequence[float], Sequence[float]], labels: tuple[str, str]) -> None:
     low, high = (bound(bound(side) for side in sides) for bound in (min, max))
     bins = [low + (high - low) * place / 30 for place in range(31)] if high > low else 30
-    for side, label, colour in zip(sides, labels, (BEFORE, AFTER), strict=True):
-        axis.hist(side, bins=bins, alpha=0.6, label=label, color=colour)
+    for side, label, color in zip(sides, labels, (BEFORE, AFTER), strict=True):
+        axis.hist(side, bins=bins, alpha=0.6, label=label, color=color)
     axis.legend()
 
 

@@ -47,7 +47,7 @@ def write_scored(
             if labels:
                 table = table.rename_columns([f"original_{n}" if n in CHOICES else n for n in table.column_names])
             for name, values in labels.items():
-                table = _relabelled(table, source.shown(name), name, arrow.array(values[part], arrow.float64()))
+                table = _relabeled(table, source.shown(name), name, arrow.array(values[part], arrow.float64()))
             for name, values in scores.items():
                 table = table.append_column(name, arrow.array(values[part], arrow.float32()))
             if writer is None:
@@ -63,7 +63,7 @@ def write_scored(
             writer.close()
 
 
-def _relabelled(table: Any, stored: str, name: str, labels: Any) -> Any:
+def _relabeled(table: Any, stored: str, name: str, labels: Any) -> Any:
     if stored not in table.column_names:
         return table.append_column(stored, labels)
     place = table.column_names.index(stored)

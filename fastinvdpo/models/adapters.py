@@ -105,7 +105,7 @@ def merged_copy(network: nn.Module) -> nn.Module:
 def merged_into(base: nn.Module, network: nn.Module) -> nn.Module:
     """``base``, a network without adapters, with those of ``network`` folded into its weights in place.
 
-    The layers of both have the same names, and may have other weights: those below the adapters may be quantised.
+    The layers of both have the same names, and may have other weights: those below the adapters may be quantized.
     """
     tuners = require("peft.tuners.tuners_utils", extra="train", purpose="merging LoRA")
     for name, layer in network.named_modules():

@@ -34,7 +34,7 @@ class DiffusionModel(ABC):
         latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
         image_size: ``(height, width)`` in pixels at the model's own resolution.
         network_folder: the name of the network in a checkpoint, ``unet`` or ``transformer``.
-        unquantized: makes the network as it was before its weights were quantised; None where they are not.
+        unquantized: makes the network as it was before its weights were quantized; None where they are not.
     """
 
     family: str
@@ -189,7 +189,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 def saveable_network(network: nn.Module) -> nn.Module:
-    """The unwrapped network. Raises ``InvalidInput`` if adapters are still separate or weights quantised: what was
+    """The unwrapped network. Raises ``InvalidInput`` if adapters are still separate or weights quantized: what was
     written could not be loaded.
     """
     plain = unwrap(network)
@@ -199,5 +199,5 @@ def saveable_network(network: nn.Module) -> nn.Module:
         )
     if not all(parameter.is_floating_point() for parameter in plain.parameters()):
         remedy = "save what unquantized() gives, with the adapter merged"
-        raise invalid("network", type(plain).__name__, "holds quantised weights", remedy)
+        raise invalid("network", type(plain).__name__, "holds quantized weights", remedy)
     return plain

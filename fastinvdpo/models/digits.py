@@ -1,4 +1,4 @@
-"""The model family of the demo: 8x8 grey pictures of digits, an identity "VAE" and a hash text encoder.
+"""The model family of the demo: 8x8 gray pictures of digits, an identity "VAE" and a hash text encoder.
 
 A model is a directory::
 
@@ -101,17 +101,17 @@ class DigitsModel(DiffusionModel):
         return found
 
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Latents ``(n, 1, 8, 8)`` of 8x8 pictures, which are their pixels; colours become grey."""
+        """Latents ``(n, 1, 8, 8)`` of 8x8 pictures, which are their pixels; colors become gray."""
         check_images(images)
         for i, image in enumerate(images):
             if image.size != (SIDE, SIDE):
                 remedy = f"resize it, or set data.resolution to {SIDE}"
                 raise invalid(f"images[{i}].size", image.size, f"digit models need {SIDE}x{SIDE} pixels", remedy)
-        pixels = torch.stack([_grey_pixels(image) for image in images])
+        pixels = torch.stack([_gray_pixels(image) for image in images])
         return (pixels.to(torch.float32) / _HALF_RANGE - 1.0).to(self.device)
 
     def decode_latents(self, latents: Tensor) -> list[Image]:
-        """8-bit grey pictures; values outside [-1, 1] are clipped."""
+        """8-bit gray pictures; values outside [-1, 1] are clipped."""
         image_module = require("PIL.Image", extra="train", purpose="writing pictures")
         check_latents(latents, channels=1)
         pixels = ((latents.detach().to("cpu", torch.float64) + 1.0) * _HALF_RANGE).round().clamp(0, 255)
@@ -168,6 +168,6 @@ def _unet_folder(root: Path) -> Path:
     return root / "unet" if (root / "unet").is_dir() else root
 
 
-def _grey_pixels(image: Image) -> Tensor:
-    grey = image.convert("L")
-    return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).reshape(1, grey.height, grey.width)
+def _gray_pixels(image: Image) -> Tensor:
+    gray = image.convert("L")
+    return torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).reshape(1, gray.height, gray.width)

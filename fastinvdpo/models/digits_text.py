@@ -23,7 +23,7 @@ EMBEDDING_DIM = 32
 def word_vector(word: str) -> tuple[float, ...]:
     """``EMBEDDING_DIM`` nearly normal numbers (mean 0, variance 1) that depend on the word alone.
 
-    Each number is the centred sum of twelve 16-bit uniform integers taken from one digest (Irwin-Hall). A logarithm or
+    Each number is the centered sum of twelve 16-bit uniform integers taken from one digest (Irwin-Hall). A logarithm or
     cosine, as in Box-Muller, could differ in the last bit from one C library to another; sums of integers cannot.
     """
     return tuple(

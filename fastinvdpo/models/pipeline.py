@@ -119,7 +119,7 @@ class PipelineModel(DiffusionModel):
         latents = []
         for start in range(0, len(images), _VAE_BATCH):
             chunk = slice(start, start + _VAE_BATCH)
-            pixels = torch.stack([_colour_pixels(image) for image in images[chunk]]).to(vae.device, vae.dtype)
+            pixels = torch.stack([_color_pixels(image) for image in images[chunk]]).to(vae.device, vae.dtype)
             distribution = vae.encode(pixels).latent_dist
             latents.append(distribution.mode().to(torch.float32))
             if posterior is not None:
@@ -230,8 +230,8 @@ def sides(sample_size: Any) -> tuple[int, int]:
     return (sample_size, sample_size) if isinstance(sample_size, int) else (sample_size[0], sample_size[1])
 
 
-def _colour_pixels(image: Image) -> Tensor:
+def _color_pixels(image: Image) -> Tensor:
     """``(3, height, width)`` float32 in [-1, 1]."""
-    colour = image.convert("RGB")
-    flat = torch.frombuffer(bytearray(colour.tobytes()), dtype=torch.uint8)
-    return flat.reshape(colour.height, colour.width, 3).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0
+    color = image.convert("RGB")
+    flat = torch.frombuffer(bytearray(color.tobytes()), dtype=torch.uint8)
+    return flat.reshape(color.height, color.width, 3).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0

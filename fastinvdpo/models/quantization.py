@@ -192,7 +192,7 @@ def quantize_linear_layers(network: nn.Module, kind: Kind) -> None:
 
 
 def quantize_network(model: DiffusionModel, kind: Kind, again: Callable[[], nn.Module] | None = None) -> None:
-    """Quantise the linear layers of a model's network, and let ``model.unquantized()`` give the network as it was.
+    """Quantize the linear layers of a model's network, and let ``model.unquantized()`` give the network as it was.
 
     Args:
         again: makes that network; None: a copy is kept on the host.
@@ -204,7 +204,7 @@ def quantize_network(model: DiffusionModel, kind: Kind, again: Callable[[], nn.M
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer, quantised or not."""
+    """The weight of a layer, quantized or not."""
     if isinstance(layer, QuantizedLinear):
         return layer.dequantized(torch.float32)
     weight: Any = layer.weight

@@ -1,7 +1,7 @@
 """Which backend runs an op: what exists, what was asked for, what was chosen and why.
 
 Asked for, strongest first: ``with use_backend(name)``; the environment variable ``FASTINVDPO_BACKEND``, read at every
-call; ``auto``. Nothing is decided at import and nothing here initialises CUDA. Ops call :func:`choose` inside their
+call; ``auto``. Nothing is decided at import and nothing here initializes CUDA. Ops call :func:`choose` inside their
 kernels, which a compiler does not look into, so a choice changes without recompiling.
 """
 
@@ -104,7 +104,7 @@ def requested() -> tuple[str, str]:
 def unavailable(op: str, backend: str, device_type: str, float64: bool = False) -> str | None:
     """Why ``backend`` cannot run ``op`` on tensors of ``device_type``; None when it can.
 
-    Looks at the GPUs, which initialises CUDA, only where ``device_type`` is ``cuda``.
+    Looks at the GPUs, which initializes CUDA, only where ``device_type`` is ``cuda``.
     """
     if backend not in IMPLEMENTED[op]:
         return f"this version has no {backend} kernel for {op}"

@@ -78,7 +78,7 @@ def gradient_factor(*, lora: bool, gradient_checkpointing: bool) -> int:
 def measure_costs(networks: Networks, batch: PairBatch, training: TrainingSection) -> Costs:
     """Count one evaluation of the policy, on a sample of the batch, and time the peak in the type of its products.
 
-    The reference counts as the policy does: a copy has the same architecture, quantised or not, and what adapters that
+    The reference counts as the policy does: a copy has the same architecture, quantized or not, and what adapters that
     are switched off would add is little.
     """
     device = batch.latents.device

@@ -4,7 +4,7 @@ Layout of ``checkpoints/step-00000500/``::
 
     trainable.safetensors   the trained weights (the adapter alone with LoRA)
     ema.safetensors         their moving averages, with training.ema_decay
-    state.pt                optimiser, schedule, gradient scaler, random number generators, metric sums (torch.save of
+    state.pt                optimizer, schedule, gradient scaler, random number generators, metric sums (torch.save of
     plain types) meta.json               step, configuration, library versions, data position, and size of every file
 """
 

@@ -1,7 +1,7 @@
 """Which pair is drawn when. The order depends on the seed alone, so nothing about it has to be stored or restored.
 
 A run is one sequence of draws, numbered from 0. Draw ``d`` takes pair ``permutation(seed, d // n)[d % n]`` of a set of
-``n`` pairs, unless buckets or streaming ask for an order of their own, which follows from seed and epoch too; optimiser
+``n`` pairs, unless buckets or streaming ask for an order of their own, which follows from seed and epoch too; optimizer
 step ``s`` uses draws ``s·G … (s + 1)·G − 1`` with the effective batch ``G``. How those are dealt to processes
 and micro-batches changes neither the pairs of a step nor their random numbers, which are keyed by the draw.
 """
@@ -106,7 +106,7 @@ class DrawOrder:
         pairs: number of pairs in the data set.
         seed: seed of the run.
         batch_size: pairs per micro-batch and process.
-        accumulation: micro-batches per optimiser step.
+        accumulation: micro-batches per optimizer step.
         processes, rank: how many processes share a step, and which one this is.
         epochs: the order of the pairs within an epoch; any order when None.
     """

@@ -29,7 +29,7 @@ def export_model(
 
     With EMA the averaged weights are written. With LoRA the model has the adapter merged into its weights, and
     ``directory/adapter`` holds it in peft's format and diffusers'. Both directories appear complete or not at all.
-    Where the network is quantised, the weights are those from before (``model.unquantized``).
+    Where the network is quantized, the weights are those from before (``model.unquantized``).
     With FSDP2 all processes must call it, and the one that ``write``s gets the whole weights.
 
     Args:

@@ -2,7 +2,7 @@
 
 An inversion asks the network the same question many times, and a small network answers faster than Python can launch
 its kernels. A graph reads fixed addresses: inputs are copied to where it was recorded with, and the weights are read
-where they lie, so that a replay sees every update that is made in place, as optimisers make them.
+where they lie, so that a replay sees every update that is made in place, as optimizers make them.
 """
 
 from __future__ import annotations

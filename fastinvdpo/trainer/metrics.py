@@ -37,7 +37,7 @@ class MetricSums:
         self._micro_batches += 1
 
     def add_step(self, gradient_norm: Tensor) -> None:
-        """Add one optimiser step. One that fp16's gradient scaler skips, for an overflow, counts as zero."""
+        """Add one optimizer step. One that fp16's gradient scaler skips, for an overflow, counts as zero."""
         norm = gradient_norm.detach()
         self._gradient_norm += torch.where(torch.isfinite(norm), norm, 0.0)
         self._steps += 1

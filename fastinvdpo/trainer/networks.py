@@ -86,7 +86,7 @@ class Networks:
         self.evaluations = {"with_gradient": 0, "without_gradient": 0}
 
     def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Any:
-        """Let accelerate wrap the policy for its device, process group and precision, and its optimiser; returns that.
+        """Let accelerate wrap the policy for its device, process group and precision, and its optimizer; returns that.
 
         With FSDP2 the trained weights are others afterwards: see :meth:`trainable`.
         """

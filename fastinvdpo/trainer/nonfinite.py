@@ -4,8 +4,8 @@ A flag on the device is raised by the first bad pair and stays up. While it is u
 remain those that met the bad pair; when the host looks (before logging, before a checkpoint, at the end), it computes
 that pair again and reports what it finds. Checkpoints are written only after such a look, hence hold good weights.
 
-How an update is held back: torch's fused optimisers leave everything untouched where ``found_inf`` is one (also on
-CPU); under fp16 the loss is made NaN, so that the gradient scaler skips the step; for other optimisers the host looks
+How an update is held back: torch's fused optimizers leave everything untouched where ``found_inf`` is one (also on
+CPU); under fp16 the loss is made NaN, so that the gradient scaler skips the step; for other optimizers the host looks
 at every step.
 """
 
@@ -65,7 +65,7 @@ def report_loss(batch: PairBatch, out: ObjectiveOutput, *, step: int, row: int, 
 
     Args:
         batch: the pair alone; out: the objective's output for it, computed again.
-        step: optimiser step, counted from 1; row: row in the data file.
+        step: optimizer step, counted from 1; row: row in the data file.
         kept: what remains on disk, for the message.
     """
     raise NonFiniteLoss(

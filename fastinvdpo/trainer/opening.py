@@ -112,7 +112,7 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
 def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionModel:
     """The model to start from, on the host; without text encoders and VAE when ``frozen_parts`` is False.
 
-    With ``model.quantization`` its network is quantised here, so that a device never has to hold it whole.
+    With ``model.quantization`` its network is quantized here, so that a device never has to hold it whole.
     """
     model = _load(config, frozen_parts)
     if config.model.quantization is not None:

@@ -93,7 +93,7 @@ def set_tf32(performance: Performance, device: torch.device) -> None:
 
 
 def arrange(networks: Networks, performance: Performance) -> None:
-    """Put weights in their layout and choose the attention, before an optimiser takes the parameters.
+    """Put weights in their layout and choose the attention, before an optimizer takes the parameters.
 
     Raises:
         InvalidInput: the network has no choice of attention.
@@ -119,7 +119,7 @@ def speed_up(networks: Networks, performance: Performance) -> None:
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(_RECOMPILES, limit)
         for network in _distinct(networks):
-            # What a compiler makes of weights that are dequantised in every product is not tested here.
+            # What a compiler makes of weights that are dequantized in every product is not tested here.
             if networks.reference_quantization is None or network is not networks.reference_module:
                 _compile_blocks(network)
     if performance.cuda_graphs:
@@ -127,7 +127,7 @@ def speed_up(networks: Networks, performance: Performance) -> None:
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Bring an optimiser's loaded state into the layout of its parameters.
+    """Bring an optimizer's loaded state into the layout of its parameters.
 
     A checkpoint may have been written with another ``channels_last``, and PyTorch's fused AdamW for the CPU takes
     parameter, gradient and moments as flat arrays without a look at their strides.

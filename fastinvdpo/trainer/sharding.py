@@ -1,4 +1,4 @@
-"""FSDP2: policy, gradients and optimiser state in shards, one on each process.
+"""FSDP2: policy, gradients and optimizer state in shards, one on each process.
 
 Calls with gradient gather the weights block by block, as accelerate set it up, and all processes make the same number
 of them. Calls without gradient they do not: every process inverts its own pairs to their own levels. So these keep the
@@ -160,7 +160,7 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def sharded_state(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """The state of an optimiser, read whole from a checkpoint, sharded as its parameters are."""
+    """The state of an optimizer, read whole from a checkpoint, sharded as its parameters are."""
     entries = {
         index: {
             name: like(value, parameters[index])

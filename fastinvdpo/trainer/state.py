@@ -35,7 +35,7 @@ def build_state(
     effective_batch: int,
     reference_is_cached: bool,
 ) -> TrainingState:
-    """Networks, optimiser, averages and sums before the first step; the model's network is taken, not copied."""
+    """Networks, optimizer, averages and sums before the first step; the model's network is taken, not copied."""
     training, dtype = config.training, config.model.reference_dtype
     if config.model.quantization is not None and model.unquantized is None:
         quantize_network(model, config.model.quantization)
@@ -52,7 +52,7 @@ def build_state(
         perturb(networks.policy_module, config.model.init_perturbation, training.seed)
     arrange(networks, performance)
     parameters = list(networks.trainable().values())
-    # The schedule watches the optimiser's step method, which accelerate replaces afterwards.
+    # The schedule watches the optimizer's step method, which accelerate replaces afterwards.
     optimizer, scheduler = build_optimizer(config.optimizer, parameters, effective_batch, training.steps)
     prepared = networks.prepare(accelerator, optimizer)
     named = networks.trainable()

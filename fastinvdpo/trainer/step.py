@@ -1,4 +1,4 @@
-"""One optimiser step, the same for every method: accumulate, clip, update, average; nothing waits for the device."""
+"""One optimizer step, the same for every method: accumulate, clip, update, average; nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingState:
-    """What an optimiser step changes.
+    """What an optimizer step changes.
 
     Attributes:
-        optimizer: the optimiser as accelerate wrapped it.
-        scheduler: learning rate schedule, stepped once per optimiser step.
+        optimizer: the optimizer as accelerate wrapped it.
+        scheduler: learning rate schedule, stepped once per optimizer step.
         parameters: the trained weights.
         learning_rate: of the step made last.
         max_batch: network evaluations in one call at most; None: no limit.
@@ -61,7 +61,7 @@ def training_step(
     max_grad_norm: float | None,
     seed: int,
 ) -> None:
-    """Take one optimiser step on ``accumulation`` micro-batches of equal size.
+    """Take one optimizer step on ``accumulation`` micro-batches of equal size.
 
     Their mean losses are averaged, so the step is that of one batch with all their pairs.
     """
@@ -81,7 +81,7 @@ def training_step(
         )
         for call in range(terms.calls):
             last_call = call == terms.calls - 1
-            # Processes exchange gradients once per optimiser step.
+            # Processes exchange gradients once per optimizer step.
             exchange = micro == accumulation - 1 and last_call
             with nullcontext() if exchange else accelerator.no_sync(wrapped):
                 loss = terms.term(call) / accumulation
@@ -117,9 +117,9 @@ def _update(state: TrainingState, accelerator: Accelerator, norm: torch.Tensor, 
 def build_optimizer(
     settings: OptimizerSection, parameters: list[nn.Parameter], effective_batch: int, steps: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """The optimiser and its learning rate schedule (diffusers').
+    """The optimizer and its learning rate schedule (diffusers').
 
-    ``scale_lr`` multiplies the learning rate by ``effective_batch``, the pairs per optimiser step over all processes.
+    ``scale_lr`` multiplies the learning rate by ``effective_batch``, the pairs per optimizer step over all processes.
     """
     rate = settings.learning_rate * (effective_batch if settings.scale_lr else 1)
     options: dict[str, Any] = {"lr": rate, "weight_decay": settings.weight_decay}

@@ -19,7 +19,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown section": ("diffusion-dpo", {"trainig.steps": 3}, r"trainig = .*not a known key.*did you mean training\?"),
     "unknown key": ("diffusion-dpo", {"training.step": 3}, r"training\.step = 3: .*did you mean training\.steps\?"),
     "key of another section": ("diffusion-dpo", {"training.learning_rate": 1e-4}, r"training\.learning_rate = 0\.0001.*did you mean optimizer\.learning_rate\?"),
-    "unknown key without a neighbour": ("diffusion-dpo", {"output.zzz": 1}, r"output\.zzz = 1.*known keys here: directory"),
+    "unknown key without a neighbor": ("diffusion-dpo", {"output.zzz": 1}, r"output\.zzz = 1.*known keys here: directory"),
     "unknown lora key": ("diffusion-dpo", {"model.lora": {"rnk": 4}}, r"model\.lora\.rnk = 4.*model\.lora\.rank"),
     "option of another method": ("diffusion-dpo", {"method.eta": 0.1}, r"method\.eta = 0\.1: is an option of another"),
     "misspelt option": ("inpo", {"method.betta": 1.0}, r"method\.betta = 1\.0.*did you mean method\.beta\?"),
@@ -71,7 +71,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "first moment of adafactor": ("inpo", {"optimizer.name": "adafactor", "optimizer.beta1": 0.95}, r"optimizer\.beta1 = 0\.95: belongs to Adam"),
     "decay of adafactor": ("inpo", {"optimizer.name": "adafactor", "optimizer.beta2": 0.99}, r"optimizer\.beta2 = 0\.99: belongs to Adam"),
     "epsilon of adafactor": ("inpo", {"optimizer.name": "adafactor", "optimizer.epsilon": 1e-6}, r"optimizer\.epsilon = 1e-06: belongs to Adam"),
-    "unknown optimiser": ("inpo", {"optimizer.name": "sgd"}, r"optimizer\.name = 'sgd'.*'adafactor'"),
+    "unknown optimizer": ("inpo", {"optimizer.name": "sgd"}, r"optimizer\.name = 'sgd'.*'adafactor'"),
     "unknown type of the reference": ("inpo", {"model.reference_dtype": "8bit"}, r"model\.reference_dtype = '8bit'.*'fp32' or 'bf16'"),
     "distance without perturbation": ("inversion-dpo", {"method.variant": "distance"}, r"model\.init_perturbation = 0\.0: .*exactly zero"),
     "released code of another variant": ("inversion-dpo", {"method.compat": "released", "method.variant": "endpoint"}, r"method\.variant = 'endpoint': .*released code"),
@@ -209,7 +209,7 @@ def test_resolved_configuration_reads_back_to_itself(tmp_path: Path) -> None:
     assert load_config(_write(tmp_path / "resolved.yaml", to_yaml(config))) == config
 
 
-# Method and base model: beta, inversion steps, optimiser steps, warm-up, effective batch. All take Adafactor for SDXL.
+# Method and base model: beta, inversion steps, optimizer steps, warm-up, effective batch. All take Adafactor for SDXL.
 PUBLISHED: dict[str, tuple[float, int | None, int, int, int]] = {
     "diffusion-dpo-sd15": (5000, None, 2000, 500, 2048),
     "diffusion-dpo-sdxl-refiner": (5000, None, 2000, 200, 2048),

@@ -45,7 +45,7 @@ def test_images_are_turned_upright(kind: str, orientation: int, white: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_grey_of_16_bits_is_scaled_to_8(kind: str) -> None:
+def test_gray_of_16_bits_is_scaled_to_8(kind: str) -> None:
     values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     found = np.asarray(seen(Image.fromarray(values), kind))
     assert found.dtype == np.uint8

@@ -20,7 +20,7 @@ from fastinvdpo.errors import InvalidInput
 
 
 def image(shade: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
-    """A grey ramp of its own for every shade, so that flips and crops show."""
+    """A gray ramp of its own for every shade, so that flips and crops show."""
     width, height = size
     return Image.frombytes("L", size, bytes((shade + 3 * x + 5 * y) % 256 for y in range(height) for x in range(width)))
 
@@ -89,7 +89,7 @@ def test_scores_travel_with_their_images(write: Write) -> None:
     assert [(pair.winner_score, pair.loser_score) for pair in pairs] == [(0.2, 0.9), (4.0, 3.0)]
 
 
-def test_relabelling_by_score_ignores_the_labels(write: Write) -> None:
+def test_relabeling_by_score_ignores_the_labels(write: Write) -> None:
     path = write(
         row(0, 1, score_0=0.2, score_1=0.9),
         row(1, 0.5, score_0=0.5, score_1=0.1),

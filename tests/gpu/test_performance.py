@@ -49,8 +49,8 @@ def test_replayed_calls_are_the_calls(workspace: Path, lora: LoraSection | None)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_weights_are_those_of_the_host(workspace: Path, kind: Any) -> None:
-    """Moved there, not quantised anew; and a run on them starts with policy = reference."""
+def test_quantized_weights_are_those_of_the_host(workspace: Path, kind: Any) -> None:
+    """Moved there, not quantized anew; and a run on them starts with policy = reference."""
     layer = QuantizedLinear(torch.nn.Linear(96, 64), kind)
     whole = layer.dequantized(torch.float32)
     # PyTorch may divide by 127 as a product with its reciprocal there: five roundings in all.

@@ -1,5 +1,5 @@
 """What only a GPU can show, through the public ops: graph capture, streams, the same bits on every run, no
-synchronisation, the number of launches.
+synchronization, the number of launches.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def test_the_same_bits_on_every_run(place: Place) -> None:
 
 
 @everyone
-def test_no_synchronisation(place: Place) -> None:
+def test_no_synchronization(place: Place) -> None:
     with fastinvdpo.use_backend(place.backend):
         one = inputs(place)
         run(one)  # loads the kernels

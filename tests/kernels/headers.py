@@ -63,7 +63,7 @@ def fetch(version: str, folder: Path) -> None:
 
 
 def compiled(source: Path, include: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """What the compiler says. Nothing is optimised, and no machine code made for a GPU."""
+    """What the compiler says. Nothing is optimized, and no machine code made for a GPU."""
     cuda = source.suffix == ".cu"
     options = ["-std=c++17", f"-I{ROOT / 'csrc'}"]
     options += [f"-I{path}" for path in (include, include / "torch/csrc/api/include", sysconfig.get_path("include"))]

@@ -179,9 +179,9 @@ def test_bad_loads(directory: Path, change: dict[str, object], message: str) -> 
 
 
 def test_wrong_unets_are_refused(tmp_path: Path) -> None:
-    colour = tiny.write_digits(tmp_path / "colour", in_channels=3, out_channels=3)
+    color = tiny.write_digits(tmp_path / "color", in_channels=3, out_channels=3)
     with pytest.raises(InvalidInput, match="3 input channels"):
-        load_model("digits", colour)
+        load_model("digits", color)
     pickled = tiny.write_digits(tmp_path / "pickled")
     (pickled / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(tiny.digits_unet().state_dict(), pickled / "unet" / "diffusion_pytorch_model.bin")

@@ -78,7 +78,7 @@ def test_nf4_takes_the_nearest_value_of_the_block(shape: tuple[int, int], dtype:
     scaled = flat / np.repeat([np.abs(block).max() for block in blocks], [len(block) for block in blocks])
     distances = np.abs(scaled[:, None] - NF4.astype(np.float64))
     taken = distances[np.arange(len(flat)), _indices(layer.weight, len(flat))]
-    # The quotient is rounded once, and half the sum of two neighbours once, to 2^-24 at most each (float64: the weight
+    # The quotient is rounded once, and half the sum of two neighbors once, to 2^-24 at most each (float64: the weight
     # and the scale before that); a distance moves by as much.
     assert (taken <= distances.min(1) + 4 * 2**-24).all()
 

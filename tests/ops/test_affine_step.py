@@ -325,7 +325,7 @@ def test_noise_depends_on_stream_alone() -> None:
 
 
 def test_noise_is_standard_normal() -> None:
-    """Kolmogorov-Smirnov against the normal distribution, and no correlation between neighbours."""
+    """Kolmogorov-Smirnov against the normal distribution, and no correlation between neighbors."""
     noise = philox.normal(1, 0, torch.arange(100), (1000,), torch.float64)
     ordered = noise.flatten().sort().values
     distribution = 0.5 * (1 + torch.erf(ordered / 2**0.5))

@@ -95,7 +95,7 @@ def test_the_fused_ops_give_the_training_curve_of_the_reference(
     by_reference = curve(pairs, tmp_path / "reference", method)
     assert set(calls) == {f"{kernel} reference" for kernel in kernels}
     assert distance(by_default, by_reference) <= TOLERANCE
-    assert max(abs(loss - math.log(2)) for loss in by_reference) > 0.05  # something was learnt
+    assert max(abs(loss - math.log(2)) for loss in by_reference) > 0.05  # something was learned
 
 
 def test_the_tolerance_tells_trainings_apart(pairs: Path, tmp_path: Path) -> None:

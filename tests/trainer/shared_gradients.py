@@ -70,11 +70,11 @@ def root(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(root: Path, forks: Server) -> dict[str, list[ranks.Kept]]:
     runs = {name: mapping(root, name, "together", 2) for name in NAMES}
-    runs["float32"] = _quantised(root, "together", 2)
+    runs["float32"] = _quantized(root, "together", 2)
     return ranks.in_processes(forks, runs, root / "kept")
 
 
-def _quantised(root: Path, folder: str, processes: int) -> dict[str, Any]:
+def _quantized(root: Path, folder: str, processes: int) -> dict[str, Any]:
     run = mapping(root, "diffusion-dpo lora", folder, processes)
     run["model"]["quantization"] = "nf4"
     run["output"]["directory"] += "-nf4"
@@ -114,13 +114,13 @@ def test_two_processes_have_the_gradient_of_one(root: Path, together: dict[str, 
         assert one != other
 
 
-def test_adapters_on_quantised_weights_have_the_gradient_of_one_process(
+def test_adapters_on_quantized_weights_have_the_gradient_of_one_process(
     root: Path, together: dict[str, list[ranks.Kept]]
 ) -> None:
     """In float32, in which weights are made whole: at β = 500 the rounding of predictions, 1e-6, moves what scales the
     gradient by up to 1e-3.
     """
-    alone = ranks.run_kept(_quantised(root, "alone", 1), DigitsModel)
+    alone = ranks.run_kept(_quantized(root, "alone", 1), DigitsModel)
     for kept in together["float32"]:
         assert len(kept.gradients) == len(alone.gradients) == STEPS, kept.error
         for gradient, expected in zip(kept.gradients, alone.gradients, strict=True):

@@ -118,7 +118,7 @@ def test_adamw8bit_resumes_bit_for_bit(workspace: Path) -> None:
 
     resumed, whole = weights("resumed", 4, 6), weights("whole", 6)
     stored = load_checkpoint(complete_checkpoints(workspace / "whole" / "checkpoints")[-1])
-    # bitsandbytes wraps what it quantised once more, and leaves tensors below 4096 elements alone.
+    # bitsandbytes wraps what it quantized once more, and leaves tensors below 4096 elements alone.
     states = stored.state["optimizer"]["state"].values()
     moments = [
         next((inner for inner in state.values() if isinstance(inner, dict)), state)["state1"] for state in states
@@ -137,7 +137,7 @@ def _layers(network: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_reference_alone_is_quantised(workspace: Path, kind: Kind, dtype: torch.dtype | None) -> None:
+def test_the_reference_alone_is_quantized(workspace: Path, kind: Kind, dtype: torch.dtype | None) -> None:
     model = load_model("digits", workspace / "model")
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     given = (torch.randn(3, 1, 8, 8), torch.tensor([1, 400, 900]), model.encode_prompts(["a one", "a two", ""]))
@@ -212,7 +212,7 @@ def test_nf4_predicts_what_the_rounded_weights_do(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_with_a_quantised_reference(workspace: Path, kind: Kind) -> None:
+def test_training_with_a_quantized_reference(workspace: Path, kind: Kind) -> None:
     """From the cache the same losses as without, up to the rounding of a network asked in other batches."""
     losses = []
     for cache in (None, str(workspace / "cache")):

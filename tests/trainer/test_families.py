@@ -122,7 +122,7 @@ def test_a_trained_adapter_gives_the_images_of_plain_diffusers(root: Path, tmp_p
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sdxl", "nf4"), ("sd3", "int8"), ("flux", "nf4")])
-def test_an_adapter_on_quantised_weights_loads_in_plain_diffusers(
+def test_an_adapter_on_quantized_weights_loads_in_plain_diffusers(
     root: Path, tmp_path: Path, family: str, kind: str
 ) -> None:
     """And the whole model is the original with the adapter merged: the images are equal to the rounding of weights."""

@@ -168,7 +168,7 @@ def _answers(workspace: Path, switches: Performance, lora: LoraSection | None, d
     arrange(networks, switches)
     speed_up(networks, switches)
     after = list(networks.trainable().values())
-    assert all(one is other for one, other in zip(before, after, strict=True))  # an optimiser may hold them
+    assert all(one is other for one, other in zip(before, after, strict=True))  # an optimizer may hold them
     given = (
         torch.randn(4, 1, 8, 8, generator=generator).to(dtype),
         torch.tensor([1, 400, 700, 900]),

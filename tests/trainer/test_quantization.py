@@ -1,4 +1,4 @@
-"""LoRA on frozen weights in 8 and 4 bits: policy and reference are the same quantised network, the result is not."""
+"""LoRA on frozen weights in 8 and 4 bits: policy and reference are the same quantized network, the result is not."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_layer_passes_small_differences_on(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_keeps_nothing_for_its_gradient(kind: Kind) -> None:
-    """A kept input would make gradient checkpointing useless, a kept weight the quantisation."""
+    """A kept input would make gradient checkpointing useless, a kept weight the quantization."""
     layer, given = QuantizedLinear(nn.Linear(48, 24), kind), torch.randn(7, 48, requires_grad=True) + 1
     alive, kept = weakref.ref(given), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda _: None):
@@ -120,7 +120,7 @@ def test_a_layer_follows_autocast(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_policy_and_reference_are_one_quantised_network(workspace: Path, kind: Kind) -> None:
+def test_policy_and_reference_are_one_quantized_network(workspace: Path, kind: Kind) -> None:
     model = load_model("digits", workspace / "model")
     given = _given(model)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_policy_and_reference_are_one_quantised_network(workspace: Path, kind: K
 
 
 def _with_whole_weights(network: nn.Module) -> nn.Module:
-    """A copy whose quantised layers are plain ones with the weights that those stand for."""
+    """A copy whose quantized layers are plain ones with the weights that those stand for."""
     twin = copy.deepcopy(network)
     for name, layer in _quantized(twin).items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -239,12 +239,12 @@ def test_a_model_at_hand_keeps_its_own_weights(workspace: Path) -> None:
         assert torch.equal(written[name], value) or "to_" in name or "proj" in name or "conv1" in name
 
 
-def test_a_model_is_quantised_before_it_reaches_the_device(workspace: Path) -> None:
+def test_a_model_is_quantized_before_it_reaches_the_device(workspace: Path) -> None:
     model = open_model(_config(workspace, "nf4"))
     assert len(_quantized(model.network)) > 30
     assert model.unquantized is not None
     _assert_same(dict(model.unquantized().state_dict()), load_file(workspace / "model" / UNET))
-    with pytest.raises(InvalidInput, match=r"network = .*: holds quantised weights"):
+    with pytest.raises(InvalidInput, match=r"network = .*: holds quantized weights"):
         model.save(workspace / "copy")
 
 
@@ -274,7 +274,7 @@ def test_perturbation_has_the_size_of_the_weights_below(workspace: Path, kind: K
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_holds_the_quantised_reference(workspace: Path, kind: Kind) -> None:
+def test_a_cache_holds_the_quantized_reference(workspace: Path, kind: Kind) -> None:
     """The same losses as without, up to the rounding of a network asked in other batches."""
     cache, losses = {"path": str(workspace / "cache")}, []
     for path in (None, cache["path"]):
