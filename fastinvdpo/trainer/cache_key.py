@@ -11,16 +11,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.sections import ModelSection
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import Digests, differences
 from fastinvdpo.trainer.opening import open_data_source
 
-FORMAT = 1
+FORMAT = 2  # 1: images as they are stored, not as a viewer shows them
 _ENCODING, _INVERTING = "latents, embeddings", "latents, embeddings, trajectories, reference predictions"
-_DATA = ("columns", "rank_pairs", "ties", "resolution", "relabel_by_score", "max_broken")
+_DATA = ("columns", "rank_pairs", "ties", "resolution", "relabel_by_score", "max_broken", "latents")
 
 
 def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
@@ -33,10 +32,8 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     """
     from fastinvdpo.models import checkpoint_files, resolve_family
 
-    parquet = require("pyarrow.parquet", extra="train", purpose="reading preference pairs")
     model, data, chain = config.model, config.data, config.method.reference_chain
     source = open_data_source(data)
-    tables = source.files()
     family = resolve_family(model.family, model.path, model.revision)
     files = checkpoint_files(
         family, model.path, unet_init=model.unet_init, vae=model.vae, revision=model.revision, variant=model.variant
@@ -46,17 +43,16 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
         "format": FORMAT,
         "contents": _ENCODING if chain is None else _INVERTING,
         "cache.dtype": config.cache.dtype,
-        "data rows": _rows(parquet, tables),
+        "data rows": len(source),
+        "data.split": source.split,
         "data format": source.format,
-        "data content": digests.of(tables),
+        "data content": digests.of(source.files()),
         **{f"data.{name}": getattr(data, name) for name in _DATA},
         "model.family": family,
         "model.variant": model.variant,
         **{f"model {part}": digests.of(paths) for part, paths in files.items() if part not in (network, "scheduler")},
         **_given(model, ("max_sequence_length",)),
     }
-    if data.latents != "mean":  # caches made before there was such a key stay valid
-        key["data.latents"] = data.latents
     if chain is not None:
         (schedule,) = [file for file in files["scheduler"] if file.name == "scheduler_config.json"]
         settings = json.loads(schedule.read_text())
@@ -87,10 +83,3 @@ def check_key(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path
 def _given(model: ModelSection, names: Iterable[str]) -> dict[str, Any]:
     """Settings that are not null, so that caches from before there were these settings still serve."""
     return {f"model.{name}": value for name in names if (value := getattr(model, name)) is not None}
-
-
-def _rows(parquet: Any, tables: Iterable[Path]) -> int | None:
-    try:
-        return sum(int(parquet.read_metadata(table).num_rows) for table in tables)
-    except (OSError, ValueError):
-        return None  # not parquet; where it should be, opening the data set tells what is wrong

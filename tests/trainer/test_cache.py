@@ -463,3 +463,15 @@ def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
     with pytest.raises(InvalidInput, match=r"resume = 'never'"):
         train(_config(workspace, "inpo", cache={"path": str(workspace / "other")}), resume="never", progress=False)
     assert not (workspace / "other").exists()
+
+
+def test_a_slice_is_not_served_with_another_slice(workspace: Path) -> None:
+    (workspace / "repository").mkdir()
+    shutil.copy(workspace / "pairs.parquet", workspace / "repository")
+
+    def slice_of(split: str) -> TrainConfig:
+        return _config(workspace, data={"path": str(workspace / "repository"), "format": "datasets", "split": split})
+
+    assert len(precompute(slice_of("train[:4]"), progress=False)) == 4
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*different are data\.split"):
+        precompute(slice_of("train[4:8]"), progress=False)
