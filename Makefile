@@ -59,15 +59,20 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal --ignore tests/ops/test_inductor.py $(ARGS)
 
-# Named one by one: pytest collects none of them by itself, but for inductor's. Parts of like length, of which CI runs one
+# Named one by one: pytest collects none of them by itself, but for inductor's. Parts of a few minutes, of which CI runs one
 # (PART=3); a file whose tests share something long in the making stays with one process.
-DEEP_1 = tests/kernels/interpreted.py
-DEEP_2 = $(addprefix tests/kernels/,sanitized.py instruction_sets.py) tests/ops/test_inductor.py
-DEEP_3 = $(addprefix tests/trainer/,curves.py killed.py processes.py)
-DEEP_4 = tests/trainer/chain.py $(addprefix tests/kernels/,packaging.py headers.py)
-DEEP_5 = $(addprefix tests/kernels/,triton_compiled.py compiled.py) $(addprefix tests/trainer/,sharded.py shared_gradients.py launched.py) \
-  tests/bench_step.py
-DEEP = $(if $(PART),$(DEEP_$(PART)),$(DEEP_1) $(DEEP_2) $(DEEP_3) $(DEEP_4) $(DEEP_5))
+DEEP_1 = tests/kernels/interpreted.py::test_interpreted
+DEEP_2 = tests/kernels/interpreted.py::test_through_the_public_ops
+DEEP_3 = tests/kernels/sanitized.py
+DEEP_4 = tests/kernels/instruction_sets.py tests/ops/test_inductor.py tests/trainer/launched.py
+DEEP_5 = $(addprefix tests/trainer/,curves.py processes.py)
+DEEP_6 = $(addprefix tests/trainer/,killed.py shared_gradients.py)
+DEEP_7 = tests/trainer/chain.py
+DEEP_8 = tests/kernels/packaging.py
+DEEP_9 = tests/kernels/headers.py
+DEEP_10 = $(addprefix tests/kernels/,triton_compiled.py compiled.py)
+DEEP_11 = tests/trainer/sharded.py tests/bench_step.py
+DEEP = $(if $(PART),$(DEEP_$(PART)),$(foreach number,1 2 3 4 5 6 7 8 9 10 11,$(DEEP_$(number))))
 
 test-deep: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup $(DEEP) $(ARGS)
