@@ -26,6 +26,7 @@ from fastinvdpo.data.transforms import Decisions, transform
 from fastinvdpo.diffusion.inversion import InversionPlan, InversionSettings, invert, plan_grid
 from fastinvdpo.diffusion.prompt import Conditioning, Prompt
 from fastinvdpo.errors import invalid
+from fastinvdpo.evaluation.sampling import encode_prompt
 from fastinvdpo.models import load_model
 from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts
 
@@ -101,7 +102,7 @@ def invert_images(
         parts = []
         for start in range(0, len(images), batch_size):
             clean = model.encode_images(images[start : start + batch_size])
-            prompt = _prompt(model, texts[start : start + batch_size], guidance_scale)
+            prompt = encode_prompt(model, texts[start : start + batch_size], guidance_scale)
             parts.append((clean, *_there_and_back(counter, clean, prompt, settings, num_inference_steps)))
     finally:
         model.network.train(was_training)
@@ -237,11 +238,6 @@ def _there_and_back(
     down = InversionPlan(source, target, up.steps, lower, upper)
     noise = invert(network, schedule, clean, up, prompt, settings)
     return noise, invert(network, schedule, noise, down, prompt, InversionSettings(model_time="source"))
-
-
-def _prompt(model: DiffusionModel, texts: Sequence[str], guidance_scale: float) -> Prompt:
-    unconditional = None if guidance_scale == 1 else model.encode_prompts([""] * len(texts))
-    return Prompt(model.encode_prompts(texts), unconditional, guidance_scale)
 
 
 def _one_per_image(prompts: Sequence[str], count: int) -> list[str]:

@@ -58,7 +58,7 @@ def sample(
         parts = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            prompt = _prompt(model, batch, guidance_scale)
+            prompt = encode_prompt(model, batch, guidance_scale)
             draws = torch.tensor(numbers[start : start + len(batch)], device=model.device)
             noise = philox.normal(seed, STREAM_SAMPLING, draws, model.latent_shape)
             parts.append(_descend(model, network, noise, prompt, levels))
@@ -67,7 +67,8 @@ def sample(
     return torch.cat(parts)
 
 
-def _prompt(model: DiffusionModel, prompts: Sequence[str], guidance_scale: float) -> Prompt:
+def encode_prompt(model: DiffusionModel, prompts: Sequence[str], guidance_scale: float) -> Prompt:
+    """The encoded captions, with the empty caption beside them unless ``guidance_scale`` is 1, which needs none."""
     if guidance_scale == 1:
         return Prompt(model.encode_prompts(prompts))
     return Prompt(model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts)), guidance_scale)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.io import atomic_directory, discard
+from fastinvdpo.io import atomic_directory, differences, discard
 
 _PREFIX = "step-"
 _META = "meta.json"
@@ -139,15 +139,11 @@ def check_same_run(meta: Mapping[str, Any], config: Mapping[str, Any], run: Mapp
         run: derived quantities that must agree as well, such as the effective batch and the number of pairs.
     """
     before, now = _flat(meta["config"]), _flat(config)
-    missing = object()
     # A rate that falls towards the last step would have been another one from the start.
     constant = str(now.get("optimizer.lr_scheduler", "constant")).startswith("constant")
     free = _FREE if constant else tuple(key for key in _FREE if key != "training.steps")
-    different = [
-        f"{key} ({_shown(before.get(key, missing), missing)} there, {_shown(now.get(key, missing), missing)} here)"
-        for key in sorted({*before, *now})
-        if not key.startswith(free) and before.get(key, missing) != now.get(key, missing)
-    ]
+    bound = ({key: value for key, value in flat.items() if not key.startswith(free)} for flat in (before, now))
+    different = sorted(differences(*bound))
     for key, value in run.items():
         if meta["run"].get(key) != value:
             different.append(f"{key} ({meta['run'].get(key)} there, {value} here)")
@@ -202,7 +198,3 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _shown(value: Any, missing: object) -> str:
-    return "absent" if value is missing else repr(value)
