@@ -148,7 +148,6 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prompts of another length", call("inpo", conditioning={"prompt": torch.zeros(2)}), "batch.conditioning['prompt'].shape = (2,)"),
     ("scheduler without timesteps", lambda: DDIMInverseScheduler().step(X, 1, X), "num_inference_steps = None"),
     ("scheduler beyond its levels", stepped(1000), "timestep = 1000"),
-    ("scheduler with an unknown setting", lambda: DDIMInverseScheduler(beta="x"), "beta = 'x'"),
     ("scheduler with unknown spacing", lambda: DDIMInverseScheduler(timestep_spacing="even"), "timestep_spacing = 'even'"),
     ("scheduler from a number", lambda: DDIMInverseScheduler.from_config(3), "config = 'int'"),
     ("unknown backend", lambda: fastinvdpo.use_backend("gpu").__enter__(), "name = 'gpu'"),
