@@ -92,7 +92,7 @@ def test_every_op_has_its_rooms() -> None:
         room
         for op in sorted(op_names())
         for room in (
-            *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", "op")),
+            *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", "schema")),
             *(f"csrc/{op}.cpp", f"csrc/{op}.cu", f"kernels/triton/{op}.py"),
             *(f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py"),
         )
@@ -111,7 +111,7 @@ def test_every_kernel_belongs_to_an_op() -> None:
 
 def test_every_backend_of_an_op_has_a_kernel() -> None:
     for op, backends in dispatch.IMPLEMENTED.items():
-        module = importlib.import_module(f"fastinvdpo.ops.{op}.op")
+        module = importlib.import_module(f"fastinvdpo.ops.{op}.schema")
         assert set(module._FORWARD) == set(backends)
         assert set(getattr(module, "_BACKWARD", backends)) == set(backends)
 
@@ -167,7 +167,7 @@ def test_no_circles() -> None:
         ("trainer/trainer.py", "from fastinvdpo.evaluation import sampling", True),
         ("methods/pairs.py", "from fastinvdpo import diffusion", False),
         ("trainer/trainer.py", "from fastinvdpo import PairBatch, build_objective", False),
-        ("ops/affine_step/op.py", "from . import reference", False),
+        ("ops/affine_step/schema.py", "from . import reference", False),
         ("models/base.py", "from fastinvdpo.diffusion.schedule import NoiseSchedule", False),
     ],
 )

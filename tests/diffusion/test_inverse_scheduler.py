@@ -100,7 +100,7 @@ def test_a_pipeline_holds_it(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
 def test_a_schedule_without_alphas_is_refused(name: str) -> None:
     for config in (getattr(diffusers, name)().config, {"_class_name": name}):
-        with pytest.raises(InvalidInput, match="config = .* has no ᾱ"):
+        with pytest.raises(InvalidInput, match=r"config = .* has no ᾱ"):
             DDIMInverseScheduler.from_config(config)
 
 

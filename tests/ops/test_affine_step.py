@@ -8,8 +8,7 @@ from torch import Tensor
 
 import fastinvdpo
 from fastinvdpo.ops import layout, native, philox
-from fastinvdpo.ops.affine_step import op
-from fastinvdpo.ops.affine_step.op import affine_step_op
+from fastinvdpo.ops.affine_step import schema
 from tests.cases import pairwise
 
 BACKENDS = [
@@ -62,7 +61,7 @@ def test_opcheck() -> None:
     tensors = [output.requires_grad_() for output in outputs]
     active, index = torch.tensor([True, False, True, True, False]), torch.arange(5)
     arguments = (sample.requires_grad_(), tensors, table.float(), active, torch.rand(5), index, 3, 4)
-    torch.library.opcheck(affine_step_op.default, arguments)
+    torch.library.opcheck(torch.ops.fastinvdpo.affine_step.default, arguments)
 
 
 def test_compiles_without_graph_break() -> None:
@@ -268,13 +267,13 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.
     sample, outputs, table = inputs(3, dtype=torch.float32)
     outputs[1] = outputs[1].bfloat16()
     asked = []
-    kernel = op._BACKWARD["reference"]
+    kernel = schema._BACKWARD["reference"]
 
     def backward(*arguments: object) -> list[Tensor]:
         asked.append(arguments[3:])
         return kernel(*arguments)
 
-    monkeypatch.setitem(op._BACKWARD, "reference", backward)
+    monkeypatch.setitem(schema._BACKWARD, "reference", backward)
     with fastinvdpo.use_backend("reference"):
         for wanted in ([2], [0], [1, 2], [0, 1, 2, 3]):
             leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate((sample, *outputs))]
