@@ -54,12 +54,10 @@ def check_tensor(
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of ``torch.func`` (grad, vmap, ...) is active, and no compiler is tracing.
+    """Whether a transform of ``torch.func`` (grad, vmap, ...) is active.
 
     ``tensors``: gradients, which ``torch.autograd.grad(is_grads_batched=True)`` maps in a way of its own.
     """
-    if torch.compiler.is_compiling():
-        return False
     batched = torch._C._functorch.is_legacy_batchedtensor
     return torch._C._are_functorch_transforms_active() or any(t is not None and batched(t) for t in tensors)
 
