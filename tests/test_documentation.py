@@ -122,8 +122,10 @@ def test_commands_run(
 # Published sizes in the Python blocks, and what the tests run.
 SMALL_CODE = {
     "resolution=512": "resolution=16",
-    '"steps": 400': '"steps": 2',
+    "set_timesteps(50)": "set_timesteps(5)",
     "num_inference_steps=80": "num_inference_steps=5",
+    '"warmup_steps": 100': '"warmup_steps": 1',
+    '"steps": 400': '"steps": 2',
 }
 
 
