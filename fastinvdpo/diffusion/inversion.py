@@ -120,7 +120,7 @@ class InversionSettings:
             released.
         renoise_iterations: K of ReNoise (arXiv 2403.14602): each step is repeated K times with a forward pass at the
             tentative destination, and uses the mean of all K + 1 predictions.
-        model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its
+        model_time: the timestep that the network gets: the "destination" level of the step (diffusers today), or its
             "source".
         seed, noise_offset: the key of the noise; step ``j`` draws with offset ``noise_offset + j``.
         static_shapes: put the whole batch through every forward pass and discard the outputs of samples that have

@@ -45,12 +45,18 @@ def check_tensor(
     if beside is not None and tensor.device != beside.device:
         where = str(beside.device)
         raise invalid(f"{name}.device", str(tensor.device), f"differs from {where}", f"move it with .to({where!r})")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+    if forward_ad._current_level >= 0 and _has_tangent(tensor):
         problem = "carries a tangent, and there is no forward-mode derivative"
         raise invalid(name, "a dual tensor", problem, "differentiate in reverse mode, or pass the primal alone")
     if not differentiable and tensor.requires_grad and torch.is_grad_enabled():
         remedy = f"compute it under torch.no_grad() or pass {name}.detach()"
         raise invalid(f"{name}.requires_grad", True, "no gradient flows to it", remedy)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def transformed(*tensors: Tensor | None) -> bool:

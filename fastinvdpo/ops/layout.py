@@ -30,7 +30,7 @@ def sample_rows(tensors: Sequence[Tensor], contiguous: bool = False) -> list[Ten
     """The tensors in one layout in which each sample (index of the first dimension) is dense; samples may lie apart, so
     that ``buffer[:, k]`` needs no copy.
 
-    The layout is that of the first tensor where that one will do, else the contiguous one, which can be asked for too.
+    The layout is that of the first tensor where that one will do, else, or with ``contiguous``, the contiguous one.
     Only tensors in another layout are copied.
     """
     if all(tensor.is_contiguous() for tensor in tensors):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastinvdpo
-from fastinvdpo.ops import layout, native, philox
+from fastinvdpo.ops import native, philox
 from fastinvdpo.ops.affine_step import schema
 from tests.cases import pairwise
 
@@ -54,24 +54,6 @@ def test_gradcheck() -> None:
     active = torch.tensor([True, False, True])
     tensors = [tensor.requires_grad_() for tensor in (sample, *outputs)]
     assert torch.autograd.gradcheck(lambda x, *o: fastinvdpo.affine_step(x, o, table, active=active), tensors)
-
-
-def test_opcheck() -> None:
-    sample, outputs, table = inputs(2, dtype=torch.float32)
-    tensors = [output.requires_grad_() for output in outputs]
-    active, index = torch.tensor([True, False, True, True, False]), torch.arange(5)
-    arguments = (sample.requires_grad_(), tensors, table.float(), active, torch.rand(5), index, 3, 4)
-    torch.library.opcheck(torch.ops.fastinvdpo.affine_step.default, arguments)
-
-
-def test_compiles_without_graph_break() -> None:
-    sample, outputs, table = inputs(2, dtype=torch.float32)
-
-    def step(x: Tensor) -> Tensor:
-        return fastinvdpo.affine_step(x * 2, outputs, table.float(), noise_scale=torch.ones(5), seed=1).cos()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(sample), step(sample))
 
 
 # Into given memory --------------------------------------------------------------------------------------------------
@@ -166,19 +148,6 @@ def test_a_walk_through_its_own_trajectory() -> None:
         fastinvdpo.affine_step(stack[:, position], outputs, table.float(), out=stack[:, position + 1])
         expected = fastinvdpo.affine_step(expected, outputs, table.float())
         assert torch.equal(stack[:, position + 1], expected)
-
-
-def test_shared_memory_is_told() -> None:
-    stack = torch.zeros(4, 3, 2, 5)
-    whole = stack.flatten()
-    assert not layout.overlap(stack[:, 0], stack[:, 1]) and not layout.overlap(stack[:2], stack[2:])
-    assert not layout.overlap(stack[:, 2], stack[1:, 0]) and not layout.overlap(whole[10:30], stack[:, 0])
-    assert layout.overlap(stack[:, 0], stack[:, 0]) and layout.overlap(stack[:, :2], stack[:, 1])
-    assert layout.overlap(whole[:35], stack[:, 0]) and layout.overlap(whole[5:15], stack[:, 0])
-    assert layout.overlap(whole[:20], whole[19:]) and not layout.overlap(whole[:20], whole[20:])
-    assert layout.overlap(whole[:20].view(torch.bfloat16), whole[19:]) and not layout.overlap(whole[:0], whole)
-    assert layout.overlap(stack[0], stack.transpose(2, 3)[0]) and not layout.overlap(stack, stack.clone())
-    assert layout.overlaps_itself(stack[:1].expand(4, -1, -1, -1)) and not layout.overlaps_itself(stack[:1])
 
 
 def test_without_gradients_a_parameter_may_be_stepped() -> None:
@@ -340,12 +309,3 @@ def test_integers_are_uniform() -> None:
     counts = torch.bincount(drawn, minlength=10).double()
     assert int(drawn.min()) == 0 and int(drawn.max()) == 9
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 27.9  # chi squared, 9 degrees of freedom, 0.1 % level
-
-
-def test_added_noise() -> None:
-    sample, _, table = inputs(0, dtype=torch.float32)
-    scale, index = torch.rand(5), torch.tensor([3, 3, 8, 1, 0])
-    ours = fastinvdpo.affine_step(sample, [], table.float(), noise_scale=scale, noise_index=index, seed=11, offset=6)
-    noise = philox.normal(11, 6, index, (3, 4, 4))
-    expected = table.float().view(-1, 1, 1, 1) * sample + scale.view(-1, 1, 1, 1) * noise
-    torch.testing.assert_close(ours, expected)

@@ -105,6 +105,9 @@ def test_no_gradient_is_dropped(call: Callable[..., Tensor], given: dict[str, Te
         primals = (given[name],) if transform is torch.func.linearize else ((given[name],), (given[name],))
         with pytest.raises(InvalidInput, match="forward-mode"):
             transform(lambda x: call(**{**given, name: x}), *primals)
+    mapped = torch.vmap(lambda x: call(**{**given, name: x}))
+    with pytest.raises(InvalidInput, match="forward-mode"):
+        torch.func.jvp(mapped, (given[name][None],), (given[name][None],))
 
 
 @pytest.mark.parametrize("place", CPU)
