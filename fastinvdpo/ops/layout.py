@@ -127,7 +127,12 @@ def _pieces(tensor: Tensor) -> _Pieces | None:
 
 
 def _meet(few: _Pieces, many: _Pieces) -> bool:
-    """Whether a piece of one meets a piece of the other: each of the ``few`` is held against its next neighbor."""
+    """Whether a piece of one meets a piece of the other, of tensors whose spans do. Where pitches differ, each of the
+    ``few`` is compared with its next neighbor.
+    """
+    if few.pitch == many.pitch >= max(few.size, many.size):
+        shift = (many.begin - few.begin) % few.pitch
+        return shift < few.size or few.pitch - shift < many.size
     for index in range(few.number):
         begin = few.begin + index * few.pitch
         # The first piece of the many that ends after this one begins; a pitch of 0 holds them all in one place.
