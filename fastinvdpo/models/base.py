@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+class Origin(NamedTuple):
+    """A checkpoint, and the network and VAE that take the places of its own where they were named."""
+
+    path: str | Path
+    unet_init: str | Path | None = None
+    vae: str | Path | None = None
+    revision: str | None = None
+    variant: str | None = None
+
+
 class DiffusionModel(ABC):
     """A trainable denoising network with the frozen parts that surround it.
 
@@ -34,6 +44,7 @@ class DiffusionModel(ABC):
         latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
         image_size: ``(height, width)`` in pixels at the model's own resolution.
         network_folder: the name of the network in a checkpoint, ``unet`` or ``transformer``.
+        origin: the checkpoint that it was loaded from; None for a network at hand.
         unquantized: makes the network as it was before its weights were quantized; None where they are not.
     """
 
@@ -45,6 +56,7 @@ class DiffusionModel(ABC):
     default_lora_targets: tuple[str, ...] = ATTENTION_PROJECTIONS
     latent_shape: tuple[int, ...]
     image_size: tuple[int, int]
+    origin: Origin | None = None
     unquantized: Callable[[], nn.Module] | None = None
 
     @property

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.adapters import adapter_settings
-from fastinvdpo.models.base import DiffusionModel, check_images, check_latents, check_prompts, saveable_network, unwrap
-from fastinvdpo.models.checkpoints import (
+from fastinvdpo.models.base import (
+    DiffusionModel,
     Origin,
+    check_images,
+    check_latents,
+    check_prompts,
+    saveable_network,
+    unwrap,
+)
+from fastinvdpo.models.checkpoints import (
+    ENCODERS,
     copy_other_parts,
     load_pipeline,
     pipeline_files,
@@ -31,7 +39,6 @@ if TYPE_CHECKING:
 # Images that pass the VAE at once: it runs in float32, and at 1024 x 1024 its activations are the largest of the run.
 _VAE_BATCH = 4
 _STREAM_POSTERIOR = 1 << 21  # no other random number of a run has this offset
-_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class PipelineModel(DiffusionModel):
@@ -64,47 +71,22 @@ class PipelineModel(DiffusionModel):
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        *,
-        unet_init: str | Path | None = None,
-        vae: str | Path | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        frozen_parts: bool = True,
-        **options: Any,
+        cls, origin: Origin, *, dtype: torch.dtype = torch.float32, frozen_parts: bool = True, **options: Any
     ) -> PipelineModel:
         """Load a directory in diffusers' format or a hub id; safetensors only.
-
-        Args:
-            unet_init: directory or hub id with a UNet or transformer (in a folder of that name, or at the top) to start
-                from, without variant.
-            vae: directory or hub id with another VAE (in ``vae/`` or at the top).
 
         Raises:
             InvalidInput: nothing loadable there, another kind of pipeline, or a denoiser that does not fit.
         """
-        origin = Origin(path, vae, revision, variant)
-        pipeline = load_pipeline(
-            origin, cls.pipelines, cls.network_folder, unet_init=unet_init, dtype=dtype, frozen_parts=frozen_parts
-        )
+        pipeline = load_pipeline(origin, cls.pipelines, cls.network_folder, dtype=dtype, frozen_parts=frozen_parts)
         return cls(pipeline, origin, whole=frozen_parts, **options)
 
     @classmethod
-    def files(
-        cls,
-        path: str | Path,
-        *,
-        unet_init: str | Path | None = None,
-        vae: str | Path | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> dict[str, list[Path]]:
-        return pipeline_files(Origin(path, vae, revision, variant), cls.network_folder, unet_init)
+    def files(cls, origin: Origin) -> dict[str, list[Path]]:
+        return pipeline_files(origin, cls.network_folder)
 
     def frozen_modules(self) -> tuple[nn.Module, ...]:
-        return tuple(part for name in _ENCODERS if (part := getattr(self.pipeline, name, None)) is not None)
+        return tuple(part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
@@ -152,8 +134,8 @@ class PipelineModel(DiffusionModel):
         this.
         """
         plain: Any = saveable_network(self.network if network is None else network)
-        if self.whole or self.origin is None or self.origin.variant is not None:
-            pipeline = self.pipeline if self.whole else self.load(**self._source()).pipeline
+        if self.whole or self.origin is None or not copy_other_parts(self.origin, Path(directory), self.network_folder):
+            pipeline = self.pipeline if self.whole or self.origin is None else self.load(self.origin).pipeline
             own = getattr(pipeline, self.network_folder)
             setattr(pipeline, self.network_folder, plain)
             try:
@@ -161,7 +143,6 @@ class PipelineModel(DiffusionModel):
             finally:
                 setattr(pipeline, self.network_folder, own)
             return
-        copy_other_parts(self.origin, Path(directory), self.network_folder)
         plain.save_pretrained(Path(directory) / self.network_folder, safe_serialization=True)
 
     def save_lora(self, directory: str | Path, network: nn.Module) -> None:
@@ -177,9 +158,6 @@ class PipelineModel(DiffusionModel):
             },
         )
 
-    def _source(self) -> dict[str, Any]:
-        return {} if self.origin is None else self.origin._asdict()
-
     def _texts(self, prompts: Sequence[str], geometry: Sequence[ImageGeometry] | None) -> list[str]:
         """The prompts, when they can be encoded."""
         self._need_frozen_parts()
@@ -190,7 +168,8 @@ class PipelineModel(DiffusionModel):
         return texts
 
     def _refuse(self, problem: str, remedy: str) -> Exception:
-        return invalid("model.path", self.pipeline.name_or_path, problem, remedy)
+        source = self.pipeline.name_or_path if self.origin is None else str(self.origin.path)
+        return invalid("model.path", source, problem, remedy)
 
     def _need_frozen_parts(self) -> None:
         if not self.whole:
