@@ -14,7 +14,7 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import Origin, cast_weights, part_files
-from fastinvdpo.models.weights import NOT_FOUND, load_module, plain_names, readable_errors, tensor_shapes, weight_files
+from fastinvdpo.models.weights import NOT_FOUND, load_module, readable_errors, weight_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # What training needs only to encode pictures and prompts.
@@ -173,7 +173,7 @@ def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
 def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> bool:
     """Copy a checkpoint without denoiser and safety checker, as a pipeline that was loaded whole would save it.
 
-    False, and nothing is written, where its weights are a variant or have a wrapper's names: those must be loaded.
+    False, and nothing is written, where its weights are a variant: those must be loaded.
     """
     root = local_folder(origin, (denoiser,))
     index = json.loads((root / "model_index.json").read_text())
@@ -189,8 +189,7 @@ def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> bool:
     for part in ENCODERS:
         if part in folders:
             files, variant = weight_files("model.path", folders[part], origin.variant)
-            stored = tensor_shapes("model.path", files)
-            if variant is not None or plain_names(stored, part) != {name: name for name in stored}:
+            if variant is not None:
                 return False
             copied[part] += files
     for part, files in copied.items():

@@ -21,7 +21,8 @@ _FILE = re.compile(r"(?P<stem>[^.]+?)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\
 # that was saved inside of something.
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER = ("module.", "base_model.model.", "state_dict.", "model.", "ema_model.", "ema.")
-_PARTS = {"unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+NETWORKS = ("unet", "transformer")
+_PARTS = {*NETWORKS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
 _MISFITS = ("missing", "unexpected", "mismatched")
 _SHOWN = 3  # names in a message
 
@@ -70,6 +71,8 @@ def plain_names(names: Iterable[str], part: str | None = None) -> dict[str, str]
 def load_module(kind: Any, argument: str, folder: Path, part: str, variant: str | None = None) -> nn.Module:
     """The model of class ``kind`` (diffusers, transformers) in ``folder``, a directory with its configuration.
 
+    Names that wrappers changed are translated for UNet and transformer, which trainings save, and for no other part.
+
     Raises:
         InvalidInput: no weights, a damaged file, or weights that are not exactly those of the model.
     """
@@ -116,7 +119,7 @@ def _readable(argument: str, files: Sequence[Path], folder: Path, part: str) -> 
     """The folder, or for as long as it takes a copy of it with plain names."""
     stored = tensor_shapes(argument, files)
     plain = plain_names(stored, part)
-    if all(name == plain.get(name) for name in stored):
+    if part not in NETWORKS or all(name == plain.get(name) for name in stored):
         yield folder
         return
     safetensors = require("safetensors.torch", extra="train", purpose="loading a diffusion model")
