@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> 
     origin, _ = _origin(path, options)
     files: dict[str, list[Path]] = family_class(resolve_family(family, origin.path, origin.revision)).files(origin)
     return files
+
+
+def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
+    """The guidance scale that a checkpoint's own pipeline samples with by default, by :func:`checkpoint_files`."""
+    kind, read = family_class(family), dict[str, Any]()
+    for part, name in (
+        ("model_index", "model_index"),
+        ("scheduler", "scheduler_config"),
+        (kind.network_folder, "config"),
+    ):
+        read[part] = next((json.loads(f.read_text()) for f in files.get(part, ()) if f.name == f"{name}.json"), {})
+    pipeline = str(read["model_index"].get("_class_name"))
+    scale: float = kind.guidance_by_default(pipeline, read["scheduler"], read[kind.network_folder])
+    return scale
 
 
 def _origin(path: str | Path | Origin, options: Mapping[str, Any]) -> tuple[Origin, dict[str, Any]]:

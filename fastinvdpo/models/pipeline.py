@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo._extras import require
+from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.adapters import adapter_settings
+from fastinvdpo.models.adapter_files import adapter_contents
 from fastinvdpo.models.base import (
     DiffusionModel,
     Origin,
@@ -62,6 +64,8 @@ class PipelineModel(DiffusionModel):
         self._vae = pipeline.vae.config if whole or origin is None else vae_config(origin)
         self._vae_factor = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self._set_up(**options)
+        name, config = type(pipeline).__name__, dict(getattr(pipeline, self.network_folder).config)
+        self.own_guidance = self.guidance_by_default(name, self.scheduler_config, config)
         for module in self.frozen_modules():
             module.requires_grad_(False).eval()
 
@@ -84,6 +88,27 @@ class PipelineModel(DiffusionModel):
     @classmethod
     def files(cls, origin: Origin) -> dict[str, list[Path]]:
         return pipeline_files(origin, cls.network_folder)
+
+    @classmethod
+    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
+        diffusers = require("diffusers", extra="train", purpose="sampling")
+        parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+        return float(parameters["guidance_scale"].default)
+
+    def sampling_levels(self, num_inference_steps: int) -> Tensor:
+        inversion_levels(self.schedule, num_inference_steps)  # its check of the step count
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        try:
+            return self._levels(scheduler, num_inference_steps)
+        except (TypeError, ValueError) as error:
+            problem = f"cannot be made by the checkpoint's {type(scheduler).__name__} ({error})"
+            raise invalid("num_inference_steps", num_inference_steps, problem, "use another number of steps") from error
+
+    def _levels(self, scheduler: Any, num_inference_steps: int) -> Tensor:
+        scheduler.set_timesteps(num_inference_steps)
+        # One of second order calls twice a step.
+        times = torch.as_tensor(scheduler.timesteps)[:: scheduler.order].double()
+        return times.round().long().clamp(0, self.schedule.num_train_timesteps - 1).unique().flip(0)
 
     def frozen_modules(self) -> tuple[nn.Module, ...]:
         return tuple(part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None)
@@ -147,16 +172,16 @@ class PipelineModel(DiffusionModel):
 
     def save_lora(self, directory: str | Path, network: nn.Module) -> None:
         """Write ``pytorch_lora_weights.safetensors``, which the pipeline's ``load_lora_weights`` reads."""
-        peft = require("peft", extra="train", purpose="saving a LoRA adapter")
-        plain: Any = unwrap(network)
-        weights = peft.get_peft_model_state_dict(plain)
-        self.pipeline.save_lora_weights(
-            str(directory),
-            **{
-                f"{self.network_folder}_lora_layers": {k: v.detach().cpu().contiguous() for k, v in weights.items()},
-                f"{self.network_folder}_lora_adapter_metadata": adapter_settings(plain),
-            },
-        )
+        tensors, settings = adapter_contents(unwrap(network), self.origin)
+        kind = self.network_folder
+        told = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": settings}
+        self.pipeline.save_lora_weights(str(directory), **told)
+
+    def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        config: Any = {"unet_config": self.pipeline.unet.config} if self.network_folder == "unet" else {}
+        found = self.pipeline.lora_state_dict(dict(tensors), **config)
+        weights, alphas = found if isinstance(found, tuple) else (found, None)
+        return {**weights, **{name: torch.tensor(float(alpha)) for name, alpha in (alphas or {}).items()}}
 
     def _texts(self, prompts: Sequence[str], geometry: Sequence[ImageGeometry] | None) -> list[str]:
         """The prompts, when they can be encoded."""

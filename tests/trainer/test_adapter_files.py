@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
-from fastinvdpo.models.adapters import perturb, save_adapter
+from fastinvdpo.models.adapter_files import adapter_contents, save_adapter
+from fastinvdpo.models.adapters import perturb
 from fastinvdpo.trainer.networks import Networks
 from tests.models import tiny
 
@@ -53,9 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     tiny.sd_pipeline().save_pretrained(folder / "base", safe_serialization=True)
     model: Any = load_model("stable-diffusion", folder / "base")
-    networks = Networks(model, lora=LoraSection(rank=2, alpha=6.0), gradient_checkpointing=False)
+    networks = Networks(model, lora=LoraSection(rank=2, alpha=8.0), gradient_checkpointing=False)
     perturb(networks.policy_module, 0.5, seed=0)
-    save_adapter(networks.policy_module, folder / "adapter")
+    save_adapter(networks.policy_module, folder / "adapter", model.origin)
     model.save_lora(folder / "adapter", networks.policy_module)
     torch.save(predict(networks.policy_module), folder / "prediction.pt")
     return folder
@@ -82,24 +83,25 @@ def test_both_files_say_the_same_in_words_of_peft_0_18(folder: Path) -> None:
     assert settings["peft"] == settings["diffusers"]
     assert settings["peft"].keys() <= PEFT_0_18 - {"peft_version", "runtime_config"}
     told = {name: settings["peft"][name] for name in ("peft_type", "r", "lora_alpha", "bias", "inference_mode")}
-    assert told == {"peft_type": "LORA", "r": 2, "lora_alpha": 6.0, "bias": "none", "inference_mode": True}
+    assert told == {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none", "inference_mode": True}
     assert settings["peft"]["target_modules"] == ["to_k", "to_out.0", "to_q", "to_v"]
 
 
 def test_a_reader_at_its_own_defaults_has_the_adapter_that_was_trained(folder: Path) -> None:
     read = peft.LoraConfig(**settings_in(folder)["peft"])
-    trained = peft.LoraConfig(r=2, lora_alpha=6.0, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    trained = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     trained.inference_mode = True
+    trained.base_model_name_or_path = str(folder / "base")
     assert dataclasses.asdict(read) == dataclasses.asdict(trained)
 
 
 def test_a_field_that_only_the_newest_knows_is_written_where_it_matters() -> None:
-    from fastinvdpo.models.adapters import adapter_settings
-
-    network = torch.nn.Linear(2, 2)
-    network.peft_config = {"default": peft.LoraConfig(r=2, target_modules=["to_q"], layers_to_transform=[1])}
-    assert adapter_settings(network)["layers_to_transform"] == [1]
-    assert "layers_pattern" not in adapter_settings(network)
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    config = peft.LoraConfig(r=2, target_modules=["0"], exclude_modules=["1"])
+    peft.inject_adapter_in_model(config, network)
+    _, settings = adapter_contents(network)
+    assert settings["exclude_modules"] == ["1"]
+    assert "layers_pattern" not in settings
 
 
 def test_peft_0_18_reads_the_adapter(folder: Path, old_peft: None) -> None:
