@@ -34,7 +34,7 @@ _ALWAYS = frozenset((
 _NEVER = frozenset(("peft_version", "runtime_config"))
 _TENSOR = re.compile(
     r"(?P<layer>.+?)[._]((?P<down>lora_A|lora_down|lora\.down|lora_linear_layer\.down)"
-    r"|(?P<up>lora_B|lora_up|lora\.up|lora_linear_layer\.up))(\.default(_\d+)?)?\.weight|(?P<scaled>.+)\.alpha"
+    r"|(?P<up>lora_B|lora_up|lora\.up|lora_linear_layer\.up))(\.default(_\d+)?)?\.weight|(?P<scaled>.+?)([._]lora\.down\.weight)?\.alpha"
 )
 _UNSUPPORTED = {
     "changes text encoders": re.compile(r"(text_encoder|lora_te|te\d?[._])"),

@@ -81,11 +81,16 @@ def load_module(kind: Any, argument: str, folder: Path, part: str, variant: str 
     files, variant = weight_files(argument, folder, variant)
     with _readable(argument, files, folder, part) as place, readable_errors(argument, str(folder)):
         module, info = kind.from_pretrained(place, variant=variant, use_safetensors=True, output_loading_info=True)
-    # Tables of positions, which versions of transformers stored and others make.
-    told = [[n for n in info[f"{what}_keys"] if not str(n).endswith("position_ids")] for what in _MISFITS]
-    check_names(argument, files[0], *told)
+    check_loaded(argument, files[0], info)
     loaded: nn.Module = module.eval()
     return loaded
+
+
+def check_loaded(argument: str, file: Path, info: Mapping[str, Any]) -> None:
+    """:func:`check_names` for what ``from_pretrained`` tells with ``output_loading_info``."""
+    # Tables of positions, which versions of transformers stored and others make, are no weights.
+    told = [[n for n in info[f"{what}_keys"] if not str(n).endswith("position_ids")] for what in _MISFITS]
+    check_names(argument, file, *told)
 
 
 def check_names(
