@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -26,6 +29,36 @@ Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.", 
 PairsPath: TypeAlias = Annotated[
     str, typer.Argument(help="Pairs in any format that training reads.", show_default=False)
 ]
+
+
+def with_checkpoint(name: str, prefix: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add ``--revision`` and ``--variant`` to a command, which gets its argument ``name`` as an ``Origin``."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        helps = {"revision": f"Revision of --{name} on the hub.", "variant": "Variant of its files, such as fp16."}
+        added: dict[str, Any] = {
+            f"{prefix}{key}": Annotated[str | None, typer.Option(help=text, show_default=False)]
+            for key, text in helps.items()
+        }
+
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            from fastinvdpo.models.base import Origin
+
+            told = {key: given.pop(f"{prefix}{key}") for key in helps}
+            command(**{**given, name: Origin(given[name], **told)})
+
+        signature = inspect.signature(command, eval_str=True)
+        keywords = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for key, kind in added.items()
+        ]
+        changed: Any = called
+        changed.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *keywords])
+        changed.__annotations__ = {**{p.name: p.annotation for p in signature.parameters.values()}, **added}
+        return called
+
+    return decorated
 
 
 def read_config(arguments: list[str] | None, preset: str | None, defaults: dict[str, Any] | None = None) -> TrainConfig:

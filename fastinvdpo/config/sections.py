@@ -185,7 +185,8 @@ class PerformanceSection(Section):
 
 class EvaluationSection(Section):
     """Scores of samples in the course of a run (docs/evaluation.md): of the first ``samples`` prompts, every so many
-    steps and after the last one. ``keep_best``: keep the model with the highest mean of the first scorer.
+    steps and after the last one. ``guidance_scale``: null: as the model's own pipeline. ``keep_best``: keep the model
+    with the highest mean of the first scorer.
     """
 
     every: Count = 500
@@ -194,7 +195,7 @@ class EvaluationSection(Section):
     samples: Count = 64
     scorers: Annotated[list[NonEmpty], Field(min_length=1)]
     num_inference_steps: Count = 25
-    guidance_scale: NonNegative = 7.5
+    guidance_scale: NonNegative | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 8
     keep_best: bool = True

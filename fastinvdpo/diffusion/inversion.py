@@ -72,9 +72,14 @@ def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps:
 
 def plan_grid(schedule: NoiseSchedule, samples: int, num_inference_steps: int) -> InversionPlan:
     """Every sample climbs the whole N-step grid, to its last level."""
-    target = inversion_levels(schedule, num_inference_steps).expand(samples, -1)
+    return plan_levels(inversion_levels(schedule, num_inference_steps), samples)
+
+
+def plan_levels(grid: Tensor, samples: int) -> InversionPlan:
+    """Every sample climbs the whole of a grid of ascending levels."""
+    target = grid.expand(samples, -1)
     source = torch.cat([target.new_full((samples, 1), -1), target[:, :-1]], dim=1)
-    return InversionPlan(source, target, torch.full((samples,), num_inference_steps), source, target)
+    return InversionPlan(source, target, torch.full((samples,), len(grid)), source, target)
 
 
 def plan_released(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:

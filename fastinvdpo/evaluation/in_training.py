@@ -23,7 +23,7 @@ from torch import nn
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
-from fastinvdpo.evaluation.sampling import sample
+from fastinvdpo.evaluation.sampling import check_sampling, sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
 from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard, key_hash
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
@@ -71,6 +71,10 @@ class EvaluationCallback(Callback):
         if str(trainer.accelerator.distributed_type.value) == "FSDP":
             remedy = "set it to null and use fastinvdpo evaluate, or launch without FSDP"
             raise invalid("evaluation", self.section.prompts, "is not supported with FSDP", remedy)
+        if self.section.guidance_scale is None:
+            self.section = self.section.model_copy(update={"guidance_scale": trainer.model.own_guidance})
+            self.settings["guidance_scale"] = self.section.guidance_scale
+        check_sampling(trainer.model, self.section.num_inference_steps, self.section.guidance_scale)
         self._folder, self._best = trainer.directory / "evaluation", trainer.directory / "best"
 
     def on_start(self, trainer: Run) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinvdpo.io import atomic_directory
-from fastinvdpo.models.adapters import merged_copy, merged_into, save_adapter
+from fastinvdpo.models.adapter_files import save_adapter
+from fastinvdpo.models.adapters import merged_copy, merged_into
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.networks import Networks
 
@@ -43,7 +44,7 @@ def export_model(
             return directory / "model"
         if networks.lora:
             with atomic_directory(directory / "adapter") as temporary:
-                save_adapter(network, temporary)
+                save_adapter(network, temporary, model.origin)
                 model.save_lora(temporary, network)
                 _write_card(temporary, card)
             network = merged_copy(network) if model.unquantized is None else merged_into(model.unquantized(), network)

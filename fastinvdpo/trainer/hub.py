@@ -11,6 +11,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import Digests
+from fastinvdpo.models.checkpoints import part_folder
 from fastinvdpo.trainer.cache import Manifest
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 
@@ -130,18 +131,33 @@ class Publishing(Callback):
 def _usage(config: TrainConfig, model: DiffusionModel) -> str:
     if model.family == "digits":
         return '`fastinvdpo.models.load_model("digits", DIRECTORY)`'
-    base, lines = config.model.path, ["from diffusers import DiffusionPipeline", ""]
+    kind, folder, lora = type(model.network).__name__, model.network_folder, config.model.lora is not None
+    imported, lines = ["DiffusionPipeline"], ["", ""]
+    base = {name: getattr(config.model, name) for name in ("path", "revision", "variant")}
+
+    def pipeline(**parts: str) -> str:
+        options = "".join(f', {name}="{value}"' for name, value in base.items() if name != "path" and value is not None)
+        given = "".join(f", {name}={value}" for name, value in parts.items())
+        return f'pipe = DiffusionPipeline.from_pretrained("{base["path"]}"{options}{given})'
+
+    def network(path: str, inside: bool) -> dict[str, str]:
+        """Says how to load the network at ``path``, or below it; gives the part for a pipeline."""
+        below = f', subfolder="{folder}"' if inside else ""
+        lines.append(f'{folder} = {kind}.from_pretrained("{path}"{below})')
+        imported[1:] = [kind]
+        return {folder: folder}
+
     if config.output.pipeline:
         lines.append('pipe = DiffusionPipeline.from_pretrained("DIRECTORY/model")')
     else:
-        kind, folder = type(model.network).__name__, model.network_folder
-        lines[0] += f", {kind}"
-        lines.append(f'{folder} = {kind}.from_pretrained("DIRECTORY/model", subfolder="{folder}")')
-        lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}", {folder}={folder})')
-    if config.model.lora is not None:
+        lines.append(pipeline(**network("DIRECTORY/model", inside=True)))
+    if lora:
         lines += ["", "# or the adapter on the base model, which can be scaled and switched off"]
-        lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}")')
+        other = config.model.unet_init
+        inside = other is not None and part_folder("model.unet_init", other, folder).name == folder
+        lines.append(pipeline(**({} if other is None else network(other, inside))))
         lines.append('pipe.load_lora_weights("DIRECTORY/adapter", weight_name="pytorch_lora_weights.safetensors")')
+    lines[0] = f"from diffusers import {', '.join(imported)}"
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
