@@ -341,8 +341,8 @@ def _swapped_scores(root: Path) -> None:
 STALE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weights": (_other_weights, {}, r"model unet \(sha256:[0-9a-f]{12}… there, sha256:[0-9a-f]{12}… here\)"),
     "schedule": (_other_schedule, {}, r"different are scheduler beta_end \(0\.012 there, 0\.02 here\)\. Remedy"),
-    "rows": (_other_pairs, {}, r"data rows \(10 there, 11 here\), data content \(sha256"),
-    "content": (_swapped_scores, {}, r"different are data content \(sha256:\w+… there, sha256:\w+… here\)\. Remedy"),
+    "rows": (_other_pairs, {}, r"data rows \(10 there, 11 here\), data captions \(sha256"),
+    "content": (_swapped_scores, {}, r"different are data scores \(sha256:\w+… there, sha256:\w+… here\)\. Remedy"),
     "levels": (None, {"method": {"num_inference_steps": 4}}, r"method\.num_inference_steps \(3 there, 4 here\)"),
     "guidance": (None, {"method": {"guidance_scale": 3.0}}, r"method\.guidance_scale \(2\.0 there, 3\.0 here\)"),
     "variant": (None, {"method": {"variant": "step"}}, r"method\.variant \('endpoint' there, 'step' here\)"),
@@ -412,7 +412,7 @@ def test_digests_are_remembered_until_a_file_changes(workspace: Path, monkeypatc
     digests = digests_module.Digests()
     first = digests.of([file])
     assert digests.remembered == {}  # too young to tell a second change within the clock's resolution
-    monkeypatch.setattr(digests_module, "_SETTLED_NS", 0)
+    monkeypatch.setattr(digests_module.Digests, "settled_ns", 0)
     assert digests.of([file]) == first
     remembered = digests_module.Digests(json.loads(json.dumps(digests.remembered)))
     with monkeypatch.context() as patched:
@@ -473,5 +473,5 @@ def test_a_slice_is_not_served_with_another_slice(workspace: Path) -> None:
         return _config(workspace, data={"path": str(workspace / "repository"), "format": "datasets", "split": split})
 
     assert len(precompute(slice_of("train[:4]"), progress=False)) == 4
-    with pytest.raises(InvalidInput, match=r"cache\.path = .*different are data\.split"):
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*different are data captions"):
         precompute(slice_of("train[4:8]"), progress=False)
