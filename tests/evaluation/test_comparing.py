@@ -26,6 +26,7 @@ from tests.evaluation import tiny, tiny_clip
 from tests.evaluation.tiny import PROMPTS
 from tests.models import tiny as tiny_models
 from tests.trainer import tiny as tiny_training
+from tests.trainer.test_files import flip
 
 SAMPLING = Sampling(num_inference_steps=3, guidance_scale=1.0, batch_size=3)
 SCORER = FunctionScorer(tiny.brightness, "brightness", batch_size=2)
@@ -128,6 +129,25 @@ def test_an_interrupted_evaluation_ends_with_the_same_pictures(
         files = sorted((tmp_path / "parts" / side).iterdir())
         assert [file.name for file in files] == [f"{place:05d}.png" for place in range(len(PROMPTS))]
         assert np.array_equal(pixels(tmp_path / "parts", side), pixels(tmp_path / "whole", side))
+
+
+def test_a_damaged_picture_is_drawn_again(models: tuple[Path, Path], tmp_path: Path) -> None:
+    before = evaluate(models, tmp_path / "run")
+    file = tmp_path / "run" / "aligned" / "00001.png"
+    whole = file.read_bytes()
+    for bit in range(8 * 33, 8 * len(whole), 8 * len(whole) // 20):
+        flip(file, bit)
+        with pytest.raises(InvalidInput, match=r"00001\.png.*cannot be read"):
+            comparing.read_image(file)
+        file.write_bytes(whole)
+    flip(file, 8 * len(whole) // 2)
+    with pytest.warns(UserWarning, match=r"00001\.png is damaged, and drawn again"):
+        assert evaluate(models, tmp_path / "run") == before
+    assert file.read_bytes() == whole
+    settings = tmp_path / "run" / "settings.json"
+    settings.write_text(settings.read_text().replace('"format": 1', '"format": 3'))
+    with pytest.raises(InvalidInput, match=r"output = .*settings\.json cannot be read"):
+        evaluate(models, tmp_path / "run")
 
 
 def test_pictures_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:

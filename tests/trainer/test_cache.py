@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 from dataclasses import replace
@@ -29,8 +30,11 @@ from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.draws import DrawOrder
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.opening import open_data_source
 from tests.trainer import tiny
 from tests.trainer.forked import Server
+from tests.trainer.test_files import flip
+from tests.trainer.test_resume import _assert_same
 
 LEVELS, PAIRS, IMAGES, CAPTIONS, GUIDED = 3, 10, 20, 4, 2
 
@@ -441,6 +445,69 @@ def test_what_was_damaged_or_written_by_others_is_not_trusted(workspace: Path) -
     (workspace / "cache" / "manifest.json").write_text('{"key": {}')
     with pytest.raises(InvalidInput, match=r"cache\.path = .*its manifest\.json cannot be read.*delete that directory"):
         train(_config(workspace), progress=False)
+
+
+def test_every_flipped_bit_of_a_cache_is_found(workspace: Path, small_shards: None) -> None:
+    """Or it changes nothing of what is read."""
+
+    def contents() -> list[Any]:
+        manifest = cache.Manifest.read(workspace / "cache")
+        assert manifest is not None
+        opened = PairCache(workspace / "cache", manifest)
+        pairs = [opened.fetch(i, i) for i in range(PAIRS)]
+        read = [[side[name] for name in sorted(side)] for p in pairs for side in (p.winner, p.loser, p.caption)]
+        others = [(p.scores, p.row, p.tie) for p in pairs], opened.unconditional, opened.summary, opened.contents
+        return [read, *others, manifest.key, manifest.sizes, manifest.network_evaluations]
+
+    precompute(_config(workspace), progress=False)
+    expected, draw = contents(), random.Random(0)
+    files = [
+        path for path in (workspace / "cache").iterdir() if path.name != ".lock" and path not in _shards(workspace)
+    ]
+    for file in [*_shards(workspace)[:2], *files]:
+        content = file.read_bytes()
+        for bit in draw.sample(range(8 * len(content)), min(40, 8 * len(content))):
+            flip(file, bit)
+            try:
+                _assert_same(contents(), expected)
+            except InvalidInput as error:
+                assert str(error).startswith("cache.path = ") and file.name in str(error)
+        file.write_bytes(content)
+
+
+def test_leftovers_of_another_cache_are_not_used(workspace: Path) -> None:
+    bf16 = {"path": str(workspace / "bf16"), "dtype": "bf16"}
+    precompute(_config(workspace, cache=bf16), progress=False)
+    whole = precompute(_config(workspace, cache={"path": str(workspace / "whole")}), progress=False)
+    (workspace / "cache").mkdir()
+    for name in ("unconditional.safetensors", "index.safetensors", "pairs-000000.safetensors"):
+        shutil.copy(workspace / "bf16" / name, workspace / "cache" / name)
+    found = precompute(_config(workspace), progress=False)
+    _assert_same(found.unconditional, whole.unconditional)
+    assert all(tensor.dtype == torch.float32 for tensor in found.unconditional.values())
+
+
+def test_sets_in_memory_are_known_by_their_rows(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 10**9)
+
+    def saved(name: str, pairs: int) -> dict[str, Any]:
+        tiny.write_data(workspace / "rows.parquet", pairs=pairs)
+        found = datasets.Dataset.from_parquet(str(workspace / "rows.parquet"), cache_dir=str(workspace / "arrow"))
+        found.select(range(4)).save_to_disk(workspace / name)
+        return {"path": str(workspace / name), "format": "datasets"}
+
+    source = open_data_source(_config(workspace, data=saved("one", 10)).data)
+    with pytest.raises(InvalidInput, match="held in memory"):
+        source.files()
+    precompute(_config(workspace, data=saved("one", 10)), progress=False)
+    precompute(_config(workspace, data=saved("copy", 10)), progress=False)
+    changed = saved("other", 10)
+    found = datasets.load_from_disk(changed["path"]).map(lambda row: row | {"caption": row["caption"] + "!"})
+    found.save_to_disk(workspace / "changed")
+    with pytest.raises(InvalidInput, match=r"different are data captions"):
+        precompute(_config(workspace, data={**changed, "path": str(workspace / "changed")}), progress=False)
 
 
 def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
