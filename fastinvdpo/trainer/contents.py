@@ -31,13 +31,11 @@ _PLACES = {
 
 
 def contents_of(
-    model: DiffusionModel, pairs: Any, accelerator: Accelerator, remembered: Mapping[str, Any], *, images: bool
+    config: TrainConfig, model: DiffusionModel, pairs: Any, accelerator: Accelerator, remembered: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Digests of pairs and model, made by the first process for all; and what need not be read again the next time.
 
-    Args:
-        remembered: what this gave the last time.
-        images: read those of a data set, too.
+    ``remembered``: what this gave the last time. Images are left out without ``output.data_hash``.
     """
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -45,7 +43,11 @@ def contents_of(
         if isinstance(pairs, PairCache):
             of_pairs = pairs.contents
         else:
-            of_pairs = content_at_hand(pairs) if source is None else content_of(source, digests, images=images)
+            of_pairs = (
+                content_at_hand(pairs)
+                if source is None
+                else content_of(source, digests, images=config.output.data_hash)
+            )
         found = [{**of_pairs, **_of_model(model)}, digests.remembered]
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list

@@ -14,7 +14,7 @@ from fastinvdpo.config import TrainConfig, complete
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
-from fastinvdpo.io import clean_leftovers
+from fastinvdpo.io import clean_leftovers, key_hash
 from fastinvdpo.methods import Method, PairBatch
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
@@ -161,6 +161,9 @@ class PreferenceTrainer:
             check_versions(self._stored.meta, self.say)
             tell_changes(self._stored.meta.get("performance"), self.performance, self.say)
             restore_state(self.state, self._stored, self.accelerator)
+            history = key_hash({"rows": self.reporting.rows})
+            if self.accelerator.is_main_process and self._stored.meta.get("history", history) != history:
+                self.say("history.jsonl is not what the checkpoint's run had logged: it was changed or damaged.")
             self._stored = None  # its weights need not stay in memory
             self.say(f"Resuming after step {self.first_step}.")
 
@@ -213,13 +216,9 @@ class PreferenceTrainer:
         self._evaluations_before: dict[str, int] = {}
         stored = None if path is None else load_checkpoint(path)
         meta: dict[str, Any] = {} if stored is None else stored.meta
-        self._contents, self._remembered = contents_of(
-            self.model,
-            self._pairs,
-            self.accelerator,
-            meta.get("remembered", {}),
-            images=self.config.output.data_hash,
-        )
+        before = meta.get("remembered", {})
+        found = contents_of(self.config, self.model, self._pairs, self.accelerator, before)
+        self._contents, self._remembered = found
         if stored is not None:
             check_same_run(meta, self.config.as_dict(), self._identity, self._contents)
             self.first_step, self._seconds_before = meta["step"], meta["seconds"]
@@ -339,6 +338,7 @@ class PreferenceTrainer:
             "contents": self._contents,
             "attempts": self._attempts,
             "remembered": self._remembered,
+            "history": key_hash({"rows": self.reporting.rows}),
             "performance": self.performance.as_dict(),
             "next_draw": step * self.order.effective_batch,
             "network_evaluations": self._evaluations(),
