@@ -154,7 +154,7 @@ def _fill(
     own = [shard for shard in missing if shard % accelerator.num_processes == accelerator.process_index]
     _LOGGER.info("%s: computing %d of %d shards (%d pairs)", directory, len(missing), len(paths), len(index))
     model = open_model(config)
-    frozen = frozen_contents(model)
+    frozen = frozen_contents(model) if accelerator.is_main_process else {}
     maker = _ShardMaker(config, model, dataset, index, manifest.pairs_per_shard, accelerator)
     if accelerator.is_main_process and stored_metadata(directory / UNCONDITIONAL).get("hash") != manifest.hash:
         write_tensors(directory / UNCONDITIONAL, maker.unconditional, hash=manifest.hash)

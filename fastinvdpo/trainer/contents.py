@@ -42,12 +42,10 @@ def contents_of(
         digests, source = Digests(remembered), getattr(pairs, "source", None)
         if isinstance(pairs, PairCache):
             of_pairs = pairs.contents
+        elif source is None:
+            of_pairs = content_at_hand(pairs)
         else:
-            of_pairs = (
-                content_at_hand(pairs)
-                if source is None
-                else content_of(source, digests, images=config.output.data_hash)
-            )
+            of_pairs = content_of(source, digests, images=config.output.data_hash)
         found = [{**of_pairs, **_of_model(model)}, digests.remembered]
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
@@ -82,8 +80,9 @@ def frozen_contents(model: DiffusionModel) -> dict[str, Any]:
     """Digests of text encoders, tokenizers and VAE, by their classes."""
     found: dict[str, Any] = {}
     seen: Counter[str] = Counter()
-    parts = [*model.frozen_modules(), *_tokenizers(model)]
-    for part in parts:
+    components: Mapping[str, Any] = getattr(getattr(model, "pipeline", None), "components", {})
+    tokenizers = [part for part in components.values() if hasattr(part, "get_vocab")]
+    for part in (*model.frozen_modules(), *tokenizers):
         name = type(part).__name__
         seen[name] += 1
         if isinstance(part, nn.Module):
@@ -104,23 +103,15 @@ def compared(
         both sides' comparable entries; what cannot be compared; the keys of the configuration that need not agree,
         since what they lead to has been compared.
     """
-    unknown = [name for name in dict.fromkeys([*stored, *now]) if not (_known(stored, name) and _known(now, name))]
+    names = dict.fromkeys([*stored, *now])
+    unknown = [name for name in names if any(str(side.get(name)).startswith("not hashed") for side in (stored, now))]
     free = []
     for kind, keys in _PLACES.items():
-        names = [name for name in (*stored, *now) if name.startswith(kind)]
-        if names and all(stored.get(name) == now.get(name) and name not in unknown for name in names):
+        own = [name for name in names if name.startswith(kind)]
+        if own and all(stored.get(name) == now.get(name) and name not in unknown for name in own):
             free += [f"{kind.strip()}.{key}" for key in keys]
     kept = [{name: value for name, value in side.items() if name not in unknown} for side in (stored, now)]
     return kept[0], kept[1], unknown, free
-
-
-def _known(contents: Mapping[str, Any], name: str) -> bool:
-    return not str(contents.get(name, "")).startswith("not hashed")
-
-
-def _tokenizers(model: DiffusionModel) -> list[Any]:
-    components: Mapping[str, Any] = getattr(getattr(model, "pipeline", None), "components", {})
-    return [part for part in components.values() if hasattr(part, "get_vocab")]
 
 
 def _of_tensors(tensors: Mapping[str, Any], settings: Sequence[Any] = ()) -> str:

@@ -50,6 +50,7 @@ def model_card(
         f"# {Path(base).name}, aligned by {method}",
         f"`{base}` (family {model.family}) after {step} steps of {method} with fastinvdpo.",
         f"## How to load it\n\n{_usage(config, model)}",
+        *_averages(config),
         *_quantization(config),
         f"## Data\n\n{pairs} pairs from `{config.data.path}`. Content: {DIGEST}{key_hash(content)}",
         f"## What it was made of\n\n{_made_of(attempts, step)}",
@@ -136,6 +137,13 @@ def _usage(config: TrainConfig, model: DiffusionModel) -> str:
         lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}")')
         lines.append('pipe.load_lora_weights("DIRECTORY/adapter", weight_name="pytorch_lora_weights.safetensors")')
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _averages(config: TrainConfig) -> list[str]:
+    decay = config.training.ema_decay
+    told = f"`model` and `adapter` hold averages of the weights over the steps (EMA, decay up to {decay}), `model-raw`"
+    raw = "(the network alone) and `adapter-raw` in the output directory the weights after the last step."
+    return [] if decay is None else [f"{told} {raw}"]
 
 
 def _quantization(config: TrainConfig) -> list[str]:

@@ -66,6 +66,7 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path, forks: Server,
     for file in files:
         _assert_same(load_file(workspace / "killed" / file), load_file(workspace / "whole" / file))
     # With EMA, what it averages is written as well.
+    assert "`model-raw` (the network alone)" in (workspace / "whole" / "model" / "README.md").read_text()
     raw = workspace / "whole" / "model-raw" / "unet" / "diffusion_pytorch_model.safetensors"
     if lora is None:
         _assert_same(load_file(raw), whole.trainable)
