@@ -203,7 +203,7 @@ class EvaluationSection(Section):
 
 class OutputSection(Section):
     """``trackers``: of accelerate, such as wandb, beside ``tensorboard``. ``pipeline``: write the whole pipeline into
-    ``model``, not the trained network alone. ``data_hash``: read the data once more for the model card.
+    ``model``, not the trained network alone. ``data_hash``: read the images once more, for resumes and the model card.
     ``push_to_hub``: OWNER/NAME of the repository that the result is uploaded to.
     """
 

@@ -50,6 +50,7 @@ class TableSource(PairSource):
     ) -> None:
         self.path, self.format, self.names, self.streaming = path, format, dict(names), streaming
         self._locations, self._repository = list(locations), repository
+        self.remote = any("://" in location for location in self._locations)
         self.split = None if repository is None else repository["split"]
         self._columns: dict[str, str] = {}
         self._values: dict[str, list[Any]] = {}
@@ -99,7 +100,7 @@ class TableSource(PairSource):
         return [rows for *_, rows in self._groups] if self.streaming else None
 
     def files(self) -> list[Path]:
-        if any("://" in location for location in self._locations):
+        if self.remote:
             problem = "is read from a remote place, whose content cannot be hashed for a cache"
             raise invalid("data.streaming", True, problem, "set data.streaming to false, or cache.path to null")
         if self._locations:
@@ -108,7 +109,19 @@ class TableSource(PairSource):
         if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        return [Path(entry["filename"]) for entry in self._dataset.cache_files]
+        return [*(Path(entry["filename"]) for entry in self._dataset.cache_files), *self._image_files()]
+
+    def _image_files(self) -> list[Path]:
+        """The files of images that are stored by their paths alone."""
+        compute = require("pyarrow.compute", extra="train", purpose=_PURPOSE)
+        types = require("pyarrow", extra="train", purpose=_PURPOSE).types
+        found: set[str] = set()
+        for name in IMAGES:
+            column = self._repository_table().column(self.shown(name))
+            if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
+                bare = compute.is_null(compute.struct_field(column, "bytes"))
+                found.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
+        return [Path(path) for path in sorted(found) if Path(path).is_file()]
 
     def shown(self, name: str) -> str:
         return self._columns.get(name, self.names.get(name, name))

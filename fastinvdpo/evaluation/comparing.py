@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastinvdpo._extras import require
+from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.aligned import aligned_files, open_aligned, remarks
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import write_page
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
-from fastinvdpo.io import TEMPORARY, Digests, clean_leftovers, differences, key_hash, write_json
+from fastinvdpo.io import TEMPORARY, Digests, clean_leftovers, differences, key_hash, sealed, unsealed, write_json
 from fastinvdpo.models import checkpoint_files, load_model, own_guidance, resolve_family
 from fastinvdpo.models.base import Origin, check_guidance, check_prompts
 from fastinvdpo.trainer.opening import DTYPES
@@ -162,15 +164,22 @@ def statistics(*, base: Sequence[float], aligned: Sequence[float]) -> dict[str, 
 
 
 def read_image(path: Path) -> Image:
-    """A picture from a file, loaded."""
-    image_module = require("PIL.Image", extra="train", purpose="reading pictures")
+    """A picture from a file, its checksums verified."""
     try:
-        with image_module.open(path) as opened:
-            opened.load()
-            picture: Image = opened.copy()
-    except (OSError, SyntaxError) as error:
+        return decode(file_bytes(path, str(path)), str(path))
+    except BrokenRow as error:
         raise invalid("output", str(path), f"cannot be read ({error})", "delete it to have it drawn again") from error
-    return picture
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        read_image(path)
+    except InvalidInput:
+        warnings.warn(f"{path} is damaged, and drawn again with its batch", stacklevel=2)
+        return False
+    return True
 
 
 def _check(sampling: Sampling, shown: int) -> None:
@@ -208,7 +217,12 @@ def _claim(root: Path, key: dict[str, Any]) -> None:
         raise invalid("output", str(root), "is a file", "name a directory")
     told = root / _SETTINGS
     if told.is_file():
-        different = differences(json.loads(told.read_text()), key)
+        try:
+            stored = unsealed(told)
+        except (OSError, ValueError) as error:
+            problem = f"its {_SETTINGS} cannot be read ({error})"
+            raise invalid("output", str(root), problem, "delete that directory, or name another") from None
+        different = differences(stored, key)
         if different:
             raise InvalidInput(
                 f"output = {str(root)!r}: holds pictures of another evaluation; different are {', '.join(different)}. "
@@ -219,7 +233,7 @@ def _claim(root: Path, key: dict[str, Any]) -> None:
     if held:
         remedy = "name another directory"
         raise invalid("output", str(root), f"has {' and '.join(held)}, which no evaluation drew", remedy)
-    write_json(told, key)
+    write_json(told, sealed(key))
 
 
 def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling) -> None:
@@ -230,7 +244,7 @@ def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Seque
     missing = [
         start
         for start in range(0, len(prompts), size)
-        if not all((folder / _file_name(place)).is_file() for place in range(start, min(start + size, len(prompts))))
+        if not all(_is_whole(folder / _file_name(place)) for place in range(start, min(start + size, len(prompts))))
     ]
     if not missing:
         return

@@ -29,7 +29,7 @@ from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import in_batches, open_scorer
-from fastinvdpo.io import Digests, atomic_file, differences, discard, key_hash, only_writer
+from fastinvdpo.io import Digests, atomic_file, differences, discard, key_hash, only_writer, sealed, unsealed
 from fastinvdpo.trainer.opening import open_data_source
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def score_pairs(
         if manifest is not None:
             _check_same(manifest["key"], key, parts, "delete that directory to have them computed again")
         with atomic_file(parts / _MANIFEST) as temporary:
-            temporary.write_text(json.dumps({"key": key, "files": digests.remembered}))
+            temporary.write_text(json.dumps(sealed({"key": key, "files": digests.remembered})))
         work = _Work(source, scorers, parts, key_hash(key))
         bad = BrokenRows(max_broken, len(source))
         found = list(work.parts(bad, progress))
@@ -212,7 +212,7 @@ class _Work:
                     start = number * ROWS_PER_PART
                     part = self._score(range(start, min(start + ROWS_PER_PART, len(self._source))), threads)
                     with atomic_file(path) as temporary:
-                        temporary.write_text(json.dumps(asdict(part)))
+                        temporary.write_text(json.dumps(sealed(asdict(part))))
                     self.computed += 1
                 for line in part.broken:
                     bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
@@ -313,7 +313,7 @@ def _read_manifest(parts: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = unsealed(path)
         return {"key": dict(found["key"]), "files": dict(found["files"])}
     except (ValueError, KeyError, TypeError) as error:
         problem = f"its {_MANIFEST} cannot be read ({type(error).__name__}: {error})"
@@ -323,7 +323,7 @@ def _read_manifest(parts: Path) -> dict[str, Any] | None:
 def _read_part(path: Path, identity: str) -> _Part | None:
     """A finished part; None where it is missing, damaged or another's."""
     try:
-        part = _Part(**json.loads(path.read_text()))
+        part = _Part(**unsealed(path))
     except (OSError, ValueError, TypeError):
         return None
     return part if part.hash == identity else None
