@@ -55,7 +55,7 @@ def test_columns_of_data_sets(tmp_path: Path) -> None:
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.txt", None, "cannot be read"),
         ("p.csv", "a", "is no prompt list"),
-        ("p.jsonl", "{", "line 1': is not JSON"),
+        ("p.jsonl", "{", "line 1 = '1 bytes': is not valid JSON"),
         ("p.jsonl", '{"id": 1}', "has none of prompt"),
         ("p.jsonl", '"a"\n{"prompt": ""}', "entry 2 .*is no prompt"),
         ("p.jsonl", "7", "is no prompt"),
