@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.images import file_below, image_bytes
+from fastinvdpo.data.images import image_bytes
 from fastinvdpo.data.rows import IMAGES, LABELS, SCHEMA, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.data.source import PairSource
@@ -129,19 +129,7 @@ class TableSource(PairSource):
         if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        return [*(Path(entry["filename"]) for entry in self._dataset.cache_files), *self._image_files()]
-
-    def _image_files(self) -> list[Path]:
-        """The files that stand in the place of image bytes."""
-        arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
-        roots, named = self._roots() or [], set()
-        for name in IMAGES:
-            column = self._repository_table().column(self._columns.get(name, stored_under(name, self.names)[0]))
-            if arrow.types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
-                for piece in column.chunks:
-                    alone = piece.field("path").filter(piece.field("bytes").is_null())
-                    named |= {path for path in alone.to_pylist() if path}
-        return sorted(file_below(roots, path, self.path) for path in named)
+        return [Path(entry["filename"]) for entry in self._dataset.cache_files]
 
     def shown(self, name: str) -> str:
         return self._columns.get(name, self.names.get(name, name))
