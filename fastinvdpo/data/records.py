@@ -93,10 +93,11 @@ class RecordSource(PairSource):
         rows = [values for _, values in self._rows if self._root is not None and isinstance(values, dict)]
         for named in {str(values.get(name)) for values in rows for name in IMAGES}:
             try:
-                images.add(file_below([self._root or Path()], named, self.path))
-            except BrokenRow:  # told where the row is read
+                image = file_below([self._root or Path()], named, self.path)
+                images |= {image} if image.is_file() else set()
+            except (BrokenRow, OSError):  # told where the row is read
                 continue
-        return [*self._listed, *(image for image in sorted(images) if image.is_file())]
+        return [*self._listed, *sorted(images)]
 
     def place(self, row: int) -> str:
         return f"row {row} ({self._rows[row][0]})"

@@ -141,7 +141,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _visible(root: Path, suffix: str) -> list[Path]:
-    return [file for file in root.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
+    return [file for file in root.iterdir() if file.name.lower().endswith(suffix) and not file.name.startswith(".")]
 
 
 def _directory_format(root: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.images import image_bytes
-from fastinvdpo.data.rows import IMAGES, LABELS, SCHEMA, choices, stored_under
+from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, SCHEMA, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.data.source import PairSource
 from fastinvdpo.errors import InvalidInput, invalid
@@ -94,7 +94,8 @@ class TableSource(PairSource):
         self._columns = found[0]
         small = {name: column for name, column in self._columns.items() if name not in IMAGES}
         stored = list(dict.fromkeys(small.values()))
-        tables = [_read(file, None, stored) for file in self._locations] or [self._repository_table()]
+        tables = [_validated(_read(file, None, stored), file) for file in self._locations]
+        tables = tables or [self._repository_table()]
         values = {column: [v for table in tables for v in table.column(column).to_pylist()] for column in stored}
         self._values = {name: values[column] for name, column in small.items()}
         return set(self._columns)
@@ -160,18 +161,17 @@ class TableSource(PairSource):
             name: key for name in SCHEMA for key in reversed(stored_under(name, self.names)) if key in schema.names
         }
         for name in choices(self.names):
-            kinds = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
-            if name in schema.names and any(kind(schema.field(name).type) for kind in kinds):
-                found[name] = name
+            kind = schema.field(name).type if name in schema.names else None
+            if kind is not None and not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):
+                found[name] = name  # no image
         says_who_won = any(name in found for name in (*LABELS, *choices(self.names)))
         for name in dict.fromkeys((*required, *self.names)):
             if name not in found and (name in self.names or not (name == "label_0" and says_who_won)):
-                raise invalid(
-                    "data.path",
-                    file,
-                    f"has no column {self.names.get(name, name)!r}; its columns are {schema.names}",
-                    f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}",
-                )
+                problem = f"has no column {self.names.get(name, name)!r}; its columns are {schema.names}"
+                remedy = f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}"
+                if name == "label_0":
+                    remedy = f"store the winner in label_0, label_1 or one of {', '.join(CHOICES)}, or {remedy}"
+                raise invalid("data.path", file, problem, remedy)
         return found
 
     def _group(self, number: int) -> Any:
@@ -245,21 +245,37 @@ def _load(path: str, options: Mapping[str, str | None]) -> Any:
             raise invalid("data.split", options["split"], problem, "leave it out, or name another directory")
     else:
         found = _datasets(path, "load_dataset", options, split=options["split"])
+    _validated(found.data.table, path)
     return found if found._indices is None else found.flatten_indices()
+
+
+def _validated(table: Any, path: str) -> Any:
+    """The table. Raises ``InvalidInput`` where reading it would fail, or end the process: damaged text or offsets."""
+    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
+    try:
+        table.validate(full=True)
+    except arrow.ArrowException as error:
+        raise invalid("data.path", path, f"is damaged ({_short(error)})", "write it again as UTF-8") from error
+    return table
+
+
+def _short(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _datasets(path: str, function: str, options: Mapping[str, str | None] | None, **more: Any) -> Any:
     datasets = require("datasets", extra="train", purpose="data.format = datasets")
     which = {} if options is None else {"name": options["subset"], "revision": options["revision"]}
     place = str(Path(path).resolve())
-    if which and Path(place).is_dir() and glob.escape(place) != place:
-        problem = "has a part with *, ? or [, which datasets reads as a pattern"
+    if which and Path(place).is_dir() and (glob.escape(place) != place or "::" in place):
+        problem = "has a part with *, ?, [ or ::, which datasets reads as a pattern"
         raise invalid("data.path", path, problem, "rename it, or name its directory of parquet files")
     try:
         return getattr(datasets, function)(path, **which, **more)
     except Exception as error:  # its builders let through whatever the parsers of damaged files raise
         remedy = "check name, data.split, data.subset and data.revision, and whether the hub can be reached"
-        problem = f"cannot be loaded by datasets ({type(error).__name__}: {error})"
+        problem = f"cannot be loaded by datasets ({type(error).__name__}: {_short(error)})"
         raise invalid("data.path", path, problem, remedy) from error
 
 
@@ -274,8 +290,8 @@ def _readable(location: str) -> Iterator[Any]:
     except (arrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, InvalidInput):
             raise
-        shown = str(error).partition("\n")[0][:200]
-        raise invalid("data.path", location, f"is not a readable parquet file ({shown})", "write it again") from error
+        problem = f"is not a readable parquet file ({_short(error)})"
+        raise invalid("data.path", location, problem, "write it again") from error
 
 
 def _read(location: str, group: int | None, columns: list[str] | None = None) -> Any:

@@ -1,8 +1,8 @@
 """Damaged and hostile inputs of every format: a reader answers or refuses, within bounds, and touches nothing else.
 
 ``python -m tests.faults.mutated --count 6000 --seed 0`` writes a good input of every format, mutates one of its files
-at a time, and reads it in a forked process. It fails on a traceback, a wait of more than 20 seconds, a growth of more than
-1 GiB, and a file that appears elsewhere; ``--only NAME --first N`` runs one case again.
+at a time, and reads it in a forked process. It fails on a traceback, a wait of more than 20 seconds, a growth of more
+than 1 GiB, and a file that appears elsewhere; ``--only NAME --first N`` runs one case again.
 """
 
 from __future__ import annotations
