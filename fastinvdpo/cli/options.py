@@ -57,7 +57,7 @@ def read_config(arguments: list[str] | None, preset: str | None, defaults: dict[
     if overrides:
         key, separator, _ = overrides[0].partition("=")
         is_key = key.partition(".")[0].strip() in known_keys(())
-        if not separator or "/" in key or (not is_key and Path(overrides[0]).is_file()):
+        if not separator or "/" in key or (not is_key and ("." not in key or Path(overrides[0]).is_file())):
             path, *overrides = overrides
             path = expand_path(path, "config")
     if path is None and preset is None:

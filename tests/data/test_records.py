@@ -167,7 +167,7 @@ def test_images_of_a_folder_lie_in_it_or_where_the_user_says(root: Path, outside
         dataset = PairDataset(root, max_broken=9)
     assert dataset.summary.broken == {"missing image": 9} and len(dataset) == 1
     assert not any(file.is_relative_to(outside.parent) for file in dataset.source.files())
-    with pytest.raises(InvalidInput, match=r"line 3.* lies outside the folder.*data\.image_root"):
+    with pytest.raises(InvalidInput, match=r"line 2.* lies outside the folder.*data\.image_root"):
         PairDataset(root)
     named = [{"image_0": "other/a.png", "image_1": "set/images/0-1.png", "label": 1, "caption": "a"}]
     source = open_source(write_lines(root / "pairs.jsonl", named), image_root=root.parent)
