@@ -1,11 +1,15 @@
-"""Files and directories that are there completely or not at all, whenever the process is killed; digests of files."""
+"""Files: read within bounds, written completely or not at all, digests of them; paths as people write them."""
 
 from __future__ import annotations
 
+import codecs
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +22,64 @@ from fastinvdpo.errors import invalid
 TEMPORARY, DISCARDED = ".writing-", ".discarded-"
 DIGEST = "sha256:"
 _SEAL = "digest of this file"
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{(\w+)\})")
+
+
+def expand_path(text: str, argument: str) -> str:
+    """A path with ``~``, ``$NAME`` and ``${NAME}`` as a shell expands them; ``$$`` stands for a dollar sign.
+
+    Raises ``InvalidInput`` naming ``argument`` where there is no such variable or user, or the path holds NUL.
+    """
+    if "\0" in text:
+        raise invalid(argument, text, "holds NUL", "write a path")
+    head = text.partition("/")[0] if text.startswith("~") else ""
+    tail = text[len(head) :]
+    home = os.path.expanduser(head)
+    if head and home == head:
+        raise invalid(argument, text, "is the home directory of nobody here", f"write ./{text} for that name")
+
+    def value(found: re.Match[str]) -> str:
+        name = found[2] or found[3]
+        if name is not None and name not in os.environ:
+            problem = f"the environment variable {name} is not set"
+            raise invalid(argument, text, problem, "set it, or write $$ for a dollar sign")
+        return "$" if name is None else os.environ[name]
+
+    return home + _VARIABLE.sub(value, tail)
+
+
+def as_written(path: str) -> str:
+    """The text that :func:`expand_path` turns into ``path``."""
+    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes. Raises ``OSError`` for everything else."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except ValueError:
+        raise OSError(errno.EINVAL, "holds NUL", str(path)) from None
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes", str(path))
+    return data
+
+
+def read_text(path: Path, argument: str, limit: int, remedy: str) -> str:
+    """The text of a file: UTF-8, or what its byte order mark tells. Raises ``InvalidInput`` where there is none."""
+    try:
+        return decoded(read_bounded(path, limit))
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise invalid(argument, str(path), problem, remedy) from None
+
+
+def decoded(data: bytes) -> str:
+    """Text of UTF-8, or of what its byte order mark tells. Raises ``UnicodeDecodeError``."""
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 @contextmanager

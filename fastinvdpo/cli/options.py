@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+from typer.core import TyperCommand
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import expand_path
 
 if TYPE_CHECKING:
     from fastinvdpo.config import TrainConfig
+
+
+# Paths that may also be the name of a repository, or another word.
+_PATHS_AS_TEXT = {"path", "model", "base", "aligned", "prompts", "resume"}
 
 
 def quiet(progress: bool) -> bool:
@@ -23,6 +29,21 @@ def quiet(progress: bool) -> bool:
         for package in ("diffusers", "transformers"):
             require(f"{package}.utils.logging", extra="train", purpose="this command").disable_progress_bar()
     return progress
+
+
+class PathsExpanded(TyperCommand):
+    """A command whose paths have ``~`` and variables expanded where the shell did not, as behind ``--output=``."""
+
+    def invoke(self, context: Any) -> Any:
+        context.params = {name: _expanded(name, value) for name, value in context.params.items()}
+        return super().invoke(context)
+
+
+def _expanded(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(name, one) for one in value]
+    is_path = isinstance(value, Path) or (isinstance(value, str) and name in _PATHS_AS_TEXT)
+    return type(value)(expand_path(str(value), name)) if is_path else value
 
 
 Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.", callback=quiet)]
@@ -63,15 +84,15 @@ def with_checkpoint(name: str, prefix: str = "") -> Callable[[Callable[..., None
 
 def read_config(arguments: list[str] | None, preset: str | None, defaults: dict[str, Any] | None = None) -> TrainConfig:
     from fastinvdpo.config import load_config
+    from fastinvdpo.config.sections import known_keys
 
-    path, overrides = _split(arguments or [])
+    path, overrides = None, arguments or []
+    if overrides:
+        key, separator, _ = overrides[0].partition("=")
+        is_key = key.partition(".")[0].strip() in known_keys(())
+        if not separator or "/" in key or (not is_key and ("." not in key or Path(overrides[0]).is_file())):
+            path, *overrides = overrides
+            path = expand_path(path, "config")
     if path is None and preset is None:
         raise invalid("CONFIG.yaml", None, "is missing", "name a configuration file, or a preset with --preset")
     return load_config(path, overrides, preset=preset, defaults=defaults)
-
-
-def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The configuration file, if the first argument is one, and the overrides."""
-    if arguments and "=" not in arguments[0]:
-        return Path(arguments[0]), arguments[1:]
-    return None, arguments

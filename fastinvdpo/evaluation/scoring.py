@@ -144,7 +144,8 @@ def score_pairs(
     columns = _columns(scorers, named, source.column_names() or sorted(stored))
     if relabel is not None and relabel not in columns:
         raise invalid("relabel", relabel, "is the name of no scorer", f"use one of {', '.join(columns)}")
-    if Path(source.path).is_dir() and output.resolve().parent == Path(source.path).resolve():
+    place, own = output.resolve().parent, Path(source.path).resolve()
+    if own.is_dir() and (place == own or (source.format == "datasets" and place.is_relative_to(own))):
         remedy = "name another directory: the next run would read the output"
         raise invalid("output", str(output), "lies among the files that are read", remedy)
     parts = output.with_name(f"{output.name}.parts")
