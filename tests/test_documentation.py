@@ -130,16 +130,18 @@ SMALL_CODE = {
 
 
 @pytest.mark.parametrize("page", [page for page in documentation.PAGES if documentation.blocks(page, "python")])
-def test_python_blocks_run_in_order(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_in_order(page: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one program, and nothing is defined but what the blocks define; on the files of ``place``."""
-    monkeypatch.chdir(place)
+    (tmp_path / "base").symlink_to(place / "base")
+    (tmp_path / "pairs.parquet").symlink_to(place / "pairs.parquet")
+    monkeypatch.chdir(tmp_path)
     program: dict[str, Any] = {"__name__": page}
     for block in documentation.blocks(page, "python"):
         for name, stand_in in {**STAND_INS, **SMALL_CODE}.items():
             block = block.replace(name, stand_in)
         exec(compile(block, page, "exec"), program)
     assert program["result"].loss.isfinite() and program["unet"].conv_in.weight.grad.isfinite().all()
-    assert (place / "runs/inpo/model").is_dir()
+    assert (tmp_path / "runs/inpo/model").is_dir()
 
 
 def _has_own_directory(arguments: list[str]) -> bool:
