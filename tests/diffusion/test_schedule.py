@@ -18,7 +18,8 @@ from fastinvdpo.diffusion.schedule import (
     prediction_target,
     recover_noise,
 )
-from tests.cases import sd_schedule
+from fastinvdpo.errors import InvalidInput
+from tests.cases import SD_SCHEDULER, sd_schedule
 
 LEVELS = st.integers(0, 999)
 
@@ -107,3 +108,29 @@ def test_ancestral_variance() -> None:
     a, b = schedule.alphas_cumprod[100], schedule.alphas_cumprod[200]
     torch.testing.assert_close(variance[1], (1 - a) / (1 - b) * (1 - b / a))
     assert float(variance[2]) == 0 and (variance[:2] > 0).all()
+
+
+FOREIGN = {
+    "EDM": {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0},
+    "Playground": {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_schedule": "karras"},
+    "cosine EDM": {"_class_name": "CosineDPMSolverMultistepScheduler"},
+    "consistency": {"_class_name": "CMStochasticIterativeScheduler"},
+    "unknown": {"_class_name": "SomebodysScheduler", **SD_SCHEDULER},
+    "continuous times": {**SD_SCHEDULER, "_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+    "own sigmas": {**SD_SCHEDULER, "_class_name": "EulerDiscreteScheduler", "sigma_max": 700.0},
+    "flow by sigmas": {**SD_SCHEDULER, "_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+    "thresholding": {**SD_SCHEDULER, "_class_name": "DDIMScheduler", "thresholding": True},
+    "nameless EDM": {"sigma_data": 0.5, "sigma_min": 0.002},
+}
+
+
+@pytest.mark.parametrize("config", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_noise_is_refused_by_name(config: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput, match=r"scheduler.* = .*(not known here|not computed here)"):
+        NoiseSchedule.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "LCM", "DPMSolverMultistep", "UniPCMultistep", "PNDM", "EulerDiscrete"])
+def test_every_way_to_sample_the_same_betas_has_the_same_noise(name: str) -> None:
+    found = NoiseSchedule.from_config({**SD_SCHEDULER, "_class_name": f"{name}Scheduler", "use_karras_sigmas": True})
+    assert torch.equal(found.alphas_cumprod, NoiseSchedule.from_config(SD_SCHEDULER).alphas_cumprod)

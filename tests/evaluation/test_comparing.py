@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from fastinvdpo import cli
@@ -20,8 +21,10 @@ from fastinvdpo.evaluation import comparing
 from fastinvdpo.evaluation.comparing import Sampling, compare, parse_sampling, statistics
 from fastinvdpo.evaluation.metrics import wilson_interval
 from fastinvdpo.evaluation.scorers import FunctionScorer, check_scorers, open_scorers
+from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import train
+from tests.cases import SD_SCHEDULER
 from tests.evaluation import tiny, tiny_clip
 from tests.evaluation.tiny import PROMPTS
 from tests.models import tiny as tiny_models
@@ -183,6 +186,54 @@ def test_an_adapter_a_network_and_a_whole_model_are_one(tmp_path: Path) -> None:
     other = tiny_models.write_digits(tmp_path / "other")
     with pytest.raises(InvalidInput, match=r"aligned = .*adapter.*does not fit"):
         evaluate((other, tmp_path / "run" / "adapter"), tmp_path / "evaluations" / "misfit")
+
+
+def test_an_adapter_stands_on_the_network_that_it_was_trained_on(tmp_path: Path) -> None:
+    tiny_training.write_model(tmp_path / "model")
+    tiny_training.write_data(tmp_path / "pairs.parquet")
+    tuned = tiny_models.digits_unet()
+    with torch.no_grad():
+        tuned.conv_out.bias.add_(0.3)
+    tuned.save_pretrained(tmp_path / "tuned" / "unet")
+    sections = {"model": {"lora": {"rank": 2}, "unet_init": str(tmp_path / "tuned")}}
+    train(tiny_training.config(tmp_path, training={"steps": 1}, **sections), progress=False)
+    drawn = {}
+    for name in ("model", "adapter"):
+        found = evaluate((tmp_path / "model", tmp_path / "run" / name), tmp_path / name)
+        drawn[name] = pixels(tmp_path / name, "aligned")
+    assert np.array_equal(drawn["model"], drawn["adapter"])
+    assert found["notes"] == [f"The adapter stands on the weights that it was trained on, {tmp_path / 'tuned'}."]
+
+
+def test_what_else_the_sides_differ_in_is_told(models: tuple[Path, Path], tmp_path: Path) -> None:
+    assert evaluate(models, tmp_path / "digits")["notes"] == []
+    (told,) = evaluate((models[0], models[0]), tmp_path / "same")["notes"]
+    assert told.startswith("Both sides have the same network") and told in (tmp_path / "same/report.html").read_text()
+    for name, pipeline in {
+        "base": tiny_models.sd_pipeline(),
+        "other": tiny_models.sd_pipeline(
+            vae=tiny_models.vae(norm_num_groups=8),
+            scheduler=DDIMScheduler(**{**SD_SCHEDULER, "timestep_spacing": "trailing"}),
+        ),
+    }.items():
+        pipeline.save_pretrained(tmp_path / name, safe_serialization=True)
+    sampling = Sampling(num_inference_steps=1, guidance_scale=1.0)
+    sides = (tmp_path / "base", tmp_path / "other")
+    notes = "\n".join(compare(*sides, ["a cat"], [SCORER], tmp_path / "sd", sampling=sampling)["notes"])
+    assert "they differ in timestep_spacing" in notes and "different weights of vae" in notes
+
+
+def test_weights_that_are_there_as_a_variant_and_guidance_by_default(tmp_path: Path) -> None:
+    tiny_models.sdxl_pipeline().save_pretrained(tmp_path / "base", safe_serialization=True, variant="fp16")
+    shutil.copytree(tmp_path / "base", tmp_path / "same")
+    tiny_models.unet().save_pretrained(tmp_path / "same" / "unet", variant="bf16")
+    base = Origin(tmp_path / "base", variant="fp16")
+    command = ["a cat"], [SCORER], tmp_path / "out"
+    with pytest.raises(InvalidInput, match=r"variants bf16, fp16, not plain ones.*--variant of a command"):
+        compare(base, tmp_path / "same", *command, sampling=Sampling(num_inference_steps=1))
+    aligned = Origin(tmp_path / "same", variant="fp16")
+    found = compare(base, aligned, *command, sampling=Sampling(num_inference_steps=1))
+    assert found["guidance_scale"] == 5.0
 
 
 def test_stable_diffusion_with_an_adapter_in_diffusers_format(tmp_path: Path) -> None:
