@@ -196,7 +196,7 @@ def test_an_adapter_stands_on_the_network_that_it_was_trained_on(tmp_path: Path)
         tuned.conv_out.bias.add_(0.3)
     tuned.save_pretrained(tmp_path / "tuned" / "unet")
     sections = {"model": {"lora": {"rank": 2}, "unet_init": str(tmp_path / "tuned")}}
-    train(tiny_training.config(tmp_path, training={"steps": 1}, **sections), progress=False)
+    train(tiny_training.config(tmp_path, training={"steps": 2}, **sections), progress=False)
     drawn = {}
     for name in ("model", "adapter"):
         found = evaluate((tmp_path / "model", tmp_path / "run" / name), tmp_path / name)
@@ -226,7 +226,8 @@ def test_what_else_the_sides_differ_in_is_told(models: tuple[Path, Path], tmp_pa
 def test_weights_that_are_there_as_a_variant_and_guidance_by_default(tmp_path: Path) -> None:
     tiny_models.sdxl_pipeline().save_pretrained(tmp_path / "base", safe_serialization=True, variant="fp16")
     shutil.copytree(tmp_path / "base", tmp_path / "same")
-    tiny_models.unet().save_pretrained(tmp_path / "same" / "unet", variant="bf16")
+    stored = tmp_path / "same" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copyfile(stored, stored.with_name("diffusion_pytorch_model.bf16.safetensors"))
     base = Origin(tmp_path / "base", variant="fp16")
     command = ["a cat"], [SCORER], tmp_path / "out"
     with pytest.raises(InvalidInput, match=r"variants bf16, fp16, not plain ones.*--variant of a command"):

@@ -101,9 +101,15 @@ def test_guidance_is_by_default_that_of_the_pipeline(tmp_path: Path, name: str, 
     model: Any = load_model("auto", tmp_path, **flow)
     assert model.own_guidance == told
     calls: list[dict[str, Any]] = []
-    model.network.register_forward_pre_hook(lambda m, given, named: calls.append(named), with_kwargs=True)
+    rows: list[int] = []
+
+    def record(module: Any, given: Any, named: dict[str, Any]) -> None:
+        calls.append(named)
+        rows.append(len(given[0] if given else named["hidden_states"]))
+
+    model.network.register_forward_pre_hook(record, with_kwargs=True)
     sample(model, model.network, ["a"], num_inference_steps=2)
-    assert len(calls) == 2 * evaluations
+    assert sum(rows) == 2 * evaluations
     if name == "flux":
         sample(model, model.network, ["a"], num_inference_steps=1, guidance_scale=2.0)
         assert [float(call["guidance"]) for call in calls] == [3.5, 3.5, 2.0]
