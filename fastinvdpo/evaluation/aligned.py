@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _SCHEDULER = "scheduler_config.json"
 
 
-def open_aligned(family: str, base: Origin, aligned: Origin, *, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+def open_aligned(
+    family: str, base: str | Path | Origin, aligned: str | Path | Origin, *, dtype: torch.dtype = torch.float32
+) -> DiffusionModel:
     """The aligned model, on the host.
 
     ``aligned`` is a directory or hub id of a whole model, a directory with the network alone, or an adapter for
@@ -33,8 +35,9 @@ def open_aligned(family: str, base: Origin, aligned: Origin, *, dtype: torch.dty
     Raises:
         InvalidInput: none of these, or one that does not fit ``base``.
     """
-    model = load_model(family, _beside(base, aligned), dtype=dtype)
-    file = adapter_file(aligned.path)
+    after = Origin.of(aligned)
+    model = load_model(family, _beside(Origin.of(base), after), dtype=dtype)
+    file = adapter_file(after.path)
     if file is not None:
         merge_adapter(model.network, read_adapter(file, model.network, model.translated_lora))
     return model

@@ -107,7 +107,7 @@ def compare(
         InvalidInput: an argument that cannot be used; ``output`` holds pictures of other settings or models.
     """
     sampling = Sampling() if sampling is None else sampling
-    before, after = (side if isinstance(side, Origin) else Origin(side) for side in (base, aligned))
+    before, after = Origin.of(base), Origin.of(aligned)
     family = resolve_family(family, before.path, before.revision)
     texts, scorers = check_prompts(prompts), check_scorers(scorers)
     _check(sampling, shown)

@@ -185,7 +185,6 @@ def run_invert(
     texts = None if prompts is None else check_prompts(prompts)
     if texts is not None and not pair_set:
         texts = _one_per_image(texts, len(named))
-    where = path.path if isinstance(path, Origin) else path
     model = load_model(family, path)
     if torch.cuda.is_available():
         model.to("cuda")
@@ -205,7 +204,11 @@ def run_invert(
         batch_size=batch_size,
     )
     report = {
-        "model": {"family": model.family, "path": str(where), "prediction_type": model.schedule.prediction_type},
+        "model": {
+            "family": model.family,
+            "path": str(Origin.of(path).path),
+            "prediction_type": model.schedule.prediction_type,
+        },
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "renoise_iterations": renoise_iterations,

@@ -32,6 +32,10 @@ class Origin(NamedTuple):
     revision: str | None = None
     variant: str | None = None
 
+    @classmethod
+    def of(cls, path: str | Path | Origin) -> Origin:
+        return path if isinstance(path, Origin) else cls(path)
+
 
 class DiffusionModel(ABC):
     """A trainable denoising network with the frozen parts that surround it.

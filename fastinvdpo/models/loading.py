@@ -135,7 +135,7 @@ def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
 
 def _origin(path: str | Path | Origin, options: Mapping[str, Any]) -> tuple[Origin, dict[str, Any]]:
     """The checkpoint, and the options that do not belong to it."""
-    origin = path if isinstance(path, Origin) else Origin(path)
+    origin = Origin.of(path)
     given = {name: value for name, value in options.items() if value is not None}
     return origin._replace(**{n: v for n, v in given.items() if n in Origin._fields}), {
         n: v for n, v in given.items() if n not in Origin._fields
