@@ -15,12 +15,13 @@ PYTHONS ?= $(PYTHON)
 # Set, Python would compile anew in every process what pip leaves uncompiled below.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-deep test-oldest test-gpu check bench wheels constraints
+.PHONY: help demo test test-deep test-faults test-oldest test-gpu check bench wheels constraints
 
 help:
 	@echo "make demo      align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
 	@echo "make test      the test suite: JOBS=2 ARGS='-k schedule'"
 	@echo "make test-deep what takes longest: kernels interpreted, compiled, under sanitizers; wheels; every model family; processes; kills"
+	@echo "make test-faults kills, disk errors and signals at file-system calls of every command: KILLS=400 DISK=190 SIGNALS=100 SEED=0"
 	@echo "make test-oldest  ops, models and training with the oldest versions that pyproject.toml allows: PYTHON=python3.10"
 	@echo "make test-gpu  what only a GPU can check: ARGS='--jobs 4 --no-sanitizer'"
 	@echo "make check     ruff and mypy"
@@ -76,6 +77,10 @@ DEEP = $(if $(PART),$(DEEP_$(PART)),$(foreach number,1 2 3 4 5 6 7 8 9 10 11,$(D
 
 test-deep: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup $(DEEP) $(ARGS)
+
+# Hours on two cores; how many faults of each kind is set by variables of the environment.
+test-faults: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -rP tests/faults.py $(ARGS)
 
 # Fails without a GPU, and where a part could not be run.
 test-gpu: $(READY)

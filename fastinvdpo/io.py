@@ -1,4 +1,4 @@
-"""Files: read within bounds, written completely or not at all, digests of them; paths as people write them."""
+"""Files: read within bounds, digests of them; paths as people write them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastinvdpo.errors import invalid
 
-TEMPORARY, DISCARDED = ".writing-", ".discarded-"
 DIGEST = "sha256:"
 _SEAL = "digest of this file"
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{(\w+)\})")
@@ -82,105 +79,21 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside ``target`` to write into; it takes the name ``target`` once everything is on the
-    disk.
-
-    An older ``target`` is replaced. After an error nothing remains of the attempt.
-    """
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def has_key(file: Path, key: str) -> bool:
+    """Whether a file is a JSON object with such a key."""
     try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    discard(target)
-    temporary.rename(target)
-    _sync(target.parent)
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and key in content
 
 
-@contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target`` to write; it takes the name ``target`` once its content is on the disk."""
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+def as_json(name: str, content: Mapping[str, Any]) -> str:
+    """Indented JSON. Raises ``InvalidInput`` for NaN or infinity, which JSON lacks."""
     try:
-        yield temporary
-        _sync(temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(target)
-    _sync(target.parent)
-
-
-def discard(directory: Path) -> None:
-    """Delete a directory; it loses its name first, so a half-deleted one is never taken for a whole one. What a killed
-    process has half-deleted goes too.
-    """
-    renamed = directory.with_name(f"{DISCARDED}{directory.name}")
-    shutil.rmtree(renamed, ignore_errors=True)
-    if not directory.exists():
-        return
-    directory.rename(renamed)
-    shutil.rmtree(renamed)
-
-
-def clean_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted in ``folder``."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.name.startswith((TEMPORARY, DISCARDED)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def write_json(target: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON, completely or not at all. Raises ``InvalidInput`` for NaN or infinity, which JSON lacks."""
-    try:
-        text = json.dumps(content, indent=2, allow_nan=False)
+        return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as error:
-        raise invalid(
-            target.name, dict(content), f"cannot be written as JSON ({error})", "leave the value out"
-        ) from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as partial:
-        partial.write_text(text + "\n")
-
-
-@contextmanager
-def only_writer(directory: Path, argument: str) -> Iterator[None]:
-    """Hold the directory's lock, which the system drops with the process; leftovers of killed ones are deleted.
-
-    Raises ``InvalidInput`` naming ``argument`` where another process holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not on this system: two writers are then up to the user
-        clean_leftovers(directory)
-        yield
-        return
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise invalid(argument, str(directory), "another process is writing there", "wait for it") from None
-        clean_leftovers(directory)
-        yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise invalid(name, dict(content), f"cannot be written as JSON ({error})", "leave the value out") from None
 
 
 class Digests:
@@ -204,7 +117,7 @@ class Digests:
 
     def one(self, file: Path) -> str:
         """The SHA-256 of a file, in hexadecimal."""
-        return self.once(f"inode {file.stat().st_ino}", [file], lambda: _file_digest(file))  # wherever it moves
+        return self.once(f"inode {file.stat().st_ino}", [file], lambda: file_digest(file))  # wherever it moves
 
     def once(self, name: str, files: Iterable[Path], make: Callable[[], str]) -> str:
         """What ``make`` gives; remembered as ``name`` until one of the files that it follows from changes."""
@@ -218,7 +131,8 @@ class Digests:
         return str(known[1])
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

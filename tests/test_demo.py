@@ -332,9 +332,8 @@ def gray(value: int) -> Image.Image:
 
 
 def test_grid_shows_before_above_after(tmp_path: Path) -> None:
-    path = pictures.save_grid(
-        tmp_path / "grid.png", [gray(0)] * 3, [gray(200)] * 3, ["a", "b", "c"], columns=2, title="t"
-    )
+    path = tmp_path / "grid.png"
+    pictures.save_grid(path, [gray(0)] * 3, [gray(200)] * 3, ["a", "b", "c"], columns=2, title="t")
     shown = np.asarray(Image.open(path).convert("L")).astype(int)
     rows_of = {value: np.flatnonzero((shown == value).sum(1) > shown.shape[1] // 4) for value in (0, 200)}
     assert len(rows_of[0]) > 20
@@ -351,7 +350,8 @@ def test_grid_needs_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rewards", [([0.0, 1.0], [1.0, 2.0]), ([0.5, 0.5], [0.5, 0.5])])
 def test_curves_are_a_picture(rewards: tuple[list[float], list[float]], tmp_path: Path) -> None:
     history = [{"step": step, "loss": 1 / step, "implicit_accuracy": 0.5, "margin": step / 9} for step in range(1, 9)]
-    path = pictures.save_curves(tmp_path / "curves.png", history, rewards, title="t")
+    path = tmp_path / "curves.png"
+    pictures.save_curves(path, history, rewards, title="t")
     assert np.asarray(Image.open(path).convert("L")).std() > 5
     with pytest.raises(InvalidInput, match="history"):
         pictures.save_curves(path, [], rewards)

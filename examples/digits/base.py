@@ -1,12 +1,7 @@
-"""The two base models of the demo: a UNet of about a million parameters trained on the digits, and where it is kept.
-
-``python -m fastinvdpo._examples.digits.base clean`` (or ``noisy``) trains one again, in five to eight minutes on one
-core.
-"""
+"""The two base models of the demo: a UNet of about a million parameters trained on the digits, and where it is kept."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,24 +107,3 @@ def _captions(labels: np.ndarray, noise: float, seed: int) -> list[str]:
     wrong = random.rand(len(labels)) < noise
     shift = random.randint(1, 10, size=len(labels))
     return [digits.prompt_of(label) for label in np.where(wrong, (labels + shift) % 10, labels)]
-
-
-def main() -> None:
-    """Command line: which base model to train, and where to put it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("captions", choices=tuple(CAPTION_NOISE))
-    parser.add_argument("--output", type=Path, help="directory to write (default: the shipped weights)")
-    parser.add_argument("--steps", type=int, default=2000)
-    arguments = parser.parse_args()
-    directory = arguments.output or WEIGHTS / arguments.captions
-    train_base(
-        arguments.captions,
-        directory,
-        steps=arguments.steps,
-        report=lambda step, loss: print(f"step {step:5d}  loss {loss:.4f}", flush=True),
-    )
-    print(f"saved {directory}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.page import AFTER, DPI, histogram, new_figure
-from fastinvdpo.io import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +33,7 @@ def save_grid(
     *,
     columns: int = 10,
     title: str = "",
-) -> Path:
+) -> None:
     """A picture of pairs: above what the base model drew, below what the aligned one drew from the same noise.
 
     ``before``, ``after`` and ``captions`` have one length; ``columns`` of them make a band of two rows.
@@ -62,7 +61,7 @@ def save_grid(
         axis.text(left + width / 2 - 0.5, top - 0.8, caption, ha="center", va="bottom", fontsize=7)
     axis.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     figure.suptitle(title, fontsize=9)
-    return _save_figure(figure, path)
+    figure.savefig(path, format="png", dpi=DPI)
 
 
 def save_curves(
@@ -72,7 +71,7 @@ def save_curves(
     *,
     keys: Sequence[str] = ("loss", "implicit_accuracy", "margin"),
     title: str = "",
-) -> Path:
+) -> None:
     """Curves over the optimizer steps of ``history``, and histograms of the samples' rewards (before, after)."""
     if not history:
         raise invalid("history", history, "is empty", "pass the history of a training run")
@@ -85,12 +84,4 @@ def save_curves(
     histogram(last, rewards, ("before", "after"))
     last.set(xlabel="reward", ylabel="samples", title="reward of the samples")
     figure.suptitle(title, fontsize=9)
-    return _save_figure(figure, path)
-
-
-def _save_figure(figure: Any, path: str | Path) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as partial:
-        figure.savefig(partial, format="png", dpi=DPI)
-    return target
+    figure.savefig(path, format="png", dpi=DPI)

@@ -18,10 +18,11 @@ from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
 from fastinvdpo.evaluation.sampling import sample
-from fastinvdpo.io import discard, write_json
 from fastinvdpo.methods import METHODS
 from fastinvdpo.models import load_model
+from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
+from fastinvdpo.trainer.opening import open_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fastinvdpo.trainer import TrainResult
 
 CONTROLS = ("shuffle",)
+WRITTEN = ("pairs.parquet", "config.yaml", "before_after.png", "curves.png", "summary.json")
 PAIRS = 2000
 NUM_INFERENCE_STEPS = 25
 
@@ -88,14 +90,39 @@ def run_demo(
         MissingExtra: a package of the ``train`` extra is missing.
     """
     check_arguments(method, preference, steps, control)
-    began = time.perf_counter()
-    directory = _output_directory(output, method, preference, seed, control)
-    base = _base_model(RECIPES[preference].base, directory, retrain=train_base, progress=progress)
+    name = "-".join([method, preference, str(seed), *([control] if control else [])])
+    with OutputDirectory(Path("runs") / "demo" / name if output is None else output) as place:
+        place.claim(*WRITTEN, *(["base"] if train_base else []))
+        return _run(place, method, preference, seed, steps, control, train_base, progress)
+
+
+def _run(
+    output: OutputDirectory,
+    method: str,
+    preference: str,
+    seed: int,
+    steps: int | None,
+    control: str | None,
+    train_base: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    began, directory, recipe = time.perf_counter(), output.path, RECIPES[preference]
+    base = directory / "base" if train_base else base_models.WEIGHTS / recipe.base
     train_set, held_out = digits.load_splits()
     rows = digits.make_pairs(train_set, preference, PAIRS, seed, shuffle=control == "shuffle")
-    write_pairs(directory / "pairs.parquet", rows)
     config = build_config(method, preference, seed, steps, directory, base, digits.score_range(rows))
-    (directory / "config.yaml").write_text(to_yaml(config))
+    with open_output(config) as earlier:
+        # A summary of an earlier demo must not stand beside a training that did not end.
+        output.remove("summary.json")
+        if (directory / "training" / "cache").exists():
+            with OutputDirectory(directory / "training" / "cache") as cache:
+                cache.remove()
+        earlier.remove()
+    if train_base:
+        _train_base(recipe.base, output, progress)
+    with output.file("pairs.parquet") as partial:
+        write_pairs(partial, rows)
+    output.write("config.yaml", to_yaml(config))
     # From the file, so that `fastinvdpo train config.yaml` is the very same run.
     result = train(load_config(directory / "config.yaml"), resume="never", progress=progress)
 
@@ -104,7 +131,7 @@ def run_demo(
     before, after = (judge.judge(preference, as_array(drawn), held_out.labels) for drawn in images)
     rate = win_rate(after.rewards, before.rewards)
     title = f"{method}, preference {preference}, seed {seed}" + (f", control {control}" if control else "")
-    _save_pictures(directory, title, held_out, images, (before, after), result)
+    _save_pictures(output, title, held_out, images, (before, after), result)
     summary = {
         "method": method,
         "preference": preference,
@@ -120,7 +147,7 @@ def run_demo(
         "classifier_accuracy": judge.held_out_accuracy,
         "status": "ok",
     }
-    write_json(directory / "summary.json", summary)
+    output.write("summary.json", summary)
     if progress:
         _print_summary(title, before, after, rate, summary, directory)
     return summary
@@ -199,31 +226,17 @@ def as_array(images: list[Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def _output_directory(output: str | Path | None, method: str, preference: str, seed: int, control: str | None) -> Path:
-    name = "-".join([method, preference, str(seed), *([control] if control else [])])
-    directory = Path("runs") / "demo" / name if output is None else Path(output)
-    if directory.exists() and not directory.is_dir():
-        raise invalid("output", str(directory), "is a file", "name a directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    # A summary of an earlier demo must not stand beside a training that did not end.
-    (directory / "summary.json").unlink(missing_ok=True)
-    discard(directory / "training")
-    return directory
-
-
-def _base_model(name: str, directory: Path, *, retrain: bool, progress: bool) -> Path:
-    if not retrain:
-        return base_models.WEIGHTS / name
-
+def _train_base(name: str, output: OutputDirectory, progress: bool) -> None:
     def report(step: int, loss: float) -> None:
         if progress:
             print(f"base model, step {step}: loss {loss:.4f}", flush=True)
 
-    return base_models.train_base(name, directory / "base", report=report)
+    with output.directory("base") as partial:
+        base_models.train_base(name, partial, report=report)
 
 
 def _save_pictures(
-    directory: Path,
+    output: OutputDirectory,
     title: str,
     held_out: digits.Digits,
     images: list[list[Image]],
@@ -234,9 +247,11 @@ def _save_pictures(
     places = [int(np.flatnonzero(held_out.labels == digit)[turn]) for turn in range(3) for digit in range(10)]
     shown = [[drawn[place] for place in places] for drawn in images]
     captions = [digits.NAMES[held_out.labels[place]] for place in places]
-    save_grid(directory / "before_after.png", shown[0], shown[1], captions, title=title)
+    with output.file("before_after.png") as partial:
+        save_grid(partial, shown[0], shown[1], captions, title=title)
     rewards = (verdicts[0].rewards.tolist(), verdicts[1].rewards.tolist())
-    save_curves(directory / "curves.png", result.history, rewards, title=title)
+    with output.file("curves.png") as partial:
+        save_curves(partial, result.history, rewards, title=title)
 
 
 def _print_summary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,13 @@ from typing import Any, TypeAlias
 
 from fastinvdpo._examples.structured.schema import StructuredImage, read_structured
 from fastinvdpo._extras import require
+from fastinvdpo.atomic import atomic_file, prepare_folder
 from fastinvdpo.data.images import decode, file_below, file_bytes
-from fastinvdpo.data.writing import require_new, write_pairs
+from fastinvdpo.data.writing import write_pairs
 from fastinvdpo.errors import invalid
 
 NO_RELATION = "(none)"
+_KEY = "fastinvdpo.card"  # metadata of the output: SHA-256 of its card
 _Queue: TypeAlias = list[tuple[int, int, bytes, str]]  # pairs given, relations, a hash, prompt
 
 
@@ -83,8 +86,9 @@ def build_pairs(
     """
     source, target = Path(structured), Path(output)
     card = target.with_suffix(".md")
-    for path in (target, card):
-        require_new(path)
+    if card == target:
+        raise invalid("output", str(output), "is the name of the data card", "name it .parquet")
+    prepare_folder(Path(os.path.realpath(target)).parent)
     lines = read_structured(source)
     images = [image for _, image in lines]
     known = sorted(images[0].scores)
@@ -95,10 +99,29 @@ def build_pairs(
     if not pairs:
         problem = "gives no pair: no image of a prompt wins over another by the margin"
         raise invalid("STRUCTURED.jsonl", str(source), problem, "lower the margin, or add images")
+    text = _card(target.name, source, images, pairs, rule)
+    key = {_KEY: hashlib.sha256(text.encode()).hexdigest()}
+    # Killed before it wrote the card, it left pairs that are complete.
+    complete = target.is_file() and not os.path.lexists(card) and _stored_key(target) == key[_KEY]
+    for path in (card,) if complete else (target, card):
+        if os.path.lexists(path):
+            raise invalid("output", str(path), "is there already", "name another output, or delete it")
     root = source.parent if image_root is None else Path(image_root)
-    write_pairs(target, _rows(pairs, lines, root, rule))
-    card.write_text(_card(target.name, source, images, pairs, rule), "utf-8")
+    if not complete:
+        write_pairs(target, _rows(pairs, lines, root, rule), new=True, metadata=key)
+    with atomic_file(card, new=True) as partial:
+        partial.write_text(text, "utf-8")
     return pairs
+
+
+def _stored_key(file: Path) -> str | None:
+    parquet = require("pyarrow.parquet", extra="train", purpose="writing preference pairs")
+    arrow = require("pyarrow", extra="train", purpose="writing preference pairs")
+    try:
+        found: dict[bytes, bytes] = parquet.read_metadata(file).metadata or {}
+    except (OSError, arrow.ArrowException):  # not parquet
+        return None
+    return found.get(_KEY.encode(), b"").decode()
 
 
 def choose_pairs(images: Sequence[StructuredImage], rule: PairRule) -> list[BuiltPair]:

@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else 0
     except (InvalidInput, MissingExtra) as error:
         return _fail(str(error), 2)
+    except OSError as error:
+        place, reason = f"{error.filename}: " if error.filename else "", error.strerror or str(error)
+        return _fail(f"{place}{reason}. Remedy: make it possible to read and write there, and start again.", 2)
     except NonFiniteLoss as error:
         return _fail(str(error), 1)
 

@@ -25,12 +25,15 @@ def inspect(
 ) -> None:
     """Count rows, ties and broken rows by cause, tell sizes, captions and scores, and draw a sheet of pairs."""
     from fastinvdpo.config.files import load_data_section
-    from fastinvdpo.data.inspecting import check_place, inspect_pairs
+    from fastinvdpo.data.broken import REPORT
+    from fastinvdpo.data.inspecting import SHEET, inspect_pairs
+    from fastinvdpo.output import OutputDirectory
     from fastinvdpo.trainer.opening import open_pairs
 
-    check_place(output)
-    dataset = open_pairs(load_data_section(path, options or []), all_broken=True)
-    typer.echo(inspect_pairs(dataset, output, pairs=pairs))
+    data = load_data_section(path, options or [])
+    with OutputDirectory(output, reads=[data.path]) as place:
+        place.claim(SHEET, *REPORT)
+        typer.echo(inspect_pairs(open_pairs(data, all_broken=True), place, pairs=pairs))
 
 
 def build(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastinvdpo.atomic import ELSEWHERE
 from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.output import OutputDirectory
 
 # A row with several faults counts under the first of these.
 CAUSES = (
@@ -18,7 +19,8 @@ CAUSES = (
     *("missing caption", "malformed caption", "missing image", "corrupt image"),
 )
 LISTED, SUMMARY = "broken.jsonl", "data.json"
-_LINE = {"row", "place", "cause", "problem"}
+REPORT = (SUMMARY, LISTED)
+_LINE = frozenset({"row", "place", "cause", "problem"})
 _SHOWN = 10
 
 
@@ -121,28 +123,17 @@ def by_cause(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in counts.items())
 
 
-def write_report(summary: DataSummary, rows: BrokenRows, directory: Path) -> None:
-    """Write ``data.json`` (the summary) and ``broken.jsonl`` (every row that was left out, maybe none).
-
-    Raises:
-        InvalidInput: other files than such reports have these names, or the directory cannot be written.
-    """
-    check_report(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / SUMMARY).write_text(json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (directory / LISTED).write_text(jsonl(rows.lines()), "utf-8")
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        raise invalid("output", str(directory), problem, "name another directory") from None
+def write_report(summary: DataSummary, rows: BrokenRows, output: OutputDirectory) -> None:
+    """Write ``data.json`` (the summary) and ``broken.jsonl`` (every row that was left out, maybe none)."""
+    output.write(SUMMARY, asdict(summary))
+    output.write(LISTED, jsonl(rows.lines()))
 
 
-def copy_report(source: Path, directory: Path) -> None:
-    """Copy what :func:`write_report` wrote. Raises ``InvalidInput`` as it does."""
-    check_report(directory)
-    for name in (SUMMARY, LISTED):
+def copy_report(source: Path, output: OutputDirectory) -> None:
+    """Copy what :func:`write_report` wrote."""
+    for name in REPORT:
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+            output.write(name, (source / name).read_text("utf-8"))
 
 
 def read_summary(directory: Path) -> DataSummary | None:
@@ -151,22 +142,13 @@ def read_summary(directory: Path) -> DataSummary | None:
     return DataSummary(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
 
 
-def check_report(directory: Path) -> None:
-    """Raise ``InvalidInput`` where another file than such a report has the name of one."""
-    require_own(directory / SUMMARY, lambda path: read_summary(path.parent) is not None)
-    require_own(directory / LISTED, lambda path: all(set(line) == _LINE for line in _lines(path)))
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    return (json.loads(line) for line in path.read_text("utf-8").split("\n") if line)
-
-
-def require_own(path: Path, is_own: Callable[[Path], bool]) -> None:
-    """Raise ``InvalidInput`` where something is at ``path`` that ``is_own`` does not recognize."""
+def check_list(path: Path) -> None:
+    """Raise ``InvalidInput`` where something is at ``path`` that is no list of broken rows."""
     try:
-        own = is_own(path) if path.exists() else not path.is_symlink()
-    except (OSError, ValueError, TypeError, RecursionError):  # no JSON, no image, or of another kind
+        own = not path.exists() or {frozenset(json.loads(line)) for line in path.read_text("utf-8").splitlines()} == {
+            _LINE
+        }
+    except (OSError, ValueError, TypeError):
         own = False
     if not own:
-        problem = "is there, and was not written by fastinvdpo"
-        raise invalid("output", str(path), problem, "name another directory, or move that file")
+        raise invalid("output", str(path), "is there, and was not written by fastinvdpo", ELSEWHERE)

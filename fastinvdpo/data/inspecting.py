@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.broken import by_cause, check_report, require_own, write_report
+from fastinvdpo.data.broken import by_cause, write_report
 from fastinvdpo.data.pairs import Pair, PairDataset
 from fastinvdpo.data.rows import SCORES
+from fastinvdpo.output import OutputDirectory
 
 SHEET = "pairs.png"
-_MARK = ("Software", "fastinvdpo data inspect")
 _SIDE, _GAP, _TEXT = 160, 8, 360
 _WON, _LOST, _TIED = (46, 125, 50), (198, 40, 40), (117, 117, 117)
 _SIZES_SHOWN = 5
 
 
-def check_place(directory: Path) -> None:
-    """Raise ``InvalidInput`` where ``directory`` holds other files than those of an earlier look, by the same names."""
-    check_report(directory)
-    require_own(directory / SHEET, _is_sheet)
-
-
-def _is_sheet(path: Path) -> bool:
-    with require("PIL.Image", extra="train", purpose="drawing pairs").open(path, formats=["PNG"]) as there:
-        return bool(there.info.get(_MARK[0]) == _MARK[1])
-
-
-def inspect_pairs(dataset: PairDataset, directory: Path, *, pairs: int = 8) -> str:
-    """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return a summary as text.
-
-    Raises:
-        InvalidInput: files that are no earlier reports are in the way, see :func:`check_place`.
-    """
-    check_place(directory)
-    write_report(dataset.summary, dataset.broken, directory)
-    marks = require("PIL.PngImagePlugin", extra="train", purpose="drawing pairs").PngInfo()
-    marks.add_text(*_MARK)
-    sheet([dataset[i] for i in range(min(pairs, len(dataset)))]).save(directory / SHEET, pnginfo=marks)
+def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int = 8) -> str:
+    """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return a summary as text."""
+    write_report(dataset.summary, dataset.broken, output)
+    with output.file(SHEET) as partial:
+        sheet([dataset[i] for i in range(min(pairs, len(dataset)))]).save(partial, "PNG")
     found, sizes = dataset.summary, [f"{w} x {h} ({count})" for (h, w), count in dataset.image_sizes.most_common()]
     if len(sizes) > _SIZES_SHOWN:
         sizes = [*sizes[:_SIZES_SHOWN], f"{len(sizes) - _SIZES_SHOWN} other sizes"]
@@ -55,7 +37,7 @@ def inspect_pairs(dataset: PairDataset, directory: Path, *, pairs: int = 8) -> s
         f"captions  {len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
         f"characters, median {statistics.median(lengths):g}",
         f"scores    {_scores(dataset)}",
-        f"sheet     {directory / SHEET}",
+        f"sheet     {output.path / SHEET}",
     ]
     return "\n".join(lines)
 

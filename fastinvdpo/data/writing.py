@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
+from fastinvdpo.atomic import atomic_file
 from fastinvdpo.data.rows import IMAGES, SCHEMA, SCORES, number
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import atomic_file
 
 _ROWS_PER_GROUP = 1000
 
 
-def write_pairs(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+def write_pairs(
+    path: str | Path, rows: Iterable[Mapping[str, Any]], *, new: bool = False, metadata: Mapping[str, str] | None = None
+) -> int:
     """Write pairs to one parquet file and return how many.
 
     Each row has ``jpg_0``, ``jpg_1`` (encoded bytes, or a PIL image, which becomes lossless PNG), ``label_0``,
     ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``. The file appears under its
     name only when it is complete; rows are streamed, so they need not fit into memory.
+
+    Args:
+        new: raise ``FileExistsError`` rather than replace a file.
+        metadata: stored with the columns.
 
     Raises:
         InvalidInput: a missing or unknown key, or a value of the wrong kind, naming row and column; no rows at all.
@@ -34,21 +40,14 @@ def write_pairs(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
         raise invalid("rows", 0, "holds no pairs", "write at least one")
     names = [name for name in SCHEMA if name not in SCORES or "score_0" in first]
     kinds = {"jpg_0": arrow.binary(), "jpg_1": arrow.binary(), "caption": arrow.string()}
-    schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names])
+    schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names], metadata)
     numbered = enumerate(chain([first], remaining))
     count = 0
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(Path(path)) as partial, parquet.ParquetWriter(partial, schema) as writer:
+    with atomic_file(Path(path), new=new) as partial, parquet.ParquetWriter(partial, schema) as writer:
         while group := [_checked(row, i, names) for i, row in islice(numbered, _ROWS_PER_GROUP)]:
             writer.write_table(arrow.Table.from_pylist(group, schema=schema))
             count += len(group)
     return count
-
-
-def require_new(path: Path, argument: str = "output") -> None:
-    """Raise ``InvalidInput`` where something is at ``path`` already."""
-    if path.exists() or path.is_symlink():
-        raise invalid(argument, str(path), "is there already", "name another output, or delete it")
 
 
 def encode_png(image: Any) -> bytes:

@@ -21,17 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastinvdpo.atomic import atomic_file, make_directory
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.aligned import aligned_files, open_aligned, remarks
 from fastinvdpo.evaluation.metrics import win_rate
-from fastinvdpo.evaluation.page import write_page
+from fastinvdpo.evaluation.page import report_page
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
-from fastinvdpo.io import TEMPORARY, Digests, clean_leftovers, differences, key_hash, sealed, unsealed, write_json
+from fastinvdpo.io import Digests, as_json, differences, has_key, key_hash, sealed, unsealed
 from fastinvdpo.models import checkpoint_files, load_model, own_guidance, resolve_family
 from fastinvdpo.models.base import Origin, check_guidance, check_prompts
+from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.opening import DTYPES
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 SIDES = ("base", "aligned")
 SUMMARY, PAGE, _SETTINGS = "evaluation.json", "report.html", "settings.json"
+_PROMPTS = "content of the prompts"
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,27 @@ def compare(
     family = resolve_family(family, before.path, before.revision)
     texts, scorers = check_prompts(prompts), check_scorers(scorers)
     _check(sampling, shown)
-    root = Path(output)
+    reads = [before.path, after.path]
+    with OutputDirectory(output, earlier=lambda path: has_key(path / _SETTINGS, _PROMPTS), reads=reads) as place:
+        place.claim(SUMMARY, PAGE, files=(_SETTINGS, *(f"{side}/*.png" for side in SIDES)))
+        return _compare(before, after, texts, scorers, place, family, sampling, shown)
+
+
+def _compare(
+    before: Origin,
+    after: Origin,
+    texts: list[str],
+    scorers: Sequence[Scorer],
+    output: OutputDirectory,
+    family: str,
+    sampling: Sampling,
+    shown: int,
+) -> dict[str, Any]:
+    root = output.path
     files = {"base": checkpoint_files(family, before), "aligned": aligned_files(family, before, after)}
     if sampling.guidance_scale is None:
         sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
-    _claim(root, _key(files, texts, family, sampling))
+    _check_settings(root / _SETTINGS, _key(files, texts, family, sampling))
     notes = remarks(before, after, files)
     openers: dict[str, Callable[[], DiffusionModel]] = {
         "base": lambda: load_model(family, before, dtype=DTYPES[sampling.dtype]),
@@ -145,8 +164,8 @@ def compare(
             for place, text in enumerate(texts)
         ],
     }
-    write_json(root / SUMMARY, summary)
-    write_page(root / PAGE, summary, root, shown=shown)
+    output.write(SUMMARY, summary)
+    output.write(PAGE, report_page(summary, root, shown=shown))
     return summary
 
 
@@ -203,7 +222,7 @@ def _key(
         "format": 1,
         "family": family,
         "prompts": len(prompts),
-        "content of the prompts": key_hash({"prompts": prompts}),
+        _PROMPTS: key_hash({"prompts": prompts}),
         **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
         **{f"{side} {part}": digests.of(found) for side in SIDES for part, found in files[side].items()},
     }
@@ -211,35 +230,27 @@ def _key(
     return plain
 
 
-def _claim(root: Path, key: dict[str, Any]) -> None:
-    """Take the directory for pictures of ``key``, or raise when it holds those of another one."""
-    if root.exists() and not root.is_dir():
-        raise invalid("output", str(root), "is a file", "name a directory")
-    told = root / _SETTINGS
-    if told.is_file():
-        try:
-            stored = unsealed(told)
-        except (OSError, ValueError) as error:
-            problem = f"its {_SETTINGS} cannot be read ({error})"
-            raise invalid("output", str(root), problem, "delete that directory, or name another") from None
-        different = differences(stored, key)
-        if different:
-            raise InvalidInput(
-                f"output = {str(root)!r}: holds pictures of another evaluation; different are {', '.join(different)}. "
-                "Remedy: restore those values, name another directory, or delete that one."
-            )
+def _check_settings(file: Path, key: dict[str, Any]) -> None:
+    """Note what the pictures depend on, or raise when the directory holds those of something else."""
+    if not file.is_file():
+        with atomic_file(file) as partial:
+            partial.write_text(as_json(_SETTINGS, sealed(key)), "utf-8")
         return
-    held = [side for side in SIDES if (root / side).exists()]
-    if held:
-        remedy = "name another directory"
-        raise invalid("output", str(root), f"has {' and '.join(held)}, which no evaluation drew", remedy)
-    write_json(told, sealed(key))
+    try:
+        different = differences(unsealed(file), key)
+    except (OSError, ValueError) as error:
+        problem = f"its {_SETTINGS} cannot be read ({error})"
+        raise invalid("output", str(file.parent), problem, "delete that directory, or name another") from None
+    if different:
+        raise InvalidInput(
+            f"output = {str(file.parent)!r}: holds pictures of another evaluation; different are "
+            f"{', '.join(different)}. Remedy: restore those values, name another directory, or delete that one."
+        )
 
 
 def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling) -> None:
     """Draw the pictures that ``folder`` lacks, in whole batches: another batch gives other last bits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clean_leftovers(folder)
+    make_directory(folder)
     size = sampling.batch_size
     missing = [
         start
@@ -264,10 +275,8 @@ def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Seque
             places=places,
         )
         for place, picture in zip(places, model.decode_latents(latents), strict=True):
-            # Whole or absent after a kill. Not flushed to the disk one by one, which takes longer than a picture.
-            partial = folder / f"{TEMPORARY}{_file_name(place)}"
-            picture.save(partial, format="PNG")
-            partial.replace(folder / _file_name(place))
+            with atomic_file(folder / _file_name(place)) as partial:
+                picture.save(partial, format="PNG")
 
 
 def _score(scorer: Scorer, folder: Path, prompts: Sequence[str]) -> list[float]:

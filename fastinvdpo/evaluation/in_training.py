@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastinvdpo.atomic import atomic_directory, atomic_file, make_directory
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import check_sampling, sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
-from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard, key_hash, sealed, unsealed
+from fastinvdpo.io import key_hash, sealed, unsealed
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
+from fastinvdpo.trainer.opening import EVALUATION_FILES
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -80,19 +82,20 @@ class EvaluationCallback(Callback):
 
     def on_start(self, trainer: Run) -> None:
         """Score the policy before its first step, or take over what an earlier attempt of the run has found."""
-        main = trainer.accelerator.is_main_process
+        main, output = trainer.accelerator.is_main_process, trainer.output
+        if output is not None:
+            output.claim(*(["best"] if self.section.keep_best else []), files=EVALUATION_FILES)
         stored = self._read(trainer) if main else None
         if _anywhere(trainer, main and stored is None):
             with _undisturbed():
                 scores = self._shared_scores(trainer)
-            if main:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                discard(self._best)
+            if output is not None:
+                make_directory(self._folder)
+                output.remove("best")
                 stored = {"settings": self.settings, "scores": scores, "rows": []}
         if not main:
             return
         assert stored is not None
-        clean_leftovers(self._folder)
         self._base = stored["scores"]
         self.rows = [row for row in stored["rows"] if row["step"] <= trainer.first_step]
         if not self.rows:
@@ -212,8 +215,10 @@ class EvaluationCallback(Callback):
         *before, mean = [row[scorer] for row in self.rows if row["step"] > 0]
         if (self._best / "best.json").is_file() and mean <= max(before, default=-math.inf):
             return
-        with atomic_directory(self._best) as temporary, _plain_forward(trainer.state.networks.policy_module):
-            trainer.export(temporary, step)
+        assert trainer.output is not None
+        plain = _plain_forward(trainer.state.networks.policy_module)
+        with trainer.output.directory("best") as temporary, plain:
+            trainer.export(lambda name: atomic_directory(temporary / name), step)
             row = {"step": step, "scorer": scorer, "mean": mean}
             (temporary / "best.json").write_text(json.dumps(row, indent=2) + "\n")
 

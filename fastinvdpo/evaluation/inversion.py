@@ -7,7 +7,6 @@ sampled.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +28,15 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.sampling import descending_levels, encode_prompt
 from fastinvdpo.models import load_model
 from fastinvdpo.models.base import DiffusionModel, Origin, check_guidance, check_images, check_prompts
+from fastinvdpo.output import OutputDirectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _TILE = 128  # smallest side of a picture in the overview, in pixels
 _INPUTS = "pass image files, or one parquet file or directory of parquet shards"
+_WRITTEN = ("latents.safetensors", "invert.png", "report.json")
+_LATENTS = ("clean", "inverted", "reconstructed")
 _COLUMNS = ("original", "inverted noise", "reconstruction")
 
 
@@ -177,46 +179,42 @@ def run_invert(
     _check_numbers(num_inference_steps, guidance_scale, renoise_iterations, batch_size)
     if not _is_count(max_images):
         raise invalid("max_images", max_images, "is not a positive whole number", "pass 16, say")
-    root = Path(output)
-    if root.exists() and not root.is_dir():
-        raise invalid("output", str(output), "is a file", "name a directory")
-    pair_set = _pair_set(inputs)
-    named = [] if pair_set else _open_files(inputs, max_images)
-    texts = None if prompts is None else check_prompts(prompts)
-    if texts is not None and not pair_set:
-        texts = _one_per_image(texts, len(named))
-    model = load_model(family, path)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    guidance_scale = _guidance(model, guidance_scale)
-    side = min(model.image_size)
-    captions = [""]
-    if pair_set:
-        named, captions = _of_pair_set(pair_set, side, max_images)
-    images = [transform(image, side, Decisions())[0] for _, image in named]
-    result = invert_images(
-        model,
-        images,
-        captions if texts is None else texts,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        renoise_iterations=renoise_iterations,
-        batch_size=batch_size,
-    )
-    report = {
-        "model": {
-            "family": model.family,
-            "path": str(Origin.of(path).path),
-            "prediction_type": model.schedule.prediction_type,
-        },
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "renoise_iterations": renoise_iterations,
-        "network_evaluations": result.network_evaluations,
-        "mean": {"latent_mse": float(result.latent_mse.mean()), "mse": float(result.mse.mean())},
-        "images": _image_reports([name for name, _ in named], result),
-    }
-    _write(root, model, result, report)
+    where = Origin.of(path).path
+    with OutputDirectory(output, reads=[where, *inputs]) as place:
+        place.claim(*_WRITTEN)
+        pair_set = _pair_set(inputs)
+        named = [] if pair_set else _open_files(inputs, max_images)
+        texts = None if prompts is None else check_prompts(prompts)
+        if texts is not None and not pair_set:
+            texts = _one_per_image(texts, len(named))
+        model = load_model(family, path)
+        if torch.cuda.is_available():
+            model.to("cuda")
+        guidance_scale = _guidance(model, guidance_scale)
+        side = min(model.image_size)
+        captions = [""]
+        if pair_set:
+            named, captions = _of_pair_set(pair_set, side, max_images)
+        images = [transform(image, side, Decisions())[0] for _, image in named]
+        result = invert_images(
+            model,
+            images,
+            captions if texts is None else texts,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            renoise_iterations=renoise_iterations,
+            batch_size=batch_size,
+        )
+        report = {
+            "model": {"family": model.family, "path": str(where), "prediction_type": model.schedule.prediction_type},
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "renoise_iterations": renoise_iterations,
+            "network_evaluations": result.network_evaluations,
+            "mean": {"latent_mse": float(result.latent_mse.mean()), "mse": float(result.mse.mean())},
+            "images": _image_reports([name for name, _ in named], result),
+        }
+        _write(place, model, result, report)
     return report
 
 
@@ -328,15 +326,12 @@ def _image_reports(names: Sequence[str], result: InversionResult) -> list[dict[s
     ]
 
 
-def _write(root: Path, model: DiffusionModel, result: InversionResult, report: dict[str, Any]) -> None:
+def _write(output: OutputDirectory, model: DiffusionModel, result: InversionResult, report: dict[str, Any]) -> None:
     safetensors = require("safetensors.torch", extra="train", purpose="writing latents")
-    root.mkdir(parents=True, exist_ok=True)
-    latents = {
-        "clean": result.clean_latents,
-        "inverted": result.latents,
-        "reconstructed": result.reconstructed_latents,
-    }
-    stored = {name: tensor.cpu().contiguous() for name, tensor in latents.items()}
-    safetensors.save_file(stored, root / "latents.safetensors")
-    picture_of(model, result).save(root / "invert.png")
-    (root / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    columns = (result.clean_latents, result.latents, result.reconstructed_latents)
+    stored = {name: tensor.cpu().contiguous() for name, tensor in zip(_LATENTS, columns, strict=True)}
+    with output.file(_WRITTEN[0]) as partial:
+        safetensors.save_file(stored, partial)
+    with output.file(_WRITTEN[1]) as partial:
+        picture_of(model, result).save(partial, "PNG")
+    output.write(_WRITTEN[2], report)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.io import atomic_file
 
 DPI = 120
 BEFORE, AFTER = "tab:gray", "tab:blue"
@@ -32,8 +31,8 @@ figcaption, .note { font-size: 13px; color: #555; overflow-wrap: anywhere; }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write_page(path: Path, summary: Mapping[str, Any], root: Path, *, shown: int) -> Path:
-    """Write the report of ``summary`` (:func:`fastinvdpo.evaluation.comparing.compare`) with its pictures in ``root``.
+def report_page(summary: Mapping[str, Any], root: Path, *, shown: int) -> str:
+    """The report of ``summary`` (:func:`fastinvdpo.evaluation.comparing.compare`) with its pictures in ``root``.
 
     ``shown`` pairs of pictures are on it, the first of the list: a choice by score would flatter one side.
     """
@@ -51,15 +50,12 @@ def write_page(path: Path, summary: Mapping[str, Any], root: Path, *, shown: int
     if count:
         parts.append(f"<h2>Pictures: base left, aligned right, from the same noise ({count} of {len(samples)})</h2>")
         parts.append(f'<div class="grid">{"".join(_pair(entry, root) for entry in samples[:count])}</div>')
-    page = (
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>Evaluation</title><style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
-    with atomic_file(path) as partial:
-        partial.write_text(page, "utf-8")
-    return path
 
 
 def table_rows(scorers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from fastinvdpo._extras import require
-from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, entry, jsonl
+from fastinvdpo.atomic import atomic_file, make_directory, prepare_folder
+from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, check_list, entry, jsonl
 from fastinvdpo.data.images import decode
 from fastinvdpo.data.rows import IMAGES, caption_of
 from fastinvdpo.data.score_range import METADATA, ScoreRange
@@ -29,7 +30,8 @@ from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import in_batches, open_scorer
-from fastinvdpo.io import Digests, atomic_file, differences, discard, key_hash, only_writer, sealed, unsealed
+from fastinvdpo.io import Digests, differences, key_hash, sealed, unsealed
+from fastinvdpo.output import MARK, OutputDirectory
 from fastinvdpo.trainer.opening import open_data_source
 
 if TYPE_CHECKING:
@@ -154,10 +156,15 @@ def score_pairs(
     key = _key(source, scorers, digests)
     final = {**key, "columns": [list(pair) for pair in columns.values()], "relabel": relabel}
     finished = _finished(output, final)
-    if finished is not None:
-        discard(parts)
+    if finished is not None and not (parts / MARK).is_file():
         return finished
-    with only_writer(parts, "output"):
+    check_list(list_of_broken(output))
+    prepare_folder(make_directory(output.parent))
+    with OutputDirectory(parts, earlier=lambda path: manifest is not None) as begun:
+        begun.claim(files=(_MANIFEST, "part-??????.json", ".lock"))
+        if finished is not None:
+            begun.remove()
+            return finished
         if manifest is not None:
             _check_same(manifest["key"], key, parts, "delete that directory to have them computed again")
         with atomic_file(parts / _MANIFEST) as temporary:
@@ -170,9 +177,9 @@ def score_pairs(
         if bad.found:
             with atomic_file(list_of_broken(output)) as temporary:
                 temporary.write_text(jsonl(bad.lines()), "utf-8")
-        with atomic_file(output) as temporary:
+        with atomic_file(output, new=True) as temporary:
             write_scored(source, temporary, [row for part in found for row in part.rows], scores, labels, metadata)
-    discard(parts)
+        begun.remove()
     return replace(result, computed=work.computed)
 
 

@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 from fastinvdpo._extras import require
+from fastinvdpo.atomic import atomic_file
 from fastinvdpo.data.broken import read_summary
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.io import Digests, atomic_file, sealed, unsealed
+from fastinvdpo.io import Digests, sealed, unsealed
 from fastinvdpo.trainer.batches import EncodedPair, Tensors
 
 PAIRS_PER_SHARD = 32

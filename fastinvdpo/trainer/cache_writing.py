@@ -22,14 +22,16 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
-from fastinvdpo.data.broken import LISTED, SUMMARY, write_report
+from fastinvdpo.data.broken import REPORT, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import Digests, key_hash, only_writer
+from fastinvdpo.io import Digests, key_hash
 from fastinvdpo.methods import ChainObjective
+from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.batches import Tensors, embed, encode
 from fastinvdpo.trainer.cache import (
     INDEX,
+    MANIFEST,
     PAIRS_PER_SHARD,
     UNCONDITIONAL,
     Manifest,
@@ -76,15 +78,22 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
         check_key(manifest.key, key, directory)
         if manifest.complete(directory):
             return _opened(config, directory, manifest)
-    manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
+    known, manifest = manifest is not None, manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
     manifest = replace(manifest, sizes=None, files=digests.remembered)
     accelerator = open_accelerator(config)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    dataset = open_dataset(config)
-    with only_writer(directory, "cache.path") if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
+    reads, main = [config.model.path, config.data.path], accelerator.is_main_process
+    with (
+        OutputDirectory(directory, "cache.path", earlier=lambda _: known, reads=reads)
+        if main
+        else nullcontext() as output
+    ):
+        if output is not None:
+            output.claim(*REPORT, files=(MANIFEST, INDEX, UNCONDITIONAL, "pairs-??????.safetensors", ".lock"))
+        dataset = open_dataset(config)
+        if output is not None:
             manifest.write(directory)
-            write_report(dataset.summary, dataset.broken, directory)
+            write_report(dataset.summary, dataset.broken, output)
             if stored_metadata(directory / INDEX).get("hash") != manifest.hash:
                 write_tensors(directory / INDEX, _index(dataset, manifest.pairs_per_shard), hash=manifest.hash)
         accelerator.wait_for_everyone()
@@ -107,7 +116,7 @@ def _opened(config: TrainConfig, directory: Path, manifest: Manifest) -> PairCac
 def _completed(manifest: Manifest, directory: Path) -> Manifest:
     files = [shard_path(directory, shard) for shard in range(PairIndex.read(directory).shards)]
     evaluations = sum(stored_metadata(file)["network_evaluations"] for file in files)
-    digests = {name: Digests().one(directory / name) for name in (INDEX, UNCONDITIONAL, SUMMARY, LISTED)}
+    digests = {name: Digests().one(directory / name) for name in (INDEX, UNCONDITIONAL, *REPORT)}
     sizes = [file.stat().st_size for file in files]
     return replace(manifest, sizes=sizes, network_evaluations=evaluations, digests=digests)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastinvdpo._extras import require
-from fastinvdpo.io import atomic_file
+from fastinvdpo.atomic import atomic_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from fastinvdpo.config import TrainConfig
     from fastinvdpo.data.broken import DataSummary
     from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.output import OutputDirectory
+    from fastinvdpo.trainer.export import Place
     from fastinvdpo.trainer.step import TrainingState
 
 HISTORY = "history.jsonl"
@@ -57,6 +60,7 @@ class Run(Protocol):
     """What a callback sees of the trainer.
 
     Attributes:
+        output: to write results into ``directory``; from ``on_start`` on, None on all processes but the first.
         state: what training changes; from ``on_start`` on.
         first_step: the step that the run continues after; 0 for a new one.
     """
@@ -64,6 +68,7 @@ class Run(Protocol):
     config: TrainConfig
     model: DiffusionModel
     directory: Path
+    output: OutputDirectory | None
     accelerator: Accelerator
     state: TrainingState
     first_step: int
@@ -75,8 +80,8 @@ class Run(Protocol):
     def check_finite(self, step: int) -> None:
         """Raise ``NonFiniteLoss`` if a step since the last look met something that is not finite."""
 
-    def export(self, directory: Path, step: int) -> None:
-        """Write the model of now, after ``step``, with its card into ``directory``."""
+    def export(self, place: Place | None, step: int) -> None:
+        """Write the model of now, after ``step``, with its card into directories that ``place`` opens by name."""
 
 
 class Callback:
@@ -149,6 +154,8 @@ class Reporting(Callback):
         self.rows.append(dict(row))
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if self._bar is not None:
             shown = {"loss": row["loss"], "accuracy": row["implicit_accuracy"], "pairs/s": row["pairs_per_second"]}
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})

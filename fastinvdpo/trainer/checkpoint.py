@@ -26,15 +26,17 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fastinvdpo._extras import require
+from fastinvdpo.atomic import atomic_directory, discard
 from fastinvdpo.config.explain import explain
 from fastinvdpo.config.sections import RunSections, known_keys
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.io import Digests, atomic_directory, differences, discard, sealed, unsealed
+from fastinvdpo.io import Digests, differences, sealed, unsealed
 from fastinvdpo.methods import METHODS
 from fastinvdpo.trainer.contents import compared
 
 _NAME = re.compile(r"step-\d{8,}")  # and not a copy that somebody made
 _META = "meta.json"
+FILES = ("trainable.safetensors", "ema.safetensors", "state.pt", _META)
 _LIBRARIES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "peft", "safetensors")
 _VERIFIED = Digests()  # files that this process has written or read
 _VERIFIED.settled_ns = 0  # nobody writes into a checkpoint
@@ -71,11 +73,12 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
     """Write ``folder/step-N`` atomically, and delete what is older than the newest ``keep`` undamaged ones up to it."""
     safetensors = require("safetensors.torch", extra="train", purpose="writing checkpoints")
     target = folder / f"step-{step:08d}"
-    with atomic_directory(target) as temporary:
+    with atomic_directory(target, FILES.__contains__) as temporary:
         safetensors.save_file(_on_host(checkpoint.trainable), temporary / "trainable.safetensors")
         if checkpoint.ema is not None:
             safetensors.save_file(_on_host(checkpoint.ema), temporary / "ema.safetensors")
-        torch.save(checkpoint.state, temporary / "state.pt")
+        with (temporary / "state.pt").open("wb") as file:  # a failed write keeps its cause
+            torch.save(checkpoint.state, file)
         paths = sorted(temporary.iterdir())
         files = {path.name: path.stat().st_size for path in paths}
         found = {"step": step, "versions": versions(), "files": files, "digests": _digests(paths)}
@@ -83,7 +86,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
     kept = 0
     for path in reversed([path for path in _checkpoints(folder) if path.name <= target.name]):
         if kept == keep:
-            discard(path)
+            discard(path, FILES.__contains__)
         else:
             kept += _damage(path) is None
     return target
@@ -188,7 +191,9 @@ def versions() -> dict[str, str | None]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
+    """Neither copies under other names, nor what a user left in deleted ones."""
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(path for path in named if any((path / name).exists() for name in FILES))
 
 
 def _damage(path: Path) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from fastinvdpo.io import atomic_directory
 from fastinvdpo.models.adapter_files import save_adapter
 from fastinvdpo.models.adapters import merged_copy, merged_into
 from fastinvdpo.trainer.ema import EMA
@@ -15,47 +15,48 @@ from fastinvdpo.trainer.networks import Networks
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
 
+Place: TypeAlias = Callable[[str], AbstractContextManager[Path]]
+
 
 def export_model(
     model: DiffusionModel,
     networks: Networks,
     ema: EMA | None,
-    directory: Path,
+    place: Place | None,
     *,
-    write: bool = True,
     pipeline: bool = True,
     card: str | None = None,
     suffix: str = "",
-) -> Path:
-    """Write ``directory/model``, which ``load_model`` reads, and return it.
+) -> None:
+    """Write the directory ``model``, which ``load_model`` reads.
 
     With EMA the averaged weights are written. With LoRA the model has the adapter merged into its weights, and
-    ``directory/adapter`` holds it in peft's format and diffusers'. Both directories appear complete or not at all.
+    ``adapter`` holds it in peft's format and diffusers'.
     Where the network is quantized, the weights are those from before (``model.unquantized``).
-    With FSDP2 all processes must call it, and the one that ``write``s gets the whole weights.
+    With FSDP2 all processes must call it, and the one that has a ``place`` gets the whole weights.
 
     Args:
+        place: opens a directory of a name to write into; None writes nothing.
         pipeline: False writes the trained network alone, which ``unet_init`` and diffusers read.
         card: the text of README.md in both. suffix: to the names of both.
     """
     with nullcontext() if ema is None else ema.applied():
         shards = networks.shards
-        network = networks.policy_module if shards is None else shards.whole_module(here=write)
-        if network is None or not write:
-            return directory / f"model{suffix}"
+        network = networks.policy_module if shards is None else shards.whole_module(here=place is not None)
+        if network is None or place is None:
+            return
         if networks.lora:
-            with atomic_directory(directory / f"adapter{suffix}") as temporary:
+            with place(f"adapter{suffix}") as temporary:
                 save_adapter(network, temporary, model.origin)
                 model.save_lora(temporary, network)
                 _write_card(temporary, card)
             network = merged_copy(network) if model.unquantized is None else merged_into(model.unquantized(), network)
-        with atomic_directory(directory / f"model{suffix}") as temporary:
+        with place(f"model{suffix}") as temporary:
             if pipeline:
                 model.save(temporary, network=network)
             else:
                 model.save_network(temporary, network)
             _write_card(temporary, card)
-    return directory / f"model{suffix}"
 
 
 def _write_card(directory: Path, card: str | None) -> None:

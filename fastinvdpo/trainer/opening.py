@@ -12,7 +12,10 @@ from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.explain import under
 from fastinvdpo.config.sections import DataSection
 from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.io import has_key
 from fastinvdpo.models.quantization import quantize_network
+from fastinvdpo.output import OutputDirectory
+from fastinvdpo.trainer.checkpoint import FILES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODEL_OPTIONS = ("vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
+EVALUATION_FILES = ("evaluation/base.json", "evaluation/history.jsonl")
 FLOW_FAMILIES = ("stable-diffusion-3", "flux")
 
 
@@ -137,6 +141,37 @@ def _load(config: TrainConfig, frozen_parts: bool) -> DiffusionModel:
         frozen_parts=frozen_parts,
         **options,
     )
+
+
+def open_output(config: TrainConfig) -> OutputDirectory:
+    """The output directory, for this process alone.
+
+    Raises:
+        InvalidInput: it cannot be written, another run writes there, or files are in the way that no run wrote.
+    """
+    from fastinvdpo.data.broken import REPORT
+
+    # An earlier version left no mark.
+    earlier = "checkpoints/step-????????/meta.json"
+    output = OutputDirectory(
+        config.output.directory,
+        "output.directory",
+        earlier=lambda path: any(has_key(file, "versions") for file in path.glob(earlier)),
+        reads=[config.model.path, config.data.path, config.cache.path],
+    )
+    try:
+        growing = ["history.jsonl", *(f"checkpoints/step-????????/{name}" for name in FILES)]
+        growing += ["tensorboard/*"] if config.output.tensorboard else []
+        models = ["model", *(["adapter"] if config.model.lora is not None else [])]
+        results = [*REPORT, *models, *([f"{name}-raw" for name in models] if config.training.ema_decay else [])]
+        if config.evaluation is not None:
+            growing += EVALUATION_FILES
+            results += ["best"] if config.evaluation.keep_best else []
+        output.claim(*results, files=growing)
+    except BaseException:
+        output.close()
+        raise
+    return output
 
 
 def open_accelerator(config: TrainConfig) -> Accelerator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.callbacks import Callback, TrainResult
 from fastinvdpo.trainer.checkpoint import find_checkpoint
 from fastinvdpo.trainer.launch import with_launcher
-from fastinvdpo.trainer.opening import open_data_source, open_dataset, open_model, with_score_range
+from fastinvdpo.trainer.opening import open_data_source, open_dataset, open_model, open_output, with_score_range
 from fastinvdpo.trainer.performance import require_extras
 from fastinvdpo.trainer.trainer import PreferenceTrainer
 
@@ -44,7 +46,12 @@ def train(
             "pass callbacks=[fastinvdpo.evaluation.EvaluationCallback(config.evaluation)], as fastinvdpo train does"
         )
         raise invalid("evaluation", config.evaluation.prompts, "needs a callback that samples and scores", remedy)
-    options: dict[str, Any] = {"callbacks": callbacks, "resume": resume, "progress": progress}
+    with open_output(config) if os.environ.get("RANK", "0") == "0" else nullcontext() as output:
+        options = {"callbacks": callbacks, "resume": resume, "progress": progress, "output": output}
+        return _train(config, resume, progress, options)
+
+
+def _train(config: TrainConfig, resume: str | Path, progress: bool, options: dict[str, Any]) -> TrainResult:
     if config.cache.path is None:
         dataset = open_dataset(config)
         config = with_score_range(config, dataset.source)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastinvdpo.atomic import make_directory
 from fastinvdpo.config import TrainConfig, complete
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
+from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
-from fastinvdpo.io import clean_leftovers, key_hash
+from fastinvdpo.io import key_hash
 from fastinvdpo.methods import Method, PairBatch
+from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache
@@ -31,12 +35,12 @@ from fastinvdpo.trainer.checkpoint import (
 )
 from fastinvdpo.trainer.contents import attempts, contents_of
 from fastinvdpo.trainer.draws import DrawOrder, epoch_order
-from fastinvdpo.trainer.export import export_model
+from fastinvdpo.trainer.export import Place, export_model
 from fastinvdpo.trainer.hub import Publishing, model_card
 from fastinvdpo.trainer.launch import check_launch, with_launcher
 from fastinvdpo.trainer.metrics import names
 from fastinvdpo.trainer.nonfinite import report_gradient, report_loss
-from fastinvdpo.trainer.opening import check_dataset, open_accelerator, with_score_range
+from fastinvdpo.trainer.opening import check_dataset, open_accelerator, open_output, with_score_range
 from fastinvdpo.trainer.performance import decide, set_tf32, speed_up, tell_changes
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
 from fastinvdpo.trainer.step import training_step
@@ -63,6 +67,7 @@ class PreferenceTrainer:
         resume: ``"auto"`` continues from the newest complete checkpoint of ``output.directory`` if there is one,
             ``"never"`` starts and refuses a directory that has checkpoints, anything else is the path of a checkpoint.
         progress: show a progress bar on standard error.
+        output: ``output.directory`` where it has been opened already; the caller closes it.
 
     Attributes:
         config, model, objective, directory: of the run.
@@ -86,6 +91,7 @@ class PreferenceTrainer:
         callbacks: Sequence[Callback] = (),
         resume: str | Path = "auto",
         progress: bool = True,
+        output: OutputDirectory | None = None,
     ) -> None:
         self._began = time.perf_counter()
         self.cache = pairs if isinstance(pairs, PairCache) else None
@@ -116,6 +122,7 @@ class PreferenceTrainer:
         self._stored = self._load(found)
         self._last_checkpoint = found
         self.objective = config.method.objective(model.schedule)
+        self.output, self._opened = output, ExitStack()
 
     def train(self) -> TrainResult:
         """Train from the first step that is missing, and write the model.
@@ -131,8 +138,17 @@ class PreferenceTrainer:
             self.close()
 
     def prepare(self) -> None:
-        """Make the output directory, and what batches come from; :meth:`start` does."""
-        self._prepare_directory()
+        """Make the output directory with the counts of the data, and what batches come from; :meth:`start` does."""
+        self.summary: DataSummary | None = getattr(self._pairs, "summary", None)
+        if self.accelerator.is_main_process:
+            if self.output is None:
+                self.output = self._opened.enter_context(open_output(self.config))
+            make_directory(self._checkpoints)
+            if self.cache is not None:
+                copy_report(self.cache.directory, self.output)
+            elif self.summary is not None and isinstance(self._pairs, PairDataset):
+                write_report(self.summary, self._pairs.broken, self.output)
+        self.accelerator.wait_for_everyone()
         self.model.to(self.accelerator.device)
         self.builder = self._batches()
 
@@ -173,6 +189,7 @@ class PreferenceTrainer:
             self.builder.close()
         for callback in reversed(self._callbacks):
             callback.close()
+        self._opened.close()
 
     def say(self, message: str) -> None:
         """Show a line above the progress bar, or where there is none, log it."""
@@ -225,20 +242,6 @@ class PreferenceTrainer:
             self._evaluations_before = meta["network_evaluations"]
         self._attempts = attempts(meta, self.config, self._contents)
         return stored
-
-    def _prepare_directory(self) -> None:
-        """Make the output directory, and write the counts of the data and the list of broken rows into it."""
-        self.summary: DataSummary | None = getattr(self._pairs, "summary", None)
-        if self.accelerator.is_main_process:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
-            clean_leftovers(self._checkpoints)
-            clean_leftovers(self.directory)
-            if self.summary is not None and self.cache is not None:
-                copy_report(self.cache.directory, self.directory)
-            elif self.summary is not None:
-                broken: Any = getattr(self._pairs, "broken")  # noqa: B009 - of a PairDataset
-                write_report(self.summary, broken, self.directory)
-        self.accelerator.wait_for_everyone()
 
     def _limit_calls(self, pair: PairBatch) -> None:
         """Choose the largest forward batch, tried on a pair, and how gradients are streamed."""
@@ -356,7 +359,7 @@ class PreferenceTrainer:
         if main and networks.shards is None:
             self.accelerator.unwrap_model(networks.wrapped, keep_fp32_wrapper=False)
         if main or networks.shards is not None:
-            self.export(self.directory, steps, raw=True)
+            self.export(None if self.output is None else self.output.directory, steps, raw=True)
         self.accelerator.wait_for_everyone()
         result = TrainResult(
             directory=self.directory,
@@ -371,15 +374,12 @@ class PreferenceTrainer:
             callback.on_end(self, result)
         return result
 
-    def export(self, directory: Path, step: int, *, raw: bool = False) -> None:
-        """Write the model of now, after ``step``, with its card into ``directory``; ``raw``: with EMA also the network
-        that was averaged, into ``model-raw`` and ``adapter-raw``.
-        """
-        main, ema, networks = self.accelerator.is_main_process, self.state.ema, self.state.networks
-        options: dict[str, Any] = {"write": main, "card": self._card(step) if main else None}
-        export_model(self.model, networks, ema, directory, pipeline=self.config.output.pipeline, **options)
+    def export(self, place: Place | None, step: int, *, raw: bool = False) -> None:
+        """Write the model of now with its card; ``raw``: with EMA also, as ``…-raw``, the network that was averaged."""
+        ema, networks, card = self.state.ema, self.state.networks, None if place is None else self._card(step)
+        export_model(self.model, networks, ema, place, pipeline=self.config.output.pipeline, card=card)
         if raw and ema is not None:
-            export_model(self.model, networks, None, directory, pipeline=False, suffix="-raw", **options)
+            export_model(self.model, networks, None, place, pipeline=False, suffix="-raw", card=card)
 
     def _card(self, step: int) -> str:
         sections = [section for callback in self._callbacks for section in callback.card(step)]

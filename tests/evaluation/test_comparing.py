@@ -23,6 +23,7 @@ from fastinvdpo.evaluation.metrics import wilson_interval
 from fastinvdpo.evaluation.scorers import FunctionScorer, check_scorers, open_scorers
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.output import MARK
 from fastinvdpo.trainer import train
 from tests.cases import SD_SCHEDULER
 from tests.evaluation import tiny, tiny_clip
@@ -118,7 +119,9 @@ def test_an_interrupted_evaluation_ends_with_the_same_pictures(
     assert not (tmp_path / "parts" / "evaluation.json").exists()
     assert len(list((tmp_path / "parts" / "aligned").iterdir())) == 3
     (tmp_path / "parts" / "base" / "00001.png").unlink()  # of a batch that was being written
-    (tmp_path / "parts" / "aligned" / ".writing-00004.png").write_bytes(b"half")
+    left = tmp_path / "parts" / "aligned" / ".fastinvdpo-abcdefgh.tmp"
+    left.mkdir()
+    (left / "lock").touch()
     damaged = tmp_path / "parts" / "base" / "00006.png"
     whole_file = damaged.read_bytes()
     damaged.write_bytes(whole_file[:40])
@@ -161,8 +164,9 @@ def test_pictures_of_another_evaluation_are_refused(models: tuple[Path, Path], t
     with pytest.raises(InvalidInput, match=r"different are prompts \(7 there, 6 here\), content of the prompts"):
         compare(*models, PROMPTS[:6], [SCORER], tmp_path, family="digits", sampling=SAMPLING)
     assert evaluate(models, tmp_path, Sampling(3, 1.0, batch_size=7))["batch_size"] == 7  # speed alone
+    (tmp_path / MARK).unlink()
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(InvalidInput, match="base and aligned, which no evaluation drew"):
+    with pytest.raises(InvalidInput, match=r"is there, and was not written by fastinvdpo"):
         evaluate(models, tmp_path)
 
 

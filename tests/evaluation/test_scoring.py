@@ -20,6 +20,7 @@ from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import scoring
 from fastinvdpo.evaluation.scorers import FunctionScorer, open_scorer
 from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_pairs
+from fastinvdpo.output import OutputDirectory
 from tests.data.test_pairs import encoded, image, row, store
 from tests.data.test_sources import FORMATS, write_images, write_lines
 from tests.evaluation import tiny_clip as tiny
@@ -210,12 +211,14 @@ def test_finished_parts_are_not_computed_again(ten: Path, tmp_path: Path) -> Non
     assert whole.computed == 3
     assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     # Killed while it deleted the parts.
-    for name in ("scored.parquet.parts", ".discarded-scored.parquet.parts"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "part-000002.json").write_text("{}")
+    parts = tmp_path / "scored.parquet.parts"
+    with OutputDirectory(parts) as place:
+        place.claim(files=["part-??????.json"])
+        (parts / "part-000002.json").write_text("{}")
+        (parts / "notes.txt").write_text("mine")
     again = score_pairs(open_source(ten), [scorer()], output)
     assert again.computed == 0 and again.ranges == result.ranges and again.pairs == 10
-    assert not list(tmp_path.glob("*.parts"))
+    assert [file.name for file in parts.iterdir()] == ["notes.txt"]
 
 
 def test_a_damaged_part_is_computed_again(ten: Path, tmp_path: Path) -> None:

@@ -247,6 +247,17 @@ def test_an_output_that_is_there_is_kept(
     assert (tmp_path / name).read_text() == "made by hand"
 
 
+def test_killed_before_it_wrote_the_card_it_is_completed(images: Path, tmp_path: Path) -> None:
+    target, card = tmp_path / "pairs.parquet", tmp_path / "pairs.md"
+    build_pairs(images, target, PairRule())
+    text, written = card.read_text(), target.stat().st_mtime_ns
+    card.unlink()
+    with pytest.raises(InvalidInput, match="is there already"):
+        build_pairs(images, target, PairRule(seed=1))  # others than those
+    build_pairs(images, target, PairRule())
+    assert card.read_text() == text and target.stat().st_mtime_ns == written
+
+
 def test_mistakes_of_the_command(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "build", str(images)]) == 0
     assert "40 images, no mistakes" in capsys.readouterr().out

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastinvdpo import cli
-from fastinvdpo import io as atomic
 from fastinvdpo.data import write_pairs
 from fastinvdpo.evaluation import scoring
 from fastinvdpo.trainer import cache_writing
@@ -131,8 +130,7 @@ def test_twenty_kills(commands: dict[str, list[str]], forks: Server, tmp_path: P
 
 def left_over(place: Path) -> list[str]:
     """Temporary files and directories, by their paths."""
-    temporary = (atomic.TEMPORARY, atomic.DISCARDED)
-    return [str(path.relative_to(place)) for path in place.rglob("*") if path.name.startswith(temporary)]
+    return [str(path.relative_to(place)) for path in place.rglob(".fastinvdpo-*.tmp")]
 
 
 def compare(place: Path, whole: Path) -> None:

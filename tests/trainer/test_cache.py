@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from fastinvdpo.methods import ChainObjective
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache
@@ -280,7 +280,6 @@ def test_a_killed_precompute_resumes_without_recomputing_finished_shards(workspa
     finished = sorted(path.name for path in (workspace / "killed").glob("pairs-*"))
     assert finished == ["pairs-000000.safetensors", "pairs-000001.safetensors"]
     times = [(workspace / "killed" / name).stat().st_mtime_ns for name in finished]
-    (workspace / "killed" / ".writing-pairs-000002.safetensors").write_bytes(b"half a shard")
     # The third shard, and the fourth with its single pair in one chunk.
     expected = per_shard + per_shard // 2
     done = forks.call(counted_fills, [killed, whole, killed], 0)
@@ -312,11 +311,9 @@ def test_training_completes_an_incomplete_cache(workspace: Path, small_shards: N
 
 
 def test_one_process_writes(workspace: Path) -> None:
-    (workspace / "cache").mkdir()
-    with (workspace / "cache" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InvalidInput, match=r"cache\.path = .*: another process is writing there"):
-            precompute(_config(workspace), progress=False)
+    written_there = pytest.raises(InvalidInput, match=r"cache\.path = .*: another process is writing there")
+    with OutputDirectory(workspace / "cache"), written_there:
+        precompute(_config(workspace), progress=False)
     precompute(_config(workspace), progress=False)
 
 

@@ -1,10 +1,11 @@
-"""Directories that are there completely or not at all, checkpoints that are kept or deleted, order of the draws."""
+"""Checkpoints that are kept or deleted, order of the draws."""
 
 from __future__ import annotations
 
 import json
 import random
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, sealed, unsealed, write_json
+from fastinvdpo.io import sealed, unsealed
 from fastinvdpo.trainer.callbacks import read_history
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
@@ -27,40 +28,6 @@ from fastinvdpo.trainer.checkpoint import (
 )
 from fastinvdpo.trainer.draws import DrawOrder, drops_caption
 from fastinvdpo.trainer.random_state import random_state, set_random_state
-
-
-def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "result"
-    with pytest.raises(RuntimeError), atomic_directory(target) as temporary:
-        (temporary / "half").write_text("")
-        assert not target.exists()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    for content in ("first", "second"):
-        with atomic_directory(target) as temporary:
-            (temporary / "sub").mkdir()
-            (temporary / "sub" / "file").write_text(content)
-        assert (target / "sub" / "file").read_text() == content
-        assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_file_keeps_its_old_content_after_an_error(tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    target.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
-        temporary.write_text("new")
-        raise RuntimeError
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_leftovers_of_a_killed_process_are_cleaned(tmp_path: Path) -> None:
-    (tmp_path / ".writing-step-00000002").mkdir()
-    (tmp_path / ".discarded-step-00000001").mkdir()
-    (tmp_path / ".writing-history.jsonl").write_text("")
-    (tmp_path / "step-00000001").mkdir()
-    clean_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def _checkpoint(value: float, ema: bool = False) -> Checkpoint:
@@ -80,6 +47,23 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000010", "step-00000100"]
     assert find_checkpoint("auto", tmp_path) == tmp_path / "step-00000100"
     assert find_checkpoint("auto", tmp_path / "other") is None
+
+
+def test_copies_and_what_a_user_left_in_a_checkpoint_are_kept(tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, 2, _checkpoint(2), keep=1)
+    shutil.copytree(first, tmp_path / "step-00000002-keep")
+    (first / "notes.txt").write_text("mine")
+    save_checkpoint(tmp_path, 4, _checkpoint(4), keep=1)
+    newest = save_checkpoint(tmp_path, 6, _checkpoint(6), keep=1)
+    assert [path.name for path in first.iterdir()] == ["notes.txt"]
+    assert load_checkpoint(tmp_path / "step-00000002-keep").meta["step"] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert complete_checkpoints(tmp_path) == [newest]
+    (newest / "notes.txt").write_text("mine")
+    (newest / "state.pt").write_bytes(b"")
+    assert load_checkpoint(save_checkpoint(tmp_path, 6, _checkpoint(6), keep=1)).meta["step"] == 6
+    assert (newest / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -193,7 +177,7 @@ def test_caption_dropout_has_its_rate_and_depends_on_seed_and_draw_alone() -> No
 def test_sealed_json_tells_when_it_was_changed(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     content = {"rows": [1, 2.5, None], "nested": {"ü": True}}
-    write_json(path, sealed(content))
+    path.write_text(json.dumps(sealed(content)))
     assert unsealed(path) == content
     path.write_text(path.read_text().replace("2.5", "2.6"))
     with pytest.raises(ValueError, match="changed"):
@@ -203,12 +187,3 @@ def test_sealed_json_tells_when_it_was_changed(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="no object"):
         unsealed(path)
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "summary.json"
-    write_json(path, {"seed": 1})
-    with pytest.raises(InvalidInput, match="summary"):
-        write_json(path, {"seed": float("nan")})
-    assert json.loads(path.read_text()) == {"seed": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["summary.json"]

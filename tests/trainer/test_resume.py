@@ -177,7 +177,8 @@ def test_auto_takes_the_newest_undamaged_checkpoint(workspace: Path) -> None:
     final = load_checkpoint(checkpoints / "step-00000006").trainable
     with (checkpoints / "step-00000006" / "state.pt").open("r+b") as file:
         file.truncate(100)
-    (checkpoints / ".writing-step-00000008").mkdir()
+    (checkpoints / ".fastinvdpo-abcdefgh.tmp" / "new").mkdir(parents=True)
+    (checkpoints / ".fastinvdpo-abcdefgh.tmp" / "lock").touch()
     with pytest.warns(UserWarning, match=r"step-00000006 is not used: state\.pt has 100 bytes"):
         train(config, progress=False)
     _assert_same(load_checkpoint(checkpoints / "step-00000006").trainable, final)

@@ -1,0 +1,134 @@
+"""Output directories: one process at a time, and nothing is replaced that no run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.output import MARK, OutputDirectory
+
+
+def write_results(path: Path, content: str = "1") -> None:
+    with OutputDirectory(path) as output:
+        output.claim("report.json", "model", files=["log", "parts/*"])
+        output.write("report.json", {"content": content})
+        with output.directory("model") as partial:
+            (partial / "sub").mkdir()
+            (partial / "sub" / "weights").write_text(content)
+        (path / "log").write_text(content)
+
+
+def test_own_results_are_replaced_also_in_a_copy(tmp_path: Path) -> None:
+    write_results(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
+    for name in ("run", "copy"):
+        write_results(tmp_path / name, "22")
+        assert json.loads((tmp_path / name / "report.json").read_text()) == {"content": "22"}
+        assert (tmp_path / name / "model" / "sub" / "weights").read_text() == "22"
+
+
+@pytest.mark.parametrize("name", ["report.json", "model/weights", "log", "parts/1", "parts", MARK, "model"])
+def test_what_no_run_wrote_is_refused_and_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InvalidInput, match=f"output = .*{name.split('/')[0]}.*: is there, and was not written"):
+        write_results(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [name]
+
+
+@pytest.mark.parametrize("name", ["report.json", "model/sub/weights"])
+def test_a_result_that_a_user_changed_or_put_in_is_refused(tmp_path: Path, name: str) -> None:
+    write_results(tmp_path)
+    for content in ("mine", "9" if name != "report.json" else '{\n  "content": "9"\n}\n'):  # the latter of equal size
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InvalidInput, match=f"{name}.*not written by fastinvdpo as it is now"):
+            write_results(tmp_path)
+        assert (tmp_path / name).read_text() == content
+
+
+def test_files_of_the_user_in_a_result_are_kept_when_it_is_replaced_or_removed(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    (tmp_path / "model" / "sub" / "notes.txt").write_text("mine")
+    write_results(tmp_path, "2")
+    assert (tmp_path / "model" / "sub" / "notes.txt").read_text() == "mine"
+    with OutputDirectory(tmp_path) as output:
+        output.remove("model")
+        output.claim("model")
+    assert [path.name for path in (tmp_path / "model").rglob("*")] == ["sub", "notes.txt"]
+    with OutputDirectory(tmp_path) as output:
+        output.remove()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "a" / "b") as output:
+        output.claim("model", files=["log"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "run") as output:
+        with pytest.raises(InvalidInput, match=r"directory = .*run': another process is writing there"):
+            OutputDirectory(tmp_path / "run", "directory")
+        output.write("report.json", {})
+    write_results(tmp_path / "run")
+
+
+def test_a_directory_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "log").write_text("1")
+    with OutputDirectory(tmp_path, earlier=lambda path: (path / "log").is_file()) as output:
+        output.claim("report.json", files=["log"])
+        output.write("report.json", {"content": 1})
+    write_results(tmp_path)
+
+
+def test_killed_between_record_and_result_it_goes_on(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    with OutputDirectory(tmp_path) as output, pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with output.directory("model") as partial:
+            (partial / "other").write_text("2")
+    with (tmp_path / MARK).open("a") as mark:
+        mark.write('{"wrote": {"mod')
+    write_results(tmp_path, "3")
+    (tmp_path / "model" / "other").write_text("mine")
+    with pytest.raises(InvalidInput, match="model/other"):
+        write_results(tmp_path)
+
+
+def test_places_that_cannot_be_written_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    for place, problem in (("file", "is a file"), ("file/run", "cannot be written"), ("loop", "cannot be written")):
+        with pytest.raises(InvalidInput, match=f"output = .*{place}'.*{problem}"):
+            OutputDirectory(tmp_path / place)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "run")
+    write_results(tmp_path / "link")
+    assert (tmp_path / "elsewhere" / "run" / "report.json").is_file() and (tmp_path / "link").is_symlink()
+    with pytest.raises(InvalidInput, match="is what the run reads"):
+        OutputDirectory(tmp_path / "link", reads=[None, tmp_path / "elsewhere" / "run"])
+
+
+@pytest.mark.parametrize("text", ['{"fastinvdpo": 1}\nno json\n', '{"fastinvdpo": 1}\n[]\n'])
+def test_a_damaged_mark_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / MARK).write_text(text)
+    with pytest.raises(InvalidInput, match=rf"{MARK}': is damaged"):
+        OutputDirectory(tmp_path)
+    assert (tmp_path / MARK).read_text() == text
+    assert os.listdir(tmp_path) == [MARK]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path) as output:
+        output.write("summary.json", {"seed": 1})
+        with pytest.raises(InvalidInput, match="summary"):
+            output.write("summary.json", {"seed": float("nan")})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"seed": 1}
+    assert sorted(os.listdir(tmp_path)) == [MARK, "summary.json"]
