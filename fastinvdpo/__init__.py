@@ -5,7 +5,7 @@ from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
 from fastinvdpo.methods import Draws, PairBatch, build_objective
 from fastinvdpo.methods.losses import DiffusionDPOLoss, diffusion_dpo_loss
-from fastinvdpo.ops import PreferenceLoss, affine_step, preference_loss
+from fastinvdpo.ops import PairStatistics, PreferenceLoss, affine_step, pair_statistics, preference_loss
 from fastinvdpo.ops.dispatch import use_backend
 
 __version__ = "0.1.0"
@@ -19,10 +19,12 @@ __all__ = [
     "NoiseSchedule",
     "NonFiniteLoss",
     "PairBatch",
+    "PairStatistics",
     "PreferenceLoss",
     "affine_step",
     "build_objective",
     "diffusion_dpo_loss",
+    "pair_statistics",
     "preference_loss",
     "use_backend",
 ]
