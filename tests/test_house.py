@@ -37,6 +37,7 @@ LAYERS = {
     "methods": 4,
     "data": 4.1,  # stands beside methods; knows no model
     "models": 4.2,  # stands beside methods; knows the geometry of its images
+    "losses": 4.5,
     "config": 5,
     "": 6,  # fastinvdpo/__init__.py, and what is imported from it
     "trainer": 7,

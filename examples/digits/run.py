@@ -19,7 +19,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.io import discard, write_json
-from fastinvdpo.methods import METHODS
+from fastinvdpo.methods import DiffusionDPO, InPO, InversionDPO, SmPO
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from fastinvdpo.trainer import TrainResult
 
+METHODS = {method.name: method for method in (DiffusionDPO, InPO, SmPO, InversionDPO)}
+"""Those that the recipes were found for: the others mean something else by β."""
 CONTROLS = ("shuffle",)
 PAIRS = 2000
 NUM_INFERENCE_STEPS = 25
@@ -69,7 +71,7 @@ def run_demo(
     """Align a small diffusion model of handwritten digits to a preference and say what that changed.
 
     Args:
-        method: a name in ``fastinvdpo.methods.METHODS``.
+        method: a name in :data:`METHODS`.
         preference: ``slant`` (leaning to the right wins), ``bold`` (more ink wins) or ``digit`` (the prompted digit
             wins; starts from a base model that saw wrong captions).
         seed: of the pairs, of training and of sampling.

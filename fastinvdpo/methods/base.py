@@ -84,8 +84,12 @@ class Method(ABC):
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: ClassVar[str]
+    utilities: ClassVar[tuple[str, ...]] = tuple(UTILITIES)
+    """What may be chosen as ``utility``: the fused ones, or the method's own under the method's name."""
     needs_scores: ClassVar[bool] = False
     """Whether pairs need scores."""
+    needs_reference: ClassVar[bool] = True
+    """Whether there is a reference, with its forward passes."""
     policy_inverts: ClassVar[bool] = False
     """Whether the policy inverts the latents that it is trained on, each to its pair's timestep."""
     whole_chain: ClassVar[bool] = False
@@ -98,8 +102,16 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
-        check_utility(self.utility, self.label_smoothing)
-        if UTILITIES[self.utility].smoothed and self.label_smoothing == 0:
+        if self.utilities == (self.name,):  # the method's own
+            for option, value, own in (
+                ("utility", self.utility, self.name),
+                ("label_smoothing", self.label_smoothing, 0),
+            ):
+                if value != own:
+                    raise invalid(option, value, f"is not used by {self.name}, which has a loss of its own", "drop it")
+        else:
+            check_utility(self.utility, self.label_smoothing)
+        if self.utility in UTILITIES and UTILITIES[self.utility].smoothed and self.label_smoothing == 0:
             problem = f"makes utility {self.utility!r} the same as sigmoid"
             remedy = "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid"
             raise invalid("label_smoothing", self.label_smoothing, problem, remedy)
@@ -135,6 +147,11 @@ class Method(ABC):
     @property
     def zero_gradient_at_reference(self) -> bool:
         """Whether the gradient is exactly zero while policy = reference."""
+        return False
+
+    @property
+    def reference_follows(self) -> bool:
+        """Whether the reference's weights are to follow the policy's, which the owner of the loop does."""
         return False
 
     @property
