@@ -75,7 +75,9 @@ class Method(ABC):
         beta: ``β > 0``, how strongly the policy is tied to the reference.
         utility: name of ``u``, which makes a loss of a pair's margin (``ops/preference_loss/utilities.py``).
         label_smoothing: ``ε`` in [0, 0.5), the share of wrong labels; of the utilities that use it.
-        compat: ``"released"`` reproduces the released code's grid, levels, weighting and float32 schedule.
+        compat: ``"released"`` reproduces the released code's grid, levels, weighting and float32 schedule, with a
+            current diffusers; ``"released-diffusers-0.20"``, of InPO and SmPO, with the version that they pin, whose
+            inverse scheduler is another one.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -86,6 +88,8 @@ class Method(ABC):
     name: ClassVar[str]
     utilities: ClassVar[tuple[str, ...]] = tuple(UTILITIES)
     """What may be chosen as ``utility``: the fused ones, or the method's own under the method's name."""
+    compats: ClassVar[tuple[str, ...]] = ("released",)
+    """What may be chosen as ``compat``, beside None."""
     needs_scores: ClassVar[bool] = False
     """Whether pairs need scores."""
     needs_reference: ClassVar[bool] = True
@@ -98,7 +102,7 @@ class Method(ABC):
     beta: float
     utility: str = "sigmoid"
     label_smoothing: float = 0.0
-    compat: Literal["released"] | None = None
+    compat: Literal["released", "released-diffusers-0.20"] | None = None
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
@@ -115,8 +119,10 @@ class Method(ABC):
             problem = f"makes utility {self.utility!r} the same as sigmoid"
             remedy = "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid"
             raise invalid("label_smoothing", self.label_smoothing, problem, remedy)
-        if self.compat not in (None, "released"):
-            raise invalid("compat", self.compat, "is not known", 'use "released" or null')
+        if self.compat not in (None, *self.compats):
+            raise invalid(
+                "compat", self.compat, f"is not known of {self.name}", f"use {', '.join(self.compats)} or null"
+            )
 
     def objective(self, schedule: NoiseSchedule) -> Objective:
         """The loss on a model's noise schedule. Raises ``InvalidInput`` where schedule and options do not fit."""

@@ -128,6 +128,7 @@ class InvertingMethod(SingleTimestepMethod):
     """
 
     policy_inverts = True
+    compats = ("released", "released-diffusers-0.20")
 
     num_inference_steps: int
     model_time: ModelTime = "destination"
@@ -149,7 +150,11 @@ class InvertingMethod(SingleTimestepMethod):
     def trajectory(
         self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
     ) -> tuple[Tensor, Tensor]:
-        plan = (plan_released if self.compat else plan_inversion)(schedule, timesteps, self.num_inference_steps)
+        if self.compat:
+            old = self.compat == "released-diffusers-0.20"
+            plan = plan_released(schedule, timesteps, self.num_inference_steps, diffusers_020=old)
+        else:
+            plan = plan_inversion(schedule, timesteps, self.num_inference_steps)
         noisy = invert(
             policy,
             schedule,
