@@ -215,8 +215,8 @@ def test_share_of_the_noise_in_the_target_of_an_inversion() -> None:
     schedule, network = NoiseSchedule.from_config(SD_SCHEDULER), Counted()
     black = torch.zeros(2, 1, dtype=torch.float64)
     batch = PairBatch(black, {"prompts": black}, torch.tensor([0]))
-    for level, ours, released in table("docs/inpo.md", "t |"):
-        for compat, told in ((None, ours), ("released", released)):
+    for level, ours, today, pinned in table("docs/inpo.md", "t |"):
+        for compat, told in ((None, ours), ("released", today), ("released-diffusers-0.20", pinned)):
             objective = build_objective("inpo", schedule, eta=0.0, compat=compat)
             draws = Draws(timesteps=torch.tensor([int(level)]))
             output = objective(network, network, batch, seed=0, draws=draws)
