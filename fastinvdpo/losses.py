@@ -10,7 +10,7 @@ from fastinvdpo.methods.alpha_dpo import AlphaDPOLoss, alpha_dpo
 from fastinvdpo.methods.dmpo import dmpo
 from fastinvdpo.methods.dspo import dspo
 from fastinvdpo.methods.flow_dpo import AutoBeta, FlowDPOLoss, flow_dpo, latent_mask, pnapo
-from fastinvdpo.methods.kto import HALOS, KTOLoss, kto, mean_reward
+from fastinvdpo.methods.kto import HALOS, KTO, KTOLoss, kto, mean_reward
 from fastinvdpo.methods.linear_dpo import LinearDPOLoss, linear_dpo, update_reference
 from fastinvdpo.methods.losses import DiffusionDPOLoss, diffusion_dpo_loss
 from fastinvdpo.methods.mapo import MaPOLoss, mapo
@@ -22,6 +22,7 @@ diffusion_dpo = diffusion_dpo_loss
 
 __all__ = [
     "HALOS",
+    "KTO",
     "AlphaDPOLoss",
     "AutoBeta",
     "DiffusionDPOLoss",

@@ -60,13 +60,14 @@ def mapo(record: Recorded, settings: dict[str, Any], policy: Tensor, dtype: torc
 
 
 def kto(record: Recorded, settings: dict[str, Any], policy: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    baseline: str | Tensor = {"none": "mean", "sigmoid": "balanced"}.get(settings["offset"], "")
+    assert settings["offset"] in ("none", "original")
+    kappa = None
     if settings["offset"] == "original":
         rolled = (record[f"in.{name}_pred_rolled"].to(dtype) for name in ("policy", "ref"))
-        baseline = losses.mean_reward(*rolled, record["in.target"].to(dtype))
+        kappa = losses.mean_reward(*rolled, record["in.target"].to(dtype))
     weights = {"like_weight": settings["lam_d"], "dislike_weight": settings["lam_u"]}
     inputs = _inputs(record, policy, dtype)
-    options = {"beta": settings["beta"], "halo": settings["halo"], "baseline": baseline}
+    options = {"beta": settings["beta"], "halo": settings["halo"], "kappa": kappa}
     result = losses.kto(*inputs, record["in.labels"], **options, **weights)
     return _logged(result) | {"mid.kl": result.kl, "mid.signed_logit": result.logit}
 

@@ -52,7 +52,7 @@ class InversionPlan:
 
     def select(self, rows: Tensor) -> InversionPlan:
         """The plan of some samples: ``rows`` is an int64 index into the batch, on the host."""
-        return InversionPlan(*(None if table is None else table[rows] for table in vars(self).values()))
+        return InversionPlan(**{name: table[rows] for name, table in vars(self).items() if table is not None})
 
 
 def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:

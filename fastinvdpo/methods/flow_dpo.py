@@ -134,8 +134,8 @@ def flow_dpo(
         scale = torch.ones_like(s.policy_mse)
     else:
         scale = n / (n * s.mask_mean).clamp(min=1)
-    gap = pair_margin(s, 2.0, scale.chunk(2)[0])
-    used = beta.update(gap) if isinstance(beta, AutoBeta) else gap.new_tensor(beta)
+    gap = scale.chunk(2)[0] * pair_margin(s, 2.0)
+    used = beta.update(gap) if isinstance(beta, AutoBeta) else torch.full_like(gap[0], beta)
     z = 0.5 * used * gap
     dpo_loss = softplus(-z).mean()
     assert whole.shift_mse is not None

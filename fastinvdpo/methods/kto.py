@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,63 +51,98 @@ class KTOLoss(NamedTuple):
     logit: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class KTO:
+    """Options of Diffusion-KTO (arXiv 2404.04465), which needs no pairs.
+
+    Attributes:
+        beta: β > 0; stands without the ½ of the pair methods.
+        halo: one of :data:`HALOS`; ``risk_seeking_2`` is unbounded.
+        baseline: κ, which carries no gradient. ``"mean"``: the mean of g, at least 0. ``"balanced"``: the mean of the
+            means of both labels (the script's ``sigmoid`` offset).
+        like_weight, dislike_weight: w of liked and disliked images.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    beta: float = 1000.0
+    halo: str = "sigmoid"
+    baseline: str = "mean"
+    like_weight: float = 1.0
+    dislike_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        for name, known in (("halo", tuple(HALOS)), ("baseline", BASELINES)):
+            if getattr(self, name) not in known:
+                raise invalid(name, getattr(self, name), "is not known", f"use one of {', '.join(known)}")
+        for name in ("like_weight", "dislike_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                remedy = "the published value is 1"
+                raise invalid(name, getattr(self, name), "must be finite and not negative", remedy)
+
+    def loss(
+        self,
+        policy_pred: Tensor,
+        reference_pred: Tensor,
+        target: Tensor,
+        liked: Tensor,
+        *,
+        kappa: Tensor | None = None,
+        gather: Gather | None = None,
+    ) -> KTOLoss:
+        """The loss of N images, ``g = −Δ`` each; arguments as of :func:`kto`."""
+        count = tuple(policy_pred.shape[:1])
+        if not isinstance(liked, Tensor) or liked.dtype != torch.bool or liked.shape != count:
+            given = f"{tuple(liked.shape)}, {liked.dtype}" if isinstance(liked, Tensor) else type(liked).__name__
+            raise invalid("liked", given, "must be one bool per image", f"pass bool of shape {count}")
+        statistics = pair_statistics(policy_pred, reference_pred, target, paired=False)
+        reward, liked = -statistics.difference, liked.to(policy_pred.device)
+        kappa = self._kappa(reward.detach(), liked, gather) if kappa is None else kappa.detach()
+        advantage, sign = reward - kappa, 2 * liked.to(reward.dtype) - 1
+        logit = sign * self.beta * advantage
+        weights = torch.full_like(sign, self.like_weight), torch.full_like(sign, self.dislike_weight)
+        return KTOLoss(
+            (torch.where(liked, *weights) * (1 - HALOS[self.halo](logit, sign))).mean(),
+            statistics.policy_mse.mean(),
+            reference_mse(statistics).mean(),
+            (logit.detach() > 0).to(logit.dtype).mean(),
+            kappa,
+            *_label_means(advantage.detach(), liked),
+            logit,
+        )
+
+    def _kappa(self, reward: Tensor, liked: Tensor, gather: Gather | None) -> Tensor:
+        if gather is not None:
+            reward, liked = gather(reward), gather(liked)
+        if self.baseline == "mean":
+            return reward.mean().clamp(min=0)
+        return torch.stack(_label_means(reward, liked)).mean()
+
+
 def kto(
     policy_pred: Tensor,
     reference_pred: Tensor,
     target: Tensor,
     liked: Tensor,
     *,
-    beta: float = 1000.0,
-    halo: str = "sigmoid",
-    baseline: str | Tensor = "mean",
-    like_weight: float = 1.0,
-    dislike_weight: float = 1.0,
+    kappa: Tensor | None = None,
     gather: Gather | None = None,
+    **options: Any,
 ) -> KTOLoss:
-    """The loss block of Diffusion-KTO's script (arXiv 2404.04465), ``g = −Δ`` per image.
+    """The loss block of Diffusion-KTO's script.
 
     Args:
-        policy_pred, reference_pred, target: ``(N, …)``, unpaired: t and noise are each image's own.
+        policy_pred, reference_pred, target: as of :func:`fastinvdpo.preference_loss`, but ``(N, …)``, unpaired: t and
+            noise are each image's own.
         liked: bool ``(N,)``.
-        beta: β > 0; stands without the ½ of the pair methods.
-        halo: one of :data:`HALOS`; ``risk_seeking_2`` is unbounded.
-        baseline: κ, without gradient. ``"mean"``: the mean of g, at least 0. ``"balanced"``: the mean of the means of
-            both labels (the script's ``sigmoid`` offset). Or a scalar: the script's ``original`` offset is
+        kappa: the baseline, a scalar, where ``baseline`` is not to say it: the script's ``original`` offset is
             :func:`mean_reward` of predictions for prompts that belong to other images.
-        like_weight, dislike_weight: w of liked and disliked images.
         gather: with several processes, for the baseline, which is one for all; such as ``accelerator.gather``.
-
-    Raises:
-        InvalidInput: an argument is out of range, or ``liked`` does not fit the predictions.
+        options: of :class:`KTO`.
     """
-    check_beta(beta)
-    if halo not in HALOS:
-        raise invalid("halo", halo, "is not known", f"use one of {', '.join(HALOS)}")
-    if not isinstance(baseline, Tensor) and baseline not in BASELINES:
-        raise invalid("baseline", baseline, "is not known", f"use one of {', '.join(BASELINES)}, or a scalar tensor")
-    if not isinstance(liked, Tensor) or liked.dtype != torch.bool or liked.shape != policy_pred.shape[:1]:
-        given = f"{tuple(liked.shape)}, {liked.dtype}" if isinstance(liked, Tensor) else type(liked).__name__
-        raise invalid(
-            "liked", given, "must be one bool per image", f"pass bool of shape {tuple(policy_pred.shape[:1])}"
-        )
-    for name, value in (("like_weight", like_weight), ("dislike_weight", dislike_weight)):
-        if not 0 <= value < math.inf:
-            raise invalid(name, value, "must be finite and not negative", "the published value is 1")
-    statistics = pair_statistics(policy_pred, reference_pred, target, paired=False)
-    reward, liked = -statistics.difference, liked.to(statistics.policy_mse.device)
-    kappa = baseline.detach() if isinstance(baseline, Tensor) else _baseline(baseline, reward.detach(), liked, gather)
-    advantage, sign = reward - kappa, 2 * liked.to(reward.dtype) - 1
-    logit = sign * beta * advantage
-    weight = torch.where(liked, torch.full_like(sign, like_weight), torch.full_like(sign, dislike_weight))
-    return KTOLoss(
-        (weight * (1 - HALOS[halo](logit, sign))).mean(),
-        statistics.policy_mse.mean(),
-        reference_mse(statistics).mean(),
-        (logit.detach() > 0).to(logit.dtype).mean(),
-        kappa,
-        *_label_means(advantage.detach(), liked),
-        logit,
-    )
+    return KTO(**options).loss(policy_pred, reference_pred, target, liked, kappa=kappa, gather=gather)
 
 
 def mean_reward(policy_pred: Tensor, reference_pred: Tensor, target: Tensor) -> Tensor:
@@ -120,11 +156,3 @@ def _label_means(value: Tensor, liked: Tensor) -> tuple[Tensor, Tensor]:
     both = torch.stack([liked, ~liked]).to(value.dtype)
     likes, dislikes = ((both * value).sum(1) / both.sum(1).clamp(min=1)).unbind()
     return likes, dislikes
-
-
-def _baseline(kind: str, reward: Tensor, liked: Tensor, gather: Gather | None) -> Tensor:
-    if gather is not None:
-        reward, liked = gather(reward), gather(liked)
-    if kind == "mean":
-        return reward.mean().clamp(min=0)
-    return torch.stack(_label_means(reward, liked)).mean()

@@ -47,7 +47,7 @@ class MaPO(DiffusionDPO):
             raise invalid("snr", self.snr, "must be positive and finite", "the published value is 0.5")
         check_count("train_timesteps", self.train_timesteps)
 
-    def margin(self, statistics: PairStatistics, pair_weight: Tensor | None) -> Tensor:
+    def margin(self, statistics: PairStatistics) -> Tensor:
         """``ℓ`` without the difference of two numbers near one."""
         x = self.snr * statistics.policy_mse
         small, large = x.clamp(max=_SMALL).square(), x.clamp(min=_SMALL)

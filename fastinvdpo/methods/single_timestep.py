@@ -90,13 +90,15 @@ class SingleTimestepMethod(Method):
         safeguarded = statistics
         if self.safeguard is not None:
             elements = policy_pred[0].numel() if self.compat else None
-            scale = loser_scale(statistics, self.safeguard, released_elements=elements)
-            safeguarded = scale_losers(statistics, scale)
-        return Scored(statistics, safeguarded, scale, self.margin(safeguarded, pair_weight))
+            scale = loser_scale(statistics, self.safeguard, pair_weight=pair_weight, released_elements=elements)
+            safeguarded = scale_losers(statistics, scale, pair_weight)
+        margin = self.margin(safeguarded)
+        margin = margin if pair_weight is None else pair_weight.to(margin.dtype) * margin
+        return Scored(statistics, safeguarded, scale, margin)
 
-    def margin(self, statistics: PairStatistics, pair_weight: Tensor | None) -> Tensor:
+    def margin(self, statistics: PairStatistics) -> Tensor:
         """``z`` per pair, ``(B,)``: positive where the policy prefers the winner."""
-        return pair_margin(statistics, self.beta, pair_weight)
+        return pair_margin(statistics, self.beta)
 
     def pair_losses(self, margin: Tensor, statistics: PairStatistics) -> Tensor:
         """The loss of every pair, ``(B,)``, from its margin and what else its statistics say."""

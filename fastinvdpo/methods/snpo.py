@@ -72,7 +72,7 @@ class SNPO(DiffusionDPO):
         latents = batch.latents[rows.to(batch.latents.device)]
         return dataclasses.replace(batch, latents=latents, conditioning=conditioning)
 
-    def margin(self, statistics: PairStatistics, pair_weight: Tensor | None) -> Tensor:
+    def margin(self, statistics: PairStatistics) -> Tensor:
         winner, loser = (self.error_scale * statistics.difference).chunk(2)
         # Never the exponential of a positive number; at D = 0 both branches have the slope λ, and the first is taken.
         better = loser < 0

@@ -34,11 +34,10 @@ class Scored(NamedTuple):
     margin: Tensor
 
 
-def pair_margin(statistics: PairStatistics, beta: float, weight: Tensor | None = None) -> Tensor:
-    """``z = −(β/2)·ρ·(Δ_w − Δ_l)``, ``(B,)``; ``weight``: ρ, ``(B,)``, 1 when None."""
+def pair_margin(statistics: PairStatistics, beta: float) -> Tensor:
+    """``z = −(β/2)(Δ_w − Δ_l)``, ``(B,)``."""
     winner, loser = statistics.difference.chunk(2)
-    margin = -0.5 * beta * (winner - loser)
-    return margin if weight is None else weight.to(margin.dtype) * margin
+    return -0.5 * beta * (winner - loser)
 
 
 def reference_mse(statistics: PairStatistics) -> Tensor:
@@ -47,7 +46,13 @@ def reference_mse(statistics: PairStatistics) -> Tensor:
     return torch.zeros_like(error) if statistics.cross is None else error - statistics.difference.detach()
 
 
-def loser_scale(statistics: PairStatistics, mu: float, *, released_elements: int | None = None) -> Tensor:
+def loser_scale(
+    statistics: PairStatistics,
+    mu: float,
+    *,
+    pair_weight: Tensor | None = None,
+    released_elements: int | None = None,
+) -> Tensor:
     """λ of Diffusion-SDPO (arXiv 2511.03317) per pair, ``(B,)``, no gradient: what the loser's gradient is scaled by so
     that to first order a step does not raise the winner's error.
 
@@ -58,12 +63,15 @@ def loser_scale(statistics: PairStatistics, mu: float, *, released_elements: int
 
     Args:
         mu: how much of the winner's descent is kept, in [0, 1]; at 1 the loser gets no gradient.
+        pair_weight: ``(B,)``; a pair with a negative one is the other way round, and its loser is the winner here.
         released_elements: n, elements per sample: one λ from the sums over the micro-batch, with ``1e-9`` added to the
             denominator at that factor, as released.
     """
-    winner, inner, guard = statistics.policy_mse.detach().chunk(2)[0], statistics.pair_cross, 0.0
+    (winner, loser), inner, guard = statistics.policy_mse.detach().chunk(2), statistics.pair_cross, 0.0
     assert inner is not None, "samples are paired"
     inner, pairs = inner.detach(), inner.numel()
+    if pair_weight is not None:
+        winner = torch.where(pair_weight < 0, loser, winner)
     if released_elements is not None:
         winner, inner = winner.sum(), inner.sum()
         guard = RELEASED_GUARD * pairs**2 * released_elements / 4
@@ -71,13 +79,16 @@ def loser_scale(statistics: PairStatistics, mu: float, *, released_elements: int
     return torch.where(inner > 0, scale, torch.ones_like(scale)).expand(pairs)
 
 
-def scale_losers(statistics: PairStatistics, scale: Tensor) -> PairStatistics:
-    """The same values; what flows back to the losers is multiplied by ``scale``, ``(B,)``."""
+def scale_losers(statistics: PairStatistics, scale: Tensor, pair_weight: Tensor | None = None) -> PairStatistics:
+    """The same values; what flows back to the losers is multiplied by ``scale``, ``(B,)``; ``pair_weight`` as of
+    :func:`loser_scale`.
+    """
+    sides = torch.stack([torch.ones_like(scale), scale])
+    if pair_weight is not None:
+        sides = torch.where(pair_weight < 0, sides.flip(0), sides)
 
-    def scaled(both: Tensor) -> Tensor:
-        winner, loser = both.chunk(2)
-        fixed = loser.detach()
-        return torch.cat([winner, fixed + scale * (loser - fixed)])
+    def scaled(value: Tensor) -> Tensor:
+        return with_slope(value, sides.flatten(), value)
 
     cross, shift = (None if both is None else scaled(both) for both in (statistics.cross, statistics.shift_mse))
     return dataclasses.replace(statistics, policy_mse=scaled(statistics.policy_mse), cross=cross, shift_mse=shift)

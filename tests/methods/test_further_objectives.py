@@ -22,7 +22,7 @@ from tests.trainer import tiny
 
 Sides = tuple[Tensor, Tensor]
 Formula = Callable[[Tensor, Sides, Sides, Sides], Tensor]
-"""``loss(z, L, D, Q)`` of B pairs, from the margin, and winners' and losers' errors L, ``L − L_ref`` and ``m((p − r)²)``."""
+"""``loss(z, L, D, Q)`` of B pairs, from the margin, and by side the errors L, ``L − L_ref`` and ``m((p − r)²)``."""
 
 
 def _alpha(z: Tensor, alpha: float) -> Tensor:
@@ -113,7 +113,8 @@ def _lambda(output: ObjectiveOutput, mu: float) -> Tensor:
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, SingleTimestepMethod)])
 def test_a_safeguard_scales_the_gradients_of_losers_pair_by_pair_and_nothing_else(name: str) -> None:
     options = {"swap_probability": 0.0} if name == "snpo" else {}
-    plain, guarded = (run(name, safeguard=mu, sft_weight=0.1, anchor=0.0, **options) for mu in (None, 0.6))
+    batch = dataclasses.replace(pairs(), scores=torch.linspace(1, 0, 8, dtype=torch.float64))  # winners are winners
+    plain, guarded = (run(name, batch, safeguard=mu, sft_weight=0.1, **options) for mu in (None, 0.6))
     assert torch.equal(guarded.loss, plain.loss)
     scale = _lambda(plain, 0.6)
     assert (scale < 1).any() or name in SMALL
@@ -126,6 +127,21 @@ def test_a_safeguard_as_released_has_one_scale_for_the_micro_batch() -> None:
     scale = (gradient(guarded)[4:] / gradient(plain)[4:]).flatten(1)
     torch.testing.assert_close(scale, scale[:1, :1].expand_as(scale))
     assert 0 < float(scale[0, 0]) < 1
+
+
+def test_the_loser_of_a_pair_with_a_negative_weight_is_its_winner() -> None:
+    policy, reference, target = predictions(4, gap=0.1)
+    weight = torch.tensor([1.0, -1.0, 2.0, -3.0], dtype=torch.float64)
+    reversed_ = (weight < 0).repeat(2).view(-1, 1, 1, 1)
+    method = DiffusionDPO(beta=5.0, safeguard=0.9)
+    gradients = []
+    for swap in (False, True):
+        p, r, t = (torch.where(reversed_ & swap, x.roll(4, 0), x) for x in (policy, reference, target))
+        leaf = p.requires_grad_()
+        method.loss(leaf, r, t, weight.abs() if swap else weight).loss.backward()
+        assert leaf.grad is not None
+        gradients.append(torch.where(reversed_ & swap, leaf.grad.roll(4, 0), leaf.grad))
+    torch.testing.assert_close(*gradients)
 
 
 def test_an_anchor_is_not_scaled_by_the_safeguard() -> None:
@@ -197,6 +213,15 @@ def test_the_trainer_refuses_a_reference_that_follows(tmp_path: Path) -> None:
     values["method"] = LinearDPO(reference="ema")
     with pytest.raises(InvalidInput, match=r"method.reference = 'ema': .*keeps it frozen"):
         TrainConfig.from_mapping(values)
+
+
+@pytest.mark.parametrize("name", ["sdpo", "alpha-dpo", "mapo"])
+def test_a_loss_compiles_without_a_break(name: str) -> None:
+    method, inputs = METHODS[name](), predictions(4, gap=0.1, dtype=torch.float32)  # type: ignore[call-arg]
+    assert isinstance(method, SingleTimestepMethod)
+    given = (inputs[0], inputs[1] if method.needs_reference else None, inputs[2])
+    compiled = torch.compile(method.loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*given).loss, method.loss(*given).loss)
 
 
 @pytest.fixture(scope="module")
