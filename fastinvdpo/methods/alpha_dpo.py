@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,11 +13,8 @@ from torch.nn.functional import logsigmoid
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
 from fastinvdpo.methods.losses import implicit_accuracy
-from fastinvdpo.methods.statistics import reference_mse, with_slope
+from fastinvdpo.methods.statistics import Gather, reference_mse, with_slope
 from fastinvdpo.ops.pair_statistics import PairStatistics
-
-Gather = Callable[[Tensor], Tensor]
-"""All processes' values of a tensor, ``(B,)`` to ``(processes·B,)``, such as ``accelerator.gather``."""
 
 
 @dataclass(frozen=True, kw_only=True)

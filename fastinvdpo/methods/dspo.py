@@ -1,4 +1,4 @@
-"""DSPO: the winner's score matched to the one that a preference asks for."""
+"""DSPO: the winner's score matched to the one that a preference implies."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class DSPO(DiffusionDPO):
         super().__post_init__()
         if self.variant not in get_args(Variant):
             raise invalid("variant", self.variant, "is not known", f"use one of {get_args(Variant)}")
+        if self.variant == "sdxl" and self.beta < 1:
+            raise invalid("beta", self.beta, "leaves the margin of sdxl at 0", "published are 1000 to 5000")
 
     def pair_losses(self, margin: Tensor, statistics: PairStatistics) -> Tensor:
         assert statistics.cross is not None and statistics.shift_mse is not None

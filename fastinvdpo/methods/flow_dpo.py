@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, softplus
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.alpha_dpo import Gather
 from fastinvdpo.methods.losses import smoothed_pair_weight
-from fastinvdpo.methods.statistics import pair_margin, reference_mse
+from fastinvdpo.methods.statistics import Gather, pair_margin, reference_mse
 from fastinvdpo.ops import PreferenceLoss, preference_loss
 from fastinvdpo.ops.pair_statistics import pair_statistics
 from fastinvdpo.ops.preference_loss import check_beta
@@ -47,21 +46,20 @@ class AutoBeta:
             raise invalid("decay", decay, "out of range", "use 0.99")
         if not 0 < minimum <= maximum < math.inf:
             raise invalid("minimum", minimum, f"is no lower bound of β below {maximum}", "use 0.001 and 1")
-        self._logit, self._decay, self._bounds, self._gather = (
-            math.log((1 - target) / target),
-            decay,
-            (minimum, maximum),
-            gather,
-        )
+        self._twice_logit, self._decay, self._gather = 2 * math.log((1 - target) / target), decay, gather
+        self._minimum, self._maximum = minimum, maximum
         self._average: Tensor | None = None
 
     def update(self, gap: Tensor) -> Tensor:
         """β, a scalar, for a batch whose ``Δ_w − Δ_l`` are ``gap`` ``(B,)``."""
         size = gap.detach().abs()
         size = (size if self._gather is None else self._gather(size)).mean()
-        average = self._average
-        self._average = size if average is None else self._decay * average.to(size) + (1 - self._decay) * size
-        return (2 * self._logit / self._average).clamp(*self._bounds)
+        if self._average is not None:
+            average = self._average.to(size)
+            moved = self._decay * average + (1 - self._decay) * size
+            size = torch.where(torch.isfinite(size), moved, average)  # a batch that a guard rejects leaves no trace
+        self._average = size
+        return (self._twice_logit / size).clamp(self._minimum, self._maximum)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average}
@@ -72,7 +70,7 @@ class AutoBeta:
 
 class FlowDPOLoss(NamedTuple):
     """What SimpleTuner's Flow-DPO computes and logs; scalars, but ``inside_term``, z per pair ``(B,)``. ``win_adv`` and
-    ``lose_adv`` are ``−Δ_w`` and ``Δ_l``, ``margin`` their sum, in the norm that was asked for, as are the errors.
+    ``lose_adv`` are ``−Δ_w`` and ``Δ_l``, ``margin`` their sum, in the chosen norm, as are the errors.
     """
 
     loss: Tensor
@@ -164,7 +162,7 @@ def flow_dpo(
 
 
 def latent_mask(image: Tensor, size: tuple[int, int], *, kind: MaskKind = "mask", dilate: int = 0) -> Tensor:
-    """The mask of latents ``(B, 1, *size)`` from pictures ``(B, C, H, W)`` in [−1, 1], as SimpleTuner makes it.
+    """The mask of latents ``(B, 1, *size)`` from images ``(B, C, H, W)`` in [−1, 1], as SimpleTuner makes it.
 
     Args:
         kind: ``"mask"``: the first channel, from black 0 to white 1. ``"segmentation"``: 1 where any of
@@ -175,6 +173,9 @@ def latent_mask(image: Tensor, size: tuple[int, int], *, kind: MaskKind = "mask"
         raise invalid("kind", kind, "is not known", f"use one of {get_args(MaskKind)}")
     if isinstance(dilate, bool) or not isinstance(dilate, int) or dilate < 0:
         raise invalid("dilate", dilate, "must be a whole number", "use 0 or more")
+    if image.ndim != 4 or not image.is_floating_point():
+        given = f"{tuple(image.shape)}, {image.dtype}"
+        raise invalid("image", given, "is no batch of images", "pass floating point (B, C, H, W) in [-1, 1]")
     channel = image[:, :1] if kind == "mask" else image.mean(1, keepdim=True)
     mask = (interpolate(channel, size=size, mode="area") / 2 + 0.5).clamp(0, 1)
     if kind == "segmentation":
@@ -202,5 +203,7 @@ def pnapo(
             two-hundredfold.
         schedule_weight: g; falls from 1 to ½ along a cosine in the course of the published training.
     """
+    if not isinstance(reward_gap, Tensor):
+        raise invalid("reward_gap", reward_gap, "must be a tensor", "pass one reward difference a pair, (B,)")
     weight = schedule_weight * smoothed_pair_weight(torch.sigmoid(reward_gap.double()), 1.0)
     return preference_loss(policy_pred, reference_pred, target, beta=2 * beta, pair_weight=weight.to(torch.float32))

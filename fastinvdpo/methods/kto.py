@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.alpha_dpo import Gather
-from fastinvdpo.methods.statistics import reference_mse, sigmoid
+from fastinvdpo.methods.statistics import Gather, reference_mse, sigmoid
 from fastinvdpo.ops.pair_statistics import pair_statistics
 from fastinvdpo.ops.preference_loss import check_beta
 

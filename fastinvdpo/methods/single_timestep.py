@@ -49,7 +49,7 @@ class SingleTimestepMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "timesteps", TimestepSampling.of(self.timesteps))
-        if self.safeguard is not None and not 0 <= self.safeguard <= 1:
+        if isinstance(self.safeguard, bool) or (self.safeguard is not None and not 0 <= self.safeguard <= 1):
             raise invalid("safeguard", self.safeguard, "out of range", "use a number from 0 to 1, or null for none")
         for name in ("anchor", "sft_weight"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -8,6 +8,7 @@ of a few scalars per pair, in float32 (float64 for float64 predictions), differe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from fastinvdpo.ops import PairStatistics
 
 RELEASED_GUARD = 1e-9
+
+Gather = Callable[[Tensor], Tensor]
+"""All processes' values of a tensor, ``(B,)`` to ``(processes·B,)``, such as ``accelerator.gather``."""
 
 
 class Scored(NamedTuple):

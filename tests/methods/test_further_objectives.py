@@ -182,6 +182,7 @@ def test_reversed_pairs_change_sides_and_lose_their_prompt() -> None:
         ("dmpo", {"utility": "hinge"}, r"^utility = 'hinge': is not used by dmpo, which has a loss of its own"),
         ("mapo", {"label_smoothing": 0.1}, r"^label_smoothing = 0.1: is not used by mapo"),
         ("diffusion-dpo", {"utility": "dmpo"}, r"^utility = 'dmpo': is not known"),
+        ("sdpo", {"safeguard": True}, r"^safeguard = True: out of range"),
         ("inpo", {"safeguard": -0.1}, r"^safeguard = -0.1: out of range"),
         ("mapo", {"anchor": 1.0}, r"^anchor = 1.0: needs a reference, which mapo has not"),
         ("smpo", {"sft_weight": -1.0}, r"^sft_weight = -1.0: must be finite and not negative"),
