@@ -1,6 +1,5 @@
 """Inputs for ``pair_statistics``, and how exact its results must be: an error of at most twice that of plain PyTorch on
-the same inputs, which by luck can be less than one rounding of the largest gradient, or of the terms of the largest sum
-and of that sum.
+the same inputs, which by luck can be less than a rounding of the largest result and of the terms that it adds up.
 """
 
 from __future__ import annotations
@@ -93,15 +92,21 @@ def by_definition(p: Problem) -> list[Tensor]:
     return [torch.stack(values) if values else p.policy.new_empty(0) for values in sums]
 
 
+def magnitudes(exact: Problem) -> Problem:
+    """|e| and |d| in the place of e and d: what a sum or a gradient of these is, roundings are relative to."""
+    error = (exact.policy - exact.target).abs()
+    reference = None if exact.reference is None else error - (exact.policy - exact.reference).abs()
+    return Problem(error, reference, 0 * error, exact.mask, exact.paired)
+
+
 def check_sums(p: Problem, found: Sequence[Tensor]) -> None:
     exact = p.to(F64)
-    error, shift = exact.policy - exact.target, None if p.reference is None else exact.policy - exact.reference
-    sizes = plain.forward(error.abs(), None if shift is None else error.abs() - shift.abs(), 0 * error, *exact[3:])
-    for ours, model, right, size in zip(found, plain.forward(*p), plain.forward(*exact), sizes, strict=True):
+    expected = (plain.forward(*p), plain.forward(*exact), plain.forward(*magnitudes(exact)))
+    for ours, model, right, size in zip(found, *expected, strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (model.shape, F32, model.stride())
         if len(right):
             mistake, allowed = ((value.double() - right).abs().max() for value in (ours, model))
-            assert mistake <= 2 * max(allowed, 2 * 2**-24 * size.abs().max())
+            assert mistake <= 2 * max(allowed, 2 * 2**-24 * size.max())
 
 
 def gradients_of(p: Problem, given: str = "EXQC") -> list[Tensor | None]:
@@ -118,8 +123,10 @@ def gradients_of(p: Problem, given: str = "EXQC") -> list[Tensor | None]:
 
 def check_gradient(p: Problem, grads: Sequence[Tensor | None], found: Tensor) -> None:
     exact = p.to(F64)
-    wide = [None if grad is None else grad.double() for grad in grads]
+    wide, large = ([None if g is None else f(g) for g in grads] for f in (Tensor.double, lambda g: g.double().abs()))
     model, right = plain.backward(*grads, *p[:4]), plain.backward(*wide, *exact[:4])
+    size = plain.backward(*large, *magnitudes(exact)[:4])
     assert (found.dtype, found.shape, found.stride()) == (model.dtype, model.shape, model.stride())
     mistake, allowed = ((value.double() - right).abs().max() for value in (found, model))
-    assert mistake <= 2 * max(allowed, torch.finfo(found.dtype).eps / 2 * right.abs().max())
+    stored = torch.finfo(found.dtype).eps / 2 * right.abs().max()
+    assert mistake <= 2 * max(allowed, stored, 2 * 2**-24 * size.max())
