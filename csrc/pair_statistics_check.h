@@ -4,14 +4,12 @@
 #include <array>
 #include <tuple>
 
+#include "pair_statistics.h"
 #include "results.h"
 
 namespace fastinvdpo {
 
 using StatisticsTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-enum Statistic { kPolicyMse, kCross, kShiftMse, kMaskMean, kOfSample };  // of a winner; then those of its loser
-constexpr int kPairCross = 2 * kOfSample, kStatistics = kPairCross + 1;
 
 // The batch as units, pairs or single samples, whose rows of n elements have `parts` parts of m elements: a mask's row is one of them long,
 // and holds for each. The rows of a mask repeat, one after the other.

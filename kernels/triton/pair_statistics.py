@@ -1,7 +1,7 @@
 """The sums of pair objectives and their gradient: one launch each.
 
-A unit is a pair, or a single sample; a row of a mask covers one of the ``parts`` parts of a sample's elements, and holds
-for each. How a part is cut into chunks, and the order of every sum, depends on the length of a row alone: the last
+A unit is a pair, or a single sample; a row of a mask covers one of the ``parts`` parts of a sample's elements, and
+holds for each. How a part is cut into chunks, and the order of every sum, depends on the length of a row alone: the last
 program of a unit to finish adds up the sums of all.
 """
 
@@ -263,7 +263,8 @@ def _weights(mask, row, length, first, UNIT: tl.constexpr, here, inside):
     """Those of the elements ``here`` of a mask's row, from ``first`` units on; 1 without a mask."""
     if mask is None:
         return 1.0
-    return tl.load(mask + (row.to(tl.int64) * length + first) * UNIT + here, mask=inside, other=0.0)
+    else:
+        return tl.load(mask + (row.to(tl.int64) * length + first) * UNIT + here, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -324,7 +325,7 @@ def backward_kernel(  # noqa: PLR0913 - the op's schema
     if grad_shift_mse is not None:
         of_shift += 2.0 * tl.load(grad_shift_mse + row).to(tl.float64)
     slope = (of_error * per_element).to(tl.float32) * (p.to(tl.float32) - t.to(tl.float32))
-    if reference is not None:
+    if reference is not None:  # noqa: SIM102 - the one is known to the compiler
         # The gradient of 2X − Q does not depend on it.
         if of_shift != 0.0:
             r = tl.load(reference + start + at, mask=inside, other=0.0).to(tl.float32)

@@ -53,8 +53,8 @@ def pair_statistics(
 ) -> PairStatistics:
     """The sums of a batch of predictions, in one pass forward and one backward.
 
-    With ``e = p − τ``, ``d = p − r``, a weight ``k`` per element (1 without a mask) and ``m`` the mean over a sample's n
-    elements, whatever the mask: ``E = m(k·e²)``, ``X = m(k·e·d)``, ``Q = m(k·d²)``, and for each pair
+    With ``e = p − τ``, ``d = p − r``, a weight ``k`` per element (1 without a mask) and ``m`` the mean over all n
+    elements of a sample, whatever the mask: ``E = m(k·e²)``, ``X = m(k·e·d)``, ``Q = m(k·d²)``, and for each pair
     ``C = m(k·e_w·e_l)``. The gradient is ``k·((2g_E + g_X)·e + (g_X + 2g_Q)·d)/n``, and ``k·g_C/n`` times the
     partner's ``e``. A sample's sums do not depend on the others in the batch.
 
@@ -63,9 +63,9 @@ def pair_statistics(
             or float16.
         reference_pred: ``r``, same shape; its dtype may differ. None: only ``E`` and ``C`` are computed.
         target: ``τ``, same shape; its dtype may differ.
-        mask: ``k ≥ 0``, floating point or bool, of as many dimensions: N samples, one for each pair (N/2), or one; every
-            other dimension that of a sample or 1, as in ``(N, 1, H, W)``. Where winner and loser have masks of their own,
-            ``C`` is weighted with the geometric mean of the two.
+        mask: ``k ≥ 0``, floating point or bool, of as many dimensions: N samples, one for each pair (N/2), or one;
+            every other dimension that of a sample or 1, as in ``(N, 1, H, W)``. Where winner and loser have masks of
+            their own, ``C`` is weighted with the geometric mean of the two.
         paired: whether sample i and sample i + N/2 are winner and loser. False for unpaired images: N may be odd, and
             ``C`` is not computed.
 

@@ -30,8 +30,8 @@ _SHORTEST_MASK = 1024  # elements of a mask for all channels that is worth readi
 def _rows(
     policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tensor | None, paired: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """What fused kernels take: predictions of one dense layout, and float32 masks of samples and of pairs, dense rows in
-    the order of a sample's elements. A mask's row divides a sample, and holds for each part of it.
+    """What fused kernels take: predictions of one dense layout, and float32 masks of samples and of pairs, dense rows
+    in the order of a sample's elements. A mask's row divides a sample, and holds for each part of it.
     """
     tensors = as_rows([policy, target] if reference is None else [policy, target, reference], 1)
     policy, target = tensors[:2]
