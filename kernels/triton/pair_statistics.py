@@ -1,8 +1,8 @@
 """The sums of pair objectives and their gradient: one launch each.
 
 A unit is a pair, or a single sample; a row of a mask covers one of the ``parts`` parts of a sample's elements, and
-holds for each. How a part is cut into chunks, and the order of every sum, depends on the length of a row alone: the last
-program of a unit to finish adds up the sums of all.
+holds for each. How a part is cut into chunks, and the order of every sum, depends on the length of a row alone. The
+last program of a unit to finish adds up the sums of all.
 """
 
 from __future__ import annotations
