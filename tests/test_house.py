@@ -87,13 +87,17 @@ def op_names() -> set[str]:
     return {folder.name for folder in (PACKAGE / "ops").iterdir() if folder.is_dir() and any(folder.glob("*.py"))}
 
 
+def schema_of(op: str) -> str:
+    return "schema" if op == "pair_statistics" else "op"
+
+
 def test_every_op_has_its_rooms() -> None:
-    assert op_names() == set(dispatch.IMPLEMENTED) == {"affine_step", "preference_loss"}
+    assert op_names() == set(dispatch.IMPLEMENTED) == {"affine_step", "pair_statistics", "preference_loss"}
     rooms = [
         room
         for op in sorted(op_names())
         for room in (
-            *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", "op")),
+            *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", schema_of(op))),
             *(f"csrc/{op}.cpp", f"csrc/{op}.cu", f"kernels/triton/{op}.py"),
             *(f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py"),
         )
@@ -112,7 +116,7 @@ def test_every_kernel_belongs_to_an_op() -> None:
 
 def test_every_backend_of_an_op_has_a_kernel() -> None:
     for op, backends in dispatch.IMPLEMENTED.items():
-        module = importlib.import_module(f"fastinvdpo.ops.{op}.op")
+        module = importlib.import_module(f"fastinvdpo.ops.{op}.{schema_of(op)}")
         assert set(module._FORWARD) == set(backends)
         assert set(getattr(module, "_BACKWARD", backends)) == set(backends)
 

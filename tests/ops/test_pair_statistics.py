@@ -1,13 +1,10 @@
-"""``pair_statistics``: against the definition in float64, as an op, and on every backend.
-
-Bounds: an error of at most twice that of plain PyTorch (the reference backend) on the same inputs, with one rounding of
-the largest result, or of the terms that cancel in it, as the least that is asked for.
+"""``pair_statistics``: against the definition in float64, as an op, and on every backend by the bounds of
+tests/kernels/statistics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,11 +12,21 @@ from torch import Tensor
 
 import fastinvdpo
 from tests.cases import pairwise, predictions
+from tests.kernels.statistics import (
+    BF16,
+    F32,
+    F64,
+    MIXES,
+    UNPAIRED_MASKS,
+    Problem,
+    by_definition,
+    check_gradient,
+    check_sums,
+    gradients_of,
+    problem,
+)
 from tests.places import EVERYWHERE, Place
 
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-DTYPES = [(F32,) * 3, (BF16,) * 3, (F16,) * 3, (BF16, BF16, F32), (F32, F16, BF16), (F16, F32, F16)]
-PAIRS = 3
 OP = torch.ops.fastinvdpo.pair_statistics.default
 everywhere = pytest.mark.parametrize("place", EVERYWHERE)
 
@@ -32,118 +39,25 @@ def _poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-class Problem(NamedTuple):
-    """Arguments of the op."""
-
-    policy: Tensor
-    reference: Tensor | None
-    target: Tensor
-    mask: Tensor | None = None
-    paired: bool = True
-
-    def to(self, *arguments: Any) -> Problem:
-        return Problem(*(value.to(*arguments) if isinstance(value, Tensor) else value for value in self))
-
-
-# The samples and the dimensions of a mask: of each sample, of each pair, of all; of each element or of all channels.
-MASKS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]] | None] = {
-    "no mask": None,
-    "elements": lambda shape: shape,
-    "channels": lambda shape: (shape[0], 1, *shape[2:]),
-    "pairs": lambda shape: (shape[0] // 2, 1, *shape[2:]),
-    "one": lambda shape: (1, 1, *shape[2:]),
-    "columns": lambda shape: (1, *[1] * (len(shape) - 2), shape[-1]),
-}
-
-
-def problem(
-    shape: tuple[int, ...] = (4, 6, 5),
-    *,
-    pairs: int = PAIRS,
-    dtypes: tuple[torch.dtype, ...] = (F64,) * 3,
-    mask: str = "no mask",
-    with_reference: bool = True,
-    paired: bool = True,
-) -> Problem:
-    """``2·pairs`` samples, one fewer where they are not paired."""
-    tensors = [t.to(dtype) for t, dtype in zip(predictions(pairs, shape, gap=0.1), dtypes, strict=True)]
-    policy, reference, target = tensors if paired else [tensor[1:] for tensor in tensors]
-    kind, weights = MASKS[mask], None
-    if kind is not None:
-        generator = torch.Generator().manual_seed(1)
-        weights = torch.rand(kind(tuple(policy.shape)), generator=generator, dtype=F64).to(
-            torch.promote_types(F32, dtypes[0])
-        )
-        weights = weights * (weights > 0.3)
-    return Problem(policy, reference if with_reference else None, target, weights, paired)
-
-
-def by_definition(p: Problem) -> list[Tensor]:
-    """E, X, Q, C and m(k), sample by sample and pair by pair; none for what there is not."""
-    sums: list[list[Tensor]] = [[], [], [], [], []]
-    samples = len(p.policy)
-
-    def weight(sample: int) -> Tensor:
-        if p.mask is None:
-            return torch.ones_like(p.policy[0])
-        return p.mask[sample % len(p.mask)].expand_as(p.policy[0])
-
-    for i in range(samples):
-        k, error = weight(i), p.policy[i] - p.target[i]
-        sums[0].append((k * error**2).mean())
-        if p.reference is not None:
-            shift = p.policy[i] - p.reference[i]
-            sums[1].append((k * error * shift).mean())
-            sums[2].append((k * shift**2).mean())
-        if p.paired and i < samples // 2:
-            j = i + samples // 2
-            shared = k if p.mask is None or len(p.mask) < samples else (k * weight(j)).sqrt()
-            sums[3].append((shared * error * (p.policy[j] - p.target[j])).mean())
-        if p.mask is not None:
-            sums[4].append(k.mean())
-    return [torch.stack(values) if values else p.policy.new_empty(0) for values in sums]
-
-
 def outputs(result: fastinvdpo.PairStatistics) -> list[Tensor | None]:
     return [result.policy_mse, result.cross, result.shift_mse, result.pair_cross, result.mask_mean]
 
 
-def both_ways(backend: str, p: Problem, given: str = "EXQC") -> tuple[list[Tensor], Tensor]:
-    """The sums that there are, and the gradient of those that ``given`` names, each with weights of its own."""
-    leaf = p.policy.detach().requires_grad_()
-    with fastinvdpo.use_backend(backend):
+def both_ways(place: Place, p: Problem, given: str = "EXQC") -> tuple[list[Tensor], list[Tensor | None], Tensor]:
+    """All sums, the gradients of those that ``given`` names, and the gradient that follows."""
+    leaf, grads = p.policy.detach().requires_grad_(), gradients_of(p, given)
+    with fastinvdpo.use_backend(place.backend):
         results = outputs(fastinvdpo.pair_statistics(leaf, *p[1:4], paired=p.paired))
-        named = {
-            name: value for name, value in zip("EXQC", results, strict=False) if name in given and value is not None
-        }
-        weights = [torch.linspace(-1, 2, len(value)).to(value) + "EXQC".index(name) for name, value in named.items()]
-        (gradient,) = torch.autograd.grad(list(named.values()), leaf, weights)
-    return [value.detach() for value in results if value is not None], gradient
-
-
-def sizes(p: Problem) -> list[Tensor]:
-    """The sums of the magnitudes of the terms, which bound what roundings do to the sums themselves."""
-    e, d = (p.policy - p.target).abs(), None if p.reference is None else (p.policy - p.reference).abs()
-    zero = torch.zeros_like(e)
-    return [
-        value for value in by_definition(Problem(e, None if d is None else e - d, zero, p.mask, p.paired)) if len(value)
-    ]
+        weighted = {place: grad for place, grad in enumerate(grads) if grad is not None}
+        (gradient,) = torch.autograd.grad([results[i] for i in weighted], leaf, list(weighted.values()))
+    return [leaf.new_empty(0, dtype=F32) if value is None else value.detach() for value in results], grads, gradient
 
 
 def check(place: Place, p: Problem, given: str = "EXQC") -> None:
     p = p.to(place.device)
-    exact = p.to(F64)
-    ours, plain, right = (
-        both_ways(*run, given) for run in ((place.backend, p), ("reference", p), ("reference", exact))
-    )
-    for found, model, expected, size in zip(ours[0], plain[0], right[0], sizes(exact), strict=True):
-        assert (found.shape, found.dtype, found.stride()) == (model.shape, F32, model.stride())
-        error, allowed = ((value.double() - expected).abs().max() for value in (found, model))
-        assert error <= 2 * max(allowed, 2**-24 * size.max())
-    gradient, model, expected = ours[1], plain[1], right[1]
-    assert (gradient.dtype, gradient.stride()) == (p.policy.dtype, torch.empty_like(p.policy).stride())
-    error, allowed = ((value.double() - expected).abs().max() for value in (gradient, model))
-    assert error <= 2 * max(allowed, torch.finfo(gradient.dtype).eps / 2 * expected.abs().max())
+    sums, grads, gradient = both_ways(place, p, given)
+    check_sums(p, sums)
+    check_gradient(p, grads, gradient)
 
 
 # The formulas
@@ -151,8 +65,10 @@ def check(place: Place, p: Problem, given: str = "EXQC") -> None:
 
 @pytest.mark.parametrize(
     ("shape", "mask", "with_reference", "paired"),
-    pairwise([(7,), (4, 8, 8), (3, 2, 5, 3)], [m for m in MASKS if m != "pairs"], [True, False], [True, False])
-    + [((3, 4), "pairs", True, True)],
+    [
+        ((3, 4), "pairs", True, True),
+        *pairwise([(7,), (4, 8, 8), (3, 2, 5, 3)], UNPAIRED_MASKS, [True, False], [True, False]),
+    ],
 )
 def test_sums_by_definition(shape: tuple[int, ...], mask: str, with_reference: bool, paired: bool) -> None:
     p = problem(shape, mask=mask, with_reference=with_reference, paired=paired)
@@ -191,8 +107,8 @@ def test_derivatives_of_first_and_second_order(mask: str, with_reference: bool) 
 @everywhere
 @pytest.mark.parametrize(
     ("shape", "dtypes", "mask", "with_reference", "paired"),
-    pairwise([(1,), (4, 6, 5), (3, 33, 35), (4, 32, 33)], DTYPES, [m for m in MASKS if m != "pairs"], [True, False], [True, False])
-    + [((4, 40, 32), (BF16,) * 3, "pairs", True, True), ((4, 64, 64), (F32,) * 3, "one", True, True)],
+    [((4, 40, 32), (BF16,) * 3, "pairs", True, True), ((4, 64, 64), (F32,) * 3, "one", True, True),
+     *pairwise([(1,), (4, 6, 5), (3, 33, 35), (4, 32, 33)], MIXES, UNPAIRED_MASKS, [True, False], [True, False])],
 )  # fmt: skip
 def test_sums_and_gradients(
     place: Place,
@@ -218,7 +134,7 @@ def test_the_gradient_of_a_difference_leaves_the_reference_out(place: Place) -> 
     p = problem((4, 32, 33), dtypes=(F32,) * 3).to(place.device)
     leaf = p.policy.requires_grad_()
     with fastinvdpo.use_backend(place.backend):
-        slope = torch.linspace(-1, 2, 2 * PAIRS, device=place.device)
+        slope = torch.linspace(-1, 2, len(leaf), device=place.device)
         difference = fastinvdpo.pair_statistics(leaf, *p[1:3]).difference
         (found,) = torch.autograd.grad(difference, leaf, slope)
     expected = 2 * slope.double().view(-1, 1, 1, 1) * (leaf - p.target).detach().double() / leaf[0].numel()
@@ -250,30 +166,31 @@ def test_layouts(place: Place, layout: str, mask: str) -> None:
 def test_a_mask_of_another_dtype(place: Place, dtype: torch.dtype) -> None:
     p = problem((4, 32, 32), dtypes=(BF16,) * 3, mask="channels").to(place.device)
     mask = p.mask.round().to(dtype)
-    found, expected = (both_ways(place.backend, p._replace(mask=k)) for k in (mask, mask.float()))
-    assert all(map(torch.equal, [*found[0], found[1]], [*expected[0], expected[1]]))
+    found, expected = (both_ways(place, p._replace(mask=k)) for k in (mask, mask.float()))
+    assert all(map(torch.equal, [*found[0], found[2]], [*expected[0], expected[2]]))
 
 
 @everywhere
 @pytest.mark.parametrize("mask", ["no mask", "channels"])
-@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[3]], ids=str)
+@pytest.mark.parametrize("dtypes", [MIXES[0], MIXES[3]], ids=str)
 def test_a_samples_sums_depend_on_no_other_sample(place: Place, dtypes: tuple[torch.dtype, ...], mask: str) -> None:
     """The same bits alone, in a batch, and when asked for again; without partners too."""
     p = problem((4, 37, 64), dtypes=dtypes, mask=mask).to(place.device)
-    sums, gradient = both_ways(place.backend, p, "EXQ")
-    for paired, rows in ((True, [1, 4]), (False, [0, 1, 4]), (True, list(range(6)))):
+    sums, _, gradient = both_ways(place, p, "EXQ")
+    for paired, rows in ((True, [1, 4]), (False, [0, 1, 4]), (False, list(range(6)))):
         part = Problem(*(value if value is None else value[rows] for value in p[:4]), paired)
-        some, _ = both_ways(place.backend, part, "EXQ")
+        some, _, slopes = both_ways(place, part, "EXQ")
         assert all(torch.equal(one, other[rows]) for one, other in zip(some[:3], sums[:3], strict=True))
-    if mask == "no mask":
-        assert torch.equal(both_ways(place.backend, part, "EXQ")[1], gradient)
+    assert torch.equal(slopes, gradient)
+    again = both_ways(place, p, "EXQ")
+    assert all(map(torch.equal, [*sums, gradient], [*again[0], again[2]]))
 
 
 @everywhere
 def test_what_is_not_finite_stays_in_its_sample(place: Place) -> None:
     p = problem((4, 9, 9), dtypes=(F32,) * 3).to(place.device)
     p.policy[1, 3, 8, 8] = torch.nan
-    (policy_mse, cross, shift_mse, pair_cross), gradient = both_ways(place.backend, p)
+    (policy_mse, cross, shift_mse, pair_cross, _), _, gradient = both_ways(place, p)
     for sums in (policy_mse, cross, shift_mse):
         assert sums.isnan().tolist() == [False, True, False, False, False, False]
     assert pair_cross.isnan().tolist() == [False, True, False]

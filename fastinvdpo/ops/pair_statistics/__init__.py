@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
+from fastinvdpo.ops.checks import FLOATING, check_tensor
 from fastinvdpo.ops.pair_statistics.schema import pair_statistics_op
 
 __all__ = ["PairStatistics", "pair_statistics"]
@@ -53,8 +54,8 @@ def pair_statistics(
 ) -> PairStatistics:
     """The sums of a batch of predictions, in one pass forward and one backward.
 
-    With ``e = p − τ``, ``d = p − r``, a weight ``k`` per element (1 without a mask) and ``m`` the mean over a sample's n
-    elements, whatever the mask: ``E = m(k·e²)``, ``X = m(k·e·d)``, ``Q = m(k·d²)``, and for each pair
+    With ``e = p − τ``, ``d = p − r``, a weight ``k`` per element (1 without a mask) and ``m`` the mean over all n
+    elements of a sample, whatever the mask: ``E = m(k·e²)``, ``X = m(k·e·d)``, ``Q = m(k·d²)``, and for each pair
     ``C = m(k·e_w·e_l)``. The gradient is ``k·((2g_E + g_X)·e + (g_X + 2g_Q)·d)/n``, and ``k·g_C/n`` times the
     partner's ``e``. A sample's sums do not depend on the others in the batch.
 
@@ -63,18 +64,19 @@ def pair_statistics(
             or float16.
         reference_pred: ``r``, same shape; its dtype may differ. None: only ``E`` and ``C`` are computed.
         target: ``τ``, same shape; its dtype may differ.
-        mask: ``k ≥ 0``, floating point or bool, of as many dimensions: N samples, one for each pair (N/2), or one; every
-            other dimension that of a sample or 1, as in ``(N, 1, H, W)``. Where winner and loser have masks of their own,
-            ``C`` is weighted with the geometric mean of the two.
+        mask: ``k ≥ 0``, floating point or bool, of as many dimensions: N samples, one for each pair (N/2), or one;
+            every other dimension that of a sample or 1, as in ``(N, 1, H, W)``. Where winner and loser have masks of
+            their own, ``C`` is weighted with the geometric mean of the two.
         paired: whether sample i and sample i + N/2 are winner and loser. False for unpaired images: N may be odd, and
             ``C`` is not computed.
 
     Returns:
-        A :class:`PairStatistics`. Gradients flow to ``policy_pred`` alone.
+        A :class:`PairStatistics`. Gradients flow to ``policy_pred`` alone, in reverse mode, any number of times;
+        transforms of ``torch.func`` run the reference.
 
     Raises:
-        InvalidInput: an argument has the wrong type, shape, dtype or device, or a tensor other than ``policy_pred``
-            requires a gradient.
+        InvalidInput: an argument has the wrong type, shape, dtype, layout or device, a tensor other than
+            ``policy_pred`` requires a gradient, or one carries a tangent.
     """
     _check(policy_pred, reference_pred, target, mask, paired)
     policy_mse, *others = pair_statistics_op(policy_pred, reference_pred, target, mask, paired)
@@ -83,23 +85,7 @@ def pair_statistics(
 
 
 def _check(policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tensor | None, paired: bool) -> None:
-    named = {"policy_pred": policy, "reference_pred": reference, "target": target, "mask": mask}
-    for name, tensor in named.items():
-        if tensor is None and name in ("reference_pred", "mask"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise invalid(name, type(tensor).__name__, "must be a tensor", "pass predictions, and a mask or None")
-        if not (tensor.is_floating_point() or (name == "mask" and tensor.dtype is torch.bool)):
-            raise invalid(f"{name}.dtype", tensor.dtype, "must be floating point", f"pass {name}.float()")
-        if tensor.device != policy.device:
-            where = f"differs from policy_pred's {policy.device}"
-            raise invalid(f"{name}.device", str(tensor.device), where, f"move it with .to({str(policy.device)!r})")
-        if name in ("reference_pred", "target") and tensor.shape != policy.shape:
-            shapes = f"differs from policy_pred's {tuple(policy.shape)}"
-            raise invalid(f"{name}.shape", tuple(tensor.shape), shapes, "pass tensors of one shape")
-        if name != "policy_pred" and tensor.requires_grad and torch.is_grad_enabled():
-            remedy = f"compute it under torch.no_grad() or pass {name}.detach()"
-            raise invalid(f"{name}.requires_grad", True, "no gradient flows to it", remedy)
+    check_tensor("policy_pred", policy, differentiable=True)
     shape = tuple(policy.shape)
     if len(shape) < 2 or 0 in shape:
         problem = "must have a batch and at least one more dimension, none of size 0"
@@ -107,7 +93,11 @@ def _check(policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tenso
     if paired and shape[0] % 2:
         remedy = "stack [winners; losers] as (2B, …), or pass paired=False for images without partners"
         raise invalid("policy_pred.shape", shape, "must hold as many losers as winners", remedy)
+    for name, tensor in {"target": target, "reference_pred": reference}.items():
+        if tensor is not None or name == "target":
+            check_tensor(name, tensor, (shape,), policy)
     if mask is not None:
+        check_tensor("mask", mask, None, policy, dtypes=(*FLOATING, torch.bool))
         batches = {shape[0], 1} | ({shape[0] // 2} if paired else set())
         fits = mask.ndim == len(shape) and all(a in (b, 1) for a, b in zip(mask.shape[1:], shape[1:], strict=True))
         if not fits or mask.shape[0] not in batches:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.ops import dispatch, native, triton_kernels
+from fastinvdpo.ops.checks import transformed
 from fastinvdpo.ops.layout import as_rows, like
 from fastinvdpo.ops.pair_statistics import reference as _reference
 
@@ -30,8 +31,8 @@ _SHORTEST_MASK = 1024  # elements of a mask for all channels that is worth readi
 def _rows(
     policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tensor | None, paired: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """What fused kernels take: predictions of one dense layout, and float32 masks of samples and of pairs, dense rows in
-    the order of a sample's elements. A mask's row divides a sample, and holds for each part of it.
+    """What fused kernels take: predictions of one dense layout, and float32 masks of samples and of pairs, dense rows
+    in the order of a sample's elements. A mask's row divides a sample, and holds for each part of it.
     """
     tensors = as_rows([policy, target] if reference is None else [policy, target, reference], 1)
     policy, target = tensors[:2]
@@ -48,16 +49,6 @@ def _rows(
     return policy, tensors[2] if reference is not None else None, target, mask, pair_mask
 
 
-def _native_forward(*arguments: Any) -> _Five:
-    results: _Five = native.op(NAME)(*_rows(*arguments), arguments[-1])
-    return results
-
-
-def _triton_forward(*arguments: Any) -> _Five:
-    results: _Five = triton_kernels.load(NAME).forward(*_rows(*arguments), arguments[-1])
-    return results
-
-
 def _backward_fused(launch: Callable[..., Tensor], *arguments: Any) -> Tensor:
     *grads, policy, reference, target, mask = arguments
     if grads[1] is None and grads[2] is None:
@@ -67,26 +58,16 @@ def _backward_fused(launch: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return gradient if rows[0] is policy else like(gradient, policy)
 
 
-def _native_backward(*arguments: Any) -> Tensor:
-    return _backward_fused(native.op(f"{NAME}_backward"), *arguments)
-
-
-def _triton_backward(*arguments: Any) -> Tensor:
-    return _backward_fused(triton_kernels.load(NAME).backward, *arguments)
-
-
-# PyTorch's dispatcher tells the native kernels for the CPU from those for CUDA.
+# PyTorch's dispatcher separates the native kernels for the CPU from those for CUDA.
 _FORWARD: dict[str, Callable[..., _Five]] = {
     "reference": _reference.forward,
-    "native": _native_forward,
-    "cuda": _native_forward,
-    "triton": _triton_forward,
+    **dict.fromkeys(("native", "cuda"), lambda *given: native.op(NAME)(*_rows(*given), given[-1])),
+    "triton": lambda *given: triton_kernels.load(NAME).forward(*_rows(*given), given[-1]),
 }
 _BACKWARD: dict[str, Callable[..., Tensor]] = {
     "reference": _reference.backward,
-    "native": _native_backward,
-    "cuda": _native_backward,
-    "triton": _triton_backward,
+    **dict.fromkeys(("native", "cuda"), lambda *given: _backward_fused(native.op(f"{NAME}_backward"), *given)),
+    "triton": lambda *given: _backward_fused(triton_kernels.load(NAME).backward, *given),
 }
 
 
@@ -130,13 +111,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Five) -> None:
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     gradient = None
     if ctx.needs_input_grad[0] and any(grad is not None for grad in grads[:4]):
-        # With create_graph=True it may be differentiated again: the reference's can be, as plain PyTorch.
-        fused = torch.ops.fastinvdpo.pair_statistics_backward.default
-        backward = _reference.backward if torch.is_grad_enabled() else fused
+        plain = torch.is_grad_enabled() or transformed(*grads)  # PyTorch's own can be differentiated again, and mapped
+        backward = _reference.backward if plain else torch.ops.fastinvdpo.pair_statistics_backward.default
         gradient = backward(*grads[:4], *ctx.saved_tensors)
     return gradient, None, None, None, None
 
 
 torch.library.register_autograd(f"fastinvdpo::{NAME}", _autograd, setup_context=_setup_context, lib=_library)
 
-pair_statistics_op = torch.ops.fastinvdpo.pair_statistics.default
+_op = torch.ops.fastinvdpo.pair_statistics.default
+
+
+def pair_statistics_op(*inputs: Any) -> _Five:
+    """``torch.ops.fastinvdpo.pair_statistics``; the reference under transforms of ``torch.func``, which know no op."""
+    results: _Five = (_reference.forward if transformed() else _op)(*inputs)
+    return results
