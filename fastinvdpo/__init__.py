@@ -1,5 +1,6 @@
 """Fused kernels and a thin trainer for preference-aligning diffusion models by inversion-based DPO."""
 
+from fastinvdpo import losses
 from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
@@ -24,6 +25,7 @@ __all__ = [
     "affine_step",
     "build_objective",
     "diffusion_dpo_loss",
+    "losses",
     "pair_statistics",
     "preference_loss",
     "use_backend",
