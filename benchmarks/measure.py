@@ -22,7 +22,7 @@ from .live_memory import peak_bytes
 
 
 class Task(NamedTuple):
-    """A call to measure. ``prepare`` runs before each call, outside the clock, and hands it its argument; so a backward
+    """A call to measure. ``prepare`` runs before each call, outside the clock, and returns its argument; so a backward
     gets a graph of its own. ``context`` is entered outside the clock too.
     """
 

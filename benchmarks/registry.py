@@ -76,7 +76,7 @@ def matches(case: Case, mode: str, pattern: str) -> bool:
 
 
 def unavailable(provider: str, op: str, device: torch.device) -> str | None:
-    """Why a provider cannot run an op there; None when it can, or when only trying will tell."""
+    """Why a provider cannot run an op there; None when it can, or when only a trial shows it."""
     return None if provider in BASELINES else dispatch.unavailable(op, provider, device.type)
 
 

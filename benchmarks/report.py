@@ -1,4 +1,4 @@
-"""Results for people: tables as plain text and a picture."""
+"""Results for people: tables as plain text and a plot."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _where(result: Result) -> str:
 def plot(result: Result, path: Path) -> Path | None:
     """GB/s over bytes moved, one panel for each op, mode and dtype, with the copy bandwidth as the roof, as PNG.
 
-    Wrong results are drawn as crosses. Returns the path; None when there is nothing to draw.
+    Wrong results are plotted as crosses. Returns the path; None when there is nothing to plot.
     """
     rows = result["results"]
     if not rows:

@@ -1,7 +1,7 @@
 """The command: ``python -m benchmarks.run`` in a checkout, ``fastinvdpo bench`` everywhere.
 
 Measures every case that ``--filter`` leaves. After each it prints a table and writes the results so far as JSON; at the
-end it draws a picture, where there is matplotlib. torch is enough for the rest.
+end it makes a plot, where there is matplotlib. torch is enough for the rest.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ def _run(options: argparse.Namespace) -> int:
     if other is not None:
         print(report.comparison(results.compare(result, other), result, other))
     try:
-        picture = report.plot(result, path.with_suffix(".png"))
+        plot = report.plot(result, path.with_suffix(".png"))
     except MissingExtra as error:
         print(error)
     else:
-        print(f"Picture: {picture}")
+        print(f"Plot: {plot}")
     print(f"Results: {path}")
     ours = [row for row in result["results"] if row["provider"] not in registry.BASELINES]
     return 0 if all(row["correct"] for row in ours) else 1
@@ -152,7 +152,7 @@ def run(
 
 
 def _remember(result: results.Result, case: Case, reasons: dict[str, str]) -> None:
-    """A provider that runs nowhere is told of once; one that fails in some cases, for each of them."""
+    """A provider that runs nowhere is reported once; one that fails in some cases, for each of them."""
     everywhere = result["unavailable"].setdefault(case.op, {})
     for provider, reason in reasons.items():
         if registry.unavailable(provider, case.op, torch.device(result["device"]["type"])) is not None:

@@ -1,4 +1,4 @@
-"""One case of training steps measured: gradients compared, memory, and times; what is known is told after every step.
+"""One case of training steps measured: gradients compared, memory, and times; results are printed after every step.
 
 Both sides, the released order and this package, are held at once and step in turn where they fit; elsewhere
 (:attr:`benchmarks.step_models.Size.in_turn`) the released one is measured first and freed, but for its gradient.

@@ -17,7 +17,7 @@ from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 
 @dataclass(frozen=True)
 class Size:
-    """A network and what it is asked about.
+    """A network and its inputs.
 
     Attributes:
         unet: configuration of diffusers' ``UNet2DConditionModel``.
@@ -100,7 +100,7 @@ SIZES = {
 
 
 class RandomModel(StableDiffusionModel):
-    """A UNet with random weights, the same each time; a picture is the number of a random latent."""
+    """A UNet with random weights, the same each time; an image is the number of a random latent."""
 
     def __init__(self, size: Size) -> None:
         diffusers = require("diffusers", extra="train", purpose="the networks to measure")
@@ -120,12 +120,12 @@ class RandomModel(StableDiffusionModel):
 
     def encode_prompts(self, prompts: Sequence[str], *, geometry: Any = None) -> dict[str, Tensor]:
         seeds = [len(prompt) for prompt in prompts]
-        told = {"encoder_hidden_states": torch.stack([self._random(seed, self._size.prompt) for seed in seeds])}
+        conditioning = {"encoder_hidden_states": torch.stack([self._random(seed, self._size.prompt) for seed in seeds])}
         if self.is_sdxl:
-            told["text_embeds"] = torch.stack([self._random(seed, (self._size.pooled,)) for seed in seeds])
+            conditioning["text_embeds"] = torch.stack([self._random(seed, (self._size.pooled,)) for seed in seeds])
             row = [*self.image_size, 0, 0, *self.image_size]
-            told["time_ids"] = torch.tensor([row] * len(seeds), dtype=torch.float32, device=self.device)
-        return told
+            conditioning["time_ids"] = torch.tensor([row] * len(seeds), dtype=torch.float32, device=self.device)
+        return conditioning
 
     def _random(self, seed: int, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
@@ -143,7 +143,7 @@ class RandomPairs:
         return self._pairs
 
     def pair(self, i: int, draw: int) -> Pair:
-        winner: Any = 2 * i  # what RandomModel takes for a picture
+        winner: Any = 2 * i  # what RandomModel takes for an image
         loser: Any = 2 * i + 1
         geometry = ImageGeometry((0, 0), (0, 0), (0, 0))
         loser_score = 0.20 + 0.01 * (i % 3)

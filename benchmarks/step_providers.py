@@ -174,9 +174,9 @@ class Trainer:
 
 
 def one_sample(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What a network is asked about one sample."""
-    told = {name: tensor[:1] for name, tensor in batch.conditioning.items()}
-    return batch.latents[:1], torch.zeros(1, dtype=torch.int64, device=batch.latents.device), told
+    """The inputs of a forward pass of one sample."""
+    conditioning = {name: tensor[:1] for name, tensor in batch.conditioning.items()}
+    return batch.latents[:1], torch.zeros(1, dtype=torch.int64, device=batch.latents.device), conditioning
 
 
 class Ours(Provider):
@@ -206,9 +206,9 @@ class Ours(Provider):
         """The batch as it comes from a complete cache."""
         objective, networks = self.objective, self.networks
         assert isinstance(objective, ChainObjective)
-        told = batch.conditioning, batch.unconditional
-        chain = objective.reference_trajectory(networks.reference, batch.latents, *told)
-        predictions = objective.reference_predictions(networks.reference, chain, *told)
+        prompts = batch.conditioning, batch.unconditional
+        chain = objective.reference_trajectory(networks.reference, batch.latents, *prompts)
+        predictions = objective.reference_predictions(networks.reference, chain, *prompts)
         return dataclasses.replace(batch, trajectory=chain, reference_pred=predictions)
 
     @torch.no_grad()
@@ -345,7 +345,7 @@ def draws(number: int, pairs: int) -> Tensor:
 
 
 def released_inputs(case: StepCase, batch: PairBatch, number: int) -> peers.Inputs:
-    """The numbers that our objective draws in step ``number``, handed to the released step."""
+    """The numbers that our objective uses in step ``number``, for the released step."""
     seed, draw, latents = case.config.training.seed, draws(number, case.pairs), batch.latents
     shape, device = tuple(latents.shape[1:]), latents.device
     noise = probabilities = None

@@ -1,13 +1,19 @@
 """Fused kernels and a thin trainer for preference-aligning diffusion models by inversion-based DPO."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from fastinvdpo import losses
-from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
 from fastinvdpo.methods import Draws, PairBatch, build_objective
 from fastinvdpo.methods.losses import DiffusionDPOLoss, diffusion_dpo_loss
 from fastinvdpo.ops import PairStatistics, PreferenceLoss, affine_step, pair_statistics, preference_loss
 from fastinvdpo.ops.dispatch import use_backend
+
+if TYPE_CHECKING:
+    from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler
 
 __version__ = "0.1.0"
 
@@ -30,3 +36,12 @@ __all__ = [
     "preference_loss",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the scheduler when it is used: it is a class of diffusers, where that is installed."""
+    if name != "DDIMInverseScheduler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler
+
+    return DDIMInverseScheduler

@@ -1,13 +1,17 @@
-"""Files and directories that are there completely or not at all, whenever the process is killed; digests of files."""
+"""Files: read within bounds, written completely or not at all, digests of them; paths as people write them."""
 
 from __future__ import annotations
 
+import codecs
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +20,66 @@ from typing import Any
 from fastinvdpo.errors import invalid
 
 TEMPORARY, DISCARDED = ".writing-", ".discarded-"
-_DIGEST = "sha256:"
-# A file as young as this may be written again without a change of its times.
-_SETTLED_NS = 2_000_000_000
+DIGEST = "sha256:"
+_SEAL = "digest of this file"
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{(\w+)\})")
+
+
+def expand_path(text: str, argument: str) -> str:
+    """A path with ``~``, ``$NAME`` and ``${NAME}`` as a shell expands them; ``$$`` stands for a dollar sign.
+
+    Raises ``InvalidInput`` naming ``argument`` where there is no such variable or user, or the path holds NUL.
+    """
+    if "\0" in text:
+        raise invalid(argument, text, "holds NUL", "write a path")
+    head = text.partition("/")[0] if text.startswith("~") else ""
+    tail = text[len(head) :]
+    home = os.path.expanduser(head)
+    if head and home == head:
+        raise invalid(argument, text, "is the home directory of nobody here", f"write ./{text} for that name")
+
+    def value(found: re.Match[str]) -> str:
+        name = found[2] or found[3]
+        if name is not None and name not in os.environ:
+            problem = f"the environment variable {name} is not set"
+            raise invalid(argument, text, problem, "set it, or write $$ for a dollar sign")
+        return "$" if name is None else os.environ[name]
+
+    return home + _VARIABLE.sub(value, tail)
+
+
+def as_written(path: str) -> str:
+    """The text that :func:`expand_path` turns into ``path``."""
+    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes. Raises ``OSError`` for everything else."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except ValueError:
+        raise OSError(errno.EINVAL, "holds NUL", str(path)) from None
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes", str(path))
+    return data
+
+
+def read_text(path: Path, argument: str, limit: int, remedy: str) -> str:
+    """The text of a file: UTF-8, or what its byte order mark tells. Raises ``InvalidInput`` where there is none."""
+    try:
+        return decoded(read_bounded(path, limit))
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise invalid(argument, str(path), problem, remedy) from None
+
+
+def decoded(data: bytes) -> str:
+    """Text of UTF-8, or of what its byte order mark tells. Raises ``UnicodeDecodeError``."""
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 @contextmanager
@@ -123,11 +184,14 @@ def _sync(path: Path) -> None:
 
 
 class Digests:
-    """SHA-256 of files; one whose size, times and inode are as remembered is not read again.
+    """SHA-256 of files; what follows from files whose sizes, times and inodes are as remembered is not made again.
 
     Attributes:
-        remembered: path -> size, time of modification, time of change, inode, digest; plain types for a JSON file.
+        remembered: what was digested -> the files' sizes and times, digest; plain types for a JSON file.
+        settled_ns: a younger file may be written again without a change of its times, and is not remembered.
     """
+
+    settled_ns = 2_000_000_000
 
     def __init__(self, remembered: Mapping[str, Any] | None = None) -> None:
         self.remembered: dict[str, Any] = dict(remembered or {})
@@ -135,22 +199,51 @@ class Digests:
     def of(self, files: Iterable[Path]) -> str:
         """One digest of the contents of some files in their order."""
         with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter lock
-            digests = list(threads.map(self._file, files))
-        return _DIGEST + hashlib.sha256("".join(digests).encode()).hexdigest()
+            digests = list(threads.map(self.one, files))
+        return DIGEST + hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    def _file(self, file: Path) -> str:
-        name, status = str(file.resolve()), file.stat()
-        identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    def one(self, file: Path) -> str:
+        """The SHA-256 of a file, in hexadecimal."""
+        return self.once(f"inode {file.stat().st_ino}", [file], lambda: _file_digest(file))  # wherever it moves
+
+    def once(self, name: str, files: Iterable[Path], make: Callable[[], str]) -> str:
+        """What ``make`` gives; remembered as ``name`` until one of the files that it follows from changes."""
+        found = [file.stat() for file in files]
+        states = key_hash({"files": [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in found]})
         known = self.remembered.get(name)
-        if known is not None and known[:-1] == identity:
-            return str(known[-1])
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS:
-            self.remembered[name] = [*identity, digest.hexdigest()]
-        return digest.hexdigest()
+        if known is None or known[0] != states:
+            known = [states, make()]
+            if time.time_ns() - max(max(s.st_mtime_ns, s.st_ctime_ns) for s in found) > self.settled_ns:
+                self.remembered[name] = known
+        return str(known[1])
+
+
+def _file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON keeps of ``content``, with a digest of it, for :func:`unsealed`."""
+    plain = json.loads(json.dumps(content))
+    return {**plain, _SEAL: key_hash(plain)}
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """What :func:`sealed` was given, from a JSON file. One without a digest, of an earlier version, passes.
+
+    Raises ``OSError`` or ``ValueError`` where it cannot be read or was changed.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    seal = content.pop(_SEAL, None)
+    if seal is not None and seal != key_hash(content):
+        raise ValueError("it was changed, or the disk damaged it: its digest is that of another content")
+    return content
 
 
 def key_hash(key: Mapping[str, Any]) -> str:
@@ -169,6 +262,6 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any, absent: object) -> str:
-    if isinstance(value, str) and value.startswith(_DIGEST):
-        return f"{value[: len(_DIGEST) + 12]}…"
+    if isinstance(value, str) and value.startswith(DIGEST):
+        return f"{value[: len(DIGEST) + 12]}…"
     return "absent" if value is absent else repr(value)

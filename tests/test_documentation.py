@@ -119,6 +119,29 @@ def test_commands_run(
             assert told and (place / told[1]).is_dir(), (command, shown)
 
 
+# Published sizes in the Python blocks, and what the tests run.
+SMALL_CODE = {
+    "resolution=512": "resolution=16",
+    "set_timesteps(50)": "set_timesteps(5)",
+    "num_inference_steps=80": "num_inference_steps=5",
+    '"warmup_steps": 100': '"warmup_steps": 1',
+    '"steps": 400': '"steps": 2',
+}
+
+
+@pytest.mark.parametrize("page", [page for page in documentation.PAGES if documentation.blocks(page, "python")])
+def test_python_blocks_run_in_order(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one program, and nothing is defined but what the blocks define; on the files of ``place``."""
+    monkeypatch.chdir(place)
+    program: dict[str, Any] = {"__name__": page}
+    for block in documentation.blocks(page, "python"):
+        for name, stand_in in {**STAND_INS, **SMALL_CODE}.items():
+            block = block.replace(name, stand_in)
+        exec(compile(block, page, "exec"), program)
+    assert program["result"].loss.isfinite() and program["unet"].conv_in.weight.grad.isfinite().all()
+    assert (place / "runs/inpo/model").is_dir()
+
+
 def _has_own_directory(arguments: list[str]) -> bool:
     return any(argument.startswith("output.directory=") for argument in arguments)
 

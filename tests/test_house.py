@@ -87,17 +87,13 @@ def op_names() -> set[str]:
     return {folder.name for folder in (PACKAGE / "ops").iterdir() if folder.is_dir() and any(folder.glob("*.py"))}
 
 
-def schema_of(op: str) -> str:
-    return "schema" if op == "pair_statistics" else "op"
-
-
 def test_every_op_has_its_rooms() -> None:
     assert op_names() == set(dispatch.IMPLEMENTED) == {"affine_step", "pair_statistics", "preference_loss"}
     rooms = [
         room
         for op in sorted(op_names())
         for room in (
-            *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", schema_of(op))),
+            *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", "schema")),
             *(f"csrc/{op}.cpp", f"csrc/{op}.cu", f"kernels/triton/{op}.py"),
             *(f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py"),
         )
@@ -116,7 +112,7 @@ def test_every_kernel_belongs_to_an_op() -> None:
 
 def test_every_backend_of_an_op_has_a_kernel() -> None:
     for op, backends in dispatch.IMPLEMENTED.items():
-        module = importlib.import_module(f"fastinvdpo.ops.{op}.{schema_of(op)}")
+        module = importlib.import_module(f"fastinvdpo.ops.{op}.schema")
         assert set(module._FORWARD) == set(backends)
         assert set(getattr(module, "_BACKWARD", backends)) == set(backends)
 
@@ -172,7 +168,7 @@ def test_no_circles() -> None:
         ("trainer/trainer.py", "from fastinvdpo.evaluation import sampling", True),
         ("methods/pairs.py", "from fastinvdpo import diffusion", False),
         ("trainer/trainer.py", "from fastinvdpo import PairBatch, build_objective", False),
-        ("ops/affine_step/op.py", "from . import reference", False),
+        ("ops/affine_step/schema.py", "from . import reference", False),
         ("models/base.py", "from fastinvdpo.diffusion.schedule import NoiseSchedule", False),
     ],
 )

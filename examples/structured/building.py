@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from fastinvdpo._examples.structured.schema import StructuredImage, read_structured
 from fastinvdpo._extras import require
-from fastinvdpo.data.images import decode, file_bytes
+from fastinvdpo.data.images import decode, file_below, file_bytes
 from fastinvdpo.data.writing import require_new, write_pairs
 from fastinvdpo.errors import invalid
 
@@ -183,7 +183,7 @@ def _rows(
         for side, number in enumerate((pair.winner, pair.loser) if first_wins else (pair.loser, pair.winner)):
             line, image = lines[number]
             where = f"line {line}, image {image.image!r}"
-            data = file_bytes(root / image.image, where)
+            data = file_bytes(file_below([root], image.image, where), where)
             decode(data, where)
             row[f"jpg_{side}"] = bytes(data)
             if rule.weights:

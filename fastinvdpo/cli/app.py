@@ -10,6 +10,7 @@ from fastinvdpo.cli import data
 from fastinvdpo.cli.demo import demo
 from fastinvdpo.cli.evaluate import evaluate
 from fastinvdpo.cli.invert import invert
+from fastinvdpo.cli.options import PathsExpanded
 from fastinvdpo.cli.precompute import precompute
 from fastinvdpo.cli.score import score
 from fastinvdpo.cli.train import train
@@ -21,11 +22,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Look at pairs, and build them from scored images.", no_args_is_help=True)
-data_app.command("inspect")(data.inspect)
-data_app.command("build")(data.build)
+data_app.command("inspect", cls=PathsExpanded)(data.inspect)
+data_app.command("build", cls=PathsExpanded)(data.build)
 app.add_typer(data_app, name="data")
 for _command in (train, precompute, score, demo, invert, evaluate):
-    app.command()(_command)
+    app.command(cls=PathsExpanded)(_command)
 _PASSED_ON: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}, "add_help_option": False}
 
 

@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
+from fastinvdpo.cli.options import with_checkpoint
 
+
+@with_checkpoint("base")
+@with_checkpoint("aligned", prefix="aligned_")
 def evaluate(
     base: Annotated[str, typer.Option(help="Directory or hub id of the model before alignment.", show_default=False)],
     aligned: Annotated[
@@ -34,7 +38,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[key=value]...",
-            help="num_inference_steps=25, guidance_scale=7.5, seed=0, batch_size=8, dtype=fp32 or bf16.",
+            help="num_inference_steps=25, guidance_scale (the default of the base's pipeline), seed=0, batch_size=8, "
+            "dtype=fp32 or bf16.",
             show_default=False,
         ),
     ] = None,
@@ -55,6 +60,8 @@ def evaluate(
         sampling=comparing.parse_sampling(options or []),
         shown=shown,
     )
+    for note in summary["notes"]:
+        typer.echo(f"Note: {note}")
     for name, found in summary["scorers"].items():
         mean, median = (
             " → ".join(f"{found[side][kind]:.5g}" for side in comparing.SIDES) for kind in ("mean", "median")

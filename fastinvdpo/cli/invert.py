@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from fastinvdpo.cli.options import with_checkpoint
 
+
+@with_checkpoint("model")
 def invert(
     images: Annotated[
         list[Path], typer.Argument(help="Image files, or one parquet file of pairs.", show_default=False)
@@ -20,7 +23,10 @@ def invert(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for latents, report and picture.")] = Path("runs/invert"),
     num_inference_steps: Annotated[int, typer.Option(help="Steps up to the noise, and as many down.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Guidance in both directions; 1 is none.")] = 1.0,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Guidance in both directions; without it none, FLUX.1-dev is told 3.5.", show_default=False),
+    ] = None,
     renoise_iterations: Annotated[int, typer.Option(help="ReNoise iterations of each step up.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images that pass the network at once.")] = 8,
     max_images: Annotated[int, typer.Option(help="Use the first so many images.")] = 16,

@@ -40,8 +40,9 @@ def _line(mistake: dict[str, Any], known_keys: KnownKeys, section: tuple[str, ..
     location = (*section, *(str(part) for part in mistake["loc"]))
     kind, value, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
     key = ".".join(_without_tag(location))
-    if isinstance(context.get("error"), InvalidInput):
-        return str(under(section[0], context["error"]) if section else context["error"])
+    if isinstance(context.get("error"), InvalidInput):  # of a method's options, of a field, or of the whole
+        names = [section[0]] if section else [part for part in location if not part.isdigit()][:-1]
+        return ".".join([*names, str(context["error"])])
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return _unknown(location, value, known_keys)
     if kind == "missing":
@@ -72,7 +73,8 @@ def _unknown(location: tuple[str, ...], value: Any, known_keys: KnownKeys) -> st
         remedy = f"did you mean {elsewhere[0]}.{name}?"
     else:
         remedy = f"remove it; known keys here: {', '.join(known)}"
-    return str(invalid(key, value, "is not a known key", remedy)).replace("?.", "?")
+    shown = f"a {type(value).__name__}" if isinstance(value, dict | list) else value
+    return str(invalid(key, shown, "is not a known key", remedy)).replace("?.", "?")
 
 
 def _problem(message: str) -> str:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from fastinvdpo.config.explain import explain
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import as_written, expand_path
 from fastinvdpo.methods import METHODS, Method, TimestepSampling
 
 
@@ -22,11 +34,17 @@ def count_or_share(value: object) -> int | float:
     raise ValueError("is neither a count (0, 10) nor a share below 1 (0.01)")
 
 
+def _expanded(path: str, info: ValidationInfo) -> str:
+    return expand_path(path, str(info.field_name))
+
+
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
+Count: TypeAlias = Annotated[int, Field(ge=1, lt=2**53)]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
+Place: TypeAlias = Annotated[NonEmpty, AfterValidator(_expanded), PlainSerializer(as_written)]
 CountOrShare: TypeAlias = Annotated[int | float, PlainValidator(count_or_share)]
 
 
@@ -34,6 +52,14 @@ class Section(BaseModel):
     """Base of all sections: unknown keys and values of another type are errors, a whole number passes as a float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _means_something(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if isinstance(value, str) and value.lower() == "none" and cls.model_fields[name].default is None:
+            raise invalid(name, value, "is text here", "write null for nothing, ./none for a file of that name")
+        return value
 
 
 class LoraSection(Section):
@@ -57,9 +83,9 @@ class ModelSection(Section):
     """
 
     family: Literal["auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux"] = "auto"
-    path: NonEmpty
-    unet_init: NonEmpty | None = None
-    vae: NonEmpty | None = None
+    path: Place
+    unet_init: Place | None = None
+    vae: Place | None = None
     revision: NonEmpty | None = None
     variant: NonEmpty | None = None
     zero_terminal_snr: bool | None = None
@@ -85,14 +111,14 @@ class DataSection(Section):
     ``latents``: the mean of the VAE's posterior, or a sample of it, the same at every visit of an image.
     """
 
-    path: NonEmpty
+    path: Place
     format: Literal["auto", "parquet", "folder", "hpd", "webdataset", "datasets"] = "auto"
     split: NonEmpty = "train"
     revision: NonEmpty | None = None
     subset: NonEmpty | None = None
     streaming: bool = False
     shuffle_buffer: Count = 1000
-    image_root: NonEmpty | None = None
+    image_root: Place | None = None
     rank_pairs: Literal["all", "best"] = "all"
     columns: dict[str, NonEmpty] = {}
     ties: Literal["drop", "keep", "error"] = "drop"
@@ -126,7 +152,7 @@ class OptimizerSection(Section):
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
-    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**53)] = 500
 
 
 class TrainingSection(Section):
@@ -147,7 +173,7 @@ class TrainingSection(Section):
     max_batch: Count | None = None
     gradient_passes: Literal[1, 2] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
 
 
@@ -159,7 +185,7 @@ class CacheSection(Section):
     ``training.batch_size`` when null.
     """
 
-    path: NonEmpty | None = None
+    path: Place | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     batch_size: Count | None = None
 
@@ -185,28 +211,29 @@ class PerformanceSection(Section):
 
 class EvaluationSection(Section):
     """Scores of samples in the course of a run (docs/evaluation.md): of the first ``samples`` prompts, every so many
-    steps and after the last one. ``keep_best``: keep the model with the highest mean of the first scorer.
+    steps and after the last one. ``guidance_scale``: null: as the model's own pipeline. ``keep_best``: keep the model
+    with the highest mean of the first scorer.
     """
 
     every: Count = 500
-    prompts: NonEmpty
+    prompts: Place
     column: NonEmpty | None = None
     samples: Count = 64
     scorers: Annotated[list[NonEmpty], Field(min_length=1)]
     num_inference_steps: Count = 25
-    guidance_scale: NonNegative = 7.5
-    seed: Annotated[int, Field(ge=0)] = 0
+    guidance_scale: NonNegative | None = None
+    seed: Seed = 0
     batch_size: Count = 8
     keep_best: bool = True
 
 
 class OutputSection(Section):
     """``trackers``: of accelerate, such as wandb, beside ``tensorboard``. ``pipeline``: write the whole pipeline into
-    ``model``, not the trained network alone. ``data_hash``: read the data once more for the model card.
+    ``model``, not the trained network alone. ``data_hash``: read the images once more, for resumes and the model card.
     ``push_to_hub``: OWNER/NAME of the repository that the result is uploaded to.
     """
 
-    directory: NonEmpty
+    directory: Place
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
     log_every: Count = 10
@@ -286,3 +313,14 @@ def known_keys(path: tuple[str, ...]) -> list[str]:
         return sorted({"name", *(field.name for method in methods for field in dataclasses.fields(method))})
     section = RunSections.sections.get(".".join(path))
     return list(section.model_fields) if section else []
+
+
+def takes_text(key: tuple[str, ...]) -> bool:
+    """Whether the value of a key may be any text."""
+    section = RunSections.sections.get(".".join(key[:-1]))
+    field = section.model_fields.get(key[-1]) if section else None
+    return field is not None and _has_text(field.annotation)
+
+
+def _has_text(annotation: Any) -> bool:
+    return annotation is str or any(map(_has_text, get_args(annotation)))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from fastinvdpo.config.checks import check_combinations
 from fastinvdpo.config.explain import explain
 from fastinvdpo.config.sections import DataSection, RunSections, Section, known_keys, write_method
+from fastinvdpo.io import as_written
 from fastinvdpo.methods import Method
 
 
@@ -55,9 +56,9 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
         return config
     origin, source = getattr(model, "origin", None), getattr(pairs, "source", None)
     given["method"] = write_method(method) if isinstance(method, Method) else dict(method)
-    path = "a model at hand" if origin is None else str(origin.path)
+    path = "a model at hand" if origin is None else as_written(str(origin.path))
     given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
-    given["data"] = {"path": str(getattr(source, "path", "pairs at hand")), **given.get("data", {})}
+    given["data"] = {"path": as_written(str(getattr(source, "path", "pairs at hand"))), **given.get("data", {})}
     return TrainConfig.from_mapping(given)
 
 

@@ -1,13 +1,17 @@
 """Encoded image bytes: reading, checking and decoding them, with errors that name the place they came from.
 
-Images look as in a viewer: turned upright by their EXIF entry, 16-bit gray scaled to 8 bits, transparency composited on
-white, CMYK converted through its profile.
+Images look as in a viewer: turned upright by their EXIF entry, 16-bit gray scaled to 8 bits, colors converted to sRGB
+through their profile, transparency composited on white, of several frames the first.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import re
+import stat
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
 
 # What PIL may open: no format that starts another program or reads other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+MOST_PIXELS = 2**26  # of one image, as stored and as scaled
+_MOST_BYTES = 2**28
+_HEIC = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _HEADER_BYTES = 64 * 1024
@@ -30,19 +37,19 @@ _REMEDY = "re-encode or remove the row, or allow some broken rows with data.max_
 _PURPOSE = "decoding images"
 
 
-def image_bytes(cell: Any, where: str, *, follow_paths: bool = False) -> memoryview:
+def image_bytes(cell: Any, where: str, roots: Sequence[Path] | None = None) -> memoryview:
     """The encoded bytes of one table cell, not copied: binary, or the ``{bytes, path}`` of an image feature.
 
-    ``cell`` is a pyarrow scalar; ``where`` names row and column in errors. With ``follow_paths`` the file at ``path``
-    is read where ``bytes`` is null, as in data sets made from image folders.
+    ``cell`` is a pyarrow scalar; ``where`` names row and column in errors. With ``roots`` the file at ``path`` is read
+    where ``bytes`` is null, as in data sets made from image folders, if it lies below one of them.
     """
     arrow = require("pyarrow", extra="train", purpose="reading preference pairs")
     shown = cell
     if isinstance(cell, arrow.StructScalar) and "bytes" in cell:
         path = cell["path"].as_py() if "path" in cell else None
         cell = cell["bytes"]
-        if follow_paths and path and not cell.is_valid:
-            return file_bytes(Path(path), where)
+        if roots is not None and path and not cell.is_valid:
+            return file_bytes(file_below(roots, path, where), where)
     binary = arrow.BinaryScalar | arrow.LargeBinaryScalar
     if isinstance(cell, binary) and not isinstance(cell, arrow.StringScalar):
         data = cell.as_buffer()
@@ -51,17 +58,37 @@ def image_bytes(cell: Any, where: str, *, follow_paths: bool = False) -> memoryv
     raise broken("missing image", where, shown.as_py(), "holds no encoded image bytes", _REMEDY)
 
 
+def file_below(roots: Sequence[Path], place: str, where: str) -> Path:
+    """The image file at ``place``, a path relative to the first of ``roots``, or an absolute one.
+
+    Data may come from anywhere, and what it names may not lie anywhere: raises ``BrokenRow`` where the file, links
+    followed, lies below none of ``roots``.
+    """
+    try:
+        path = roots[0] / place
+        found = path.resolve()
+        if any(found.is_relative_to(root.resolve()) for root in roots):
+            return path
+    except (OSError, ValueError, RuntimeError) as error:  # NUL, or links that go round
+        raise broken("missing image", where, place, f"is no path ({error})", _REMEDY) from None
+    remedy = "if you trust the data, name a directory above the images with data.image_root"
+    raise broken("missing image", where, place, "lies outside the folder of the data", remedy)
+
+
 def file_bytes(path: Path, where: str, offset: int = 0, size: int = -1) -> memoryview:
     """The content of an image file, or ``size`` bytes of it. Raises ``BrokenRow`` where there is none."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
         with path.open("rb") as file:
             file.seek(offset)
-            data = file.read(size)
-    except (OSError, ValueError) as error:  # a path may hold NUL
+            data = file.read(_MOST_BYTES + 1 if size < 0 else min(size, _MOST_BYTES + 1))
+    except (OSError, ValueError, OverflowError) as error:  # a path may hold NUL
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise broken("missing image", where, str(path), problem, "restore the file, " + _REMEDY) from None
-    if not data:
-        raise broken("missing image", where, str(path), "is an empty file", "restore the file, " + _REMEDY)
+    if not data or len(data) > _MOST_BYTES:
+        problem = f"holds more than {_MOST_BYTES:,} bytes" if data else "is an empty file"
+        raise broken("missing image", where, str(path), problem, "restore the file, " + _REMEDY)
     return memoryview(data)
 
 
@@ -74,6 +101,7 @@ def decode(data: memoryview, where: str) -> Image:
             with _open(module, data) as opened:
                 opened.verify()
         with _open(module, data) as opened:
+            _check_pixels(opened.height, opened.width)
             opened.load()
             return as_seen(opened)
     except _broken_image_errors(module) as error:
@@ -84,32 +112,48 @@ def as_seen(image: Image) -> Image:
     """A copy of a loaded image as a viewer shows it, in the mode RGB or L.
 
     Raises:
-        ValueError: its pixels have no known black and white.
+        ValueError: its pixels have no known black and white, or its inks no known colors.
     """
     module = require("PIL.Image", extra="train", purpose=_PURPOSE)
     ops = require("PIL.ImageOps", extra="train", purpose=_PURPOSE)
     of_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
-    image = ops.exif_transpose(image)
+    profile, image = image.info.get("icc_profile"), ops.exif_transpose(image)
     if of_16_bits:
-        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode}) without a known black and white")
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if image.mode in ("I", "F", "LAB", "HSV"):
+        raise ValueError(f"its pixels, of the mode {image.mode}, are numbers without a known black and white")
+    alpha = None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        gray = image.mode in ("LA", "La")
         image = image.convert("RGBA")
-        return module.alpha_composite(module.new("RGBA", image.size, _BACKGROUND), image).convert("RGB")
-    if image.mode == "CMYK" and image.info.get("icc_profile"):
-        return _through_profile(image)
-    return image.copy() if image.mode in ("L", "RGB") else image.convert("RGB")
+        alpha, image = image.getchannel("A"), image.convert("L" if gray else "RGB")
+    elif image.mode not in ("L", "CMYK"):
+        image = image.convert("L" if image.mode == "1" and profile else "RGB")
+    image = _through_profile(image, profile) if profile else image
+    if alpha is None:
+        return image.convert("RGB") if image.mode == "CMYK" else image.copy()
+    image.putalpha(alpha)
+    image = image.convert("RGBA")
+    return module.alpha_composite(module.new("RGBA", image.size, _BACKGROUND), image).convert("RGB")
 
 
-def _through_profile(image: Image) -> Image:
-    cms = require("PIL.ImageCms", extra="train", purpose="colors of CMYK images")
+def _through_profile(image: Image, data: bytes) -> Image:
+    """The image in sRGB. One of three colors or of gray whose profile cannot be used stays as it is."""
+    cms = require("PIL.ImageCms", extra="train", purpose="the colors of images")
+    spaces = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
     try:
-        profile = cms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        profile = cms.ImageCmsProfile(io.BytesIO(data))
+        if (
+            profile.profile.xcolor_space == spaces[image.mode]
+            and "srgb" in (profile.profile.profile_description or "").lower()
+        ):
+            return image
         converted: Image = cms.profileToProfile(image, profile, cms.createProfile("sRGB"), outputMode="RGB")
-    except (cms.PyCMSError, OSError) as error:
-        raise ValueError(f"its color profile cannot be used ({error})") from error
-    return converted
+    except (cms.PyCMSError, OSError, ValueError) as error:
+        if image.mode == "CMYK":
+            raise ValueError(f"its color profile cannot be used ({error})") from error
+        return image
+    return converted.convert("L") if image.mode == "L" else converted
 
 
 def probe(data: memoryview, where: str) -> tuple[int, int]:
@@ -139,13 +183,21 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
 def _stated_size(module: Any, data: bytes | memoryview) -> tuple[int, int]:
     with _open(module, data) as opened:
         size = int(opened.height), int(opened.width)
+        _check_pixels(*size)
         lies = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return size[::-1] if lies else size
 
 
 def _open(module: Any, data: bytes | memoryview) -> Any:
     module.init()
-    return module.open(io.BytesIO(data), formats=[name for name in FORMATS if name in module.OPEN])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", module.DecompressionBombWarning)  # _check_pixels is stricter
+        return module.open(io.BytesIO(data), formats=[name for name in FORMATS if name in module.OPEN])
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{width:,} x {height:,} pixels are more than {MOST_PIXELS:,}")
 
 
 def _broken_image_errors(module: Any) -> tuple[type[BaseException], ...]:
@@ -154,6 +206,7 @@ def _broken_image_errors(module: Any) -> tuple[type[BaseException], ...]:
 
 
 def _broken(data: memoryview, where: str, error: BaseException) -> BrokenRow:
-    shown = f"{len(data)} bytes starting with {bytes(data[:8])!r}"
     cause = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))  # the same words in every process
-    return broken("corrupt image", where, shown, f"is not an intact image ({cause})", _REMEDY)
+    if bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIC:
+        cause = "it is HEIC, which is not read: convert it to JPEG or PNG"
+    return broken("corrupt image", where, f"{len(data)} bytes", f"is not an intact image ({cause})", _REMEDY)

@@ -20,7 +20,7 @@ from fastinvdpo.data.images import decode, probe
 from fastinvdpo.data.rows import IMAGES, SCORES, TIE, caption_of, scores_of, winner_of
 from fastinvdpo.data.source import PairSource
 from fastinvdpo.data.sources import open_source
-from fastinvdpo.data.transforms import Decisions, ImageGeometry, decide, transform
+from fastinvdpo.data.transforms import Decisions, ImageGeometry, decide, scaled, transform
 from fastinvdpo.errors import InvalidInput, invalid
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class PairDataset:
     ) -> tuple[Image, ImageGeometry, str]:
         data = self.source.image(kept.row, side)
         where = self.source.where(kept.row, IMAGES[side])
-        image, geometry = transform(decode(data, where), target, decisions)
+        image, geometry = transform(decode(data, where), target, decisions, where)
         if target is None and geometry.target_size != self.image_size:
             raise _another_size(where, geometry.target_size, self.image_size)
         key = _content_key(data, kept.caption)
@@ -284,7 +284,11 @@ class PairDataset:
     def _sizes_of(self, whole: bool, row: int) -> list[Size]:
         """``(height, width)`` of both images; ``whole`` decodes them, otherwise the header tells."""
         images = [(self.source.image(row, side), self.source.where(row, name)) for side, name in enumerate(IMAGES)]
-        return [decode(*image).size[::-1] if whole else probe(*image) for image in images]
+        sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
+        if isinstance(self.resolution, int):
+            for size, (_, where) in zip(sizes, images, strict=True):
+                scaled(size, (self.resolution, self.resolution), where)
+        return sizes
 
 
 def _content_key(data: memoryview, caption: str) -> Any:

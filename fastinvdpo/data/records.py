@@ -7,6 +7,9 @@ rows, and copy all images. Here a bad row is counted and images stay where they 
 from __future__ import annotations
 
 import codecs
+import errno
+import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken
-from fastinvdpo.data.images import file_bytes
+from fastinvdpo.data.images import file_below, file_bytes
 from fastinvdpo.data.rows import IMAGES, SCORES, choices, in_schema, number
 from fastinvdpo.data.source import PairSource
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import decoded, read_bounded
 
 PAIRS_FILE = "pairs.jsonl"
+_LARGEST_LISTING, _LARGEST_TEXT, _MOST_MEMBERS = 2**30, 2**24, 2**20
 _RANKED = {"rank": -1.0, "human_preference": 1.0}  # and whether higher is better
 _IMAGE_LISTS = ("image_path", "file_path", "images")
 _KINDS = ("jpg", "jpeg", "png", "webp")
@@ -81,13 +86,18 @@ class RecordSource(PairSource):
         if not isinstance(place, str) or not place or self._root is None:
             remedy = "add it, or name yours in data.columns"
             raise broken("missing image", where, place, "names no image", remedy)
-        return file_bytes(self._root / place, where)
+        return file_bytes(file_below([self._root], place, where), where)
 
     def files(self) -> list[Path]:
-        rows = [values for _, values in self._rows if isinstance(values, dict)]
-        named = {values.get(name) for values in rows for name in IMAGES if isinstance(values.get(name), str)}
-        images = [] if self._root is None else [self._root / path for path in sorted(map(str, named))]
-        return [*self._listed, *(image for image in images if image.is_file())]
+        images = set()
+        rows = [values for _, values in self._rows if self._root is not None and isinstance(values, dict)]
+        for named in {str(values.get(name)) for values in rows for name in IMAGES}:
+            try:
+                image = file_below([self._root or Path()], named, self.path)
+                images |= {image} if image.is_file() else set()
+            except (BrokenRow, OSError):  # told where the row is read
+                continue
+        return [*self._listed, *sorted(images)]
 
     def place(self, row: int) -> str:
         return f"row {row} ({self._rows[row][0]})"
@@ -151,7 +161,7 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str])
         ending = next((e for e in ((names[name],) if name in names else endings) if e in members), None)
         images[name] = None if ending is None or not members[ending][1] else (file, *members[ending])
         named.append(ending is not None and ending.startswith(("winner.", "loser.")))
-    stored = _parsed(texts["json"], f"{place}.json") if "json" in texts else {}
+    stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
     row = in_schema(stored, f"{place}.json", names, images)
     if "txt" in texts and "caption" not in row:
         row["caption"] = _text(texts["txt"], f"{place}.txt").strip()
@@ -173,11 +183,17 @@ def _samples(shard: Path) -> dict[str, _Sample]:
     found: dict[str, _Sample] = {}
     end = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
+        with _Bounded(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for count in itertools.count():
+                member = tar.next()
+                if member is None:
+                    break
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+                if count == _MOST_MEMBERS or member.size < 0:
+                    raise tarfile.TarError(f"more than {_MOST_MEMBERS:,} members, or one of a negative size")
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith(".") or "__MACOSX" in folder.split("/"):
+                if not member.isfile() or member.issparse() or name.startswith(".") or "__MACOSX" in folder.split("/"):
                     continue
                 stem, _, ending = name.partition(".")
                 ending = ending.lower()
@@ -186,13 +202,12 @@ def _samples(shard: Path) -> dict[str, _Sample]:
                     sample.twice = member.name
                 sample.members[ending] = (member.offset_data, member.size)
                 if ending in ("json", "txt"):
-                    content = tar.extractfile(member)
-                    assert content is not None  # a regular file
-                    sample.texts[ending] = content.read()
-        with shard.open("rb") as file:
+                    file.seek(member.offset_data)
+                    sample.texts[ending] = file.read(member.size)
+            size = file.seek(0, 2)
             file.seek(end)
-            rest = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+            rest = file.read(min(size - end, _LARGEST_TEXT)) if size > end else b""
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         problem = f"cannot be read as an uncompressed tar file ({error})"
         raise invalid("data.path", str(shard), problem, "write the shard again, without compression") from error
     if len(rest) < tarfile.BLOCKSIZE or any(rest):
@@ -201,32 +216,62 @@ def _samples(shard: Path) -> dict[str, _Sample]:
     return found
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+class _Bounded(io.FileIO):
+    """A regular file of which no more than :data:`_LARGEST_TEXT` bytes are read at once, whatever a header says."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "is no regular file")
+        super().__init__(path)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LARGEST_TEXT:
+            raise tarfile.TarError(f"a header, a text or the end has more than {_LARGEST_TEXT:,} bytes")
+        return super().read(size) or b""
+
+
+def json_lines(path: Path, argument: str = "data.path") -> Iterator[tuple[int, Any]]:
     """``(line, value)`` of a JSON Lines file, lines counted from 1; empty ones are skipped. A line that is not JSON
     gives the ``BrokenRow`` that says so.
     """
+    for line, text in enumerate(_lines(path, argument), start=1):
+        if text.strip():
+            yield line, _caught(parsed, text, f"{path.name}, line {line}")
+
+
+def _lines(path: Path, argument: str) -> Iterator[bytes]:
     try:
-        with path.open("rb") as file:
-            lines: Iterable[bytes] = file
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                lines = [line.encode() for line in path.read_bytes().decode("utf-16").split("\n")]
-            file.seek(0)
-            for line, text in enumerate(lines, start=1):
-                if text.strip():
-                    yield line, _caught(_parsed, text, f"{path.name}, line {line}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise invalid("data.path", str(path), f"cannot be read ({error})", "name a readable file") from None
+        with io.BufferedReader(_Bounded(path)) as file:
+            if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield from _content(path).decode("utf-16").encode().split(b"\n")
+                return
+            while line := file.readline(_LARGEST_TEXT):
+                if len(line) == _LARGEST_TEXT:
+                    raise OSError(errno.EFBIG, f"a line has more than {_LARGEST_TEXT:,} bytes")
+                yield line
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise invalid(argument, str(path), problem, "name a readable file") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_bounded(path, _LARGEST_LISTING)
+    except OSError as error:
+        raise invalid("data.path", str(path), f"cannot be read ({error.strerror})", "name a readable file") from None
 
 
 def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     """The entries of a JSON list, or of JSON Lines, with their numbers counted from 1."""
+    data = _content(path)
+    if not data[:4096].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"["):
+        yield from json_lines(path)
+        return
     try:
-        with path.open("rb") as file:
-            is_list = file.read(4096).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
-        entries = json.loads(path.read_bytes(), object_pairs_hook=_once) if is_list else []
-    except (OSError, ValueError, RecursionError) as error:
+        entries = json.loads(data, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise invalid("data.path", str(path), f"is not valid JSON ({error})", "write the file again") from None
-    yield from enumerate(entries, start=1) if is_list else json_lines(path)
+    yield from enumerate(entries, start=1)
 
 
 def looks_ranked(path: Path) -> bool:
@@ -260,12 +305,14 @@ def _caught(read: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def _parsed(data: bytes, where: str) -> Any:
+def parsed(data: bytes, where: str) -> Any:
+    """The value of JSON text. Raises ``BrokenRow`` where it is not JSON, or an object has a key twice."""
     try:
         return json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        shown = data[:80].decode("utf-8", "replace").strip()
-        raise broken("malformed row", where, shown, f"is not valid JSON ({error})", "write one object a line") from None
+        raise broken(
+            "malformed row", where, f"{len(data)} bytes", f"is not valid JSON ({error})", "write one object a line"
+        ) from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -277,9 +324,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _text(data: bytes, where: str) -> str:
     """Text as UTF-8, or with the encoding that its byte order mark tells."""
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if marked else "utf-8-sig")
+        return decoded(data)
     except UnicodeDecodeError as error:
         remedy = "write it again as UTF-8"
         raise broken("malformed caption", where, data[:40], f"is not UTF-8 ({error.reason})", remedy) from None

@@ -20,6 +20,7 @@ class PairSource(ABC):
         path: what the user named; format: one of :data:`fastinvdpo.data.sources.FORMATS`; names: data.columns.
         split: the part of a ``datasets`` repository; None for formats whose files tell the part.
         streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
+        remote: rows are read from another machine.
         groups_per_window: how many groups are mixed with one another.
     """
 
@@ -28,6 +29,7 @@ class PairSource(ABC):
     names: Mapping[str, str]
     split: str | None = None
     streaming: bool = False
+    remote: bool = False
     groups_per_window: int = 1
 
     @abstractmethod

@@ -59,7 +59,9 @@ def open_source(
         return table(locations=[str(file) for file in files_of(path, ".parquet", split)])
     if kind == "datasets":
         options = {"split": split, "revision": revision, "subset": subset}
-        return table(locations=parquet_locations(shown, options)) if streaming else table(repository=options)
+        if not streaming:
+            return table(repository=options, image_root=image_root)
+        return table(locations=parquet_locations(shown, options), image_root=image_root)
     if kind == "webdataset":
         files = files_of(path, ".tar", split)
         return RecordSource(shown, kind, names, shard_rows(files, names), files, streaming=streaming)
@@ -139,7 +141,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _visible(root: Path, suffix: str) -> list[Path]:
-    return [file for file in root.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
+    return [file for file in root.iterdir() if file.name.lower().endswith(suffix) and not file.name.startswith(".")]
 
 
 def _directory_format(root: Path) -> str:

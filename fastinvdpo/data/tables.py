@@ -11,15 +11,17 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.images import image_bytes
-from fastinvdpo.data.rows import IMAGES, LABELS, SCHEMA, choices, stored_under
+from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, SCHEMA, choices, stored_under
+from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.data.source import PairSource
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 
 # Larger sets are converted once to memory-mapped Arrow files by `datasets` (its cache directory, HF_DATASETS_CACHE):
 # parquet cannot read a single row, and every process of a run would otherwise hold its own copy.
@@ -34,6 +36,7 @@ class TableSource(PairSource):
     Args:
         locations: parquet files, local paths or addresses that fsspec knows, such as ``hf://``.
         repository: ``split, revision, subset`` of what ``datasets`` loads from ``path``, instead of ``locations``.
+        image_root: directory of the images that a repository names by their paths, if not its own.
         shuffle_buffer: pairs that are mixed when streaming. Twice as many are kept, at least two row groups.
     """
 
@@ -47,16 +50,23 @@ class TableSource(PairSource):
         repository: Mapping[str, str | None] | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1,
+        image_root: str | Path | None = None,
     ) -> None:
         self.path, self.format, self.names, self.streaming = path, format, dict(names), streaming
         self._locations, self._repository = list(locations), repository
+        self.remote = any("://" in location for location in self._locations)
         self.split = None if repository is None else repository["split"]
+        self._image_root = None if image_root is None else Path(image_root)
         self._columns: dict[str, str] = {}
         self._values: dict[str, list[Any]] = {}
         self._dataset: Any = None
         self._loaded: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        metadata = [(location, _metadata(location)) for location in self._locations]
+        metadata = []
+        for location in self._locations:
+            with _readable(location) as opened:
+                metadata.append((location, opened.metadata))
+        self._footers = [found.metadata or {} for _, found in metadata]
         self._schemas = [(file, found.schema.to_arrow_schema()) for file, found in metadata]
         self._groups = [
             (file, n, found.row_group(n).num_rows) for file, found in metadata for n in range(found.num_row_groups)
@@ -78,10 +88,15 @@ class TableSource(PairSource):
                 if name not in columns or name not in found[0]:
                     problem = f"{'lacks' if name not in columns else 'has'} the column of {name!r}, unlike other files"
                     raise invalid("data.path", file, problem, "write all files with the same columns")
+        scored = [METADATA in footer for footer in self._footers]
+        if len(set(scored)) > 1:
+            file, problem = self._locations[scored.index(True)], "was written by fastinvdpo score, and others were not"
+            raise invalid("data.path", file, problem, "name one of the files, or move it")
         self._columns = found[0]
         small = {name: column for name, column in self._columns.items() if name not in IMAGES}
         stored = list(dict.fromkeys(small.values()))
-        tables = [_read(file, None, stored) for file in self._locations] or [self._repository_table()]
+        tables = [_validated(_read(file, None, stored), file) for file in self._locations]
+        tables = tables or [self._repository_table()]
         values = {column: [v for table in tables for v in table.column(column).to_pylist()] for column in stored}
         self._values = {name: values[column] for name, column in small.items()}
         return set(self._columns)
@@ -93,13 +108,21 @@ class TableSource(PairSource):
         number = bisect_right(self._starts, row) - 1
         name = f"jpg_{side}"
         cell = self._group(number).column(self._columns[name])[row - self._starts[number]]
-        return image_bytes(cell, self.where(row, name), follow_paths=self.format == "datasets")
+        return image_bytes(cell, self.where(row, name), self._roots())
+
+    def _roots(self) -> list[Path] | None:
+        """Where image files may lie that a repository names: below it, or where ``datasets`` keeps what it loaded."""
+        if self.format != "datasets":
+            return None
+        config = require("datasets", extra="train", purpose=_PURPOSE).config
+        own = [Path(self.path)] if self._image_root is None else [self._image_root]
+        return [*own, Path(config.HF_CACHE_HOME), Path(config.HF_DATASETS_CACHE), Path(config.DOWNLOADED_DATASETS_PATH)]
 
     def groups(self) -> list[int] | None:
         return [rows for *_, rows in self._groups] if self.streaming else None
 
     def files(self) -> list[Path]:
-        if any("://" in location for location in self._locations):
+        if self.remote:
             problem = "is read from a remote place, whose content cannot be hashed for a cache"
             raise invalid("data.streaming", True, problem, "set data.streaming to false, or cache.path to null")
         if self._locations:
@@ -108,7 +131,19 @@ class TableSource(PairSource):
         if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        return [Path(entry["filename"]) for entry in self._dataset.cache_files]
+        return [*(Path(entry["filename"]) for entry in self._dataset.cache_files), *self._image_files()]
+
+    def _image_files(self) -> list[Path]:
+        """The files of images that are stored by their paths alone."""
+        compute = require("pyarrow.compute", extra="train", purpose=_PURPOSE)
+        types = require("pyarrow", extra="train", purpose=_PURPOSE).types
+        found: set[str] = set()
+        for name in IMAGES:
+            column = self._repository_table().column(self.shown(name))
+            if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
+                bare = compute.is_null(compute.struct_field(column, "bytes"))
+                found.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
+        return [Path(path) for path in sorted(found) if Path(path).is_file()]
 
     def shown(self, name: str) -> str:
         return self._columns.get(name, self.names.get(name, name))
@@ -130,7 +165,7 @@ class TableSource(PairSource):
         yield from (whole.slice(start, _ROWS_PER_PIECE) for start in range(0, whole.num_rows, _ROWS_PER_PIECE))
 
     def footers(self) -> list[Mapping[bytes, bytes]]:
-        return [_metadata(location).metadata or {} for location in self._locations]
+        return self._footers
 
     def _found(self, file: str, schema: Any, required: Sequence[str]) -> dict[str, str]:
         """Which column of a file serves each part of the schema."""
@@ -139,18 +174,17 @@ class TableSource(PairSource):
             name: key for name in SCHEMA for key in reversed(stored_under(name, self.names)) if key in schema.names
         }
         for name in choices(self.names):
-            kinds = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
-            if name in schema.names and any(kind(schema.field(name).type) for kind in kinds):
-                found[name] = name
+            kind = schema.field(name).type if name in schema.names else None
+            if kind is not None and not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):
+                found[name] = name  # no image
         says_who_won = any(name in found for name in (*LABELS, *choices(self.names)))
         for name in dict.fromkeys((*required, *self.names)):
             if name not in found and (name in self.names or not (name == "label_0" and says_who_won)):
-                raise invalid(
-                    "data.path",
-                    file,
-                    f"has no column {self.names.get(name, name)!r}; its columns are {schema.names}",
-                    f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}",
-                )
+                problem = f"has no column {self.names.get(name, name)!r}; its columns are {schema.names}"
+                remedy = f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}"
+                if name == "label_0":
+                    remedy = f"store the winner in label_0, label_1 or one of {', '.join(CHOICES)}, or {remedy}"
+                raise invalid("data.path", file, problem, remedy)
         return found
 
     def _group(self, number: int) -> Any:
@@ -224,44 +258,65 @@ def _load(path: str, options: Mapping[str, str | None]) -> Any:
             raise invalid("data.split", options["split"], problem, "leave it out, or name another directory")
     else:
         found = _datasets(path, "load_dataset", options, split=options["split"])
+    _validated(found.data.table, path)
     return found if found._indices is None else found.flatten_indices()
+
+
+def _validated(table: Any, path: str) -> Any:
+    """The table. Raises ``InvalidInput`` where reading it would fail, or end the process: damaged text or offsets."""
+    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
+    try:
+        table.validate(full=True)
+    except arrow.ArrowException as error:
+        raise invalid("data.path", path, f"is damaged ({_short(error)})", "write it again as UTF-8") from error
+    return table
+
+
+def _short(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _datasets(path: str, function: str, options: Mapping[str, str | None] | None, **more: Any) -> Any:
     datasets = require("datasets", extra="train", purpose="data.format = datasets")
     which = {} if options is None else {"name": options["subset"], "revision": options["revision"]}
     place = str(Path(path).resolve())
-    if which and Path(place).is_dir() and glob.escape(place) != place:
-        problem = "has a part with *, ? or [, which datasets reads as a pattern"
+    if which and Path(place).is_dir() and (glob.escape(place) != place or "::" in place):
+        problem = "has a part with *, ?, [ or ::, which datasets reads as a pattern"
         raise invalid("data.path", path, problem, "rename it, or name its directory of parquet files")
     try:
         return getattr(datasets, function)(path, **which, **more)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # its builders let through whatever the parsers of damaged files raise
         remedy = "check name, data.split, data.subset and data.revision, and whether the hub can be reached"
-        problem = f"cannot be loaded by datasets ({type(error).__name__}: {error})"
+        problem = f"cannot be loaded by datasets ({type(error).__name__}: {_short(error)})"
         raise invalid("data.path", path, problem, remedy) from error
+
+
+@contextmanager
+def _readable(location: str) -> Iterator[Any]:
+    """A parquet file. Raises ``InvalidInput`` for a damaged one, whether its footer or its data are."""
+    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
+    parquet = require("pyarrow.parquet", extra="train", purpose=_PURPOSE)
+    try:
+        with _open(location) as file:
+            yield parquet.ParquetFile(file)
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        problem = f"is not a readable parquet file ({_short(error)})"
+        raise invalid("data.path", location, problem, "write it again") from error
 
 
 def _read(location: str, group: int | None, columns: list[str] | None = None) -> Any:
     """A row group, or the whole file."""
-    parquet = require("pyarrow.parquet", extra="train", purpose=_PURPOSE)
-    with _open(location) as file:
-        opened = parquet.ParquetFile(file)
+    with _readable(location) as opened:
         return opened.read(columns=columns) if group is None else opened.read_row_group(group, columns=columns)
-
-
-def _metadata(location: str) -> Any:
-    parquet = require("pyarrow.parquet", extra="train", purpose=_PURPOSE)
-    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
-    try:
-        with _open(location) as file:
-            return parquet.ParquetFile(file).metadata
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise invalid("data.path", location, f"is not a readable parquet file ({error})", "write it again") from error
 
 
 def _open(location: str) -> Any:
     if "://" not in location:
+        if not Path(location).is_file():
+            raise OSError("is no regular file")
         return Path(location).open("rb")
     fsspec = require("fsspec", extra="train", purpose="reading pairs from a remote place")
     return fsspec.open(location, "rb").open()

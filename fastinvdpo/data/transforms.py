@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastinvdpo._extras import require
+from fastinvdpo.data.broken import broken
+from fastinvdpo.data.images import MOST_PIXELS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,8 +46,20 @@ def decide(seed: int, draw: int, *, random_flip: bool, center_crop: bool) -> Dec
     return Decisions(flip) if center_crop else Decisions(flip, shares[1], shares[2])
 
 
+def scaled(size: tuple[int, int], target: tuple[int, int], where: str) -> tuple[int, int]:
+    """``(height, width)`` of an image of ``size`` when it just covers ``target``. Raises ``BrokenRow`` where that is
+    too large: a strip of 1 x 10,000 pixels would have 2.6 billion at 512.
+    """
+    scale = max(target[0] / size[0], target[1] / size[1])
+    height, width = (max(round(side * scale), least) for side, least in zip(size, target, strict=True))
+    if height * width > max(MOST_PIXELS, target[0] * target[1]):
+        problem = f"(height, width) becomes {(height, width)} at data.resolution, more than {MOST_PIXELS:,} pixels"
+        raise broken("corrupt image", where, size, problem, "crop it, or remove the row")
+    return height, width
+
+
 def transform(
-    image: Image, resolution: int | tuple[int, int] | None, decisions: Decisions
+    image: Image, resolution: int | tuple[int, int] | None, decisions: Decisions, where: str = "image"
 ) -> tuple[Image, ImageGeometry]:
     """Resize (bilinear) until the image just covers the target, flip, crop; without a resolution only the flip.
 
@@ -56,10 +70,9 @@ def transform(
     original = (image.height, image.width)
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
     if target is not None:
-        scale = max(target[0] / image.height, target[1] / image.width)
-        if scale != 1:
-            size = (max(round(image.width * scale), target[1]), max(round(image.height * scale), target[0]))
-            image = image.resize(size, resample=pil.Resampling.BILINEAR)
+        height, width = scaled(original, target, where)
+        if (height, width) != original:
+            image = image.resize((width, height), resample=pil.Resampling.BILINEAR)
     if decisions.flip:
         image = image.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
     top = left = 0

@@ -1,17 +1,21 @@
-"""A drop-in for diffusers' ``DDIMInverseScheduler``, its step one fused op."""
+"""A drop-in for diffusers' ``DDIMInverseScheduler`` whose step runs through the fused op.
+
+Where diffusers is installed, the class is a diffusers scheduler: pipelines accept, save and load it. Elsewhere it reads
+a configuration from a mapping or a directory. ``import fastinvdpo`` imports this module when the class is first used.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import (
     NoiseSchedule,
     affine_coefficients,
@@ -22,104 +26,121 @@ from fastinvdpo.diffusion.schedule import (
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops import affine_step
 
-DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "clip_sample": True,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "prediction_type": "epsilon",
-    "clip_sample_range": 1.0,
-    "timestep_spacing": "leading",
-    "rescale_betas_zero_snr": False,
-}
+try:
+    import diffusers  # noqa: F401 - so that the error below names it, and not one of its modules
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise
+
+    class DDIMSchedulerOutput(NamedTuple):  # type: ignore[no-redef]
+        prev_sample: Tensor
+        pred_original_sample: Tensor
+
+    class _Config(dict[str, Any]):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return self[name]
+            except KeyError:
+                raise AttributeError(name) from None
+
+    def register_to_config(init: Any) -> Any:
+        signature = inspect.signature(init)
+
+        @functools.wraps(init)
+        def registered(self: Any, *arguments: Any, **options: Any) -> None:
+            given = signature.bind(self, *arguments, **options)
+            given.apply_defaults()
+            self.config = _Config(list(given.arguments.items())[1:-1])  # neither self nor kwargs
+            init(self, *arguments, **options)
+
+        return registered
+
+    class SchedulerMixin:  # type: ignore[no-redef]
+        @classmethod
+        def from_pretrained(cls, path: str | Path, subfolder: str | None = None, **overrides: Any) -> Any:
+            file = Path(path, subfolder or "", "scheduler_config.json")
+            if not file.is_file():
+                remedy = "pass the folder of a scheduler, or install diffusers to load from the hub"
+                raise invalid("path", str(path), f"holds no {file.relative_to(path)}", remedy)
+            return cls.from_config(json.loads(file.read_text()), **overrides)  # type: ignore[attr-defined]
+
+    class ConfigMixin:  # type: ignore[no-redef]
+        @classmethod
+        def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+            return cls(**{**config, **kwargs})
+
+        def register_to_config(self, **options: Any) -> None:
+            self.config.update(options)  # type: ignore[attr-defined]
 
 
-class _Config(dict[str, Any]):
-    """A dictionary whose entries are attributes too, as diffusers' configurations are."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class DDIMInverseOutput:
-    """The result of a step: ``prev_sample`` (diffusers' name for the noisier latent) and ``pred_original_sample``,
-    computed when read.
-    """
-
-    def __init__(self, scheduler: DDIMInverseScheduler, model_output: Tensor, level: int, sample: Tensor) -> None:
-        self._scheduler, self._model_output, self._level, self._sample = scheduler, model_output, level, sample
-        self.prev_sample = scheduler._advance(model_output, level, sample)
-
-    @functools.cached_property
-    def pred_original_sample(self) -> Tensor:
-        return self._scheduler._clean_and_noise(self._model_output, self._level, self._sample)[0]
-
-
-class DDIMInverseScheduler:
+class DDIMInverseScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
     """DDIM inversion (arXiv 2010.02502, appendix F) with the configuration and calls of diffusers' class of that name.
 
-    Differs from it in precision only: the coefficients of a step are computed in float64 and rounded once, and
-    half-precision latents are advanced in float32 arithmetic.
+    It differs in precision only: coefficients are computed in float64 and rounded once, and half-precision latents are
+    advanced in float32 arithmetic. Settings that it does not know are ignored, as in diffusers.
     """
 
     order = 1
     init_noise_sigma = 1.0
+    ignore_for_config = ("kwargs",)  # type: ignore[assignment]
+    _deprecated_kwargs = ("set_alpha_to_zero",)  # type: ignore[assignment]
 
-    def __init__(self, **config: Any) -> None:
-        for name in config:
-            if name not in DEFAULTS:
-                raise invalid(
-                    name, config[name], "is not a setting of this scheduler", f"use some of {', '.join(DEFAULTS)}"
-                )
-        self.config = _Config({**DEFAULTS, **config})
-        if self.config.timestep_spacing not in ("leading", "trailing"):
-            raise invalid(
-                "timestep_spacing", self.config.timestep_spacing, "is not supported", "use leading or trailing"
-            )
+    @register_to_config
+    def __init__(  # noqa: PLR0913 - diffusers' signature
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if timestep_spacing not in ("leading", "trailing"):
+            raise invalid("timestep_spacing", timestep_spacing, "is not supported", "use leading or trailing")
+        if kwargs.get("set_alpha_to_zero") is not None:
+            self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
         self.schedule = NoiseSchedule.from_config(self.config)
         self.alphas_cumprod = self.schedule.alphas_cumprod.float()
+        self.alphas = torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
+        self.betas = 1 - self.alphas
+        self.initial_alpha_cumprod = self.schedule.alpha_bar(torch.tensor(-1)).float()
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.schedule.num_train_timesteps)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | Any, **overrides: Any) -> DDIMInverseScheduler:
-        """From the configuration of any diffusers scheduler (``pipe.scheduler.config``); entries of no use here are
-        ignored.
-        """
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the configuration of a diffusers scheduler (``pipe.scheduler.config``), or the scheduler itself."""
         entries = config if isinstance(config, Mapping) else getattr(config, "config", None)
         if not isinstance(entries, Mapping):
             raise invalid("config", type(config).__name__, "must be a scheduler configuration", "pass scheduler.config")
-        return cls(**{**{name: value for name, value in entries.items() if name in DEFAULTS}, **overrides})
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, subfolder: str | None = None, **overrides: Any) -> DDIMInverseScheduler:
-        """From a directory with ``scheduler_config.json``, or a hub id (through diffusers)."""
-        file = Path(path, subfolder or "", "scheduler_config.json")
-        if file.is_file():
-            return cls.from_config(json.loads(file.read_text()), **overrides)
-        if Path(path).exists():
-            raise invalid("path", str(path), f"holds no {file.relative_to(path)}", "pass the folder of a scheduler")
-        diffusers = require("diffusers", extra="train", purpose="loading a scheduler from the hub")
-        return cls.from_config(diffusers.DDIMInverseScheduler.load_config(str(path), subfolder=subfolder), **overrides)
+        name = str(entries.get("_class_name", ""))
+        # A configuration that was not loaded has no class name: these keys are flow matching's and EDM's.
+        if name.startswith(("FlowMatch", "EDM")) or {"base_shift", "sigma_data"} & entries.keys():
+            remedy = "invert flow matching with fastinvdpo.diffusion.inversion"
+            raise invalid("config", name or dict(entries), "has no ᾱ that DDIM could invert along", remedy)
+        return super().from_config(dict(entries), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
         return self.schedule.num_train_timesteps
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The sample itself: DDIM needs no scaling."""
+        """Return ``sample``: DDIM needs no scaling."""
         return sample
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the levels of the inversion, ascending, in ``timesteps`` (int64)."""
         levels = inversion_levels(self.schedule, num_inference_steps)
-        if self.config.timestep_spacing == "trailing":
+        if self.config["timestep_spacing"] == "trailing":
             spacing = len(self) / num_inference_steps
             levels = (len(self) - spacing * torch.arange(num_inference_steps).double()).round().long().flip(0) - 1
         self.num_inference_steps = num_inference_steps
@@ -127,39 +148,25 @@ class DDIMInverseScheduler:
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> DDIMInverseOutput | tuple[Tensor, Tensor]:
-        """Advance ``sample`` ``(n, …)`` from the level below ``timestep`` to ``timestep``.
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Advance ``sample`` ``(n, …)`` from the level below ``timestep`` to ``timestep``, one of ``timesteps``.
 
-        ``timestep`` is one of ``timesteps``; a tensor is read on the host. Returns an object with ``prev_sample`` and
-        ``pred_original_sample``, or the tuple of the two.
+        A tensor ``timestep`` is read on the host. Returns ``prev_sample`` (diffusers' name for the noisier latent) and
+        ``pred_original_sample``, as an output of diffusers or as a tuple.
         """
         if self.num_inference_steps is None:
             raise invalid("num_inference_steps", None, "is not set", "call set_timesteps first")
         level = int(timestep)
         if not 0 <= level < len(self):
             raise invalid("timestep", level, "outside of the schedule", "pass an entry of scheduler.timesteps")
-        output = DDIMInverseOutput(self, model_output, level, sample)
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
-
-    def _source(self, level: int, sample: Tensor) -> Tensor:
-        assert self.num_inference_steps is not None
-        source = max(level - len(self) // self.num_inference_steps, -1)
-        return torch.full((sample.shape[0],), source)
-
-    def _clean_and_noise(self, model_output: Tensor, level: int, sample: Tensor) -> tuple[Tensor, Tensor]:
-        clean, noise = predicted_clean_and_noise(self.schedule, sample, model_output, self._source(level, sample))
-        if self.config.clip_sample:
-            clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        return clean, noise
-
-    def _advance(self, model_output: Tensor, level: int, sample: Tensor) -> Tensor:
-        source = self._source(level, sample)
+        source = torch.full((sample.shape[0],), max(level - len(self) // self.num_inference_steps, -1))
         target = torch.full_like(source, level)
-        if self.config.clip_sample:
-            # Clipping breaks the affine form: the two halves of the step, then, with the clipped x_0 between them.
-            first, second = self._clean_and_noise(model_output, level, sample)
-            scales = self.schedule.rates(target)
+        clean, noise = predicted_clean_and_noise(self.schedule, sample, model_output, source)
+        if self.config["clip_sample"]:
+            # Clipping breaks the affine form: the second half of the step starts from the clipped x_0.
+            clean = clean.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
+            first, second, scales = clean, noise, self.schedule.rates(target)
         else:
-            first, second = sample, model_output
-            scales = affine_coefficients(self.schedule, source, target)
-        return affine_step(first, [second], stack_coefficients(first, *scales))
+            first, second, scales = sample, model_output, affine_coefficients(self.schedule, source, target)
+        advanced = affine_step(first, [second], stack_coefficients(first, *scales))
+        return DDIMSchedulerOutput(advanced, clean) if return_dict else (advanced, clean)

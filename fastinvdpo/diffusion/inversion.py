@@ -74,9 +74,14 @@ def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps:
 
 def plan_grid(schedule: NoiseSchedule, samples: int, num_inference_steps: int) -> InversionPlan:
     """Every sample climbs the whole N-step grid, to its last level."""
-    target = inversion_levels(schedule, num_inference_steps).expand(samples, -1)
+    return plan_levels(inversion_levels(schedule, num_inference_steps), samples)
+
+
+def plan_levels(grid: Tensor, samples: int) -> InversionPlan:
+    """Every sample climbs the whole of a grid of ascending levels."""
+    target = grid.expand(samples, -1)
     source = torch.cat([target.new_full((samples, 1), -1), target[:, :-1]], dim=1)
-    return InversionPlan(source, target, torch.full((samples,), num_inference_steps), source, target)
+    return InversionPlan(source, target, torch.full((samples,), len(grid)), source, target)
 
 
 def plan_released(
@@ -134,7 +139,7 @@ class InversionSettings:
             released.
         renoise_iterations: K of ReNoise (arXiv 2403.14602): each step is repeated K times with a forward pass at the
             tentative destination, and uses the mean of all K + 1 predictions.
-        model_time: the timestep handed to the network: the "destination" level of the step (diffusers today), or its
+        model_time: the timestep that the network gets: the "destination" level of the step (diffusers today), or its
             "source".
         seed, noise_offset: the key of the noise; step ``j`` draws with offset ``noise_offset + j``.
         static_shapes: put the whole batch through every forward pass and discard the outputs of samples that have

@@ -22,6 +22,24 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.ops.affine_step import affine_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# diffusers' schedulers whose noise is that of their betas, however they sample.
+_BETAS = frozenset(f"{name}Scheduler" for name in (
+    "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+    "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+    "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD",
+    "UniPCMultistep",
+))  # fmt: skip
+_FLOWS = tuple(f"FlowMatch{name}Scheduler" for name in ("EulerDiscrete", "HeunDiscrete", "LCM"))
+# Settings that give even those another noise, or another meaning of what the network predicts.
+_FOREIGN = (
+    "sigma_data",
+    "sigma_schedule",
+    "sigma_min",
+    "sigma_max",
+    "use_flow_sigmas",
+    "snr_shift_scale",
+    "thresholding",
+)
 FLOW = "flow"
 """The prediction type of flow matching: the velocity ``dx/dσ = ε − x_0``."""
 
@@ -96,9 +114,23 @@ class NoiseSchedule:
 
         ``image_seq_len``: tokens of an image, which the shift of some flow schedules depends on
         (``use_dynamic_shifting``).
+
+        Raises:
+            InvalidInput: a scheduler of other noise than betas or flow matching give, such as EDM's.
         """
-        if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        kind = config.get("_class_name")
+        if kind is not None and kind not in (*_BETAS, *_FLOWS):
+            remedy = (
+                "use a checkpoint whose scheduler has betas (DDIM, Euler, ...) or is FlowMatchEulerDiscreteScheduler"
+            )
+            raise invalid("scheduler", kind, "has noise that is not known here", remedy)
+        if kind in _FLOWS:
             return cls.flow(_shifted_sigmas(config, image_seq_len), dict(config))
+        foreign = [name for name in _FOREIGN if config.get(name)]
+        if config.get("timestep_type") == "continuous" or foreign:
+            name = foreign[0] if foreign else "timestep_type"
+            remedy = "use a checkpoint of noise that follows from betas"
+            raise invalid(f"scheduler.{name}", config[name], "is not computed here", remedy)
         return cls(
             alphas_cumprod=_alphas_cumprod(config, torch.float32 if released_precision else torch.float64),
             prediction_type=config.get("prediction_type", "epsilon"),
@@ -121,10 +153,13 @@ class NoiseSchedule:
 
     def rates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """``(√ᾱ, √(1 − ᾱ))`` at int64 ``levels`` (any shape, ``-1`` for the clean end): two float64 tensors of that
-        shape.
+        shape. Floating-point levels of flow matching lie on the lines between whole ones.
         """
         signal, noise = self._tables(levels.device)
-        return signal[levels + 1], noise[levels + 1]
+        if not levels.is_floating_point():
+            return signal[levels + 1], noise[levels + 1]
+        below = levels.floor().long().clamp(max=self.num_train_timesteps - 2)
+        return tuple(torch.lerp(t[below + 1], t[below + 2], levels.double() - below) for t in (signal, noise))  # type: ignore[return-value]
 
     def alpha_bar(self, levels: Tensor) -> Tensor:
         """``ᾱ`` at int64 ``levels`` (any shape, ``-1`` for the clean end), float64."""
@@ -191,14 +226,19 @@ def _shifted_sigmas(config: Mapping[str, Any], image_seq_len: int | None) -> Ten
         if image_seq_len is None:
             problem = "is needed, since this schedule is shifted by the size of the image"
             raise invalid("image_seq_len", None, problem, "pass the number of tokens of an image")
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        mu = base + (top - base) * (image_seq_len - low) / (high - low)
+        mu = dynamic_shift(config, image_seq_len)
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     if not shift > 0:
         raise invalid("shift", shift, "must be positive", "use 1 for none")
     share = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     return shift * share / (1 + (shift - 1) * share)
+
+
+def dynamic_shift(config: Mapping[str, Any], image_seq_len: int) -> float:
+    """μ of an image of so many tokens (``use_dynamic_shifting``)."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(base + (top - base) * (image_seq_len - low) / (high - low))
 
 
 def inversion_levels(schedule: NoiseSchedule, num_inference_steps: int) -> Tensor:

@@ -2,82 +2,118 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import invalid
+from fastinvdpo.io import Digests
 from fastinvdpo.models import checkpoint_files, load_model
-from fastinvdpo.models.base import part_files
+from fastinvdpo.models.adapter_files import adapter_file, merge_adapter, read_adapter, trained_on
+from fastinvdpo.models.base import Origin, part_files
+from fastinvdpo.models.checkpoints import ENCODERS
+from fastinvdpo.models.weights import NETWORKS, weight_files
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
 
-_NETWORKS = ("unet", "transformer")
-_PEFT, _DIFFUSERS = "adapter_config.json", "pytorch_lora_weights.safetensors"
+_SCHEDULER = "scheduler_config.json"
 
 
-def open_aligned(
-    family: str, base: str | Path, aligned: str | Path, *, dtype: torch.dtype = torch.float32
-) -> DiffusionModel:
+def open_aligned(family: str, base: Origin, aligned: Origin, *, dtype: torch.dtype = torch.float32) -> DiffusionModel:
     """The aligned model, on the host.
 
     ``aligned`` is a directory or hub id of a whole model, a directory with the network alone, or an adapter for
-    ``base`` in peft's format (``adapter_config.json``) or diffusers' (``pytorch_lora_weights.safetensors``), which is
-    merged into the network's weights.
+    ``base``, as :func:`~fastinvdpo.models.adapter_files.read_adapter` reads it, which is merged into the network's
+    weights: into those that it was trained on, where it says that they are not ``base``'s own.
 
     Raises:
         InvalidInput: none of these, or one that does not fit ``base``.
     """
-    kind = _kind(aligned)
-    if kind == "model":
-        return load_model(family, aligned, dtype=dtype)
-    if kind == "network":
-        return load_model(family, base, unet_init=aligned, dtype=dtype)
-    model = load_model(family, base, dtype=dtype)
-    try:
-        _merge_adapter(model, Path(aligned), kind)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        problem = f"does not fit {base} ({error})"
-        raise invalid("aligned", str(aligned), problem, "name the model that it was trained on as base") from error
+    model = load_model(family, _beside(base, aligned), dtype=dtype)
+    file = adapter_file(aligned.path)
+    if file is not None:
+        merge_adapter(model.network, read_adapter(file, model.network, model.translated_lora))
     return model
 
 
-def aligned_files(family: str, base: str | Path, aligned: str | Path) -> dict[str, list[Path]]:
-    """The files of ``aligned`` that :func:`open_aligned` reads, by part."""
-    kind = _kind(aligned)
-    if kind == "model":
-        return checkpoint_files(family, aligned)
-    if kind == "network":
-        files = checkpoint_files(family, base, unet_init=aligned)
-        return {part: files[part] for part in _NETWORKS if part in files}
-    return {"adapter": part_files(Path(aligned))}
+def aligned_files(family: str, base: Origin, aligned: Origin) -> dict[str, list[Path]]:
+    """The files that :func:`open_aligned` reads, by part."""
+    files, file = checkpoint_files(family, _beside(base, aligned)), adapter_file(aligned.path)
+    return files if file is None else {**files, "adapter": part_files(file.parent)}
 
 
-def _kind(aligned: str | Path) -> Literal["model", "network", "peft", "diffusers"]:
-    folder = Path(aligned)
-    if (folder / _PEFT).is_file():
-        return "peft"
-    if (folder / _DIFFUSERS).is_file():
-        return "diffusers"
+def remarks(base: Origin, aligned: Origin, files: dict[str, dict[str, list[Path]]]) -> list[str]:
+    """What a reader of a comparison must know: sides that differ in more than training, or in nothing at all.
+
+    ``files``: of both sides, by part.
+    """
+    told = []
+    file, ours, theirs = adapter_file(aligned.path), files["base"], files["aligned"]
+    network = next(part for part in NETWORKS if part in ours)
+    variants = (base.variant, aligned.variant)
+    if file is None and _same_weights(ours[network], theirs[network], variants):
+        told.append("Both sides have the same network: the comparison is of a model with itself.")
+    if file is not None:
+        trained = trained_on(file)
+        if not _any_change(file):
+            told.append("The adapter changes nothing: its factors are zero.")
+        if "unet_init" in trained:
+            told.append(f"The adapter stands on the weights that it was trained on, {trained['unet_init']}.")
+        here = Path(base.path).resolve() if Path(base.path).exists() else base.path
+        if trained.get("path", str(here)) != str(here):
+            told.append(f"The adapter was trained on {trained['path']}, not on {base.path}.")
+    for part in sorted(ours.keys() & theirs.keys() - {network, "adapter", "model_index"}):
+        if part == "scheduler":
+            one, other = (_settings(found) for found in (ours[part], theirs[part]))
+            different = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+            if different:
+                told.append(f"Each side is sampled by its own schedule; they differ in {', '.join(different)}.")
+        elif part in ENCODERS and not _same_weights(ours[part], theirs[part], variants):
+            told.append(f"The sides have different weights of {part}: what it changes is not the alignment's.")
+    return told
+
+
+def _beside(base: Origin, aligned: Origin) -> Origin:
+    """The checkpoint that the aligned side is loaded from, before an adapter is merged."""
+    file, folder = adapter_file(aligned.path), Path(aligned.path)
+    if file is not None:
+        return base._replace(unet_init=trained_on(file).get("unet_init", base.unet_init))
     whole = (folder / "model_index.json").is_file() or (folder / "scheduler").is_dir()
-    if folder.is_dir() and not whole and any((folder / part).exists() for part in (*_NETWORKS, "config.json")):
-        return "network"
-    return "model"  # also a hub id, and what is nothing, which load_model tells about
+    if folder.is_dir() and not whole and any((folder / part).exists() for part in (*NETWORKS, "config.json")):
+        return base._replace(unet_init=aligned.path)
+    return aligned  # also a hub id, and what is nothing, which load_model tells about
 
 
-def _merge_adapter(model: DiffusionModel, folder: Path, kind: str) -> None:
-    if kind == "peft":
-        peft = require("peft", extra="train", purpose="reading a LoRA adapter")
-        model.network = peft.PeftModel.from_pretrained(model.network, str(folder)).merge_and_unload()
-        return
-    pipeline: Any = getattr(model, "pipeline", None)
-    if pipeline is None:
-        remedy = "name the adapter in peft's format, or the whole model"
-        raise invalid("aligned", str(folder), f"the family {model.family} has no adapters in diffusers' format", remedy)
-    # Without the name, diffusers 0.36 refuses where it may not ask the hub, though this is a directory.
-    pipeline.load_lora_weights(str(folder), weight_name=_DIFFUSERS)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+def _any_change(file: Path) -> bool:
+    safetensors = require("safetensors.torch", extra="train", purpose="reading a LoRA adapter")
+    second = re.compile(r".*(lora_B|lora_up|lora\.up)")
+    return any(bool(tensor.any()) for name, tensor in safetensors.load_file(file).items() if second.match(name))
+
+
+def _same_weights(one: list[Path], other: list[Path], variants: tuple[str | None, str | None]) -> bool:
+    """Whether files hold the same numbers; precision, names of files and configurations aside."""
+    if Digests().of(one) == Digests().of(other):
+        return True
+    safetensors = require("safetensors", extra="train", purpose="comparing weights")
+    places: list[dict[str, Any]] = []
+    for files, variant in zip((one, other), variants, strict=True):
+        chosen, _ = weight_files("model.path", files[0].parent, variant)
+        opened = [safetensors.safe_open(file, "pt") for file in chosen]
+        places.append({name: file for file in opened for name in file.keys()})  # noqa: SIM118
+    first, second = places
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].get_tensor(name).float(), second[name].get_tensor(name).float()) for name in first
+    )
+
+
+def _settings(files: list[Path]) -> dict[str, Any]:
+    """A scheduler's configuration with its class's defaults."""
+    diffusers = require("diffusers", extra="train", purpose="comparing schedules")
+    found: dict[str, Any] = json.loads(next(file for file in files if file.name == _SCHEDULER).read_text())
+    kind = getattr(diffusers, str(found.get("_class_name")), None)
+    whole = found if kind is None else {**kind.from_config(found).config, "class": kind.__name__}
+    return {name: value for name, value in whole.items() if not name.startswith("_")}

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import Digests
+from fastinvdpo.models.weights import check_loaded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,15 +47,16 @@ class Clip:
         transformers = require("transformers", extra="train", purpose=_PURPOSE)
         self.device = torch.device(device)
         folder = _folder(transformers, path, "config.json", revision)
-        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != "clip":
             raise invalid("scorer", path, f"holds a model of type {kind!r}", "name a CLIP model, such as CLIP-ViT-H-14")
         try:
-            model = transformers.CLIPModel.from_pretrained(
-                path, revision=revision, use_safetensors=True, dtype=torch.float32
+            model, info = transformers.CLIPModel.from_pretrained(
+                path, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise invalid("scorer", path, f"cannot be loaded ({error})", _REMEDY) from error
+        check_loaded("scorer", folder, info)
         self._model = model.eval().requires_grad_(False).to(self.device)
         own = processor is None and fallback is not None and not _holds_processor(transformers, path, revision)
         where, of = (fallback, None) if own else (processor or path, revision if processor is None else None)
@@ -64,7 +66,7 @@ class Clip:
         # resizing differs in the last bits.
         reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=of)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=of, trust_remote_code=False)
             self._processor = reader.from_pretrained(where, revision=of)
         except (OSError, ValueError) as error:
             problem = f"its tokenizer or image processor cannot be loaded ({error})"

@@ -12,25 +12,26 @@ from __future__ import annotations
 
 import gc
 import json
-import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastinvdpo._extras import require
+from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.evaluation.aligned import aligned_files, open_aligned
+from fastinvdpo.evaluation.aligned import aligned_files, open_aligned, remarks
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import write_page
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
-from fastinvdpo.io import TEMPORARY, Digests, clean_leftovers, differences, key_hash, write_json
-from fastinvdpo.models import checkpoint_files, load_model, resolve_family
-from fastinvdpo.models.base import check_prompts
+from fastinvdpo.io import TEMPORARY, Digests, clean_leftovers, differences, key_hash, sealed, unsealed, write_json
+from fastinvdpo.models import checkpoint_files, load_model, own_guidance, resolve_family
+from fastinvdpo.models.base import Origin, check_guidance, check_prompts
 from fastinvdpo.trainer.opening import DTYPES
 
 if TYPE_CHECKING:
@@ -44,14 +45,15 @@ SUMMARY, PAGE, _SETTINGS = "evaluation.json", "report.html", "settings.json"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: DDIM steps, guidance (1 is none), the seed of the noise, and how a network computes.
+    """How pictures are drawn: DDIM steps, guidance (1 is none; None: as the base's own pipeline), the seed of the
+    noise, and how a network computes.
 
     ``batch_size`` changes speed and last bits alone. ``dtype``: storage type of network and text encoders, ``fp32`` or
     ``bf16``.
     """
 
     num_inference_steps: int = 25
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     seed: int = 0
     batch_size: int = 8
     dtype: str = "fp32"
@@ -59,7 +61,7 @@ class Sampling:
 
 def parse_sampling(options: Sequence[str]) -> Sampling:
     """The settings in ``key=value`` strings. Raises ``InvalidInput`` for another key, or a value that is no number."""
-    kinds = {name: type(value) for name, value in asdict(Sampling()).items()}
+    kinds = {name: float if value is None else type(value) for name, value in asdict(Sampling()).items()}
     found: dict[str, Any] = {}
     for option in options:
         name, _, value = option.partition("=")
@@ -73,8 +75,8 @@ def parse_sampling(options: Sequence[str]) -> Sampling:
 
 
 def compare(
-    base: str | Path,
-    aligned: str | Path,
+    base: str | Path | Origin,
+    aligned: str | Path | Origin,
     prompts: Sequence[str],
     scorers: Sequence[Scorer],
     output: str | Path,
@@ -89,7 +91,7 @@ def compare(
     continues and ends with the same pictures; scores are computed again.
 
     Args:
-        base: directory or hub id of the model before alignment.
+        base: directory or hub id of the model before alignment; an ``Origin`` names revision and variant too.
         aligned: the model after it: a whole model, its network alone (``unet/``, ``transformer/``), or an adapter for
             ``base``.
         scorers: higher is better; the names must differ.
@@ -98,28 +100,35 @@ def compare(
 
     Returns:
         What ``evaluation.json`` holds: for each scorer mean and median of both sides, the share of prompts whose
-        aligned picture scores higher, a tie counted half, with its 95 % interval, and the scores of every picture.
+        aligned picture scores higher, a tie counted half, with its 95 % interval, and the scores of every picture; in
+        ``notes`` what else the two sides differ in.
 
     Raises:
         InvalidInput: an argument that cannot be used; ``output`` holds pictures of other settings or models.
     """
     sampling = Sampling() if sampling is None else sampling
-    family = resolve_family(family, base)
+    before, after = (side if isinstance(side, Origin) else Origin(side) for side in (base, aligned))
+    family = resolve_family(family, before.path, before.revision)
     texts, scorers = check_prompts(prompts), check_scorers(scorers)
     _check(sampling, shown)
     root = Path(output)
-    _claim(root, _key(base, aligned, texts, family, sampling))
+    files = {"base": checkpoint_files(family, before), "aligned": aligned_files(family, before, after)}
+    if sampling.guidance_scale is None:
+        sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
+    _claim(root, _key(files, texts, family, sampling))
+    notes = remarks(before, after, files)
     openers: dict[str, Callable[[], DiffusionModel]] = {
-        "base": lambda: load_model(family, base, dtype=DTYPES[sampling.dtype]),
-        "aligned": lambda: open_aligned(family, base, aligned, dtype=DTYPES[sampling.dtype]),
+        "base": lambda: load_model(family, before, dtype=DTYPES[sampling.dtype]),
+        "aligned": lambda: open_aligned(family, before, after, dtype=DTYPES[sampling.dtype]),
     }
     for side in SIDES:
         _draw(openers[side], root / side, texts, sampling)
         gc.collect()  # two models need not fit into memory together
     scores = {scorer.name: {side: _score(scorer, root / side, texts) for side in SIDES} for scorer in scorers}
     summary = {
-        "base": str(base),
-        "aligned": str(aligned),
+        "base": str(before.path),
+        "aligned": str(after.path),
+        "notes": notes,
         "family": family,
         "prompts": len(texts),
         **asdict(sampling),
@@ -155,15 +164,22 @@ def statistics(*, base: Sequence[float], aligned: Sequence[float]) -> dict[str, 
 
 
 def read_image(path: Path) -> Image:
-    """A picture from a file, loaded."""
-    image_module = require("PIL.Image", extra="train", purpose="reading pictures")
+    """A picture from a file, its checksums verified."""
     try:
-        with image_module.open(path) as opened:
-            opened.load()
-            picture: Image = opened.copy()
-    except (OSError, SyntaxError) as error:
+        return decode(file_bytes(path, str(path)), str(path))
+    except BrokenRow as error:
         raise invalid("output", str(path), f"cannot be read ({error})", "delete it to have it drawn again") from error
-    return picture
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        read_image(path)
+    except InvalidInput:
+        warnings.warn(f"{path} is damaged, and drawn again with its batch", stacklevel=2)
+        return False
+    return True
 
 
 def _check(sampling: Sampling, shown: int) -> None:
@@ -171,18 +187,18 @@ def _check(sampling: Sampling, shown: int) -> None:
         value = getattr(sampling, name)
         if value < least:
             raise invalid(name, value, f"is below {least}", f"pass {least} or more")
-    if not math.isfinite(sampling.guidance_scale) or sampling.guidance_scale < 0:
-        problem = "is not a finite number of at least 0"
-        raise invalid("guidance_scale", sampling.guidance_scale, problem, "pass 1 for no guidance")
+    if sampling.guidance_scale is not None:
+        check_guidance(sampling.guidance_scale)
     if sampling.dtype not in DTYPES:
         raise invalid("dtype", sampling.dtype, "is not known", f"choose one of {', '.join(DTYPES)}")
     if shown < 0:
         raise invalid("shown", shown, "is negative", "pass 0 for no pictures in the report")
 
 
-def _key(base: str | Path, aligned: str | Path, prompts: list[str], family: str, sampling: Sampling) -> dict[str, Any]:
+def _key(
+    files: dict[str, dict[str, list[Path]]], prompts: list[str], family: str, sampling: Sampling
+) -> dict[str, Any]:
     digests = Digests()
-    files = {"base": checkpoint_files(family, base), "aligned": aligned_files(family, base, aligned)}
     key = {
         "format": 1,
         "family": family,
@@ -201,7 +217,12 @@ def _claim(root: Path, key: dict[str, Any]) -> None:
         raise invalid("output", str(root), "is a file", "name a directory")
     told = root / _SETTINGS
     if told.is_file():
-        different = differences(json.loads(told.read_text()), key)
+        try:
+            stored = unsealed(told)
+        except (OSError, ValueError) as error:
+            problem = f"its {_SETTINGS} cannot be read ({error})"
+            raise invalid("output", str(root), problem, "delete that directory, or name another") from None
+        different = differences(stored, key)
         if different:
             raise InvalidInput(
                 f"output = {str(root)!r}: holds pictures of another evaluation; different are {', '.join(different)}. "
@@ -212,7 +233,7 @@ def _claim(root: Path, key: dict[str, Any]) -> None:
     if held:
         remedy = "name another directory"
         raise invalid("output", str(root), f"has {' and '.join(held)}, which no evaluation drew", remedy)
-    write_json(told, key)
+    write_json(told, sealed(key))
 
 
 def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling) -> None:
@@ -223,7 +244,7 @@ def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Seque
     missing = [
         start
         for start in range(0, len(prompts), size)
-        if not all((folder / _file_name(place)).is_file() for place in range(start, min(start + size, len(prompts))))
+        if not all(_is_whole(folder / _file_name(place)) for place in range(start, min(start + size, len(prompts))))
     ]
     if not missing:
         return

@@ -3,7 +3,7 @@
 It changes nothing of the training: samples come from noise of their own, and the generators are put back afterwards.
 Layout, in the output directory::
 
-    evaluation/base.json       settings, and the scores of the policy before its first step
+    evaluation/base.json       settings, scores of the policy before its first step, and all rows; what a resume reads
     evaluation/history.jsonl   a row for each evaluation
     best/                      model/, with LoRA adapter/, each with its card, and best.json: the step it is of
 """
@@ -11,6 +11,7 @@ Layout, in the output directory::
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,9 +24,9 @@ from torch import nn
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
-from fastinvdpo.evaluation.sampling import sample
+from fastinvdpo.evaluation.sampling import check_sampling, sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
-from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard, key_hash
+from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, discard, key_hash, sealed, unsealed
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.random_state import random_state, set_random_state
 
@@ -71,6 +72,10 @@ class EvaluationCallback(Callback):
         if str(trainer.accelerator.distributed_type.value) == "FSDP":
             remedy = "set it to null and use fastinvdpo evaluate, or launch without FSDP"
             raise invalid("evaluation", self.section.prompts, "is not supported with FSDP", remedy)
+        if self.section.guidance_scale is None:
+            self.section = self.section.model_copy(update={"guidance_scale": trainer.model.own_guidance})
+            self.settings["guidance_scale"] = self.section.guidance_scale
+        check_sampling(trainer.model, self.section.num_inference_steps, self.section.guidance_scale)
         self._folder, self._best = trainer.directory / "evaluation", trainer.directory / "best"
 
     def on_start(self, trainer: Run) -> None:
@@ -83,16 +88,13 @@ class EvaluationCallback(Callback):
             if main:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 discard(self._best)
-                stored = {"settings": self.settings, "scores": scores}
-                self._write("base.json", json.dumps(stored, indent=2) + "\n")
-                self._write("history.jsonl", "")
+                stored = {"settings": self.settings, "scores": scores, "rows": []}
         if not main:
             return
         assert stored is not None
         clean_leftovers(self._folder)
         self._base = stored["scores"]
-        lines = (self._folder / "history.jsonl").read_text().splitlines()
-        self.rows = [row for line in lines if (row := json.loads(line))["step"] <= trainer.first_step]
+        self.rows = [row for row in stored["rows"] if row["step"] <= trainer.first_step]
         if not self.rows:
             self._add(trainer, {"step": 0, **self._row(self._base)})
 
@@ -183,14 +185,23 @@ class EvaluationCallback(Callback):
         file = self._folder / "base.json"
         if trainer.first_step == 0 or not file.is_file():
             return None
-        stored: dict[str, Any] = json.loads(file.read_text())
+        try:
+            stored = unsealed(file)
+        except (OSError, ValueError) as error:
+            remedy = "restore it, or delete it: the evaluation then starts over, and the best model with it"
+            raise invalid("evaluation", str(file), f"cannot be read ({error})", remedy) from None
         if stored["settings"] == self.settings:
+            if "rows" not in stored:  # of an earlier version
+                lines = (self._folder / "history.jsonl").read_text().splitlines()
+                stored["rows"] = [json.loads(line) for line in lines]
             return stored
         trainer.say("The evaluation is another one than before: its rows and the best model start over.")
         return None
 
     def _add(self, trainer: Run, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        stored = {"settings": self.settings, "scores": self._base, "rows": self.rows}
+        self._write("base.json", json.dumps(sealed(stored), indent=2) + "\n")
         self._write("history.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         trainer.reporting.scalars("evaluation", row)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
@@ -198,9 +209,8 @@ class EvaluationCallback(Callback):
 
     def _keep(self, trainer: Run, step: int) -> None:
         scorer = next(iter(self._base))
-        mean, kept = self.rows[-1][scorer], self._best / "best.json"
-        # A run that was killed after it kept this step's model comes here again with the same mean.
-        if kept.is_file() and json.loads(kept.read_text())["mean"] >= mean:
+        *before, mean = [row[scorer] for row in self.rows if row["step"] > 0]
+        if (self._best / "best.json").is_file() and mean <= max(before, default=-math.inf):
             return
         with atomic_directory(self._best) as temporary, _plain_forward(trainer.state.networks.policy_module):
             trainer.export(temporary, step)

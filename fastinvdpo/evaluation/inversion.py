@@ -23,12 +23,12 @@ from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.data.sources import files_of
 from fastinvdpo.data.transforms import Decisions, transform
-from fastinvdpo.diffusion.inversion import InversionPlan, InversionSettings, invert, plan_grid
+from fastinvdpo.diffusion.inversion import InversionPlan, InversionSettings, invert, plan_levels
 from fastinvdpo.diffusion.prompt import Conditioning, Prompt
 from fastinvdpo.errors import invalid
-from fastinvdpo.evaluation.sampling import encode_prompt
+from fastinvdpo.evaluation.sampling import descending_levels, encode_prompt
 from fastinvdpo.models import load_model
-from fastinvdpo.models.base import DiffusionModel, check_images, check_prompts
+from fastinvdpo.models.base import DiffusionModel, Origin, check_guidance, check_images, check_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,17 +72,18 @@ def invert_images(
     prompts: Sequence[str],
     *,
     num_inference_steps: int = 50,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     renoise_iterations: int = 0,
     batch_size: int = 8,
 ) -> InversionResult:
-    """Invert images along the whole N-step grid to its last level, and sample back down the same grid.
+    """Invert images along the levels of the checkpoint's scheduler to the last one, and sample back down.
 
     Args:
         images: ``n`` pictures of one size that the model accepts.
         prompts: one prompt for each image, or a single one for all of them.
         num_inference_steps: N, from 1 to the schedule's number of levels; the error falls as N grows.
-        guidance_scale: used in both directions; 1 is one conditional call a step, anything else two.
+        guidance_scale: used in both directions, with the meaning of :func:`~fastinvdpo.evaluation.sampling.sample`;
+            None: none, and FLUX.1-dev is told its pipeline's.
         renoise_iterations: K of ReNoise for the way up.
         batch_size: images that pass the network at once.
 
@@ -92,8 +93,10 @@ def invert_images(
     check_images(images)
     _check_numbers(num_inference_steps, guidance_scale, renoise_iterations, batch_size)
     texts = _one_per_image(prompts, len(images))
-    # Made here for its own check of the step count, before any image is encoded.
-    plan_grid(model.schedule, 1, num_inference_steps)
+    guidance_scale = _guidance(model, guidance_scale)
+    # Before any image is encoded, for their checks.
+    levels = descending_levels(model, num_inference_steps).round().long().unique()
+    model.guidance(guidance_scale)
     settings = InversionSettings(renoise_iterations=renoise_iterations)
     counter = _CountingNetwork(model)
     was_training = model.network.training
@@ -103,7 +106,7 @@ def invert_images(
         for start in range(0, len(images), batch_size):
             clean = model.encode_images(images[start : start + batch_size])
             prompt = encode_prompt(model, texts[start : start + batch_size], guidance_scale)
-            parts.append((clean, *_there_and_back(counter, clean, prompt, settings, num_inference_steps)))
+            parts.append((clean, *_there_and_back(counter, clean, prompt, settings, levels)))
     finally:
         model.network.train(was_training)
     clean, latents, reconstructed = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -147,13 +150,13 @@ def picture_of(model: DiffusionModel, result: InversionResult) -> Image:
 
 def run_invert(
     family: str,
-    path: str | Path,
+    path: str | Path | Origin,
     inputs: Sequence[str | Path],
     *,
     output: str | Path,
     prompts: Sequence[str] | None = None,
     num_inference_steps: int = 50,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     renoise_iterations: int = 0,
     batch_size: int = 8,
     max_images: int = 16,
@@ -182,9 +185,11 @@ def run_invert(
     texts = None if prompts is None else check_prompts(prompts)
     if texts is not None and not pair_set:
         texts = _one_per_image(texts, len(named))
+    where = path.path if isinstance(path, Origin) else path
     model = load_model(family, path)
     if torch.cuda.is_available():
         model.to("cuda")
+    guidance_scale = _guidance(model, guidance_scale)
     side = min(model.image_size)
     captions = [""]
     if pair_set:
@@ -200,7 +205,7 @@ def run_invert(
         batch_size=batch_size,
     )
     report = {
-        "model": {"family": model.family, "path": str(path), "prediction_type": model.schedule.prediction_type},
+        "model": {"family": model.family, "path": str(where), "prediction_type": model.schedule.prediction_type},
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "renoise_iterations": renoise_iterations,
@@ -210,6 +215,12 @@ def run_invert(
     }
     _write(root, model, result, report)
     return report
+
+
+def _guidance(model: DiffusionModel, scale: float | None) -> float:
+    if scale is None:
+        return model.own_guidance if model.guidance_embedded else 1.0
+    return scale
 
 
 class _CountingNetwork:
@@ -224,15 +235,15 @@ class _CountingNetwork:
 
 
 def _there_and_back(
-    network: _CountingNetwork, clean: Tensor, prompt: Prompt, settings: InversionSettings, num_inference_steps: int
+    network: _CountingNetwork, clean: Tensor, prompt: Prompt, settings: InversionSettings, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(latents at the last level, latents after sampling from them)``.
 
     The way back is the same plan reversed. There the network is asked at the level it leaves, which on the way up was
     the level it went to: both directions use the same model times.
     """
-    schedule = network.model.schedule
-    up = plan_grid(schedule, clean.shape[0], num_inference_steps)
+    schedule = network.model.sampling_schedule
+    up = plan_levels(levels, clean.shape[0])
     columns = (up.target, up.source, up.noise_lower, up.noise_upper)
     source, target, lower, upper = (levels.flip(1) for levels in columns)
     down = InversionPlan(source, target, up.steps, lower, upper)
@@ -249,14 +260,14 @@ def _one_per_image(prompts: Sequence[str], count: int) -> list[str]:
     return texts * count if len(texts) == 1 else texts
 
 
-def _check_numbers(num_inference_steps: int, guidance_scale: float, renoise_iterations: int, batch_size: int) -> None:
+def _check_numbers(
+    num_inference_steps: int, guidance_scale: float | None, renoise_iterations: int, batch_size: int
+) -> None:
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if not _is_count(value):
             raise invalid(name, value, "is not a positive whole number", "pass 1 or more")
-    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale) or guidance_scale < 0:
-        raise invalid(
-            "guidance_scale", guidance_scale, "is not a finite number of at least 0", "pass 1 for no guidance"
-        )
+    if guidance_scale is not None:
+        check_guidance(guidance_scale)
     if renoise_iterations != 0 and not _is_count(renoise_iterations):
         raise invalid("renoise_iterations", renoise_iterations, "is not a whole number of at least 0", "pass 0 or 1")
 

@@ -42,6 +42,7 @@ def write_page(path: Path, summary: Mapping[str, Any], root: Path, *, shown: int
     parts = [
         "<h1>Aligned model against base model</h1>",
         f'<p class="note">{_text(_settings(summary))}</p>',
+        *(f"<p>{_text(note)}</p>" for note in summary.get("notes", ())),
         _table(summary["scorers"]),
         '<p class="note">Win rate: share of prompts whose aligned picture scores higher, a tie counted half, with its '
         "95 % interval (Wilson).</p>",

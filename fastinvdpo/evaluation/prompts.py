@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
+from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.records import json_lines, parsed
+from fastinvdpo.data.rows import caption_of
 from fastinvdpo.data.sources import files_of
 from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
+from fastinvdpo.io import read_text
 
 # Keys and columns that are looked for where none is named, in this order.
 COLUMNS = ("prompt", "caption", "text", "Prompt")
+_LARGEST_FILE = 2**28
 _HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 _REMEDY = "name a .txt, .jsonl, .json or .parquet file, a directory of parquet shards, partiprompts or hpdv2"
 
@@ -36,49 +40,41 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
         found = _from_hub(name)
     elif path.is_dir() or path.suffix == ".parquet":
         found = _column(path, column)
-    elif path.suffix in _READERS:
-        found = list(_READERS[path.suffix](_text(path), name, column))
+    elif path.suffix == ".txt":
+        text = read_text(path, "prompts", _LARGEST_FILE, _REMEDY)
+        found = [line.strip() for line in text.split("\n") if line.strip()]
+    elif path.suffix == ".jsonl":
+        found = [_entry(entry, f"{name}, line {line}", column) for line, entry in json_lines(path, "prompts")]
+    elif path.suffix == ".json":
+        found = _json_list(read_text(path, "prompts", _LARGEST_FILE, _REMEDY), name, column)
     else:
         raise invalid("prompts", name, "is no prompt list", _REMEDY)
     prompts = found if limit is None else found[:limit]
     if not prompts:
         raise invalid("prompts", name, "holds no prompt", "write at least one")
     for number, prompt in enumerate(prompts, start=1):
+        where = f"prompts, entry {number} of {name}"
         if not isinstance(prompt, str) or not prompt.strip():
-            raise invalid(f"prompts, entry {number} of {name}", prompt, "is no prompt", "write text, or leave it out")
+            raise invalid(where, prompt, "is no prompt", "write text, or leave it out")
+        caption_of({"caption": prompt}, lambda *_, where=where: where)  # damaged text
     return prompts
 
 
-def _lines(text: str, name: str, column: str | None) -> Iterable[Any]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _json_lines(text: str, name: str, column: str | None) -> Iterable[Any]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            where = f"{name}, line {number}"
-            yield _entry(_parsed(line, where), where, column)
-
-
-def _json_list(text: str, name: str, column: str | None) -> Iterable[Any]:
-    found = _parsed(text, name)
+def _json_list(text: str, name: str, column: str | None) -> list[Any]:
+    found = parsed(text.encode("utf-8", "surrogatepass"), name)
     if not isinstance(found, list):
         raise invalid("prompts", name, "is not a JSON list", "write [...], or one entry a line in a .jsonl file")
     return [_entry(entry, f"{name}, entry {number}", column) for number, entry in enumerate(found, start=1)]
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise invalid("prompts", where, f"is not JSON ({error})", "correct it") from None
-
-
 def _entry(entry: Any, where: str, column: str | None) -> Any:
+    if isinstance(entry, BrokenRow):
+        raise entry
     return entry[_chosen(list(entry), where, column)] if isinstance(entry, dict) else entry
 
 
 def _column(path: Path, column: str | None) -> list[Any]:
+    arrow = require("pyarrow", extra="train", purpose="reading prompts")
     parquet = require("pyarrow.parquet", extra="train", purpose="reading prompts")
     found: list[Any] = []
     for file in files_of(path, ".parquet"):
@@ -88,7 +84,7 @@ def _column(path: Path, column: str | None) -> list[Any]:
             found += table.read(columns=[chosen]).column(chosen).to_pylist()
         except InvalidInput:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, arrow.ArrowException) as error:
             raise invalid("prompts", str(file), f"cannot be read as parquet ({error})", _REMEDY) from error
     return found
 
@@ -99,13 +95,6 @@ def _chosen(names: list[str], where: str, column: str | None) -> str:
             return name
     problem = f"has no {column!r}" if column is not None else f"has none of {', '.join(COLUMNS)}"
     raise invalid("prompts", where, f"{problem}, only {', '.join(names)}", "name the column that holds the prompts")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise invalid("prompts", str(path), f"cannot be read ({error})", _REMEDY) from None
 
 
 def _parti() -> list[Any]:
@@ -135,8 +124,3 @@ def _from_hub(name: str) -> list[Any]:
 
 
 _PUBLISHED: dict[str, Callable[[], list[Any]]] = {"partiprompts": _parti, "hpdv2": _hpd}
-_READERS: dict[str, Callable[[str, str, str | None], Iterable[Any]]] = {
-    ".txt": _lines,
-    ".jsonl": _json_lines,
-    ".json": _json_list,
-}

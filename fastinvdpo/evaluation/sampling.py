@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastinvdpo.diffusion.prompt import Prompt, evaluate
-from fastinvdpo.diffusion.schedule import affine_coefficients, inversion_levels, stack_coefficients
+from fastinvdpo.diffusion.schedule import affine_coefficients, stack_coefficients
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import DiffusionModel
 from fastinvdpo.ops import affine_step, philox
@@ -25,33 +24,31 @@ def sample(
     prompts: Sequence[str],
     *,
     num_inference_steps: int = 25,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 100,
     places: Sequence[int] | None = None,
 ) -> Tensor:
     """Latents ``(n, *model.latent_shape)``, float32, that ``network`` draws for ``n`` prompts.
 
-    The grid is that of the inversion (diffusers' "leading" spacing) walked downwards, from standard normal noise at
-    its top level to the clean end. The noise of a prompt depends on ``seed`` and its place in the list alone, not
-    on the batch it travels in; ``places`` says which those are when ``prompts`` are a part of that list. Guidance
-    ``ε_uncond + g·(ε_cond − ε_uncond)`` doubles the network evaluations; ``guidance_scale = 1`` is none.
+    Steps go down the levels of the checkpoint's own scheduler, from standard normal noise at the top one to the clean
+    end. The noise of a prompt depends on ``seed`` and its place in the list alone, not on the batch it travels in;
+    ``places`` says which those are when ``prompts`` are a part of that list. ``guidance_scale`` means what it does to
+    the checkpoint's pipeline, whose default it has when None: ``ε_uncond + g·(ε_cond − ε_uncond)`` with twice the
+    network evaluations, none up to 1; FLUX.1-dev is told it.
 
-    Raises InvalidInput for no prompts, another number of places, or a step count, batch size or guidance scale that
-    means nothing.
+    Raises InvalidInput for no prompts, another number of places, a step count, batch size or guidance scale that means
+    nothing, or a model that does not start from noise.
     """
     if len(prompts) == 0:
         raise invalid("prompts", list(prompts), "is empty", "pass at least one prompt")
     if batch_size < 1:
         raise invalid("batch_size", batch_size, "must be positive", "pass 100, say")
-    if not math.isfinite(guidance_scale) or guidance_scale < 0:
-        raise invalid(
-            "guidance_scale", guidance_scale, "must be a finite number, not negative", "pass 1 for no guidance"
-        )
     numbers = list(range(len(prompts)) if places is None else places)
     if len(numbers) != len(prompts):
         raise invalid("places", len(numbers), f"are not those of {len(prompts)} prompts", "pass one for each")
-    levels = inversion_levels(model.schedule, num_inference_steps).flip(0)
+    check_sampling(model, num_inference_steps, guidance_scale)
+    levels = descending_levels(model, num_inference_steps)
     was_training = network.training
     network.eval()
     try:
@@ -67,11 +64,34 @@ def sample(
     return torch.cat(parts)
 
 
-def encode_prompt(model: DiffusionModel, prompts: Sequence[str], guidance_scale: float) -> Prompt:
-    """The encoded captions, with the empty caption beside them unless ``guidance_scale`` is 1, which needs none."""
-    if guidance_scale == 1:
-        return Prompt(model.encode_prompts(prompts))
-    return Prompt(model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts)), guidance_scale)
+def check_sampling(model: DiffusionModel, num_inference_steps: int, guidance_scale: float | None) -> None:
+    """Raise ``InvalidInput`` where the model cannot draw images like that."""
+    if model.refines:
+        path = None if model.origin is None else str(model.origin.path)
+        problem = "is a refiner, which starts from another model's images and not from noise"
+        raise invalid("model.path", path, problem, "draw with base and refiner in diffusers, and use fastinvdpo score")
+    model.guidance(guidance_scale)
+    descending_levels(model, num_inference_steps)
+
+
+def descending_levels(model: DiffusionModel, num_inference_steps: int) -> Tensor:
+    """``model.sampling_levels``. Raises ``InvalidInput`` where the network cannot leave the first of them."""
+    levels, schedule = model.sampling_levels(num_inference_steps), model.sampling_schedule
+    if schedule.prediction_type == "epsilon" and float(schedule.rates(levels[:1])[0]) == 0:
+        problem = "leaves no signal at the last level, from which a network that predicts noise cannot start"
+        raise invalid("scheduler.rescale_betas_zero_snr", True, problem, "set it to false, or use v_prediction")
+    return levels
+
+
+def encode_prompt(model: DiffusionModel, prompts: Sequence[str], guidance_scale: float | None) -> Prompt:
+    """The encoded captions with what a guidance scale means to the model: the empty caption beside them, or what the
+    network is told.
+    """
+    scale, told = model.guidance(guidance_scale)
+    conditioning = model.encode_prompts(prompts)
+    if told is not None:
+        conditioning["guidance"] = torch.full((len(prompts),), told, device=model.device)
+    return Prompt(conditioning, None if scale == 1 else model.encode_prompts([""] * len(prompts)), scale)
 
 
 def _descend(model: DiffusionModel, network: nn.Module, latents: Tensor, prompt: Prompt, levels: Tensor) -> Tensor:
@@ -84,7 +104,7 @@ def _descend(model: DiffusionModel, network: nn.Module, latents: Tensor, prompt:
     for source, target in zip(levels, below, strict=True):
         timesteps = source.expand(len(latents))
         outputs, weights = evaluate(predict, latents, timesteps.to(latents.device), prompt)
-        kept, scale = affine_coefficients(model.schedule, timesteps, target.expand(len(latents)))
+        kept, scale = affine_coefficients(model.sampling_schedule, timesteps, target.expand(len(latents)))
         columns = [kept, *(scale * weight for weight in weights)]
         latents = affine_step(latents, outputs, stack_coefficients(latents, *columns))
     return latents

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.clip import Clip
 from fastinvdpo.evaluation.heads import load_head
+from fastinvdpo.io import expand_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,8 +137,8 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
         if option not in _OPTIONS[kind] or not value:
             remedy = f"write option=value with one of {', '.join(_OPTIONS[kind])}"
             raise invalid("scorer", spec, f"{entry!r} is no option of {kind}", remedy)
-        options[option] = value
-    return kind, path, options
+        options[option] = value if option in ("name", "revision") else expand_path(value, "scorer")
+    return kind, expand_path(path, "scorer"), options
 
 
 def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str]) -> Tensor:

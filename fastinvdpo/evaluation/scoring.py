@@ -29,7 +29,7 @@ from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import in_batches, open_scorer
-from fastinvdpo.io import Digests, atomic_file, differences, discard, key_hash, only_writer
+from fastinvdpo.io import Digests, atomic_file, differences, discard, key_hash, only_writer, sealed, unsealed
 from fastinvdpo.trainer.opening import open_data_source
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def score_pairs(
     columns = _columns(scorers, named, source.column_names() or sorted(stored))
     if relabel is not None and relabel not in columns:
         raise invalid("relabel", relabel, "is the name of no scorer", f"use one of {', '.join(columns)}")
-    if Path(source.path).is_dir() and output.resolve().parent == Path(source.path).resolve():
+    place, own = output.resolve().parent, Path(source.path).resolve()
+    if own.is_dir() and (place == own or (source.format == "datasets" and place.is_relative_to(own))):
         remedy = "name another directory: the next run would read the output"
         raise invalid("output", str(output), "lies among the files that are read", remedy)
     parts = output.with_name(f"{output.name}.parts")
@@ -160,7 +161,7 @@ def score_pairs(
         if manifest is not None:
             _check_same(manifest["key"], key, parts, "delete that directory to have them computed again")
         with atomic_file(parts / _MANIFEST) as temporary:
-            temporary.write_text(json.dumps({"key": key, "files": digests.remembered}))
+            temporary.write_text(json.dumps(sealed({"key": key, "files": digests.remembered})))
         work = _Work(source, scorers, parts, key_hash(key))
         bad = BrokenRows(max_broken, len(source))
         found = list(work.parts(bad, progress))
@@ -212,7 +213,7 @@ class _Work:
                     start = number * ROWS_PER_PART
                     part = self._score(range(start, min(start + ROWS_PER_PART, len(self._source))), threads)
                     with atomic_file(path) as temporary:
-                        temporary.write_text(json.dumps(asdict(part)))
+                        temporary.write_text(json.dumps(sealed(asdict(part))))
                     self.computed += 1
                 for line in part.broken:
                     bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
@@ -313,7 +314,7 @@ def _read_manifest(parts: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = unsealed(path)
         return {"key": dict(found["key"]), "files": dict(found["files"])}
     except (ValueError, KeyError, TypeError) as error:
         problem = f"its {_MANIFEST} cannot be read ({type(error).__name__}: {error})"
@@ -323,7 +324,7 @@ def _read_manifest(parts: Path) -> dict[str, Any] | None:
 def _read_part(path: Path, identity: str) -> _Part | None:
     """A finished part; None where it is missing, damaged or another's."""
     try:
-        part = _Part(**json.loads(path.read_text()))
+        part = _Part(**unsealed(path))
     except (OSError, ValueError, TypeError):
         return None
     return part if part.hash == identity else None

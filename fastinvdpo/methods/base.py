@@ -23,7 +23,7 @@ STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """The loss of a batch of pairs. It keeps no state, and draws by the seed and the pairs' numbers alone."""
+    """The loss of a batch of pairs. Stateless: its random numbers depend on the seed and the pairs' numbers alone."""
 
     schedule: NoiseSchedule
     method: Method

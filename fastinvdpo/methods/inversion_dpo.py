@@ -94,9 +94,9 @@ class InversionDPO(Method):
         if self.scores_distance:
             warnings.warn(
                 f"variant {self.variant!r} scores the squared distance between policy and reference. That distance "
-                "does not tell a move towards the winners from the opposite move, its gradient is exactly zero while "
-                "policy = reference, and its loss falls either way: the result's direction depends on the initial "
-                "perturbation. It is meant for comparison with the released code; use variant 'endpoint' to align a "
+                "does not distinguish a move towards the winners from the opposite move, its gradient is exactly zero "
+                "while policy = reference, and its loss falls either way: the initial perturbation decides the "
+                "direction of the result. Use it to compare with the released code, and variant 'endpoint' to align a "
                 "model.",
                 stacklevel=3,
             )

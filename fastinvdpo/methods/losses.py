@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops.preference_loss import check_beta, check_predictions
-from fastinvdpo.ops.preference_loss.op import preference_loss_op
+from fastinvdpo.ops.preference_loss.schema import preference_loss_op
 
 PICKSCORE_RANGE = 0.16658
 """SmPO's κ: the range of PickScore's cosine, without its scale of 100, over Pick-a-Pic v2."""

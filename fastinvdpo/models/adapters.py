@@ -1,14 +1,11 @@
-"""LoRA adapters inside a network: put in, switched off, merged, written."""
+"""LoRA adapters inside a network: put in, switched off, merged."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,32 +14,6 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.quantization import whole_weight
-
-# Written whatever their values: what readers ask for. peft 0.18 knows all of them.
-_ALWAYS = frozenset((
-    "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout",
-    "target_modules", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights",
-    "rank_pattern", "alpha_pattern",
-))  # fmt: skip
-# They tell who wrote the file and how it computed, not what the adapter is.
-_NEVER = frozenset(("peft_version", "runtime_config"))
-
-
-def adapter_settings(network: nn.Module) -> dict[str, Any]:
-    """The settings of the adapter inside ``network``, for inference, as JSON can hold them.
-
-    peft's own ``to_dict`` has every field that the installed version knows, and diffusers raises a TypeError on one
-    that the reader's peft does not. Here a field beyond the common ones stands only where it is not at its default.
-    """
-    layers: Any = network
-    config = layers.peft_config["default"]
-    settings: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if field.name in _ALWAYS or (field.name not in _NEVER and value != default):
-            settings[field.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
-    return settings | {"peft_type": str(config.peft_type.value), "inference_mode": True}
 
 
 def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -114,19 +85,6 @@ def merged_into(base: nn.Module, network: nn.Module) -> nn.Module:
             for adapter in layer.active_adapters:
                 weight += layer.get_delta_weight(adapter).to(weight)
     return base.requires_grad_(False)
-
-
-def save_adapter(network: nn.Module, directory: Path) -> None:
-    """Write the adapter in peft's own format, which ``peft.PeftModel.from_pretrained(unet, directory)`` reads."""
-    peft = require("peft", extra="train", purpose="saving a LoRA adapter")
-    safetensors = require("safetensors.torch", extra="train", purpose="saving a LoRA adapter")
-    directory.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(adapter_settings(network), indent=2, sort_keys=True)
-    (directory / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-    weights = peft.get_peft_model_state_dict(network)
-    # PeftModel keeps the network below two wrappers, and its files carry that prefix.
-    renamed = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    safetensors.save_file(renamed, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.diffusion.schedule import NoiseSchedule
+from fastinvdpo.diffusion.schedule import NoiseSchedule, inversion_levels
 from fastinvdpo.errors import invalid
 
 if TYPE_CHECKING:
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 
 # Names shared by diffusers' attention blocks; the projections that LoRA papers adapt.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Origin(NamedTuple):
+    """A checkpoint, and the network and VAE that take the places of its own where they were named."""
+
+    path: str | Path
+    unet_init: str | Path | None = None
+    vae: str | Path | None = None
+    revision: str | None = None
+    variant: str | None = None
 
 
 class DiffusionModel(ABC):
@@ -34,6 +45,11 @@ class DiffusionModel(ABC):
         latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
         image_size: ``(height, width)`` in pixels at the model's own resolution.
         network_folder: the name of the network in a checkpoint, ``unet`` or ``transformer``.
+        sampling_schedule: the noise schedule that the checkpoint is sampled by, whatever it is trained with.
+        own_guidance: the guidance scale that the checkpoint's own pipeline samples with by default.
+        guidance_embedded: whether the network is told its guidance scale, in the place of a second call.
+        refines: whether it starts from images alone, never from pure noise.
+        origin: the checkpoint that it was loaded from; None for a network at hand.
         unquantized: makes the network as it was before its weights were quantized; None where they are not.
     """
 
@@ -45,6 +61,10 @@ class DiffusionModel(ABC):
     default_lora_targets: tuple[str, ...] = ATTENTION_PROJECTIONS
     latent_shape: tuple[int, ...]
     image_size: tuple[int, int]
+    own_guidance: float = 7.5
+    guidance_embedded = False
+    refines = False
+    origin: Origin | None = None
     unquantized: Callable[[], nn.Module] | None = None
 
     @property
@@ -61,6 +81,27 @@ class DiffusionModel(ABC):
         for module in (self.network, *self.frozen_modules()):
             module.to(device)
         return self
+
+    @property
+    def sampling_schedule(self) -> NoiseSchedule:
+        return self.schedule
+
+    @classmethod
+    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
+        """``own_guidance`` of a checkpoint, by its pipeline's class and the configurations of two of its parts."""
+        return cls.own_guidance
+
+    def guidance(self, scale: float | None) -> tuple[float, float | None]:
+        """``(classifier-free guidance, guidance that the network is told)`` for a ``guidance_scale`` as the
+        checkpoint's own pipeline takes it: up to 1 there is none. Raises ``InvalidInput`` for one that means nothing.
+        """
+        return max(check_guidance(self.own_guidance if scale is None else scale), 1.0), None
+
+    def sampling_levels(self, num_inference_steps: int) -> Tensor:
+        """The levels at which the checkpoint's scheduler calls the network, descending: int64, or for flow matching
+        float64.
+        """
+        return inversion_levels(self.schedule, num_inference_steps).flip(0)
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
@@ -114,10 +155,21 @@ class DiffusionModel(ABC):
         """Write the adapters inside ``network`` in the family's own format, where it has one."""
         return
 
+    def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter with diffusers' names, of one with the names of a model's original code."""
+        return tensors
+
 
 def part_files(folder: Path) -> list[Path]:
     """Configuration, vocabulary and safetensors files of one part, in the order of their names."""
     return sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model", ".safetensors"))
+
+
+def check_guidance(scale: float) -> float:
+    """The scale. Raises ``InvalidInput`` unless it is finite and not negative."""
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+        raise invalid("guidance_scale", scale, "is not a finite number of at least 0", "pass 1 for no guidance")
+    return scale
 
 
 def check_images(images: Sequence[Image]) -> None:

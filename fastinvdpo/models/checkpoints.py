@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.models.base import cast_weights, part_files
+from fastinvdpo.errors import invalid
+from fastinvdpo.models.base import Origin, cast_weights, part_files
+from fastinvdpo.models.weights import NOT_FOUND, load_module, readable_errors, weight_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # What training needs only to encode pictures and prompts.
-_FROZEN_PARTS = ("vae", *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")))
-_NOT_FOUND = "give a directory in diffusers' format or the id of a hub repository that holds safetensors files"
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_FROZEN_PARTS = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 # Configuration entries that must agree for one UNet or transformer to take the place of another.
 _INTERFACE = (
     "in_channels",
@@ -36,15 +35,6 @@ _INTERFACE = (
 )
 
 
-class Origin(NamedTuple):
-    """A checkpoint, and the VAE that takes the place of its own where one was named."""
-
-    path: str | Path
-    vae: str | Path | None = None
-    revision: str | None = None
-    variant: str | None = None
-
-
 def location(argument: str, path: str | Path) -> str:
     """The path or hub id as diffusers wants it. Raises ``InvalidInput`` for a single file or a missing path."""
     text = str(path)
@@ -54,7 +44,7 @@ def location(argument: str, path: str | Path) -> str:
         remedy = "convert it with diffusers' from_single_file and save_pretrained, and name that directory"
         raise invalid(argument, text, "is a single file, not a diffusers directory", remedy)
     if not _HUB_ID.fullmatch(text):
-        raise invalid(argument, text, "does not exist", _NOT_FOUND)
+        raise invalid(argument, text, "does not exist", NOT_FOUND)
     return text
 
 
@@ -68,13 +58,7 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str | None:
 
 
 def load_pipeline(
-    origin: Origin,
-    names: Sequence[str],
-    denoiser: str,
-    *,
-    unet_init: str | Path | None,
-    dtype: torch.dtype,
-    frozen_parts: bool = True,
+    origin: Origin, names: Sequence[str], denoiser: str, *, dtype: torch.dtype, frozen_parts: bool = True
 ) -> Any:
     """The diffusers pipeline with every part but the safety checker, on the CPU.
 
@@ -86,38 +70,41 @@ def load_pipeline(
         denoiser: the part that is trained, ``"unet"`` or ``"transformer"``.
     """
     diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
-    require("transformers", extra="train", purpose="loading a diffusion model")
     source = location("model.path", origin.path)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        remedy = f"{_NOT_FOUND}; a model of the demo is of the family digits"
+        remedy = f"{NOT_FOUND}; a model of the demo is of the family digits"
         raise invalid("model.path", source, "holds no model_index.json", remedy)
     index = _index(source, origin.revision)
     name = str(index.get("_class_name"))
     if name not in names:
         remedy = f"this family is for {' and '.join(names)}; model.family auto chooses by the checkpoint"
         raise invalid("model.path", source, f"is a {name}", remedy)
-    replaced: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if "safety_checker" in index or name == "StableDiffusionPipeline":
-        replaced = {"safety_checker": None, "requires_safety_checker": False}
+        given = {"safety_checker": None, "requires_safety_checker": False}
     # Left out by who saved it, T5 of SD3 for example; some pipelines do not load unless that is said.
     absent = [part for part in _FROZEN_PARTS if part in index and index[part][0] is None]
-    replaced |= {part: None for part in (absent if frozen_parts else _FROZEN_PARTS) if part in index}
-    if unet_init is not None:
-        kind = _part_class(diffusers, source, index, denoiser)
-        replaced[denoiser] = load_part(kind, "model.unet_init", unet_init, denoiser)
+    given |= {part: None for part in (absent if frozen_parts else _FROZEN_PARTS) if part in index}
+    others = {denoiser: ("model.unet_init", origin.unet_init), "vae": ("model.vae", origin.vae)}
+    replaced = {part: other for part, other in others.items() if other[1] is not None and part not in given}
+    root = local_folder(origin, (*given, *replaced))
+    parts = [part for part in (denoiser, *ENCODERS) if part in index and part not in given]
+    if origin.variant is not None and not any(
+        weight_files("model.path", root / part, origin.variant)[1] for part in parts if part not in replaced
+    ):
+        raise invalid("model.variant", origin.variant, f"is no variant that {source} has", "set it to null")
+    for part in parts:
+        argument, other = replaced.get(part, ("model.path", None))
+        folder = root / part if other is None else part_folder(argument, other, part)
+        variant = origin.variant if other is None else None
+        module = load_module(_part_class(source, index, part), argument, folder, part, variant)
+        given[part] = cast_weights(module, torch.float32 if part == "vae" else dtype)
+    if origin.unet_init is not None:
         with readable_errors("model.path", source):
-            wanted = kind.load_config(source, subfolder=denoiser, revision=origin.revision)
-        _check_interface(unet_init, replaced[denoiser].config, wanted)
-    if origin.vae is not None and frozen_parts:
-        replaced["vae"] = load_part(_part_class(diffusers, source, index, "vae"), "model.vae", origin.vae, "vae")
+            wanted = type(given[denoiser]).load_config(source, subfolder=denoiser, revision=origin.revision)
+        _check_interface(origin.unet_init, given[denoiser].config, wanted)
     with readable_errors("model.path", source):
-        pipeline = getattr(diffusers, name).from_pretrained(
-            source, revision=origin.revision, variant=origin.variant, use_safetensors=True, **replaced
-        )
-    for part, module in pipeline.components.items():
-        if isinstance(module, nn.Module):
-            cast_weights(module, torch.float32 if part == "vae" else dtype)
-    return pipeline
+        return getattr(diffusers, name).from_pretrained(root, trust_remote_code=False, **given)
 
 
 def _index(source: str, revision: str | None) -> dict[str, Any]:
@@ -127,11 +114,13 @@ def _index(source: str, revision: str | None) -> dict[str, Any]:
     return index
 
 
-def _part_class(diffusers: Any, source: str, index: Mapping[str, Any], part: str) -> Any:
+def _part_class(source: str, index: Mapping[str, Any], part: str) -> Any:
     library, name = index.get(part) or (None, None)
-    kind = getattr(diffusers, str(name), None)
-    if library != "diffusers" or kind is None:
-        raise invalid("model.path", source, f"names a {part} that diffusers does not know, {name}", _NOT_FOUND)
+    kind = None
+    if library in ("diffusers", "transformers"):
+        kind = getattr(require(library, extra="train", purpose="loading a diffusion model"), str(name), None)
+    if kind is None:
+        raise invalid("model.path", source, f"names a {part} that {library} does not know, {name}", NOT_FOUND)
     return kind
 
 
@@ -139,9 +128,9 @@ def vae_config(origin: Origin) -> dict[str, Any]:
     """The configuration of a checkpoint's VAE, without its weights."""
     diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
     if origin.vae is not None:
-        file = _part_folder("model.vae", origin.vae, "vae") / "config.json"
+        file = part_folder("model.vae", origin.vae, "vae") / "config.json"
         if not file.is_file():
-            raise invalid("model.vae", str(origin.vae), "holds no config.json", _NOT_FOUND)
+            raise invalid("model.vae", str(origin.vae), "holds no config.json", NOT_FOUND)
         config: dict[str, Any] = json.loads(file.read_text())
     else:
         source = location("model.path", origin.path)
@@ -150,55 +139,69 @@ def vae_config(origin: Origin) -> dict[str, Any]:
     return {"latent_channels": 4, "block_out_channels": (64,), **config}
 
 
-def local_folder(path: str | Path, revision: str | None, variant: str | None) -> Path:
-    """The directory of a checkpoint; one of the hub is downloaded if need be."""
-    source = location("model.path", path)
+def local_folder(origin: Origin, without: Sequence[str] = ()) -> Path:
+    """The directory of a checkpoint; one of the hub is downloaded if need be, ``without`` some of its parts."""
+    source = location("model.path", origin.path)
     if Path(source).is_dir():
         return Path(source)
     diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
+    left_out: dict[str, Any] = dict.fromkeys(without)
     with readable_errors("model.path", source):
-        return Path(
-            diffusers.DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True)
+        folder = diffusers.DiffusionPipeline.download(
+            source, revision=origin.revision, variant=origin.variant, use_safetensors=True, **left_out
         )
+    return Path(folder)
 
 
-def pipeline_files(origin: Origin, denoiser: str, unet_init: str | Path | None) -> dict[str, list[Path]]:
+def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
     """The files of every part of a pipeline; those of ``unet_init`` stand for the denoiser, and those of another VAE
     for the VAE, where they are given.
     """
-    root = local_folder(origin.path, origin.revision, origin.variant)
+    root = local_folder(origin)
     index = root / "model_index.json"
     if not index.is_file():
-        raise invalid("model.path", str(origin.path), "holds no model_index.json", _NOT_FOUND)
+        raise invalid("model.path", str(origin.path), "holds no model_index.json", NOT_FOUND)
     parts = [part for part in (*_FROZEN_PARTS, denoiser, "scheduler") if (root / part).is_dir()]
     files = {part: part_files(root / part) for part in parts}
-    for argument, part, other in (("model.unet_init", denoiser, unet_init), ("model.vae", "vae", origin.vae)):
+    others = (("model.unet_init", denoiser, origin.unet_init), ("model.vae", "vae", origin.vae))
+    for argument, part, other in others:
         if other is not None:
-            files[part] = part_files(_part_folder(argument, other, part))
+            files[part] = part_files(part_folder(argument, other, part))
     return {**files, "model_index": [index]}
 
 
-def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> None:
-    """Copy a checkpoint without denoiser and safety checker, as a pipeline that was loaded whole would save it."""
-    root = local_folder(origin.path, origin.revision, None)
+def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> bool:
+    """Copy a checkpoint without denoiser and safety checker, as a pipeline that was loaded whole would save it.
+
+    False, and nothing is written, where its weights are a variant: those must be loaded.
+    """
+    root = local_folder(origin, (denoiser,))
     index = json.loads((root / "model_index.json").read_text())
     if index.pop("safety_checker", None) is not None:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    for part in (part for part, kind in index.items() if isinstance(kind, list) and part != denoiser):
-        folder = root / part
-        if part == "vae" and origin.vae is not None:
-            folder = _part_folder("model.vae", origin.vae, part)
-        if folder.is_dir():
-            # model.fp16.safetensors and the like are variants, which are not read.
-            kept = [file for file in part_files(folder) if not re.search(r"\.[^.]+\.safetensors$", file.name)]
-            (directory / part).mkdir(parents=True, exist_ok=True)
-            for file in kept:
-                shutil.copyfile(file, directory / part / file.name)
+    parts = [part for part, kind in index.items() if isinstance(kind, list) and part != denoiser]
+    folders = {part: root / part for part in parts if (root / part).is_dir()}
+    if origin.vae is not None:
+        folders["vae"] = part_folder("model.vae", origin.vae, "vae")
+    copied = {
+        part: [file for file in part_files(folder) if file.suffix != ".safetensors"] for part, folder in folders.items()
+    }
+    for part in ENCODERS:
+        if part in folders:
+            files, variant = weight_files("model.path", folders[part], origin.variant)
+            if variant is not None:
+                return False
+            copied[part] += files
+    for part, files in copied.items():
+        (directory / part).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, directory / part / file.name)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return True
 
 
-def _part_folder(argument: str, path: str | Path, part: str) -> Path:
+def part_folder(argument: str, path: str | Path, part: str) -> Path:
     """Where a repository holds a part: in a folder of that name, or at the top. From the hub only that is fetched."""
     source = location(argument, path)
     root = Path(source)
@@ -212,39 +215,8 @@ def _part_folder(argument: str, path: str | Path, part: str) -> Path:
     return root / part if (root / part).is_dir() else root
 
 
-def load_part(kind: Any, argument: str, path: str | Path, subfolder: str) -> nn.Module:
-    """One model from ``path/subfolder``, or from ``path`` itself when the repository holds nothing else."""
-    source = location(argument, path)
-    if Path(source).is_dir():
-        folder = subfolder if (Path(source) / subfolder).is_dir() else None
-        with readable_errors(argument, source):
-            return _from_pretrained(kind, source, folder)
-    try:
-        with readable_errors(argument, source):
-            return _from_pretrained(kind, source, subfolder)
-    except InvalidInput:
-        with readable_errors(argument, source):
-            return _from_pretrained(kind, source, None)
-
-
-def _from_pretrained(kind: Any, source: str, subfolder: str | None) -> nn.Module:
-    module: nn.Module = kind.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
-    return module
-
-
 def _check_interface(unet_init: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in _INTERFACE:
         if found.get(name) != wanted.get(name) and name in wanted:
             problem = f"its {name} is {found.get(name)}, that of the base model's own {wanted.get(name)}"
             raise invalid("model.unet_init", str(unet_init), problem, "use one of the same model generation")
-
-
-@contextmanager
-def readable_errors(argument: str, source: str) -> Iterator[None]:
-    """Turn what diffusers and the hub client raise for unusable repositories into ``InvalidInput``."""
-    try:
-        yield
-    except InvalidInput:
-        raise
-    except (OSError, ValueError) as error:
-        raise invalid(argument, source, f"cannot be loaded ({error})", _NOT_FOUND) from error

@@ -21,6 +21,7 @@ from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import (
     DiffusionModel,
+    Origin,
     cast_inputs,
     cast_weights,
     check_conditioning,
@@ -31,6 +32,7 @@ from fastinvdpo.models.base import (
     saveable_network,
 )
 from fastinvdpo.models.digits_text import embed_prompts
+from fastinvdpo.models.weights import load_module
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,49 +57,35 @@ class DigitsModel(DiffusionModel):
         self.schedule = NoiseSchedule.from_config(self.scheduler_config)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        unet_init: str | Path | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        frozen_parts: bool = True,
-    ) -> DigitsModel:
-        """Load the directory ``path``. Weights stored in half precision are upcast to ``dtype``; ``frozen_parts`` means
-        nothing, since there are none.
+    def load(cls, origin: Origin, *, dtype: torch.dtype = torch.float32, frozen_parts: bool = True) -> DigitsModel:
+        """Load a directory. Weights stored in half precision are upcast to ``dtype``; ``frozen_parts`` means nothing,
+        since there are none.
 
         Raises:
-            InvalidInput: a file is missing, the UNet has other channels, or ``revision`` is given.
+            InvalidInput: a file is missing, the UNet has other channels, or a revision is given.
         """
-        if revision is not None:
-            raise invalid("model.revision", revision, "means nothing for a local digits model", "leave it out")
-        root = Path(path)
-        config_file = root / "scheduler" / "scheduler_config.json"
+        if origin.revision is not None:
+            raise invalid("model.revision", origin.revision, "means nothing for a local digits model", "leave it out")
+        config_file = Path(origin.path) / "scheduler" / "scheduler_config.json"
         if not config_file.is_file():
-            raise invalid("model.path", str(path), f"holds no {config_file.relative_to(root)}", _MODEL_REMEDY)
-        if unet_init is None:
-            network = _load_unet("model.path", root, variant, dtype)
+            problem = "holds no scheduler/scheduler_config.json"
+            raise invalid("model.path", str(origin.path), problem, _MODEL_REMEDY)
+        if origin.unet_init is None:
+            network = _load_unet("model.path", Path(origin.path), origin.variant, dtype)
         else:
-            network = _load_unet("model.unet_init", Path(unet_init), None, dtype)
-        return cls(network, json.loads(config_file.read_text()))
+            network = _load_unet("model.unet_init", Path(origin.unet_init), None, dtype)
+        model = cls(network, json.loads(config_file.read_text()))
+        model.origin = origin
+        return model
 
     @classmethod
-    def files(
-        cls,
-        path: str | Path,
-        *,
-        unet_init: str | Path | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> dict[str, list[Path]]:
-        root, network = Path(path), Path(path if unet_init is None else unet_init)
-        folders = {"unet": _unet_folder(network), "scheduler": root / "scheduler"}
+    def files(cls, origin: Origin) -> dict[str, list[Path]]:
+        network = Path(origin.path if origin.unet_init is None else origin.unet_init)
+        folders = {"unet": _unet_folder(network), "scheduler": Path(origin.path) / "scheduler"}
         found = {part: part_files(folder) for part, folder in folders.items()}
         for part, files in found.items():
             if not files:
-                raise invalid("model.path", str(path), f"holds no {part}", _MODEL_REMEDY)
+                raise invalid("model.path", str(origin.path), f"holds no {part}", _MODEL_REMEDY)
         return found
 
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
@@ -152,12 +140,7 @@ def _load_unet(argument: str, root: Path, variant: str | None, dtype: torch.dtyp
     folder = _unet_folder(root)
     if not (folder / "config.json").is_file():
         raise invalid(argument, str(root), "holds no unet/config.json", _MODEL_REMEDY)
-    try:
-        network: nn.Module = diffusers.UNet2DConditionModel.from_pretrained(
-            folder, variant=variant, use_safetensors=True
-        )
-    except OSError as error:
-        raise invalid(argument, str(folder), f"cannot be loaded ({error})", _MODEL_REMEDY) from error
+    network = load_module(diffusers.UNet2DConditionModel, argument, folder, "unet", variant)
     channels = network.config["in_channels"]  # type: ignore[index]
     if channels != 1:
         raise invalid(argument, str(folder), f"its UNet has {channels} input channels, digits have 1", _MODEL_REMEDY)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.base import cast_inputs, check_conditioning
+from fastinvdpo.models.base import cast_inputs, check_conditioning, check_guidance
 from fastinvdpo.models.pipeline import sides
 from fastinvdpo.models.transformers import FlowModel
 
@@ -20,8 +20,8 @@ _GUIDANCE = 3.5
 class FluxModel(FlowModel):
     """FLUX.1: the transformer sees 2 x 2 latents as one token, with its place as ``img_ids``.
 
-    ``guidance_embedding``: the guidance scale that a distilled transformer is told. It has nothing to do with the two
-    calls of classifier-free guidance.
+    ``guidance_embedding``: the guidance scale that a distilled transformer is told in training; ``guidance`` in the
+    conditioning ``(n,)`` goes before it. It has nothing to do with the two calls of classifier-free guidance.
     """
 
     family = "flux"
@@ -35,7 +35,26 @@ class FluxModel(FlowModel):
         if guidance_embedding is not None and not distilled:
             problem = "is not what this transformer asks for; only FLUX.1-dev and its kind are told a guidance"
             raise invalid("model.guidance_embedding", guidance_embedding, problem, "set it to null")
-        self.guidance = None if not distilled else _GUIDANCE if guidance_embedding is None else guidance_embedding
+        self.guidance_embedded = distilled
+        self._told = _GUIDANCE if guidance_embedding is None else guidance_embedding
+
+    @classmethod
+    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
+        return super().guidance_by_default(pipeline, scheduler, network) if network.get("guidance_embeds") else 1.0
+
+    def guidance(self, scale: float | None) -> tuple[float, float | None]:
+        """Guidance is told to a distilled transformer (FLUX.1-dev), and means nothing to the others."""
+        if self.guidance_embedded:
+            return 1.0, check_guidance(self.own_guidance if scale is None else scale)
+        if scale is not None and check_guidance(scale) > 1:
+            problem = "means nothing to this transformer, which is told no guidance"
+            raise invalid("guidance_scale", scale, problem, "leave it out, or pass 1")
+        return 1.0, None
+
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, shift: dict[str, float]) -> None:
+        """As FluxPipeline: equal steps down to ``1/N`` before the shift."""
+        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, **shift)
 
     def _own_sides(self) -> tuple[int, int]:
         return sides(self.pipeline.default_sample_size)
@@ -55,7 +74,9 @@ class FluxModel(FlowModel):
         sample, cast = cast_inputs(network, latents, conditioning)
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
         tokens, hidden = pack_latents(sample), cast["encoder_hidden_states"]
-        told = None if self.guidance is None else torch.full((len(tokens),), self.guidance, device=tokens.device)
+        told = conditioning.get("guidance")
+        if told is None and self.guidance_embedded:
+            told = torch.full((len(tokens),), self._told, device=tokens.device)
         # As FluxPipeline: the transformer multiplies by 1000 again.
         times = self.schedule.model_times(timesteps).to(sample.dtype) / 1000
         output: Tensor = network(

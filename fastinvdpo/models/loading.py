@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.base import DiffusionModel
+from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import pipeline_class
 
 # family name -> (module, class); modules are imported when needed, since they need diffusers.
@@ -67,29 +69,24 @@ def family_class(family: str) -> Any:
 
 def load_model(
     family: str,
-    path: str | Path,
+    path: str | Path | Origin,
     *,
-    unet_init: str | Path | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     frozen_parts: bool = True,
     **options: Any,
 ) -> DiffusionModel:
-    """Load a model of the named family.
+    """Load a model of the named family. Weights fit the configuration exactly, or the load fails.
 
     Args:
         family: one of :func:`families`, or ``"auto"``: told from the checkpoint.
         path: directory of the model, or for all but ``digits`` also a Hugging Face hub id.
-        unet_init: directory or hub id with other weights of the UNet or transformer to start from (a supervised
-            fine-tuned UNet, say).
-        revision: branch, tag or commit on the hub.
-        variant: file variant such as ``"fp16"``.
         dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
         frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode
             or decode.
-        options: further arguments of some families; None is as if it were not given. ``vae``: path or hub id of another
-            VAE. ``zero_terminal_snr`` (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it.
+        options: None is as if it were not given. ``unet_init``: directory or hub id with other weights of the UNet or
+            transformer to start from (a supervised fine-tuned UNet, say). ``revision``: branch, tag or commit on the
+            hub. ``variant``: file variant such as ``"fp16"``. Some families also know ``vae``: path or hub id of
+            another VAE; ``zero_terminal_snr`` (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it;
             ``resolution`` (SD3, FLUX): side of the images in pixels, which FLUX's noise schedule depends on;
             ``max_sequence_length`` (SD3, FLUX): T5's tokens; ``guidance_embedding`` (FLUX).
 
@@ -97,42 +94,49 @@ def load_model(
         InvalidInput: unknown family, missing files, a checkpoint of another kind, or an option it does not have.
         MissingExtra: diffusers or transformers is not installed.
     """
-    family = resolve_family(family, path, revision)
+    origin, given = _origin(path, options)
+    family = resolve_family(family, origin.path, origin.revision)
     if dtype not in _DTYPES:
         raise invalid("dtype", dtype, "is not a floating-point type models are kept in", f"use one of {_DTYPES}")
     loader = family_class(family)
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
+    vae = {} if origin.vae is None else {"vae": origin.vae}
+    for name, value in {**vae, **given}.items():
         if name not in ("vae", *loader.options) or family == "digits":
             problem, known = f"means nothing for a model of the family {family}", ", ".join(loader.options)
-            raise invalid(f"model.{name}", given[name], problem, f"set it to null; options here: {known or 'none'}")
-    model: DiffusionModel = loader.load(
-        path,
-        unet_init=unet_init,
-        revision=revision,
-        variant=variant,
-        dtype=dtype,
-        frozen_parts=frozen_parts,
-        **given,
-    )
+            raise invalid(f"model.{name}", value, problem, f"set it to null; options here: {known or 'none'}")
+    model: DiffusionModel = loader.load(origin, dtype=dtype, frozen_parts=frozen_parts, **given)
     return model
 
 
-def checkpoint_files(
-    family: str,
-    path: str | Path,
-    *,
-    unet_init: str | Path | None = None,
-    vae: str | Path | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-) -> dict[str, list[Path]]:
+def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> dict[str, list[Path]]:
     """The files that :func:`load_model` reads, by part: ``unet``, ``scheduler``, ``vae``, ``text_encoder``, …
 
     Weights in other formats than safetensors are left out. Files of a hub repository are downloaded if need be.
     Raises ``InvalidInput`` where nothing is found.
     """
-    kind = family_class(resolve_family(family, path, revision))
-    others = {} if vae is None else {"vae": vae}
-    files: dict[str, list[Path]] = kind.files(path, unet_init=unet_init, revision=revision, variant=variant, **others)
+    origin, _ = _origin(path, options)
+    files: dict[str, list[Path]] = family_class(resolve_family(family, origin.path, origin.revision)).files(origin)
     return files
+
+
+def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
+    """The guidance scale that a checkpoint's own pipeline samples with by default, by :func:`checkpoint_files`."""
+    kind, read = family_class(family), dict[str, Any]()
+    for part, name in (
+        ("model_index", "model_index"),
+        ("scheduler", "scheduler_config"),
+        (kind.network_folder, "config"),
+    ):
+        read[part] = next((json.loads(f.read_text()) for f in files.get(part, ()) if f.name == f"{name}.json"), {})
+    pipeline = str(read["model_index"].get("_class_name"))
+    scale: float = kind.guidance_by_default(pipeline, read["scheduler"], read[kind.network_folder])
+    return scale
+
+
+def _origin(path: str | Path | Origin, options: Mapping[str, Any]) -> tuple[Origin, dict[str, Any]]:
+    """The checkpoint, and the options that do not belong to it."""
+    origin = path if isinstance(path, Origin) else Origin(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    return origin._replace(**{n: v for n, v in given.items() if n in Origin._fields}), {
+        n: v for n, v in given.items() if n not in Origin._fields
+    }

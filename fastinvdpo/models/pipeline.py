@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo._extras import require
+from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.adapters import adapter_settings
-from fastinvdpo.models.base import DiffusionModel, check_images, check_latents, check_prompts, saveable_network, unwrap
-from fastinvdpo.models.checkpoints import (
+from fastinvdpo.models.adapter_files import adapter_contents
+from fastinvdpo.models.base import (
+    DiffusionModel,
     Origin,
+    check_images,
+    check_latents,
+    check_prompts,
+    saveable_network,
+    unwrap,
+)
+from fastinvdpo.models.checkpoints import (
+    ENCODERS,
     copy_other_parts,
     load_pipeline,
     pipeline_files,
@@ -31,7 +41,6 @@ if TYPE_CHECKING:
 # Images that pass the VAE at once: it runs in float32, and at 1024 x 1024 its activations are the largest of the run.
 _VAE_BATCH = 4
 _STREAM_POSTERIOR = 1 << 21  # no other random number of a run has this offset
-_ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class PipelineModel(DiffusionModel):
@@ -55,6 +64,8 @@ class PipelineModel(DiffusionModel):
         self._vae = pipeline.vae.config if whole or origin is None else vae_config(origin)
         self._vae_factor = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self._set_up(**options)
+        name, config = type(pipeline).__name__, dict(getattr(pipeline, self.network_folder).config)
+        self.own_guidance = self.guidance_by_default(name, self.scheduler_config, config)
         for module in self.frozen_modules():
             module.requires_grad_(False).eval()
 
@@ -64,47 +75,43 @@ class PipelineModel(DiffusionModel):
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        *,
-        unet_init: str | Path | None = None,
-        vae: str | Path | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        frozen_parts: bool = True,
-        **options: Any,
+        cls, origin: Origin, *, dtype: torch.dtype = torch.float32, frozen_parts: bool = True, **options: Any
     ) -> PipelineModel:
         """Load a directory in diffusers' format or a hub id; safetensors only.
-
-        Args:
-            unet_init: directory or hub id with a UNet or transformer (in a folder of that name, or at the top) to start
-                from, without variant.
-            vae: directory or hub id with another VAE (in ``vae/`` or at the top).
 
         Raises:
             InvalidInput: nothing loadable there, another kind of pipeline, or a denoiser that does not fit.
         """
-        origin = Origin(path, vae, revision, variant)
-        pipeline = load_pipeline(
-            origin, cls.pipelines, cls.network_folder, unet_init=unet_init, dtype=dtype, frozen_parts=frozen_parts
-        )
+        pipeline = load_pipeline(origin, cls.pipelines, cls.network_folder, dtype=dtype, frozen_parts=frozen_parts)
         return cls(pipeline, origin, whole=frozen_parts, **options)
 
     @classmethod
-    def files(
-        cls,
-        path: str | Path,
-        *,
-        unet_init: str | Path | None = None,
-        vae: str | Path | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> dict[str, list[Path]]:
-        return pipeline_files(Origin(path, vae, revision, variant), cls.network_folder, unet_init)
+    def files(cls, origin: Origin) -> dict[str, list[Path]]:
+        return pipeline_files(origin, cls.network_folder)
+
+    @classmethod
+    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
+        diffusers = require("diffusers", extra="train", purpose="sampling")
+        parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+        return float(parameters["guidance_scale"].default)
+
+    def sampling_levels(self, num_inference_steps: int) -> Tensor:
+        inversion_levels(self.schedule, num_inference_steps)  # its check of the step count
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        try:
+            return self._levels(scheduler, num_inference_steps)
+        except (TypeError, ValueError) as error:
+            problem = f"cannot be made by the checkpoint's {type(scheduler).__name__} ({error})"
+            raise invalid("num_inference_steps", num_inference_steps, problem, "use another number of steps") from error
+
+    def _levels(self, scheduler: Any, num_inference_steps: int) -> Tensor:
+        scheduler.set_timesteps(num_inference_steps)
+        # One of second order calls twice a step.
+        times = torch.as_tensor(scheduler.timesteps)[:: scheduler.order].double()
+        return times.round().long().clamp(0, self.schedule.num_train_timesteps - 1).unique().flip(0)
 
     def frozen_modules(self) -> tuple[nn.Module, ...]:
-        return tuple(part for name in _ENCODERS if (part := getattr(self.pipeline, name, None)) is not None)
+        return tuple(part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
@@ -152,8 +159,8 @@ class PipelineModel(DiffusionModel):
         this.
         """
         plain: Any = saveable_network(self.network if network is None else network)
-        if self.whole or self.origin is None or self.origin.variant is not None:
-            pipeline = self.pipeline if self.whole else self.load(**self._source()).pipeline
+        if self.whole or self.origin is None or not copy_other_parts(self.origin, Path(directory), self.network_folder):
+            pipeline = self.pipeline if self.whole or self.origin is None else self.load(self.origin).pipeline
             own = getattr(pipeline, self.network_folder)
             setattr(pipeline, self.network_folder, plain)
             try:
@@ -161,24 +168,20 @@ class PipelineModel(DiffusionModel):
             finally:
                 setattr(pipeline, self.network_folder, own)
             return
-        copy_other_parts(self.origin, Path(directory), self.network_folder)
         plain.save_pretrained(Path(directory) / self.network_folder, safe_serialization=True)
 
     def save_lora(self, directory: str | Path, network: nn.Module) -> None:
         """Write ``pytorch_lora_weights.safetensors``, which the pipeline's ``load_lora_weights`` reads."""
-        peft = require("peft", extra="train", purpose="saving a LoRA adapter")
-        plain: Any = unwrap(network)
-        weights = peft.get_peft_model_state_dict(plain)
-        self.pipeline.save_lora_weights(
-            str(directory),
-            **{
-                f"{self.network_folder}_lora_layers": {k: v.detach().cpu().contiguous() for k, v in weights.items()},
-                f"{self.network_folder}_lora_adapter_metadata": adapter_settings(plain),
-            },
-        )
+        tensors, settings = adapter_contents(unwrap(network), self.origin)
+        kind = self.network_folder
+        told = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": settings}
+        self.pipeline.save_lora_weights(str(directory), **told)
 
-    def _source(self) -> dict[str, Any]:
-        return {} if self.origin is None else self.origin._asdict()
+    def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        config: Any = {"unet_config": self.pipeline.unet.config} if self.network_folder == "unet" else {}
+        found = self.pipeline.lora_state_dict(dict(tensors), **config)
+        weights, alphas = found if isinstance(found, tuple) else (found, None)
+        return {**weights, **{name: torch.tensor(float(alpha)) for name, alpha in (alphas or {}).items()}}
 
     def _texts(self, prompts: Sequence[str], geometry: Sequence[ImageGeometry] | None) -> list[str]:
         """The prompts, when they can be encoded."""
@@ -190,7 +193,8 @@ class PipelineModel(DiffusionModel):
         return texts
 
     def _refuse(self, problem: str, remedy: str) -> Exception:
-        return invalid("model.path", self.pipeline.name_or_path, problem, remedy)
+        source = self.pipeline.name_or_path if self.origin is None else str(self.origin.path)
+        return invalid("model.path", source, problem, remedy)
 
     def _need_frozen_parts(self) -> None:
         if not self.whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # What diffusers' pipeline tells the refiner to aim at.
 _AESTHETIC_SCORE = 6.0
+_REFINED = 200  # the levels that SDXL's refiner was trained on, the lowest
 
 
 class StableDiffusionModel(PipelineModel):
@@ -34,13 +36,32 @@ class StableDiffusionModel(PipelineModel):
     def _set_up(self, **options: Any) -> None:
         zero_terminal_snr = options.get("zero_terminal_snr")
         self.is_sdxl = hasattr(self.pipeline, "text_encoder_2")
-        self.is_refiner = bool(self.pipeline.config.get("requires_aesthetics_score"))
+        self.refines = bool(self.pipeline.config.get("requires_aesthetics_score"))
         changed = {} if zero_terminal_snr is None else {"rescale_betas_zero_snr": zero_terminal_snr}
         self.schedule = NoiseSchedule.from_config({**self.scheduler_config, **changed})
         self._check_unet()
         side = sides(self.pipeline.unet.config.sample_size)
         self.latent_shape = (self._vae["latent_channels"], *side)
         self.image_size = (side[0] * self._vae_factor, side[1] * self._vae_factor)
+
+    @functools.cached_property
+    def sampling_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_config(self.scheduler_config)
+
+    @classmethod
+    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
+        """That of diffusers' pipeline; 1 for models distilled to few steps, which are sampled without guidance."""
+        few_steps = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
+        if few_steps or scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler"):
+            return 1.0
+        return super().guidance_by_default(pipeline, scheduler, network)
+
+    def _levels(self, scheduler: Any, num_inference_steps: int) -> Tensor:
+        if not self.refines:
+            return super()._levels(scheduler, num_inference_steps)
+        if num_inference_steps > _REFINED:
+            raise ValueError(f"the refiner knows {_REFINED} levels")
+        return torch.arange(num_inference_steps).mul(_REFINED // num_inference_steps).flip(0)
 
     @torch.no_grad()
     def encode_prompts(
@@ -94,10 +115,10 @@ class StableDiffusionModel(PipelineModel):
         if geometry is not None:
             shapes = [(g.original_size, g.crop_top_left, g.target_size) for g in geometry]
         rows = [
-            (*size, *crop, _AESTHETIC_SCORE) if self.is_refiner else (*size, *crop, *target)
+            (*size, *crop, _AESTHETIC_SCORE) if self.refines else (*size, *crop, *target)
             for size, crop, target in shapes
         ]
-        width = 5 if self.is_refiner else 6
+        width = 5 if self.refines else 6
         return torch.tensor(rows, dtype=torch.float32, device=self.device).reshape(count, width)
 
     def _check_unet(self) -> None:
@@ -113,6 +134,6 @@ class StableDiffusionModel(PipelineModel):
         if (config.addition_embed_type == "text_time") != self.is_sdxl:
             problem = f"addition_embed_type {config.addition_embed_type!r} does not belong to this kind of pipeline"
             raise self._refuse(problem, remedy)
-        needed = ("text_encoder_2",) if self.is_refiner else ("text_encoder", "text_encoder_2")
+        needed = ("text_encoder_2",) if self.refines else ("text_encoder", "text_encoder_2")
         if self.whole and self.is_sdxl and any(getattr(pipeline, part) is None for part in needed):
             raise self._refuse("one of the two text encoders is missing", remedy)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
+from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule, dynamic_shift
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import ATTENTION_PROJECTIONS
 from fastinvdpo.models.pipeline import PipelineModel, sides
@@ -40,13 +40,26 @@ class FlowModel(PipelineModel):
             side = sides(resolution // self._vae_factor)
         self.latent_shape = (self._vae["latent_channels"], *side)
         self.image_size = (side[0] * self._vae_factor, side[1] * self._vae_factor)
-        tokens = (side[0] // self.patch) * (side[1] // self.patch)
+        self._tokens = (side[0] // self.patch) * (side[1] // self.patch)
         if not str(self.scheduler_config["_class_name"]).startswith("FlowMatch"):
             name = self.scheduler_config["_class_name"]
             raise self._refuse(f"its scheduler {name} is not one of flow matching", "use a checkpoint as published")
-        self.schedule = NoiseSchedule.from_config(self.scheduler_config, image_seq_len=tokens)
+        self.schedule = NoiseSchedule.from_config(self.scheduler_config, image_seq_len=self._tokens)
         assert self.schedule.prediction_type == FLOW
         self._check_channels(self.pipeline.transformer.config.in_channels, self._vae["latent_channels"])
+
+    def _levels(self, scheduler: Any, num_inference_steps: int) -> Tensor:
+        shift = {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            shift = {"mu": dynamic_shift(scheduler.config, self._tokens)}
+        self._set_timesteps(scheduler, num_inference_steps, shift)
+        noise = scheduler.sigmas[:-1].unique().double()  # Heun's come twice
+        _, table = self.schedule.rates(torch.arange(self.schedule.num_train_timesteps))
+        below = torch.searchsorted(table, noise).sub(1).clamp(0, len(table) - 2)
+        return (below + (noise - table[below]) / table.diff()[below]).flip(0)
+
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, shift: dict[str, float]) -> None:
+        scheduler.set_timesteps(num_inference_steps, **shift)
 
     def _own_sides(self) -> tuple[int, int]:
         """``(height, width)`` of the latents of the model's own resolution."""

@@ -1,6 +1,6 @@
-"""Which backend runs an op: what exists, what was asked for, what was chosen and why.
+"""Which backend runs an op: what exists, what was requested, what was chosen and why.
 
-Asked for, strongest first: ``with use_backend(name)``; the environment variable ``FASTINVDPO_BACKEND``, read at every
+A request, strongest first: ``with use_backend(name)``; the environment variable ``FASTINVDPO_BACKEND``, read at every
 call; ``auto``. Nothing is decided at import and nothing here initializes CUDA. Ops call :func:`choose` inside their
 kernels, which a compiler does not look into, so a choice changes without recompiling.
 """
@@ -82,19 +82,19 @@ def choose(op: str, device_type: str, float64: bool = False) -> str:
     ``float64``: whether an input is float64, which the reference alone computes in.
 
     Raises:
-        InvalidInput: ``FASTINVDPO_BACKEND`` is not a backend, or the backend asked for by name cannot run the op there.
+        InvalidInput: ``FASTINVDPO_BACKEND`` is not a backend, or the backend requested by name cannot run the op there.
     """
-    asked_by, name = requested()
-    return _select(op, device_type, float64, asked_by, name)
+    source, name = requested()
+    return _select(op, device_type, float64, source, name)
 
 
 def device_type(tensor: Tensor) -> str:
-    """``tensor.device.type``. A device takes as long to tell its name as the rest of a choice."""
+    """``tensor.device.type``, whose string takes as long to make as the rest of a choice."""
     return "cpu" if tensor.is_cpu else tensor.device.type
 
 
 def requested() -> tuple[str, str]:
-    """Who asks for what: ``("use_backend", name)``, ``("FASTINVDPO_BACKEND", name)`` or ``("default", "auto")``."""
+    """The source of the request and its name: ``use_backend``, ``FASTINVDPO_BACKEND`` or ``default`` with ``auto``."""
     for request in (_here.get(), *_entered[-1:]):
         if request is not None:
             return "use_backend", request.backend
@@ -147,8 +147,8 @@ def _gpus_unavailable() -> str | None:
 
 
 @cache
-def _select(op: str, device_type: str, float64: bool, asked_by: str, name: str) -> str:
-    _check_name(asked_by, name)
+def _select(op: str, device_type: str, float64: bool, source: str, name: str) -> str:
+    _check_name(source, name)
     if name == "auto":
         considered = (backend for backend in BACKENDS if skipped(backend, device_type) is None)
         chosen = next(backend for backend in considered if unavailable(op, backend, device_type, float64) is None)
@@ -157,10 +157,10 @@ def _select(op: str, device_type: str, float64: bool, asked_by: str, name: str) 
         return chosen
     reason = unavailable(op, name, device_type, float64)
     if reason is not None:
-        raise invalid(asked_by, name, reason, "choose auto or reference, which run everywhere")
+        raise invalid(source, name, reason, "choose auto or reference, which run everywhere")
     return name
 
 
-def _check_name(asked_by: str, name: str) -> None:
+def _check_name(source: str, name: str) -> None:
     if name not in ("auto", *BACKENDS):
-        raise invalid(asked_by, name, "is not a backend", f"use one of auto, {', '.join(sorted(BACKENDS))}")
+        raise invalid(source, name, "is not a backend", f"use one of auto, {', '.join(sorted(BACKENDS))}")

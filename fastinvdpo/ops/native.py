@@ -41,7 +41,7 @@ def unavailable() -> str | None:
 
 
 def fault() -> str | None:
-    """Why the extension is not there although it should be; None when it is, or when no build was asked for."""
+    """Why the extension is not there although it should be; None when it is, or when no build was requested."""
     module, reason, wanted = _load()
     return f"NATIVE KERNELS MISSING: {reason}" if wanted and module is None else None
 

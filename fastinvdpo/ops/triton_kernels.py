@@ -14,7 +14,7 @@ OLDEST = (3, 6)
 
 
 def interpreted() -> bool:
-    """Whether ``TRITON_INTERPRET`` asks for Triton's interpreter, which runs kernels on CPU tensors, for tests."""
+    """Whether ``TRITON_INTERPRET`` selects Triton's interpreter, which runs kernels on CPU tensors, for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 

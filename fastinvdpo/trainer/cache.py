@@ -2,7 +2,8 @@
 
 A directory with::
 
-    manifest.json              what it was computed from (cache_key.py), and when complete the size of every shard
+    manifest.json              what it was computed from (cache_key.py), and when complete the size of every shard, and
+                               digests of the other files but those
     index.safetensors          which images and which caption belong to each pair, its row in the data and its scores
     data.json, broken.jsonl    what became of the rows of the data, and the ones that were left out
     unconditional.safetensors  the embedding of the empty prompt
@@ -17,13 +18,15 @@ an image or caption::
     image.reference_pred       (n, N, …), Inversion-DPO: the reference's guided predictions there
     caption.NAME               (m, …): the rest of the conditioning
 
-Clean latents and geometry are float32 always; the others are of the type ``cache.dtype``. Files appear atomically.
+Clean latents and geometry are float32 always; the others are of the type ``cache.dtype``. Files appear atomically. The
+header of a shard has a CRC-32 of each image and caption, which is verified whenever one is read.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import zlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,8 +38,8 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import read_summary
-from fastinvdpo.errors import invalid
-from fastinvdpo.io import atomic_file
+from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.io import Digests, atomic_file, sealed, unsealed
 from fastinvdpo.trainer.batches import EncodedPair, Tensors
 
 PAIRS_PER_SHARD = 32
@@ -55,6 +58,8 @@ class Manifest:
         sizes: bytes of every shard, None until all are there.
         network_evaluations: samples that were sent through the reference for the whole cache.
         files: remembered digests of the files in the key.
+        digests: of the files that are read when the cache is opened.
+        frozen: digests of the text encoders and the VAE that encoded it.
     """
 
     key: dict[str, Any]
@@ -63,6 +68,8 @@ class Manifest:
     sizes: list[int] | None = None
     network_evaluations: int = 0
     files: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    frozen: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest | None:
@@ -71,14 +78,14 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**unsealed(path))
         except (OSError, ValueError, TypeError) as error:
             problem = f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
             raise invalid("cache.path", str(directory), problem, _REMEDY) from None
 
     def write(self, directory: Path) -> None:
         with atomic_file(directory / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            temporary.write_text(json.dumps(sealed(asdict(self)), indent=1) + "\n")
 
     def complete(self, directory: Path) -> bool:
         """Whether every shard is there, with the size it was written with."""
@@ -92,12 +99,22 @@ def shard_path(directory: Path, shard: int) -> Path:
     return directory / f"pairs-{shard:06d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str | int) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
     """Write a file that is there completely or not at all, and has the same bytes each time it is written."""
     safetensors = require("safetensors.torch", extra="train", purpose="writing a cache")
     with atomic_file(path) as temporary:
         # In one entry: safetensors writes several in any order.
         safetensors.save_file(dict(tensors), temporary, metadata={_METADATA: json.dumps(metadata)})
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the tensors of an image or caption, and of their names and types."""
+    found = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, found)
+    return found
 
 
 def stored_metadata(path: Path) -> dict[str, Any]:
@@ -150,6 +167,7 @@ class PairCache:
     Attributes:
         index: which images and captions belong to the pairs.
         unconditional: the conditioning of the empty prompt, ``(1, …)``, without geometry.
+        contents: digests of the pairs, and of what encoded them.
         image_tensors, caption_tensors: names of what is stored for each.
         network_evaluations: what the whole cache cost.
     """
@@ -158,11 +176,22 @@ class PairCache:
         safetensors = require("safetensors.torch", extra="train", purpose="reading a cache")
         self.directory, self.network_evaluations = directory, manifest.network_evaluations
         self._hash = manifest.hash
+        self.contents = {name: value for name, value in manifest.key.items() if name.startswith("data ")}
+        self.contents |= manifest.frozen
+        for name, digest in manifest.digests.items():
+            if not (directory / name).is_file() or Digests().one(directory / name) != digest:
+                problem = f"its {name} is missing, or no longer what was written"
+                raise invalid(
+                    "cache.path",
+                    str(directory),
+                    problem,
+                    f"delete {MANIFEST} and {name} there, and run fastinvdpo precompute",
+                )
         self.summary = read_summary(directory)
         self.index = PairIndex.read(directory)
         self.unconditional: dict[str, Tensor] = safetensors.load_file(directory / UNCONDITIONAL)
         self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
-        names = list(self._shard(0).keys())
+        names = list(self._shard(0)[0].keys())
         self.image_tensors = [name.removeprefix("image.") for name in names if name.startswith("image.")]
         self.caption_tensors = [name.removeprefix("caption.") for name in names if name.startswith("caption.")]
 
@@ -193,14 +222,27 @@ class PairCache:
         """The tensors of an image or caption."""
         first = self.index.first[kind]
         number_of_shard = bisect_right(first, number) - 1
-        place, shard = number - first[number_of_shard], self._shard(number_of_shard)
+        place, (shard, checksums) = number - first[number_of_shard], self._shard(number_of_shard)
         names = self.image_tensors if kind == "image" else self.caption_tensors
-        return {name: shard.get_slice(f"{kind}.{name}")[place] for name in names}
+        if not {f"{kind}.{name}" for name in names} <= set(shard.keys()):
+            raise self._damaged(number_of_shard)
+        tensors: Tensors = {name: shard.get_slice(f"{kind}.{name}")[place] for name in names}
+        if checksum(tensors) != checksums[kind][place]:
+            raise self._damaged(number_of_shard)
+        return tensors
 
-    def _open(self, shard: int) -> Any:
+    def _open(self, shard: int) -> tuple[Any, dict[str, list[int]]]:
+        """The file of a shard, and the checksums of its images and captions."""
         safetensors = require("safetensors", extra="train", purpose="reading a cache")
         path = shard_path(self.directory, shard)
-        if stored_metadata(path).get("hash") != self._hash:
-            problem = f"its shard {path.name} is missing, damaged, or belongs to another cache"
-            raise invalid("cache.path", str(self.directory), problem, f"delete {path} and run fastinvdpo precompute")
-        return safetensors.safe_open(path, framework="pt")
+        metadata = stored_metadata(path)
+        counts = {kind: first[shard + 1] - first[shard] for kind, first in self.index.first.items()}
+        checksums = metadata.get("crc32", {})
+        if metadata.get("hash") != self._hash or {kind: len(checksums.get(kind, [])) for kind in counts} != counts:
+            raise self._damaged(shard)
+        return safetensors.safe_open(path, framework="pt"), checksums
+
+    def _damaged(self, shard: int) -> InvalidInput:
+        path = shard_path(self.directory, shard)
+        problem = f"its shard {path.name} is missing, damaged, or belongs to another cache"
+        return invalid("cache.path", str(self.directory), problem, f"delete {path} and run fastinvdpo precompute")

@@ -1,7 +1,8 @@
 """What a cache depends on, as readable entries: a cache serves a run exactly when all of them agree.
 
-Files enter with the SHA-256 of their whole content. For caches of a method that does not invert with the reference,
-neither UNet nor noise schedule enters: they change nothing that is stored.
+The pairs enter with digests of what they hold, files of the model with the SHA-256 of their content. For caches of a
+method that does not invert with the reference, neither UNet nor noise schedule enters: they change nothing that is
+stored.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.sections import ModelSection
+from fastinvdpo.data.content import content_of
+from fastinvdpo.data.rows import IMAGES
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import Digests, differences
 from fastinvdpo.trainer.opening import open_data_source
 
-FORMAT = 2  # 1: images as they are stored, not as a viewer shows them
+FORMAT = 3  # 1: images as they are stored, not as a viewer shows them; 2: without checksums
 _ENCODING, _INVERTING = "latents, embeddings", "latents, embeddings, trajectories, reference predictions"
-_DATA = ("columns", "rank_pairs", "ties", "resolution", "relabel_by_score", "max_broken", "latents")
+_DATA = ("ties", "resolution", "relabel_by_score", "max_broken", "latents")
 
 
 def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
@@ -34,6 +37,9 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
 
     model, data, chain = config.model, config.data, config.method.reference_chain
     source = open_data_source(data)
+    source.resolve((*IMAGES, "caption"))
+    if source.remote:
+        source.files()  # raises
     family = resolve_family(model.family, model.path, model.revision)
     files = checkpoint_files(
         family, model.path, unet_init=model.unet_init, vae=model.vae, revision=model.revision, variant=model.variant
@@ -43,10 +49,7 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
         "format": FORMAT,
         "contents": _ENCODING if chain is None else _INVERTING,
         "cache.dtype": config.cache.dtype,
-        "data rows": len(source),
-        "data.split": source.split,
-        "data format": source.format,
-        "data content": digests.of(source.files()),
+        **content_of(source, digests),
         **{f"data.{name}": getattr(data, name) for name in _DATA},
         "model.family": family,
         "model.variant": model.variant,

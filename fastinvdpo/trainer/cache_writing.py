@@ -10,19 +10,19 @@ how often the work was interrupted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
-from fastinvdpo.data.broken import write_report
+from fastinvdpo.data.broken import LISTED, SUMMARY, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import Digests, key_hash, only_writer
@@ -35,11 +35,14 @@ from fastinvdpo.trainer.cache import (
     Manifest,
     PairCache,
     PairIndex,
+    checksum,
     shard_path,
     stored_metadata,
     write_tensors,
 )
 from fastinvdpo.trainer.cache_key import cache_key, check_key
+from fastinvdpo.trainer.contents import frozen_contents
+from fastinvdpo.trainer.launch import with_launcher
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
 from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up
@@ -61,6 +64,7 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
         InvalidInput: no ``cache.path``; the directory holds what was computed from something else, naming what differs;
             another process is writing there; or data, model and configuration do not fit together.
     """
+    config = with_launcher(config)
     if config.cache.path is None:
         raise invalid("cache.path", None, "names no directory to store into", "set it, as in cache.path=runs/cache")
     require_extras(config)
@@ -84,10 +88,10 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
             if stored_metadata(directory / INDEX).get("hash") != manifest.hash:
                 write_tensors(directory / INDEX, _index(dataset, manifest.pairs_per_shard), hash=manifest.hash)
         accelerator.wait_for_everyone()
-        _fill(config, manifest, dataset, accelerator, progress=progress)
+        frozen = _fill(config, manifest, dataset, accelerator, progress=progress)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _completed(manifest, directory).write(directory)
+            _completed(replace(manifest, frozen=frozen), directory).write(directory)
     accelerator.wait_for_everyone()
     finished = Manifest.read(directory)
     assert finished is not None
@@ -103,7 +107,9 @@ def _opened(config: TrainConfig, directory: Path, manifest: Manifest) -> PairCac
 def _completed(manifest: Manifest, directory: Path) -> Manifest:
     files = [shard_path(directory, shard) for shard in range(PairIndex.read(directory).shards)]
     evaluations = sum(stored_metadata(file)["network_evaluations"] for file in files)
-    return replace(manifest, sizes=[file.stat().st_size for file in files], network_evaluations=evaluations)
+    digests = {name: Digests().one(directory / name) for name in (INDEX, UNCONDITIONAL, SUMMARY, LISTED)}
+    sizes = [file.stat().st_size for file in files]
+    return replace(manifest, sizes=sizes, network_evaluations=evaluations, digests=digests)
 
 
 def _index(dataset: PairDataset, pairs_per_shard: int) -> Tensors:
@@ -135,16 +141,22 @@ def _index(dataset: PairDataset, pairs_per_shard: int) -> Tensors:
 
 def _fill(
     config: TrainConfig, manifest: Manifest, dataset: PairDataset, accelerator: Accelerator, *, progress: bool
-) -> None:
-    """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``."""
+) -> dict[str, Any]:
+    """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``.
+
+    Returns:
+        digests of the model's frozen parts.
+    """
     directory = Path(str(config.cache.path))
     index = PairIndex.read(directory)
     paths = {shard: shard_path(directory, shard) for shard in range(index.shards)}
     missing = [shard for shard in paths if stored_metadata(paths[shard]).get("hash") != manifest.hash]
     own = [shard for shard in missing if shard % accelerator.num_processes == accelerator.process_index]
     _LOGGER.info("%s: computing %d of %d shards (%d pairs)", directory, len(missing), len(paths), len(index))
-    maker = _ShardMaker(config, open_model(config), dataset, index, manifest.pairs_per_shard, accelerator)
-    if accelerator.is_main_process and not stored_metadata(directory / UNCONDITIONAL):
+    model = open_model(config)
+    frozen = frozen_contents(model) if accelerator.is_main_process else {}
+    maker = _ShardMaker(config, model, dataset, index, manifest.pairs_per_shard, accelerator)
+    if accelerator.is_main_process and stored_metadata(directory / UNCONDITIONAL).get("hash") != manifest.hash:
         write_tensors(directory / UNCONDITIONAL, maker.unconditional, hash=manifest.hash)
     tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
     hidden = not (progress and accelerator.is_local_main_process)
@@ -152,7 +164,16 @@ def _fill(
         before = maker.networks.evaluations["without_gradient"]
         tensors = maker.make(shard)
         evaluations = maker.networks.evaluations["without_gradient"] - before
-        write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations)
+        checksums = {kind: [checksum(record) for record in _records(tensors, kind)] for kind in ("image", "caption")}
+        write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations, crc32=checksums)
+    return frozen
+
+
+def _records(tensors: Tensors, kind: str) -> Iterator[Tensors]:
+    """The images or captions of a shard, one by one."""
+    own = {name.removeprefix(f"{kind}."): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
+    for place in range(len(next(iter(own.values()), ()))):
+        yield {name: tensor[place] for name, tensor in own.items()}
 
 
 class _ShardMaker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,9 +174,15 @@ class Reporting(Callback):
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:
-    """Rows of a run's history.jsonl; a last line cut off by a kill is left out."""
+    """Rows of a run's history.jsonl; a last line cut off by a kill is left out, and with a warning a damaged one."""
     path = directory / HISTORY
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            if line.endswith(b"\n"):
+                rows.append(json.loads(line) | {})
+        except (ValueError, TypeError):
+            warnings.warn(f"line {number} of {path} is damaged, and left out", stacklevel=2)
+    return rows

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinvdpo.io import atomic_directory
-from fastinvdpo.models.adapters import merged_copy, merged_into, save_adapter
+from fastinvdpo.models.adapter_files import save_adapter
+from fastinvdpo.models.adapters import merged_copy, merged_into
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.networks import Networks
 
@@ -24,6 +25,7 @@ def export_model(
     write: bool = True,
     pipeline: bool = True,
     card: str | None = None,
+    suffix: str = "",
 ) -> Path:
     """Write ``directory/model``, which ``load_model`` reads, and return it.
 
@@ -34,26 +36,26 @@ def export_model(
 
     Args:
         pipeline: False writes the trained network alone, which ``unet_init`` and diffusers read.
-        card: the text of README.md in both.
+        card: the text of README.md in both. suffix: to the names of both.
     """
     with nullcontext() if ema is None else ema.applied():
         shards = networks.shards
         network = networks.policy_module if shards is None else shards.whole_module(here=write)
         if network is None or not write:
-            return directory / "model"
+            return directory / f"model{suffix}"
         if networks.lora:
-            with atomic_directory(directory / "adapter") as temporary:
-                save_adapter(network, temporary)
+            with atomic_directory(directory / f"adapter{suffix}") as temporary:
+                save_adapter(network, temporary, model.origin)
                 model.save_lora(temporary, network)
                 _write_card(temporary, card)
             network = merged_copy(network) if model.unquantized is None else merged_into(model.unquantized(), network)
-        with atomic_directory(directory / "model") as temporary:
+        with atomic_directory(directory / f"model{suffix}") as temporary:
             if pipeline:
                 model.save(temporary, network=network)
             else:
                 model.save_network(temporary, network)
             _write_card(temporary, card)
-    return directory / "model"
+    return directory / f"model{suffix}"
 
 
 def _write_card(directory: Path, card: str | None) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.io import Digests
-from fastinvdpo.trainer.cache import Manifest
+from fastinvdpo.io import DIGEST, key_hash
+from fastinvdpo.models.checkpoints import part_folder
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def model_card(
     sections: Sequence[str],
     step: int,
     pairs: int,
-    digest: str,
+    attempts: Sequence[Mapping[str, Any]],
 ) -> str:
     """The text of README.md: from what, on what and how the model was trained, and the numbers of the run.
 
@@ -35,7 +35,7 @@ def model_card(
         history: the logged rows until ``step``; the last one is shown.
         sections: further sections.
         step: optimizer steps that made the model; pairs: in the data set.
-        digest: what :func:`data_digest` gave.
+        attempts: what the steps from ``after`` on were made of, in their order: paths, and digests by part.
     """
     hub = require("huggingface_hub", extra="train", purpose="writing a model card")
     yaml = require("yaml", extra="train", purpose="writing a model card")
@@ -45,13 +45,16 @@ def model_card(
     last = history[-1] if history else {}
     rows = [f"| {name} | {value:.6g} |" for name, value in last.items() if isinstance(value, (int, float))]
     versions = [f"{name} {found}" for name in _PACKAGES if (found := version(name)) is not None]
+    content = {name: value for name, value in attempts[-1].items() if name.startswith("data ")}
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {Path(base).name}, aligned by {method}",
         f"`{base}` (family {model.family}) after {step} steps of {method} with fastinvdpo.",
         f"## How to load it\n\n{_usage(config, model)}",
+        *_averages(config),
         *_quantization(config),
-        f"## Data\n\n{pairs} pairs from `{config.data.path}`. Content: {digest}",
+        f"## Data\n\n{pairs} pairs from `{config.data.path}`. Content: {DIGEST}{key_hash(content)}",
+        f"## What it was made of\n\n{_made_of(attempts, step)}",
         *sections,
         "## Last logged step\n\n" + ("\n".join(["| | |", "|---|---|", *rows]) if rows else "No step was logged."),
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(config.as_dict(), sort_keys=False)}```",
@@ -60,21 +63,13 @@ def model_card(
     return str(hub.ModelCard("\n\n".join(parts) + "\n"))
 
 
-def data_digest(source: Any, cache: Path | None = None) -> str:
-    """SHA-256 over the files that the pairs follow from, or why there is none.
-
-    Args:
-        source: the data set's ``PairSource``, if it has one.
-        cache: directory of the cache that was trained from; it knows the digest already.
-    """
-    if cache is not None and (manifest := Manifest.read(cache)) is not None:
-        return str(manifest.key.get("data content", "not recorded"))
-    if source is None:
-        return "not hashed (pairs given in memory)"
-    try:
-        return Digests().of(source.files())
-    except (InvalidInput, OSError) as error:
-        return f"not hashed ({error})"
+def _made_of(attempts: Sequence[Mapping[str, Any]], step: int) -> str:
+    """A table of paths and contents, with a column for each part of the run."""
+    ends = [attempt["after"] for attempt in attempts[1:]] + [step]
+    names = list(dict.fromkeys(name for attempt in attempts for name in attempt if name != "after"))
+    told = [f"steps {attempt['after'] + 1} to {end}" for attempt, end in zip(attempts, ends, strict=True)]
+    rows = [[name, *(f"`{attempt.get(name, 'not recorded')}`" for attempt in attempts)] for name in names]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [["", *told], ["---"] * (len(told) + 1), *rows])
 
 
 def version(package: str) -> str | None:
@@ -130,19 +125,41 @@ class Publishing(Callback):
 def _usage(config: TrainConfig, model: DiffusionModel) -> str:
     if model.family == "digits":
         return '`fastinvdpo.models.load_model("digits", DIRECTORY)`'
-    base, lines = config.model.path, ["from diffusers import DiffusionPipeline", ""]
+    kind, folder, lora = type(model.network).__name__, model.network_folder, config.model.lora is not None
+    imported, lines = ["DiffusionPipeline"], ["", ""]
+    base = {name: getattr(config.model, name) for name in ("path", "revision", "variant")}
+
+    def pipeline(**parts: str) -> str:
+        options = "".join(f', {name}="{value}"' for name, value in base.items() if name != "path" and value is not None)
+        given = "".join(f", {name}={value}" for name, value in parts.items())
+        return f'pipe = DiffusionPipeline.from_pretrained("{base["path"]}"{options}{given})'
+
+    def network(path: str, inside: bool) -> dict[str, str]:
+        """Says how to load the network at ``path``, or below it; gives the part for a pipeline."""
+        below = f', subfolder="{folder}"' if inside else ""
+        lines.append(f'{folder} = {kind}.from_pretrained("{path}"{below})')
+        imported[1:] = [kind]
+        return {folder: folder}
+
     if config.output.pipeline:
         lines.append('pipe = DiffusionPipeline.from_pretrained("DIRECTORY/model")')
     else:
-        kind, folder = type(model.network).__name__, model.network_folder
-        lines[0] += f", {kind}"
-        lines.append(f'{folder} = {kind}.from_pretrained("DIRECTORY/model", subfolder="{folder}")')
-        lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}", {folder}={folder})')
-    if config.model.lora is not None:
+        lines.append(pipeline(**network("DIRECTORY/model", inside=True)))
+    if lora:
         lines += ["", "# or the adapter on the base model, which can be scaled and switched off"]
-        lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}")')
+        other = config.model.unet_init
+        inside = other is not None and part_folder("model.unet_init", other, folder).name == folder
+        lines.append(pipeline(**({} if other is None else network(other, inside))))
         lines.append('pipe.load_lora_weights("DIRECTORY/adapter", weight_name="pytorch_lora_weights.safetensors")')
+    lines[0] = f"from diffusers import {', '.join(imported)}"
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _averages(config: TrainConfig) -> list[str]:
+    decay = config.training.ema_decay
+    told = f"`model` and `adapter` hold averages of the weights over the steps (EMA, decay up to {decay}), `model-raw`"
+    raw = "(the network alone) and `adapter-raw` in the output directory the weights after the last step."
+    return [] if decay is None else [f"{told} {raw}"]
 
 
 def _quantization(config: TrainConfig) -> list[str]:

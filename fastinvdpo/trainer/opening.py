@@ -148,6 +148,8 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.training.mixed_precision,
         log_with=trackers or None,
         project_dir=f"{config.output.directory}/tensorboard",
+        # The loop accumulates; accelerate would divide by what its launcher was told once more.
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
     )
     accelerate.utils.set_seed(config.training.seed)
     return accelerator

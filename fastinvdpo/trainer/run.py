@@ -12,6 +12,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.callbacks import Callback, TrainResult
 from fastinvdpo.trainer.checkpoint import find_checkpoint
+from fastinvdpo.trainer.launch import with_launcher
 from fastinvdpo.trainer.opening import open_data_source, open_dataset, open_model, with_score_range
 from fastinvdpo.trainer.performance import require_extras
 from fastinvdpo.trainer.trainer import PreferenceTrainer
@@ -34,6 +35,7 @@ def train(
         MissingExtra: a package of the ``train`` extra is missing.
         NonFiniteLoss: a loss or gradient was not finite; the last good checkpoint is kept.
     """
+    config = with_launcher(config)
     for package in ("accelerate", "diffusers"):
         require(package, extra="train", purpose="training")
     require_extras(config)

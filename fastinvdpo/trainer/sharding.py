@@ -15,45 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.errors import invalid
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from fastinvdpo.config import TrainConfig
-
-
-def check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Raise ``InvalidInput`` for a way of sharing a run among processes that the trainer does not support."""
-    kind = str(accelerator.distributed_type.value)
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        raise invalid("distributed_type", kind, "is not supported", "launch with --multi_gpu, or --use_fsdp")
-    if kind != "FSDP":
-        return
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    plugin: Any = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise invalid("fsdp_version", plugin.fsdp_version, "is not supported", "launch with --fsdp_version 2")
-    if plugin.activation_checkpointing:
-        remedy = "set training.gradient_checkpointing instead"
-        raise invalid("fsdp_activation_checkpointing", True, "renames the weights", remedy)
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise invalid("fsdp_offload_params", True, "is not supported", "drop it")
-    if config.training.mixed_precision == "fp16":
-        problem = "needs a gradient scaler, which is not supported with FSDP"
-        raise invalid("training.mixed_precision", "fp16", problem, "choose bf16")
-    if config.optimizer.name != "adamw":
-        raise invalid("optimizer.name", config.optimizer.name, "does not know sharded weights", "choose adamw")
-    if config.model.quantization is not None:
-        remedy = "set it to null, or launch without FSDP"
-        raise invalid("model.quantization", config.model.quantization, "cannot be sharded", remedy)
-    if config.method.policy_inverts and config.method.compat is not None:
-        problem = "may invert a batch in no step at all, and FSDP needs all processes to begin together"
-        raise invalid("method.compat", config.method.compat, problem, "set it to null, or launch without FSDP")
-    if config.method.whole_chain and config.training.max_batch is None:
-        problem = "is found by a probe, which every process makes for itself, and FSDP needs all of them for a call"
-        raise invalid("training.max_batch", None, problem, "give a number, such as 4")
 
 
 class Shards:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from fastinvdpo.config import TrainConfig, complete
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
-from fastinvdpo.io import clean_leftovers
+from fastinvdpo.io import clean_leftovers, key_hash
 from fastinvdpo.methods import Method, PairBatch
 from fastinvdpo.trainer.accounting import measure_costs, peak_memory
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
@@ -30,18 +29,15 @@ from fastinvdpo.trainer.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from fastinvdpo.trainer.contents import attempts, contents_of
 from fastinvdpo.trainer.draws import DrawOrder, epoch_order
 from fastinvdpo.trainer.export import export_model
-from fastinvdpo.trainer.hub import Publishing, data_digest, model_card
+from fastinvdpo.trainer.hub import Publishing, model_card
+from fastinvdpo.trainer.launch import check_launch, with_launcher
 from fastinvdpo.trainer.metrics import names
 from fastinvdpo.trainer.nonfinite import report_gradient, report_loss
-from fastinvdpo.trainer.opening import (
-    check_dataset,
-    open_accelerator,
-    with_score_range,
-)
+from fastinvdpo.trainer.opening import check_dataset, open_accelerator, with_score_range
 from fastinvdpo.trainer.performance import decide, set_tf32, speed_up, tell_changes
-from fastinvdpo.trainer.sharding import check_launch
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
 from fastinvdpo.trainer.step import training_step
 
@@ -94,7 +90,7 @@ class PreferenceTrainer:
         self._began = time.perf_counter()
         self.cache = pairs if isinstance(pairs, PairCache) else None
         self._source = getattr(pairs, "source", None)
-        config = with_score_range(complete(config, method, model, pairs), self._source)
+        config = with_score_range(with_launcher(complete(config, method, model, pairs)), self._source)
         self.config, self.model, self.directory = config, model, Path(config.output.directory)
         if self.cache is None and config.cache.path is not None:
             problem = "belongs to the files that the configuration names, not to pairs at hand"
@@ -115,11 +111,11 @@ class PreferenceTrainer:
         self._identity = {"effective batch": self.order.effective_batch, "pairs in the data set": len(pairs)}
         if config.data.buckets is not None:
             self._identity["pairs in a batch of one bucket"] = config.training.batch_size
+        self._pairs = pairs
         # Another run's checkpoint is refused before anything is computed or written.
         self._stored = self._load(found)
         self._last_checkpoint = found
         self.objective = config.method.objective(model.schedule)
-        self._pairs = pairs
 
     def train(self) -> TrainResult:
         """Train from the first step that is missing, and write the model.
@@ -165,6 +161,9 @@ class PreferenceTrainer:
             check_versions(self._stored.meta, self.say)
             tell_changes(self._stored.meta.get("performance"), self.performance, self.say)
             restore_state(self.state, self._stored, self.accelerator)
+            history = key_hash({"rows": self.reporting.rows})
+            if self.accelerator.is_main_process and self._stored.meta.get("history", history) != history:
+                self.say("history.jsonl is not what the checkpoint's run had logged: it was changed or damaged.")
             self._stored = None  # its weights need not stay in memory
             self.say(f"Resuming after step {self.first_step}.")
 
@@ -215,12 +214,16 @@ class PreferenceTrainer:
         """The checkpoint to continue from, and what the run had done until then."""
         self.first_step, self._seconds_before = 0, 0.0
         self._evaluations_before: dict[str, int] = {}
-        if path is None:
-            return None
-        stored = load_checkpoint(path)
-        check_same_run(stored.meta, self.config.as_dict(), self._identity)
-        self.first_step, self._seconds_before = stored.meta["step"], stored.meta["seconds"]
-        self._evaluations_before = stored.meta["network_evaluations"]
+        stored = None if path is None else load_checkpoint(path)
+        meta: dict[str, Any] = {} if stored is None else stored.meta
+        before = meta.get("remembered", {})
+        found = contents_of(self.config, self.model, self._pairs, self.accelerator, before)
+        self._contents, self._remembered = found
+        if stored is not None:
+            check_same_run(meta, self.config.as_dict(), self._identity, self._contents)
+            self.first_step, self._seconds_before = meta["step"], meta["seconds"]
+            self._evaluations_before = meta["network_evaluations"]
+        self._attempts = attempts(meta, self.config, self._contents)
         return stored
 
     def _prepare_directory(self) -> None:
@@ -329,9 +332,13 @@ class PreferenceTrainer:
     def _save(self, step: int) -> None:
         self.check_finite(step)
         meta = {
-            "format": 1,
+            "format": 2,
             "config": self.config.as_dict(),
             "run": self._identity,
+            "contents": self._contents,
+            "attempts": self._attempts,
+            "remembered": self._remembered,
+            "history": key_hash({"rows": self.reporting.rows}),
             "performance": self.performance.as_dict(),
             "next_draw": step * self.order.effective_batch,
             "network_evaluations": self._evaluations(),
@@ -349,7 +356,7 @@ class PreferenceTrainer:
         if main and networks.shards is None:
             self.accelerator.unwrap_model(networks.wrapped, keep_fp32_wrapper=False)
         if main or networks.shards is not None:
-            self.export(self.directory, steps)
+            self.export(self.directory, steps, raw=True)
         self.accelerator.wait_for_everyone()
         result = TrainResult(
             directory=self.directory,
@@ -364,30 +371,21 @@ class PreferenceTrainer:
             callback.on_end(self, result)
         return result
 
-    def export(self, directory: Path, step: int) -> None:
-        """Write the model of now, after ``step``, with its card into ``directory``."""
-        main = self.accelerator.is_main_process
-        export_model(
-            self.model,
-            self.state.networks,
-            self.state.ema,
-            directory,
-            write=main,
-            pipeline=self.config.output.pipeline,
-            card=self._card(step) if main else None,
-        )
+    def export(self, directory: Path, step: int, *, raw: bool = False) -> None:
+        """Write the model of now, after ``step``, with its card into ``directory``; ``raw``: with EMA also the network
+        that was averaged, into ``model-raw`` and ``adapter-raw``.
+        """
+        main, ema, networks = self.accelerator.is_main_process, self.state.ema, self.state.networks
+        options: dict[str, Any] = {"write": main, "card": self._card(step) if main else None}
+        export_model(self.model, networks, ema, directory, pipeline=self.config.output.pipeline, **options)
+        if raw and ema is not None:
+            export_model(self.model, networks, None, directory, pipeline=False, suffix="-raw", **options)
 
     def _card(self, step: int) -> str:
         sections = [section for callback in self._callbacks for section in callback.card(step)]
         rows = [row for row in self.reporting.rows if row["step"] <= step]
-        return model_card(self.config, self.model, rows, sections, step, self.order.pairs, self._digest)
-
-    @cached_property
-    def _digest(self) -> str:
-        """Of the data, which is read for it once, whatever the number of cards."""
-        if not self.config.output.data_hash:
-            return "not hashed (output.data_hash)"
-        return data_digest(self._source, None if self.cache is None else self.cache.directory)
+        seen = [attempt for attempt in self._attempts if attempt["after"] < max(step, 1)]
+        return model_card(self.config, self.model, rows, sections, step, self.order.pairs, seen)
 
     def _evaluations(self) -> dict[str, int]:
         """Network evaluations with and without gradient, over all attempts of the run and all processes."""

@@ -2,11 +2,10 @@
 
 Forward: every program adds up one chunk of one row and leaves its sums in a workspace. The last program of a pair adds
 those up and writes the pair's margin and errors; the last of all pairs turns margins into the loss. Both add in a fixed
-order, so that the bits depend on the shape alone and not on the order of arrival.
+order: the bits depend on the shape alone, not on the order of arrival.
 
-Arrivals are counted from zeros of the call's own. Zeros kept for the next call would save a fill of a few bytes, and be
-wrong: when CUDA graphs are made, by ``torch.compile`` in its warm-up too, new memory belongs to a pool that takes it
-back, and graphs that shared counters could not be replayed side by side. A fill is a node of the graph.
+Each call counts arrivals from zeros of its own. Zeros kept for the next call would be wrong: while CUDA graphs are
+recorded, new memory belongs to a pool that takes it back, and graphs that shared counters could not run side by side.
 """
 
 from __future__ import annotations
@@ -74,15 +73,8 @@ def forward(
     columns = _FINISH_TILE if timesteps == 1 else min(_FINISH_TILE, next_power_of_2(plan.chunks))
     with on_device_of(policy):
         forward_kernel[(rows.rows * plan.chunks,)](
-            policy,
-            reference,
-            target,
-            pair_weight,
-            timestep_weight,
-            loss,
-            margin,
-            policy_mse,
-            reference_mse,
+            *(policy, reference, target, pair_weight, timestep_weight),
+            *(loss, margin, policy_mse, reference_mse),
             partials,
             policy.new_zeros(1 + pairs, dtype=torch.int32),
             pairs,
@@ -131,14 +123,8 @@ def backward(  # noqa: PLR0913 - the op's schema
     form, flip = utility_form(utility, label_smoothing)
     with on_device_of(policy):
         backward_kernel[(rows.rows * blocks,)](
-            grad_loss,
-            grad_margin,
-            grad_policy_mse,
-            policy,
-            target,
-            margin,
-            pair_weight,
-            timestep_weight,
+            *(grad_loss, grad_margin, grad_policy_mse),
+            *(policy, target, margin, pair_weight, timestep_weight),
             gradient,
             pairs,
             timesteps,

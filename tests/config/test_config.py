@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastinvdpo.cli.options import read_config
 from fastinvdpo.config.files import parse_yaml
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, load_config, presets, to_yaml
@@ -145,6 +147,11 @@ def test_output_directory_that_is_a_file(tmp_path: Path) -> None:
         ("[1, 2]", [1, 2]),
         ("1.2.3", "1.2.3"),
         ("'1e-8'", "1e-8"),
+        ("1_000", 1000),
+        ("2024-05-01", "2024-05-01"),
+        ("=", "="),
+        ("\ufeffa: 1\r\nb: 2\r\n", {"a": 1, "b": 2}),
+        ("a: &x [1]\nb: *x", {"a": [1], "b": [1]}),
     ],
 )
 def test_yaml_values(text: str, value: object) -> None:
@@ -190,11 +197,105 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- a\n- b", "not a mapping of sections"), ("", "method = None: is missing")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b", "not a mapping of sections"),
+        ("", "method = None: is missing"),
+        ("data: {path: x}\ndata: {path: y}", "line 1, column 1: the key data stands twice"),
+        ("training: {steps: 1, steps: 2}", "the key steps stands twice"),
+        ("a: &a [*a]", "stand for more than"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{b}: &{b} [{','.join(['*' + a] * 8)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)),
+            "stand for more than",
+        ),
+        ("[" * 5000, "nested too deeply"),
+        ("training: {steps: " + "9" * 6000, "not valid YAML"),
+        ("training: {steps: " + "9" * 400 + "}", r"training\.steps = 9+"),
+        ("data: !!python/object/apply:os.system ['touch hit']", "could not determine a constructor"),
+        ('data: {path: "a\\0b"}', r"data\.path = 'a\\x00b': holds NUL"),
+    ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         load_config(_write(tmp_path / "c.yaml", text))
+
+
+@pytest.mark.parametrize(
+    "text", ["root:SECRET:1:\nbin:SECRET", "SECRET", "a: [SECRET", "SECRET: {SECRET: SECRET", "a: {b: SECRET}"]
+)
+def test_errors_show_nothing_of_a_file_that_is_no_configuration(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load_config(_write(tmp_path / "c.yaml", text))
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("~/x", "/home/me/x"),
+        ("$PLACE/x", "/some $5 place/x"),
+        ("${PLACE}y", "/some $5 placey"),
+        ("$$PLACE/$5", "$PLACE/$5"),
+        ("./~a", "./~a"),
+        ("runs/style #3", "runs/style #3"),
+        ("runs/a: b = c, d", "runs/a: b = c, d"),
+        ("'it''s'", "it's"),
+        ("2024", "2024"),
+        ("2024-05-01", "2024-05-01"),
+        ("0123", "0123"),
+        ("*.x&!%@", "*.x&!%@"),
+    ],
+)
+def test_paths_mean_what_they_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: str, meant: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/some $5 place")
+    config = load_config(overrides=[f"data.path={written}"], preset="inpo-sd15")
+    assert config.data.path == meant
+    assert load_config(_write(tmp_path / "again.yaml", to_yaml(config))) == config
+    assert TrainConfig.from_mapping(config.as_dict()) == config
+
+
+def test_numbers_are_text_where_a_file_has_paths(tmp_path: Path) -> None:
+    path = _write(tmp_path / "c.yaml", "data: {path: 2024, image_root: 1e5}\noutput: {directory: 2024-05-01}\n")
+    config = load_config(path, preset="inpo-sd15")
+    assert (config.data.path, config.data.image_root, config.output.directory) == ("2024", "1e5", "2024-05-01")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=$NOT_SET/x"], r"data\.path = .*variable NOT_SET is not set"),
+        (
+            ["data.path=x", "evaluation.prompts=${NOT_SET}", "evaluation.scorers=[a]"],
+            r"evaluation\.prompts = .*NOT_SET",
+        ),
+        (["data.path=~nobody-here/x"], r"data\.path = .*home directory of nobody"),
+        (["data.path=x", "cache.path=None"], r"cache\.path = 'None': is text here.*write null"),
+        (["data.path='x' # y"], r"there is more after the value"),
+        (["data.path=x", "data.path=y"], r"data\.path = 'y': is given beside data\.path=x"),
+        (["model.lora.rank=4", "model.lora=null"], r"model\.lora = 'null': is given beside model\.lora\.rank=4"),
+    ],
+)
+def test_overrides_that_mean_nothing_or_undo_another(overrides: list[str], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        load_config(overrides=overrides, preset="inpo-sd15")
+
+
+def test_a_configuration_lies_anywhere_and_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "lr=1e-5"
+    place.mkdir()
+    _write(place / "c.yaml", MINIMAL % tmp_path)
+    _write(tmp_path / "b=1.yaml", MINIMAL % tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("lr=1e-5/c.yaml", "~/lr=1e-5/c.yaml", "b=1.yaml"):
+        assert read_config([name, "training.steps=700"], None).training.steps == 700
+    assert read_config(["data.path=x"], "inpo-sd15").data.path == "x"
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "/dev/zero", "lr=1e-5/no.yaml"):
+        with pytest.raises(InvalidInput, match=r"config = .*cannot be read"):
+            read_config([name], None)
 
 
 def test_missing_file_and_unknown_preset(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.images import decode, probe
+from fastinvdpo.data.transforms import scaled
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> memoryview:
@@ -96,6 +97,58 @@ def test_cmyk_goes_through_its_profile() -> None:
     rgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # of another color space
     with pytest.raises(BrokenRow, match="color profile cannot be used"):
         seen(image, "JPEG", icc_profile=rgb)
+
+
+def profile_of_display_p3() -> bytes:
+    """The profile of sRGB with other primaries and another name."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {
+        "rXYZ": (0.51512, 0.2412, -0.00105),
+        "gXYZ": (0.29198, 0.69225, 0.04189),
+        "bXYZ": (0.1571, 0.06657, 0.78407),
+    }
+    for tag, values in primaries.items():
+        entry = data.index(tag.encode(), 128)
+        place = int.from_bytes(data[entry + 4 : entry + 8], "big") + 8
+        for i, value in enumerate(values):
+            data[place + 4 * i : place + 4 * i + 4] = round(value * 65536).to_bytes(4, "big", signed=True)
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "P3  ".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colors_go_through_their_profile_to_srgb(mode: str) -> None:
+    image = Image.new("RGB", (4, 4), (200, 100, 100))
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    linear = [((value / 255 + 0.055) / 1.055) ** 2.4 for value in (200, 100, 100)]
+    # Display P3 to sRGB, as in CSS Color Module Level 4.
+    red = 1.2249401 * linear[0] - 0.2249402 * linear[1]
+    expected = 255 * (1.055 * red ** (1 / 2.4) - 0.055)
+    found = seen(image, icc_profile=profile_of_display_p3()).getpixel((0, 0))
+    assert abs(found[0] - expected) <= 1.5 and found[0] > 205
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for unused in (srgb, b"no profile"):
+        assert seen(image, icc_profile=unused).getpixel((0, 0)) == (200, 100, 100)
+
+
+def test_of_several_frames_the_first_is_seen() -> None:
+    for kind in ("GIF", "WEBP", "PNG", "TIFF", "MPO"):
+        first, second = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4))
+        red, *others = seen(first, kind, save_all=True, append_images=[second]).getpixel((0, 0))
+        assert red > 250 and max(others) < 5, kind
+
+
+def test_bombs_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastinvdpo.data.images.MOST_PIXELS", 100)
+    for read in (decode, probe):
+        with pytest.raises(BrokenRow, match=r"11 x 10 pixels are more than 100"):
+            read(saved(Image.new("L", (11, 10))), "row 0")
+    with pytest.raises(BrokenRow, match=r"becomes \(262144, 512\) at data.resolution"):
+        scaled((512000, 1000), (512, 512), "row 0")
+
+
+def test_heic_is_named() -> None:
+    with pytest.raises(BrokenRow, match="it is HEIC, which is not read"):
+        decode(memoryview(b"\0\0\0\x18ftypheic" + bytes(50)), "row 0")
 
 
 def test_formats_that_start_other_programs_are_not_opened() -> None:

@@ -202,7 +202,7 @@ BAD_ROWS = {
     "caption missing": (row(1, caption=None), r"row 1, column 'caption' = None: is not a string"),
     "image missing": (row(1, jpg_0=None), r"row 1, column 'jpg_0' = None: holds no encoded image bytes"),
     "image empty": (row(1, jpg_1=b""), r"row 1, column 'jpg_1'.*holds no encoded image bytes"),
-    "image is text": (row(1, jpg_1=b"hello"), r"row 1, column 'jpg_1' = \"5 bytes.*is not an intact image"),
+    "image is text": (row(1, jpg_1=b"hello"), r"row 1, column 'jpg_1' = '5 bytes.*is not an intact image"),
     "image cut off": (row(1, jpg_0=TRUNCATED), r"row 1, column 'jpg_0'.*is not an intact image"),
     "photo cut off": (row(1, jpg_0=JPEG[: len(JPEG) // 2]), r"row 1, column 'jpg_0'.*is not an intact image"),
     "image of another size": (row(1, jpg_1=encoded(image(0, (9, 8)))), r"row 1, column 'jpg_1' = \(8, 9\).*resolution"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 
 from fastinvdpo.data import PairDataset, open_source
@@ -115,7 +118,7 @@ def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
         "missing image",
     ]
     assert dataset.broken.lines()[1]["place"] == "row 2 (pairs.jsonl, line 3)"
-    with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '{not json': is not valid JSON"):
+    with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '10 bytes': is not valid JSON"):
         PairDataset(path)
 
 
@@ -143,6 +146,62 @@ def test_broken_members_of_shards(root: Path) -> None:
         *("malformed row", "malformed row", "malformed label", "malformed row")
     ]
     assert "'2.txt': is the name of two members" in dataset.broken.lines()[1]["problem"]
+
+
+@pytest.fixture
+def outside(root: Path, tmp_path: Path) -> Path:
+    """An image outside the folder of the data, and what is none."""
+    write_images(root)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.png").write_bytes(encoded(image(7)))
+    (root / "link").symlink_to(tmp_path / "other")
+    os.mkfifo(root / "pipe")
+    return tmp_path / "other" / "a.png"
+
+
+def test_images_of_a_folder_lie_in_it_or_where_the_user_says(root: Path, outside: Path) -> None:
+    bad = [str(outside), "../other/a.png", "link/a.png", "pipe", "images", "/dev/zero", "a\0b", "x" * 5000, "~/a.png"]
+    good = {"image_0": "images/0-0.png", "image_1": str(root / "images" / "0-1.png"), "label": 0, "caption": "a"}
+    write_lines(root / "pairs.jsonl", [good, *(good | {"image_1": place} for place in bad)])
+    with pytest.warns(UserWarning, match="left out 9"):
+        dataset = PairDataset(root, max_broken=9)
+    assert dataset.summary.broken == {"missing image": 9} and len(dataset) == 1
+    assert not any(file.is_relative_to(outside.parent) for file in dataset.source.files())
+    with pytest.raises(InvalidInput, match=r"line 2.* lies outside the folder.*data\.image_root"):
+        PairDataset(root)
+    named = [{"image_0": "other/a.png", "image_1": "set/images/0-1.png", "label": 1, "caption": "a"}]
+    source = open_source(write_lines(root / "pairs.jsonl", named), image_root=root.parent)
+    assert PairDataset(source)[0].loser.getpixel((0, 0)) == 7
+
+
+def test_images_of_a_repository_lie_in_it_or_where_the_user_says(root: Path, outside: Path) -> None:
+    near, far = ({"bytes": None, "path": str(path)} for path in (root / "images" / "0-0.png", outside))
+    rows = [{"jpg_0": near, "jpg_1": other, "label_0": 0.0, "caption": "a"} for other in (near, far)]
+    (root / "data").mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows), root / "data" / "train.parquet")
+    with pytest.raises(InvalidInput, match=r"row 1.* lies outside the folder.*data\.image_root"):
+        PairDataset(open_source(root, format="datasets"))
+    dataset = PairDataset(open_source(root, format="datasets", image_root=root.parent))
+    assert dataset[1].winner.getpixel((0, 0)) == 7
+
+
+def test_members_that_are_no_files_or_lie_about_their_size(root: Path) -> None:
+    good = {"json": b'{"label": 0, "caption": "a"}', "0.png": encoded(image(1)), "1.png": encoded(image(2))}
+    path = write_tar(root / "0.tar", [good])
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("1.0.png", tarfile.SYMTYPE), ("1.1.png", tarfile.LNKTYPE), ("1.json", tarfile.CHRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    assert len(PairDataset(path)) == 1
+    for size in (b"\xff" * 12, b"77777777777\0"):
+        header = bytearray(path.read_bytes())
+        header[124:136] = size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header[:512])
+        (root / "1.tar").write_bytes(header)
+        with pytest.raises(InvalidInput, match=r"1\.tar"):
+            open_source(root / "1.tar")
 
 
 def test_shards_that_end_early_are_refused(root: Path) -> None:

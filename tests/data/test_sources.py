@@ -10,9 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as arrow
+import pyarrow.parquet as parquet_format
 import pytest
 
 from fastinvdpo.data import PairDataset, open_source
+from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import encoded, image, row, store
@@ -239,6 +243,37 @@ def test_hidden_files_and_companions_of_a_mac_are_no_pairs(root: Path) -> None:
 
 
 # What cannot be told or read
+
+
+def test_a_scored_file_beside_its_input_is_not_read_twice(root: Path) -> None:
+    store(root / "pairs.parquet", rows())
+    table = parquet_format.read_table(root / "pairs.parquet")
+    parquet_format.write_table(table.replace_schema_metadata({METADATA: b"{}"}), root / "scored.parquet")
+    with pytest.raises(InvalidInput, match=r"scored\.parquet.*was written by fastinvdpo score, and others were not"):
+        PairDataset(root)
+
+
+def test_loading_scripts_and_pickles_are_not_run(root: Path) -> None:
+    hit = root.parent / "hit"
+    (root / "data").mkdir()
+    (root / f"{root.name}.py").write_text(f"open({str(hit)!r}, 'w')")
+    (root / "data" / "a.npy").write_bytes(b"\x93NUMPY\x01\0" + pickle.dumps(print))
+    for kind in ("datasets", "auto", "webdataset"):
+        with pytest.raises(InvalidInput, match=r"data\.path"):
+            open_source(root, format=kind)
+    assert not hit.exists()
+
+
+@pytest.mark.parametrize("name", ["caption", "arrow"])
+def test_damaged_text_and_offsets_are_refused(root: Path, name: str) -> None:
+    damaged = arrow.StringArray.from_buffers(1, arrow.py_buffer(b"\0\0\0\0\x02\0\0\0"), arrow.py_buffer(b"\xe9!"))
+    table = arrow.Table.from_pylist([row(0)]).drop_columns(["caption"]).append_column("caption", damaged)
+    if name == "caption":
+        parquet_format.write_table(table, root / "a.parquet")
+    else:
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(root)
+    with pytest.raises(InvalidInput, match=r"is damaged .*UTF-8|UTF8"):
+        PairDataset(root)
 
 
 def test_formats_that_cannot_be_told(root: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from fastinvdpo import DDIMInverseScheduler, InvalidInput
 from tests.cases import SD_SCHEDULER
+from tests.layout import ROOT
+from tests.models import tiny
 
 diffusers = pytest.importorskip("diffusers", reason="compares with diffusers: pip install '.[train]'")
 
@@ -52,21 +56,76 @@ def test_every_step(config: dict, steps: int) -> None:
         assert torch.equal(previous, result.prev_sample) and torch.equal(clean, result.pred_original_sample)
 
 
-def test_configuration_round_trip(tmp_path) -> None:
+def settings_of(scheduler) -> dict:
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def test_it_is_a_scheduler_of_diffusers(tmp_path) -> None:
+    """Configured, saved, loaded and indexed as theirs."""
     source = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     ours = DDIMInverseScheduler.from_config(source.config, clip_sample=False)
-    assert (
-        ours.config.steps_offset == 1
-        and ours.config["beta_schedule"] == "scaled_linear"
-        and not ours.config.clip_sample
-    )
-    assert DDIMInverseScheduler.from_config(ours.config).config == ours.config
-    assert DDIMInverseScheduler.from_config(source).config.steps_offset == 1
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({**ours.config, "_class_name": "X"}))
-    assert DDIMInverseScheduler.from_pretrained(tmp_path, subfolder="scheduler").config == ours.config
-    with pytest.raises(InvalidInput, match=r"holds no scheduler_config\.json"):
-        DDIMInverseScheduler.from_pretrained(tmp_path)
+    assert isinstance(ours, diffusers.SchedulerMixin) and isinstance(ours, diffusers.ConfigMixin)
+    assert ours.compatibles == diffusers.DDIMInverseScheduler().compatibles
+    theirs = settings_of(diffusers.DDIMInverseScheduler.from_config(source.config, clip_sample=False))
+    assert settings_of(ours) == theirs
+    assert settings_of(DDIMInverseScheduler.from_config(source, clip_sample=False)) == theirs
+    assert settings_of(DDIMInverseScheduler(**theirs, thresholding=True)) == theirs
+    ours.save_pretrained(tmp_path / "scheduler")
+    for loading in (DDIMInverseScheduler, diffusers.DDIMInverseScheduler):
+        assert settings_of(loading.from_pretrained(tmp_path, subfolder="scheduler")) == theirs
+    assert not DDIMInverseScheduler(set_alpha_to_zero=False).config.set_alpha_to_one
+    ours.set_timesteps(5)
+    output = ours.step(torch.zeros(1, 2), 1, torch.ones(1, 2))
+    assert output[0] is output.prev_sample and output["pred_original_sample"] is output[1] and len(output) == 2
+
+
+def test_a_pipeline_holds_it(tmp_path) -> None:
+    """DiffEdit inverts with it, and finds it again after a save."""
+    parts = {name: part for name, part in tiny.sd_pipeline().components.items() if name != "image_encoder"}
+    inverse = DDIMInverseScheduler.from_config(parts["scheduler"].config)
+    made = diffusers.StableDiffusionDiffEditPipeline(**parts, inverse_scheduler=inverse, requires_safety_checker=False)
+    made.save_pretrained(tmp_path)
+    loaded = diffusers.StableDiffusionDiffEditPipeline.from_pretrained(tmp_path)
+    assert type(loaded.inverse_scheduler) is DDIMInverseScheduler
+    assert settings_of(loaded.inverse_scheduler) == settings_of(inverse)
+    image, found = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    loaded.set_progress_bar_config(disable=True)
+    for scheduler in (loaded.inverse_scheduler, diffusers.DDIMInverseScheduler.from_config(inverse.config)):
+        loaded.inverse_scheduler = scheduler
+        options = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+        found.append(loaded.invert(prompt="a cat", image=image, **options)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_a_schedule_without_alphas_is_refused(name: str) -> None:
+    for config in (getattr(diffusers, name)().config, {"_class_name": name}):
+        with pytest.raises(InvalidInput, match=r"config = .* has no ᾱ"):
+            DDIMInverseScheduler.from_config(config)
+
+
+def test_without_diffusers_it_reads_and_steps_the_same(tmp_path) -> None:
+    DDIMInverseScheduler.from_config(SD_SCHEDULER).save_pretrained(tmp_path)
+    code = """
+import json, sys
+sys.modules["diffusers"] = None
+import torch
+from fastinvdpo import DDIMInverseScheduler, InvalidInput
+scheduler = DDIMInverseScheduler.from_pretrained(sys.argv[1])
+scheduler.set_timesteps(5)
+output = scheduler.step(torch.full((1, 2), 0.5), 201, torch.ones(1, 2))
+print(json.dumps([dict(scheduler.config), output[0].tolist(), output.pred_original_sample.tolist()]))
+try:
+    DDIMInverseScheduler.from_pretrained("no/such/folder")
+except InvalidInput as error:
+    assert "holds no scheduler_config.json" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    scheduler = DDIMInverseScheduler.from_config(SD_SCHEDULER)
+    scheduler.set_timesteps(5)
+    output = scheduler.step(torch.full((1, 2), 0.5), 201, torch.ones(1, 2))
+    assert json.loads(done.stdout) == [settings_of(scheduler), output[0].tolist(), output[1].tolist()]
 
 
 def test_half_precision_steps_in_float32() -> None:

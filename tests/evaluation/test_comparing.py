@@ -26,6 +26,7 @@ from tests.evaluation import tiny, tiny_clip
 from tests.evaluation.tiny import PROMPTS
 from tests.models import tiny as tiny_models
 from tests.trainer import tiny as tiny_training
+from tests.trainer.test_files import flip
 
 SAMPLING = Sampling(num_inference_steps=3, guidance_scale=1.0, batch_size=3)
 SCORER = FunctionScorer(tiny.brightness, "brightness", batch_size=2)
@@ -118,16 +119,34 @@ def test_an_interrupted_evaluation_ends_with_the_same_pictures(
     damaged = tmp_path / "parts" / "base" / "00006.png"
     whole_file = damaged.read_bytes()
     damaged.write_bytes(whole_file[:40])
-    with pytest.raises(InvalidInput, match=r"00006\.png': cannot be read .* delete it"):
-        evaluate(models, tmp_path / "parts")
-    damaged.write_bytes(whole_file)
-    again = evaluate(models, tmp_path / "parts")
-    assert calls == [3, 3, 1, 3, 3, 3, 3, 1]
+    with pytest.warns(UserWarning, match=r"00006\.png is damaged, and drawn again"):
+        again = evaluate(models, tmp_path / "parts")
+    assert calls == [3, 3, 1, 3, 3, 3, 1, 3, 1]
     assert again == whole
     for side in ("base", "aligned"):
         files = sorted((tmp_path / "parts" / side).iterdir())
         assert [file.name for file in files] == [f"{place:05d}.png" for place in range(len(PROMPTS))]
         assert np.array_equal(pixels(tmp_path / "parts", side), pixels(tmp_path / "whole", side))
+
+
+def test_every_flipped_bit_of_a_picture_is_found(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Or it changes no pixel."""
+    evaluate(models, tmp_path / "run")
+    file = tmp_path / "run" / "aligned" / "00001.png"
+    whole, picture, found = file.read_bytes(), comparing.read_image(file).tobytes(), 0
+    for bit in range(0, 8 * len(whole), 7):
+        flip(file, bit)
+        try:
+            assert comparing.read_image(file).tobytes() == picture
+        except InvalidInput as error:
+            assert "00001.png" in str(error) and "delete it" in str(error)
+            found += 1
+        file.write_bytes(whole)
+    assert found > len(whole)
+    settings = tmp_path / "run" / "settings.json"
+    settings.write_text(settings.read_text().replace('"format": 1', '"format": 3'))
+    with pytest.raises(InvalidInput, match=r"output = .*settings\.json cannot be read"):
+        evaluate(models, tmp_path / "run")
 
 
 def test_pictures_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:

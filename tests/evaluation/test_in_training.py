@@ -128,13 +128,9 @@ def test_the_best_model_is_kept(workspace: Path, plan: tuple[float, ...], best: 
     assert any(not torch.equal(value, weights(result.model_directory)[name]) for name, value in kept.items())
 
 
-def test_every_model_has_a_card_of_its_own_step(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best one after each of two steps, and the last; the data are read once for all of them."""
-    read: list[Any] = []
-    digest = loop.data_digest
-    monkeypatch.setattr(loop, "data_digest", lambda *arguments: read.append(arguments) or digest(*arguments))
+def test_every_model_has_a_card_of_its_own_step(workspace: Path) -> None:
+    """The best one after each of two steps, and the last."""
     result = run(workspace, "run", Planned(9.0, 1.0, 3.0, 2.0), model={"lora": {"rank": 2}})
-    assert len(read) == 1
     folders = result.directory / "best", result.directory
     best, last = ((folder / "model" / "README.md").read_text() for folder in folders)
     for card, step, score, logged in ((best, 4, 3, 4), (last, 6, 2, 6)):
@@ -213,6 +209,14 @@ def test_another_evaluation_starts_over(workspace: Path, caplog: pytest.LogCaptu
     assert [row["step"] for row in result.evaluation] == [0, 6]
     assert result.evaluation[0]["brightness"] == np.mean(base)
     assert json.loads((result.directory / "best" / "best.json").read_text())["step"] == 6
+
+
+def test_a_damaged_list_of_scores_is_refused(workspace: Path) -> None:
+    run(workspace, "run", Planned(0.25, 9.0, 9.0), training={"steps": 4})
+    file = workspace / "run" / "evaluation" / "base.json"
+    file.write_text(file.read_text().replace("0.25", "0.75", 1))
+    with pytest.raises(InvalidInput, match=r"evaluation = .*base\.json': cannot be read \(it was changed"):
+        run(workspace, "run")
 
 
 def test_a_run_without_evaluation_may_continue_with_one(workspace: Path) -> None:

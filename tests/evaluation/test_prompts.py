@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_columns_of_data_sets(tmp_path: Path) -> None:
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.txt", None, "cannot be read"),
         ("p.csv", "a", "is no prompt list"),
-        ("p.jsonl", "{", "line 1': is not JSON"),
+        ("p.jsonl", "{", "line 1 = '1 bytes': is not valid JSON"),
         ("p.jsonl", '{"id": 1}', "has none of prompt"),
         ("p.jsonl", '"a"\n{"prompt": ""}', "entry 2 .*is no prompt"),
         ("p.jsonl", "7", "is no prompt"),
@@ -69,6 +70,19 @@ def test_bad_lists(tmp_path: Path, name: str, content: str | None, message: str)
         (tmp_path / name).write_text(content)
     with pytest.raises(InvalidInput, match=message):
         load_prompts(tmp_path / name)
+
+
+def test_text_that_names_its_encoding_is_read_and_damaged_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("a caf\u00e9\u2028b\r\n".encode("utf-16"))
+    (tmp_path / "p.jsonl").write_bytes('\ufeff"a caf\u00e9\u2028b"\n'.encode())
+    assert load_prompts(tmp_path / "p.txt") == load_prompts(tmp_path / "p.jsonl") == ["a caf\u00e9\u2028b"]
+    for text in ('"\\ud83d"', '"a\\u0000"', '{"prompt": "a", "prompt": "b"}', "[" * 99_999):
+        (tmp_path / "p.jsonl").write_text(text)
+        with pytest.raises(InvalidInput, match=r"damaged text|is not valid JSON"):
+            load_prompts(tmp_path / "p.jsonl")
+    os.mkfifo(tmp_path / "q.txt")
+    with pytest.raises(InvalidInput, match="is no regular file"):
+        load_prompts(tmp_path / "q.txt")
 
 
 def test_a_limit_must_leave_something(tmp_path: Path) -> None:

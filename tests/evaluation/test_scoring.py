@@ -224,9 +224,12 @@ def test_a_damaged_part_is_computed_again(ten: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patched:
         patched.setattr(scoring, "write_scored", lambda *arguments: (_ for _ in ()).throw(RuntimeError))
         score_pairs(open_source(ten), [scorer()], output)
-    part = output.with_name("scored.parquet.parts") / "part-000001.json"
-    part.write_text(part.read_text()[:-7])
-    assert score_pairs(open_source(ten), [scorer()], output).computed == 1
+    parts = output.with_name("scored.parquet.parts")
+    for name, found, put in (("part-000000", '"rows": [0', '"rows": [3'), ("part-000001", "]", "")):
+        part = parts / f"{name}.json"
+        assert found in part.read_text()
+        part.write_text(part.read_text().replace(found, put, 1))
+    assert score_pairs(open_source(ten), [scorer()], output).computed == 2
     assert output.read_bytes() == whole.read_bytes()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinvdpo.ops import triton_kernels
-from fastinvdpo.ops.preference_loss import op as loss_op
+from fastinvdpo.ops.preference_loss import schema as loss_op
 from tests.kernels.cases import Problem, problem
 
 UNAVAILABLE = triton_kernels.unavailable()
@@ -41,13 +41,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Noted]:
 
 def forward(p: Problem) -> tuple[Tensor, ...]:
     settings = (p.beta, p.utility, p.label_smoothing)
-    return loss_op._triton_forward(p.policy, p.reference, p.target, p.pair_weight, p.timestep_weight, *settings)
+    return loss_op._FORWARD["triton"](p.policy, p.reference, p.target, p.pair_weight, p.timestep_weight, *settings)
 
 
 def backward(p: Problem) -> Tensor:
     margin, errors = torch.zeros(len(p.policy) // 2), torch.zeros(p.rows)
     tensors = (torch.ones(()), margin, errors, p.policy, p.target, margin, p.pair_weight, p.timestep_weight)
-    return loss_op._triton_backward(*tensors, p.beta, p.utility, p.label_smoothing)
+    return loss_op._BACKWARD["triton"](*tensors, p.beta, p.utility, p.label_smoothing)
 
 
 class _Made(TorchDispatchMode):

@@ -157,13 +157,6 @@ class TestForward:
         exact = loss_reference.forward(*wide(*arguments))[1]  # type: ignore[arg-type]
         assert ((margin - exact) / exact).abs().max() < 1e-4
 
-    def test_layouts_give_the_same(self) -> None:
-        tensors = inputs(2, (4, 6, 10), (BF16, F32, BF16), gap=0.1)
-        settings = (None, None, 20.0, "sigmoid", 0.0)
-        last = [tensor.to(memory_format=torch.channels_last) for tensor in tensors]
-        check_forward(*tensors, *settings)
-        check_forward(*last, *settings)
-
     def test_unaligned_storage(self) -> None:
         """A row that starts in the middle of 16 bytes."""
         tensors = []
@@ -181,18 +174,6 @@ class TestForward:
         arguments = (*inputs(3, shape, (dtype,) * 3), None, weight, 5000.0, "sigmoid", 0.0)
         first, second = (loss_kernels.forward(*arguments) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-    def test_timestep_weights_of_one_row_and_of_rows_apart(self) -> None:
-        """The bits of a dense table."""
-        policy, reference, target = inputs(3, (4, 33, 32), (F32, BF16, F32), gap=0.1)
-        for weight in (torch.rand(4, device=DEVICE).expand(3, 4), torch.rand(3, 5, device=DEVICE)[:, 1:]):
-            found, expected = [], []
-            for results, table in ((found, weight), (expected, weight.contiguous())):
-                settings = (None, table, 20.0, "sigmoid", 0.0)
-                results += check_forward(policy, reference, target, *settings)
-                torch.manual_seed(1)
-                results.append(backward_of(policy, target, results[1], *settings))
-            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
     def test_more_pairs_and_timesteps_than_a_tile(self, monkeypatch: pytest.MonkeyPatch) -> None:
         policy, reference, _ = inputs(130, (2,), (F32, F32, F32), gap=0.1)
@@ -252,14 +233,6 @@ class TestBackward:
         chosen = [grad.to(DEVICE) if wanted else None for grad, wanted in zip(grads, given, strict=True)]
         margin, rho = torch.randn(2, device=DEVICE), torch.rand(2, device=DEVICE)
         check_backward(*chosen, policy, target, margin, rho, weight, 7.0, "sigmoid", 0.0)
-
-    def test_layout(self) -> None:
-        policy, _, target = inputs(2, (4, 6, 10), (BF16, F32, BF16))
-        policy, target = (tensor.to(memory_format=torch.channels_last) for tensor in (policy, target))
-        grad_margin, grad_mse = torch.full((2,), 0.4, device=DEVICE), torch.full((4,), 0.2, device=DEVICE)
-        margin = torch.randn(2, device=DEVICE)
-        gradient = check_backward(None, grad_margin, grad_mse, policy, target, margin, None, None, 7.0, "sigmoid", 0.0)
-        assert gradient.is_contiguous(memory_format=torch.channels_last)
 
     def test_not_a_number_stays_one(self) -> None:
         policy, _, target = inputs(2, (7,), (F32, F32, F32))

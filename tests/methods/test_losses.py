@@ -155,12 +155,11 @@ def test_the_result_unpacks_in_the_order_of_the_scripts_and_carries_their_gradie
     loss.backward()
 
 
-@pytest.mark.parametrize("convention", ["research", "diffusers-sd15"])
-def test_it_compiles_without_a_break(convention: str) -> None:
+def test_it_compiles_without_a_break() -> None:
     inputs = predictions(PAIRS, SHAPE, gap=0.1, dtype=torch.float32)
     compiled = torch.compile(diffusion_dpo_loss, backend="aot_eager", fullgraph=True)
-    expected = _with_gradient(diffusion_dpo_loss, inputs, 20.0, convention=convention)
-    for value, other in zip(_with_gradient(compiled, inputs, 20.0, convention=convention), expected, strict=True):
+    expected = _with_gradient(diffusion_dpo_loss, inputs, 20.0)
+    for value, other in zip(_with_gradient(compiled, inputs, 20.0), expected, strict=True):
         torch.testing.assert_close(value, other, rtol=2 * ROUNDING, atol=0)
 
 
@@ -173,12 +172,7 @@ X = torch.zeros(4, 3)
         ((X, X, X, 0), "beta_dpo = 0: "),
         ((X, X, X, torch.tensor(5.0)), "beta_dpo = tensor(5.)"),
         ((X, X, None, 5.0), "target = None"),
-        ((3, X, X, 5.0), "model_pred = 'int'"),
-        ((X[:3], X[:3], X[:3], 5.0), "model_pred.shape = (3, 3)"),
         ((X, X[:2], X, 5.0), "ref_pred.shape = (2, 3)"),
-        ((X, X.long(), X, 5.0), "ref_pred.dtype = torch.int64"),
-        ((X, X.clone().requires_grad_(), X, 5.0), "ref_pred.requires_grad = True"),
-        ((X, X, X[:, :2], 5.0), "target.shape = (4, 2)"),
     ],
 )  # fmt: skip
 def test_bad_inputs_are_named_as_the_caller_knows_them(arguments: tuple[Any, ...], names: str) -> None:

@@ -179,7 +179,7 @@ def test_policy_equal_to_reference(method: str) -> None:
 @pytest.mark.parametrize("variant", ["distance", "distance-policy"])
 def test_distance_has_no_gradient_where_policy_is_reference(variant: str) -> None:
     policy = Policy(gap=0.0)
-    with pytest.warns(UserWarning, match="does not tell a move towards the winners"):
+    with pytest.warns(UserWarning, match="does not distinguish a move towards the winners"):
         objective = build_objective("inversion-dpo", SCHEDULE, variant=variant, num_inference_steps=5)
     output = objective(policy, REFERENCE, pairs(), seed=0)
     assert float(output.loss.detach()) == math.log(2)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo import NoiseSchedule, build_objective
+from fastinvdpo import NoiseSchedule
 from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import add_noise
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import METHODS, DiffusionDPO, Draws, InPO, InversionDPO, Method, PairBatch, SmPO
 from fastinvdpo.methods.single_timestep import SingleTimestepMethod
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
-from tests.cases import sd_schedule, toy_network
+from tests.cases import sd_schedule
 from tests.trainer import tiny
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -169,10 +169,3 @@ def test_a_method_of_somebody_else_is_configured_and_trained(tmp_path: Path) -> 
     ):
         with pytest.raises(InvalidInput, match=message):
             TrainConfig.from_mapping({**values, "method": {"name": "toy", **options}})
-
-
-@pytest.mark.usefixtures("toy")
-def test_a_method_of_somebody_else_is_built_by_name() -> None:
-    batch = PairBatch(torch.randn(4, 4, 2, 2), {"prompt": torch.randn(4)}, torch.arange(2))
-    out = build_objective("toy", sd_schedule(), loudness=3.0)(toy_network(), toy_network(), batch, seed=0)
-    assert float(out.loss) == pytest.approx(0.693147, abs=1e-5)

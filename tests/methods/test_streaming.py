@@ -148,24 +148,6 @@ def test_other_predictions(prediction_type: str) -> None:
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_gradients_accumulate(passes: int) -> None:
-    """Two micro-batches of other pairs, and a gradient from before: nothing of it is lost or scaled."""
-    method, first = objective(), pairs()
-    second = dataclasses.replace(first, latents=first.latents.flip(0), sample_index=first.sample_index + 7)
-    policy, reference = networks()
-    for parameter in list(policy.parameters())[:2]:
-        parameter.grad = torch.ones_like(parameter)
-    plain = networks()[0]
-    for parameter, other in zip(plain.parameters(), policy.parameters(), strict=True):
-        parameter.grad = None if other.grad is None else other.grad.clone()
-    for batch in (first, second):
-        method(plain, reference, batch, seed=3).loss.backward()
-        options = {"max_batch": 8, "passes": passes, "parameters": list(policy.parameters())}
-        method.backward(policy, reference, batch, seed=3, **options)
-    assert relative(policy.gradient(), plain.gradient()) < 1e-9
-
-
-@pytest.mark.parametrize("passes", [1, 2])
 def test_a_prediction_may_have_less_precision_than_the_latents(passes: int) -> None:
     method, batch = objective(), pairs(dtype=torch.float32)
 

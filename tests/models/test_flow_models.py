@@ -95,10 +95,10 @@ def test_our_sampling_is_that_of_the_pipeline(models: dict[str, Any], name: str,
     model, noise = models[name], noise_for(name)
     steps, scale = 4, 1.0 if name == "sd3" else 3.5
     monkeypatch.setattr("fastinvdpo.evaluation.sampling.philox.normal", lambda *arguments: noise)
-    ours = sample(model, model.network, PROMPTS, num_inference_steps=steps)
-    sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
+    own = {"guidance_scale": scale} if name == "sd3" else {}
+    ours = sample(model, model.network, PROMPTS, num_inference_steps=steps, **own)
     _, _, theirs = recorded_call(
-        model.pipeline, prompt=PROMPTS, guidance_scale=scale, sigmas=sigmas, num_inference_steps=steps,
+        model.pipeline, prompt=PROMPTS, guidance_scale=scale, num_inference_steps=steps,
         latents=in_their_layout(name, noise),
     )  # fmt: skip
     torch.testing.assert_close(in_their_layout(name, ours), theirs, rtol=0, atol=2e-5)

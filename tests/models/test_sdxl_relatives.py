@@ -114,7 +114,7 @@ def test_our_ddim_sampling_is_that_of_the_pipeline(tmp_path: Path, monkeypatch: 
     model: Any = load_model("auto", tmp_path / "sd")
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr("fastinvdpo.evaluation.sampling.philox.normal", lambda *arguments: noise)
-    ours = sample(model, model.network, ["a cat", "zebra"], num_inference_steps=4)
+    ours = sample(model, model.network, ["a cat", "zebra"], num_inference_steps=4, guidance_scale=1.0)
     model.pipeline.set_progress_bar_config(disable=True)
     theirs = model.pipeline(
         ["a cat", "zebra"], num_inference_steps=4, guidance_scale=1.0, latents=noise, height=16, width=16,

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 import fastinvdpo
-from fastinvdpo.ops import layout, native, philox
-from fastinvdpo.ops.affine_step import op
-from fastinvdpo.ops.affine_step.op import affine_step_op
+from fastinvdpo.ops import native, philox
+from fastinvdpo.ops.affine_step import schema
 from tests.cases import pairwise
 
 BACKENDS = [
@@ -55,24 +54,6 @@ def test_gradcheck() -> None:
     active = torch.tensor([True, False, True])
     tensors = [tensor.requires_grad_() for tensor in (sample, *outputs)]
     assert torch.autograd.gradcheck(lambda x, *o: fastinvdpo.affine_step(x, o, table, active=active), tensors)
-
-
-def test_opcheck() -> None:
-    sample, outputs, table = inputs(2, dtype=torch.float32)
-    tensors = [output.requires_grad_() for output in outputs]
-    active, index = torch.tensor([True, False, True, True, False]), torch.arange(5)
-    arguments = (sample.requires_grad_(), tensors, table.float(), active, torch.rand(5), index, 3, 4)
-    torch.library.opcheck(affine_step_op.default, arguments)
-
-
-def test_compiles_without_graph_break() -> None:
-    sample, outputs, table = inputs(2, dtype=torch.float32)
-
-    def step(x: Tensor) -> Tensor:
-        return fastinvdpo.affine_step(x * 2, outputs, table.float(), noise_scale=torch.ones(5), seed=1).cos()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(sample), step(sample))
 
 
 # Into given memory --------------------------------------------------------------------------------------------------
@@ -126,17 +107,6 @@ def test_in_place_and_out_give_the_same_bits(
         assert torch.equal(bits(into), bits(expected))
 
 
-def test_memory_beside_the_result_is_left_alone() -> None:
-    values, outputs, table = inputs(1, dtype=torch.float32)
-    for backend in ("reference", "auto"):
-        buffer = torch.full((5, 3, *values.shape[1:]), 7.0)
-        trajectory = torch.full((5, 4, *values.shape[1:]), 7.0, dtype=torch.bfloat16)
-        with fastinvdpo.use_backend(backend):
-            fastinvdpo.affine_step(values, outputs, table.float(), out=buffer[:, 1], trajectory=trajectory[:, 2])
-        assert bool((buffer[:, [0, 2]] == 7).all()) and bool((trajectory[:, [0, 1, 3]] == 7).all())
-        assert torch.equal(trajectory[:, 2], buffer[:, 1].bfloat16())
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("options", "dtype", "stored"), pairwise(OPTIONS, [*DTYPES, torch.float64], [*DTYPES, torch.float64])
@@ -167,19 +137,6 @@ def test_a_walk_through_its_own_trajectory() -> None:
         fastinvdpo.affine_step(stack[:, position], outputs, table.float(), out=stack[:, position + 1])
         expected = fastinvdpo.affine_step(expected, outputs, table.float())
         assert torch.equal(stack[:, position + 1], expected)
-
-
-def test_shared_memory_is_told() -> None:
-    stack = torch.zeros(4, 3, 2, 5)
-    whole = stack.flatten()
-    assert not layout.overlap(stack[:, 0], stack[:, 1]) and not layout.overlap(stack[:2], stack[2:])
-    assert not layout.overlap(stack[:, 2], stack[1:, 0]) and not layout.overlap(whole[10:30], stack[:, 0])
-    assert layout.overlap(stack[:, 0], stack[:, 0]) and layout.overlap(stack[:, :2], stack[:, 1])
-    assert layout.overlap(whole[:35], stack[:, 0]) and layout.overlap(whole[5:15], stack[:, 0])
-    assert layout.overlap(whole[:20], whole[19:]) and not layout.overlap(whole[:20], whole[20:])
-    assert layout.overlap(whole[:20].view(torch.bfloat16), whole[19:]) and not layout.overlap(whole[:0], whole)
-    assert layout.overlap(stack[0], stack.transpose(2, 3)[0]) and not layout.overlap(stack, stack.clone())
-    assert layout.overlaps_itself(stack[:1].expand(4, -1, -1, -1)) and not layout.overlaps_itself(stack[:1])
 
 
 def test_without_gradients_a_parameter_may_be_stepped() -> None:
@@ -268,13 +225,13 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.
     sample, outputs, table = inputs(3, dtype=torch.float32)
     outputs[1] = outputs[1].bfloat16()
     asked = []
-    kernel = op._BACKWARD["reference"]
+    kernel = schema._BACKWARD["reference"]
 
     def backward(*arguments: object) -> list[Tensor]:
         asked.append(arguments[3:])
         return kernel(*arguments)
 
-    monkeypatch.setitem(op._BACKWARD, "reference", backward)
+    monkeypatch.setitem(schema._BACKWARD, "reference", backward)
     with fastinvdpo.use_backend("reference"):
         for wanted in ([2], [0], [1, 2], [0, 1, 2, 3]):
             leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate((sample, *outputs))]
@@ -341,12 +298,3 @@ def test_integers_are_uniform() -> None:
     counts = torch.bincount(drawn, minlength=10).double()
     assert int(drawn.min()) == 0 and int(drawn.max()) == 9
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 27.9  # chi squared, 9 degrees of freedom, 0.1 % level
-
-
-def test_added_noise() -> None:
-    sample, _, table = inputs(0, dtype=torch.float32)
-    scale, index = torch.rand(5), torch.tensor([3, 3, 8, 1, 0])
-    ours = fastinvdpo.affine_step(sample, [], table.float(), noise_scale=scale, noise_index=index, seed=11, offset=6)
-    noise = philox.normal(11, 6, index, (3, 4, 4))
-    expected = table.float().view(-1, 1, 1, 1) * sample + scale.view(-1, 1, 1, 1) * noise
-    torch.testing.assert_close(ours, expected)

@@ -83,7 +83,9 @@ def test_opcheck_of_affine_step(place: Place, noise: bool) -> None:
     sample, first, second = torch.randn(3, 4, 3, 5, device=place.device).unbind()
     table, scale = torch.randn(4, 3, device=place.device), torch.rand(4, device=place.device) if noise else None
     outputs = [first.requires_grad_(), second.bfloat16().requires_grad_()]
-    arguments = (sample.requires_grad_(), outputs, table, None, scale, None, 3, 4)
+    active, index = (torch.tensor([1, 0, 1, 5], device=place.device) for _ in range(2)) if noise else (None, None)
+    active = None if active is None else active.bool()
+    arguments = (sample.requires_grad_(), outputs, table, active, scale, index, 3, 4)
     with fastinvdpo.use_backend(place.backend):
         torch.library.opcheck(torch.ops.fastinvdpo.affine_step.default, arguments)
 

@@ -101,15 +101,6 @@ def test_float64_is_for_the_reference_alone() -> None:
         dispatch.choose("affine_step", "cpu", float64=True)
 
 
-def test_without_the_extension_the_reference_runs_and_the_reason_is_told(
-    monkeypatch: pytest.MonkeyPatch, fresh: None
-) -> None:
-    monkeypatch.setattr(native, "unavailable", lambda: "the extension was not built, says the test")
-    assert dispatch.choose("affine_step", "cpu") == "reference"
-    with dispatch.use_backend("native"), pytest.raises(InvalidInput, match="not built, says the test"):
-        dispatch.choose("affine_step", "cpu")
-
-
 @pytest.mark.parametrize(("backend", "op"), list(zip(("cuda", "triton"), OPS, strict=True)))
 def test_auto_skips_what_has_not_run_on_a_gpu_but_a_name_chooses_it(backend: str, op: str, with_gpu: None) -> None:
     assert dispatch.unavailable(op, backend, "cuda") is None

@@ -17,9 +17,9 @@ from fastinvdpo._examples.digits import digits
 from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.data import write_pairs
 from fastinvdpo.ops import native
-from fastinvdpo.ops.affine_step import op as step_op
+from fastinvdpo.ops.affine_step import schema as step_op
 from fastinvdpo.ops.dispatch import VARIABLE
-from fastinvdpo.ops.preference_loss import op as loss_op
+from fastinvdpo.ops.preference_loss import schema as loss_op
 from fastinvdpo.trainer import train
 from tests.trainer import tiny
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 from dataclasses import replace
@@ -29,8 +30,11 @@ from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.draws import DrawOrder
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.opening import open_data_source
 from tests.trainer import tiny
 from tests.trainer.forked import Server
+from tests.trainer.test_files import flip
+from tests.trainer.test_resume import _assert_same
 
 LEVELS, PAIRS, IMAGES, CAPTIONS, GUIDED = 3, 10, 20, 4, 2
 
@@ -341,8 +345,8 @@ def _swapped_scores(root: Path) -> None:
 STALE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weights": (_other_weights, {}, r"model unet \(sha256:[0-9a-f]{12}… there, sha256:[0-9a-f]{12}… here\)"),
     "schedule": (_other_schedule, {}, r"different are scheduler beta_end \(0\.012 there, 0\.02 here\)\. Remedy"),
-    "rows": (_other_pairs, {}, r"data rows \(10 there, 11 here\), data content \(sha256"),
-    "content": (_swapped_scores, {}, r"different are data content \(sha256:\w+… there, sha256:\w+… here\)\. Remedy"),
+    "rows": (_other_pairs, {}, r"data rows \(10 there, 11 here\), data captions \(sha256"),
+    "content": (_swapped_scores, {}, r"different are data scores \(sha256:\w+… there, sha256:\w+… here\)\. Remedy"),
     "levels": (None, {"method": {"num_inference_steps": 4}}, r"method\.num_inference_steps \(3 there, 4 here\)"),
     "guidance": (None, {"method": {"guidance_scale": 3.0}}, r"method\.guidance_scale \(2\.0 there, 3\.0 here\)"),
     "variant": (None, {"method": {"variant": "step"}}, r"method\.variant \('endpoint' there, 'step' here\)"),
@@ -412,7 +416,7 @@ def test_digests_are_remembered_until_a_file_changes(workspace: Path, monkeypatc
     digests = digests_module.Digests()
     first = digests.of([file])
     assert digests.remembered == {}  # too young to tell a second change within the clock's resolution
-    monkeypatch.setattr(digests_module, "_SETTLED_NS", 0)
+    monkeypatch.setattr(digests_module.Digests, "settled_ns", 0)
     assert digests.of([file]) == first
     remembered = digests_module.Digests(json.loads(json.dumps(digests.remembered)))
     with monkeypatch.context() as patched:
@@ -431,7 +435,8 @@ def test_what_was_damaged_or_written_by_others_is_not_trusted(workspace: Path) -
     (shard,) = _shards(workspace)
     before = shard.read_bytes()
     tensors = {name: torch.zeros_like(value) for name, value in load_file(shard).items()}
-    save_file(tensors, shard, metadata={"fastinvdpo": json.dumps({"hash": "0" * 64, "network_evaluations": 240})})
+    told = {**cache.stored_metadata(shard), "hash": "0" * 64}
+    save_file(tensors, shard, metadata={"fastinvdpo": json.dumps(told)})
     assert shard.stat().st_size == len(before)
     with pytest.raises(InvalidInput, match=r"shard pairs-000000\.safetensors is missing, damaged, or belongs to an"):
         train(_config(workspace), progress=False)
@@ -441,6 +446,66 @@ def test_what_was_damaged_or_written_by_others_is_not_trusted(workspace: Path) -
     (workspace / "cache" / "manifest.json").write_text('{"key": {}')
     with pytest.raises(InvalidInput, match=r"cache\.path = .*its manifest\.json cannot be read.*delete that directory"):
         train(_config(workspace), progress=False)
+
+
+def test_every_flipped_bit_of_a_cache_is_found(workspace: Path, small_shards: None) -> None:
+    """Or it changes nothing of what is read."""
+
+    def contents() -> list[Any]:
+        manifest = cache.Manifest.read(workspace / "cache")
+        assert manifest is not None
+        opened = PairCache(workspace / "cache", manifest)
+        pairs = [opened.fetch(i, i) for i in range(PAIRS)]
+        read = [[side[name] for name in sorted(side)] for p in pairs for side in (p.winner, p.loser, p.caption)]
+        others = [(p.scores, p.row, p.tie) for p in pairs], opened.unconditional, opened.summary, opened.contents
+        return [read, *others, manifest.key, manifest.sizes, manifest.network_evaluations]
+
+    precompute(_config(workspace), progress=False)
+    expected, draw = contents(), random.Random(0)
+    for file in [path for path in sorted((workspace / "cache").iterdir()) if path.name != ".lock"]:
+        content = file.read_bytes()
+        for bit in draw.sample(range(8 * len(content)), min(40, 8 * len(content))):
+            flip(file, bit)
+            try:
+                _assert_same(contents(), expected)
+            except InvalidInput as error:
+                assert str(error).startswith("cache.path = ") and file.name in str(error)
+        file.write_bytes(content)
+
+
+def test_leftovers_of_another_cache_are_not_used(workspace: Path) -> None:
+    bf16 = {"path": str(workspace / "bf16"), "dtype": "bf16"}
+    precompute(_config(workspace, cache=bf16), progress=False)
+    whole = precompute(_config(workspace, cache={"path": str(workspace / "whole")}), progress=False)
+    (workspace / "cache").mkdir()
+    for name in ("unconditional.safetensors", "index.safetensors", "pairs-000000.safetensors"):
+        shutil.copy(workspace / "bf16" / name, workspace / "cache" / name)
+    found = precompute(_config(workspace), progress=False)
+    _assert_same(found.unconditional, whole.unconditional)
+    assert all(tensor.dtype == torch.float32 for tensor in found.unconditional.values())
+
+
+def test_sets_in_memory_are_known_by_their_rows(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 10**9)
+
+    def saved(name: str, pairs: int) -> dict[str, Any]:
+        tiny.write_data(workspace / "rows.parquet", pairs=pairs)
+        found = datasets.Dataset.from_parquet(str(workspace / "rows.parquet"), cache_dir=str(workspace / "arrow"))
+        found.select(range(4)).save_to_disk(workspace / name)
+        return {"path": str(workspace / name), "format": "datasets"}
+
+    source = open_data_source(_config(workspace, data=saved("one", 10)).data)
+    with pytest.raises(InvalidInput, match="held in memory"):
+        source.files()
+    precompute(_config(workspace, data=saved("one", 10)), progress=False)
+    precompute(_config(workspace, data=saved("copy", 10)), progress=False)
+    changed = saved("other", 10)
+    found = datasets.load_from_disk(changed["path"]).map(lambda row: row | {"caption": row["caption"] + "!"})
+    found.save_to_disk(workspace / "changed")
+    with pytest.raises(InvalidInput, match=r"different are data captions"):
+        precompute(_config(workspace, data={**changed, "path": str(workspace / "changed")}), progress=False)
 
 
 def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
@@ -473,5 +538,5 @@ def test_a_slice_is_not_served_with_another_slice(workspace: Path) -> None:
         return _config(workspace, data={"path": str(workspace / "repository"), "format": "datasets", "split": split})
 
     assert len(precompute(slice_of("train[:4]"), progress=False)) == 4
-    with pytest.raises(InvalidInput, match=r"cache\.path = .*different are data\.split"):
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*different are data "):
         precompute(slice_of("train[4:8]"), progress=False)

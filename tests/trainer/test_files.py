@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, write_json
+from fastinvdpo.io import atomic_directory, atomic_file, clean_leftovers, sealed, unsealed, write_json
 from fastinvdpo.trainer.callbacks import read_history
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
@@ -66,6 +68,12 @@ def _checkpoint(value: float, ema: bool = False) -> Checkpoint:
     return Checkpoint(weights, weights if ema else None, {"random": [random_state()]}, {"config": {}, "run": {}})
 
 
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (2, 4, 10, 100):
         save_checkpoint(tmp_path, step, _checkpoint(step), keep=2)
@@ -84,6 +92,43 @@ def test_a_checkpoint_reads_back_as_it_was(tmp_path: Path, ema: bool) -> None:
     assert (stored.ema is not None) == ema
 
 
+def test_damaged_checkpoints_count_for_nothing_and_copies_stay(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, step, _checkpoint(step), keep=3)
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000002-keep")
+    flip(tmp_path / "step-00000006" / "trainable.safetensors", 300)
+    with pytest.warns(UserWarning, match=r"step-00000006 is not used: the content of trainable\.safetensors"):
+        assert find_checkpoint("auto", tmp_path) == tmp_path / "step-00000004"
+    save_checkpoint(tmp_path, 5, _checkpoint(5), keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002-keep", "step-00000005", "step-00000006"}
+    save_checkpoint(tmp_path, 8, _checkpoint(8), keep=2)
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step-00000005", tmp_path / "step-00000008"]
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    """Or it changes nothing of what is read."""
+    path, other = (save_checkpoint(tmp_path / name, 3, _checkpoint(0.5, True), keep=1) for name in ("one", "other"))
+    expected = load_checkpoint(path)
+    draw = random.Random(0)
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for bit in draw.sample(range(8 * len(content)), 40):
+            flip(file, bit)
+            try:
+                stored = load_checkpoint(path)
+            except InvalidInput as error:
+                assert str(error).startswith(f"resume = '{path}'") and file.name in str(error)
+            else:
+                assert file.name == "meta.json"
+                kept = {name: value for name, value in stored.meta.items() if name in expected.meta}
+                assert kept == expected.meta
+            file.write_bytes(content)
+    other_ema = other / "ema.safetensors"
+    other_ema.write_bytes((path / "trainable.safetensors").read_bytes()[:-1] + b"\0")
+    with pytest.raises(InvalidInput, match=r"ema\.safetensors"):  # another run's
+        load_checkpoint(other)
+
+
 def test_changed_libraries_are_told(tmp_path: Path) -> None:
     meta = load_checkpoint(save_checkpoint(tmp_path, 3, _checkpoint(0.5), keep=1)).meta
     told: list[str] = []
@@ -95,8 +140,6 @@ def test_changed_libraries_are_told(tmp_path: Path) -> None:
 
 
 def test_random_generators_continue_where_they_were(tmp_path: Path) -> None:
-    import random
-
     def draw() -> list[Any]:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
 
@@ -145,6 +188,21 @@ def test_caption_dropout_has_its_rate_and_depends_on_seed_and_draw_alone() -> No
     assert dropped == [drops_caption(0, draw, 0.3) for draw in range(4000)]
     assert dropped != [drops_caption(1, draw, 0.3) for draw in range(4000)]
     assert not any(drops_caption(0, draw, 0.0) for draw in range(100))
+
+
+def test_sealed_json_tells_when_it_was_changed(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    content = {"rows": [1, 2.5, None], "nested": {"ü": True}}
+    write_json(path, sealed(content))
+    assert unsealed(path) == content
+    path.write_text(path.read_text().replace("2.5", "2.6"))
+    with pytest.raises(ValueError, match="changed"):
+        unsealed(path)
+    path.write_text(json.dumps(content))  # of an earlier version
+    assert unsealed(path) == content
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="no object"):
+        unsealed(path)
 
 
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:

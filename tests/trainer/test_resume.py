@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastinvdpo.trainer import TrainConfig, train
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from tests.trainer import tiny
 from tests.trainer.forked import Server
+from tests.trainer.test_files import flip
 
 
 def train_counted(runs: list[dict[str, Any]], fatal: int) -> None:
@@ -63,6 +65,16 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path, forks: Server,
     )
     for file in files:
         _assert_same(load_file(workspace / "killed" / file), load_file(workspace / "whole" / file))
+    # With EMA, what it averages is written as well.
+    assert "`model-raw` (the network alone)" in (workspace / "whole" / "model" / "README.md").read_text()
+    raw = workspace / "whole" / "model-raw" / "unet" / "diffusion_pytorch_model.safetensors"
+    if lora is None:
+        _assert_same(load_file(raw), whole.trainable)
+        _assert_same(load_file(workspace / "whole" / files[0]), whole.ema)
+    else:
+        found = load_file(workspace / "whole" / "adapter-raw" / "adapter_model.safetensors")
+        assert sorted(map(_sum, found.values())) == sorted(map(_sum, whole.trainable.values()))
+        assert raw.is_file()
     assert _history(workspace / "killed", [1, 3, 6]) == _history(workspace / "whole", [1, 3, 6])
 
 
@@ -81,6 +93,10 @@ def _assert_same(one: Any, other: Any) -> None:
             _assert_same(a, b)
     else:
         assert one == other
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    return float(tensor.double().sum())
 
 
 def _history(directory: Path, steps: list[int]) -> list[dict[str, Any]]:
@@ -179,6 +195,10 @@ def test_a_named_checkpoint_is_continued_and_a_wrong_name_refused(workspace: Pat
     train(tiny.config(workspace), progress=False)
     checkpoint = workspace / "run" / "checkpoints" / "step-00000004"
     branch = tiny.config(workspace, output={"directory": str(workspace / "branch")})
+    damaged = shutil.copytree(checkpoint, workspace / "damaged")
+    flip(damaged / "state.pt", 9000)
+    with pytest.raises(InvalidInput, match=r"resume = .*damaged': the content of state\.pt is no longer what"):
+        train(branch, resume=damaged, progress=False)
     train(branch, resume=checkpoint, progress=False)
     _assert_same(tiny.weights(workspace / "branch"), tiny.weights(workspace / "run"))
     with pytest.raises(InvalidInput, match=r"resume = .*nothing.*meta\.json cannot be read"):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.ops.preference_loss.op import preference_loss_op
+from fastinvdpo.ops.checks import check_tensor
+from fastinvdpo.ops.preference_loss.schema import preference_loss_op
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
 
 __all__ = ["UTILITIES", "PreferenceLoss", "preference_loss"]
@@ -72,39 +73,28 @@ def preference_loss(
         label_smoothing: ``ε`` in [0, 0.5) of cdpo and robust.
 
     Returns:
-        A :class:`PreferenceLoss`. Gradients flow from ``loss``, ``margin`` and ``policy_mse`` to ``policy_pred`` alone.
+        A :class:`PreferenceLoss`. Gradients flow from ``loss``, ``margin`` and ``policy_mse`` to ``policy_pred`` alone,
+        in reverse mode, any number of times; transforms of ``torch.func`` run the reference.
 
     Raises:
-        InvalidInput: an argument has the wrong type, shape, dtype, device or value, or a tensor other than
-            ``policy_pred`` requires a gradient.
+        InvalidInput: an argument has the wrong type, shape, dtype, layout, device or value, a tensor other than
+            ``policy_pred`` requires a gradient, or one carries a tangent.
     """
     check_predictions(policy_pred, reference_pred, target)
     check_beta(beta)
     check_utility(utility, label_smoothing)
+    pairs = policy_pred.shape[0] // 2
     if pair_weight is not None:
-        _check_weight("pair_weight", pair_weight, policy_pred, ((policy_pred.shape[0] // 2,),))
+        check_tensor("pair_weight", pair_weight, ((pairs,),), policy_pred)
     if timestep_weight is not None:
         if policy_pred.ndim < 3:
-            shape = tuple(policy_pred.shape)
-            raise invalid(
-                "policy_pred.shape", shape, "has no timestep dimension", "pass (2B, K, …) with timestep_weight"
-            )
-        pairs, steps = policy_pred.shape[0] // 2, policy_pred.shape[1]
-        _check_weight("timestep_weight", timestep_weight, policy_pred, ((steps,), (pairs, steps)))
+            shape, remedy = tuple(policy_pred.shape), "pass (2B, K, …) with timestep_weight"
+            raise invalid("policy_pred.shape", shape, "has no timestep dimension", remedy)
+        steps = policy_pred.shape[1]
+        check_tensor("timestep_weight", timestep_weight, ((steps,), (pairs, steps)), policy_pred)
         timestep_weight = timestep_weight.expand(pairs, steps)
-
-    return PreferenceLoss(
-        *preference_loss_op(
-            policy_pred,
-            reference_pred,
-            target,
-            pair_weight,
-            timestep_weight,
-            float(beta),
-            utility,
-            float(label_smoothing),
-        )
-    )
+    tensors = (policy_pred, reference_pred, target, pair_weight, timestep_weight)
+    return PreferenceLoss(*preference_loss_op(*tensors, float(beta), utility, float(label_smoothing)))
 
 
 def check_predictions(
@@ -114,41 +104,19 @@ def check_predictions(
     names: tuple[str, str] = ("policy_pred", "reference_pred"),
 ) -> None:
     """Raise unless these are predictions of pairs; ``names``: what the caller calls the first two."""
-    first = names[0]
-    _floating_tensor(first, policy_pred)
-    shape, device = policy_pred.shape, policy_pred.device
-    for name, tensor in ((names[1], reference_pred), ("target", target)):
-        if tensor is None and name == "target":
-            continue
-        tensor = _floating_tensor(name, tensor)
-        if tensor.shape != shape:
-            shapes = f"differs from {first}'s {tuple(shape)}"
-            raise invalid(f"{name}.shape", tuple(tensor.shape), shapes, "pass tensors of one shape, [winners; losers]")
-        if tensor.device != device:
-            where = f"differs from {first}'s {device}"
-            raise invalid(f"{name}.device", str(tensor.device), where, f"move it with .to({str(device)!r})")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            problem = "no gradient flows to it"
-            raise invalid(
-                f"{name}.requires_grad", True, problem, f"compute it under torch.no_grad() or pass {name}.detach()"
-            )
+    first, second = names
+    check_tensor(first, policy_pred, differentiable=True)
+    shape, remedy = policy_pred.shape, "stack [winners; losers] as (2B, …)"
+    check_tensor(second, reference_pred, (shape,), policy_pred)
+    if target is not None:
+        check_tensor("target", target, (shape,), policy_pred)
     if len(shape) < 2:
-        problem = "must have a batch and at least one more dimension"
-        raise invalid(f"{first}.shape", tuple(shape), problem, "pass (2B, …)")
+        raise invalid(f"{first}.shape", tuple(shape), "must have a batch and at least one more dimension", remedy)
     if shape[0] == 0 or shape[0] % 2:
-        remedy = "stack [winners; losers] as (2B, …)"
         raise invalid(f"{first}.shape", tuple(shape), "must hold as many losers as winners", remedy)
     if 0 in shape:
         remedy = "pass predictions of at least one element per sample"
         raise invalid(f"{first}.shape", tuple(shape), "has no elements", remedy)
-
-
-def _floating_tensor(name: str, tensor: Tensor | None) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise invalid(name, type(tensor).__name__, "must be a tensor", "pass the network's prediction")
-    if not tensor.is_floating_point():
-        raise invalid(f"{name}.dtype", tensor.dtype, "must be floating point", "pass float32, bfloat16 or float16")
-    return tensor
 
 
 def check_beta(beta: float, name: str = "beta") -> None:
@@ -157,17 +125,3 @@ def check_beta(beta: float, name: str = "beta") -> None:
         raise invalid(name, beta, "must be a Python number", f"pass {name}=5000.0")
     if not (math.isfinite(beta) and beta > 0):
         raise invalid(name, beta, "must be positive and finite", "published values are 2000 and 5000")
-
-
-def _check_weight(name: str, weight: Tensor, like: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    allowed = " or ".join(str(shape) for shape in shapes)
-    if not isinstance(weight, Tensor):
-        raise invalid(name, weight, "must be a tensor", f"pass a floating-point tensor of shape {allowed}")
-    if tuple(weight.shape) not in shapes:
-        raise invalid(f"{name}.shape", tuple(weight.shape), "does not fit the predictions", f"pass shape {allowed}")
-    if not weight.is_floating_point():
-        raise invalid(f"{name}.dtype", weight.dtype, "must be floating point", f"pass {name}.float()")
-    if weight.device != like.device:
-        raise invalid(
-            f"{name}.device", str(weight.device), f"differs from {like.device}", "move it to the predictions' device"
-        )

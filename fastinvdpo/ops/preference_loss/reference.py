@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastinvdpo.ops.layout import like
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
 
@@ -71,17 +72,17 @@ def backward(  # noqa: PLR0913 - the op's schema
         per_sample = per_sample + grad_policy_mse
     scale = per_sample * (2 * per_sample.numel() / policy.numel())
     scale = scale.view(*scale.shape, *[1] * (policy.ndim - batch_dims))
-    return torch.empty_like(policy).copy_(scale * (policy.to(dtype) - target.to(dtype)))
+    return like((scale * (policy.to(dtype) - target.to(dtype))).to(policy.dtype), policy)
 
 
-def pair_scale(beta: float, pair_weight: Tensor | None, timestep_weight: Tensor | None, like: Tensor) -> Tensor:
-    """``−(β/2)·ρ_i·w_ik`` in the shape, ``(B,)`` or ``(B, K)``, and dtype of ``like``."""
-    scale = torch.full_like(like, -0.5 * beta)
+def pair_scale(beta: float, pair_weight: Tensor | None, timestep_weight: Tensor | None, each: Tensor) -> Tensor:
+    """``−(β/2)·ρ_i·w_ik`` in the shape, ``(B,)`` or ``(B, K)``, and dtype of ``each``."""
+    scale = torch.full_like(each, -0.5 * beta)
     if pair_weight is not None:
-        rho = pair_weight.to(like.dtype)
+        rho = pair_weight.to(each.dtype)
         scale = scale * (rho if timestep_weight is None else rho.unsqueeze(1))
     if timestep_weight is not None:
-        scale = scale * timestep_weight.to(like.dtype)
+        scale = scale * timestep_weight.to(each.dtype)
     return scale
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops import dispatch, native, triton_kernels
 from fastinvdpo.ops.affine_step import reference as _reference
+from fastinvdpo.ops.checks import transformed
 from fastinvdpo.ops.layout import fits, is_constant, like, overlap, overlaps_itself, sample_order, sample_rows
 
 NAME = "affine_step"
@@ -30,7 +32,7 @@ _library.define(
 
 
 def _forward_fused(launch: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Hand a fused kernel what it takes: dense samples (contiguous ones with noise, which is drawn in order), float32
+    """Pass a fused kernel what it takes: dense samples (contiguous ones with noise, which is drawn in order), float32
     tables. ``launch`` takes the arguments of ``affine_step_out``, and returns what it wrote.
     """
     sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset, out, trajectory = arguments
@@ -59,7 +61,7 @@ def _backward_fused(
     columns: list[int],
     dtypes: list[torch.dtype],
 ) -> list[Tensor]:
-    """Hand a fused kernel the gradient in the layout of those it writes, or one number for each sample."""
+    """Pass a fused kernel the gradient in the layout of those it writes, or one number for each sample."""
     gradients = written = [torch.empty_like(grad, dtype=dtype) for dtype in dtypes]
     if not gradients or grad.numel() == 0:
         return gradients
@@ -75,43 +77,30 @@ def _backward_fused(
     )
 
 
-def _native_forward(*arguments: Any) -> Tensor:
-    def launch(*prepared: Any) -> Tensor:
-        *functional, out, _ = prepared
-        if out is None:
-            result: Tensor = native.op("affine_step")(*functional)
-            return result
-        native.op("affine_step_out")(*prepared)
-        return out
-
-    return _forward_fused(launch, *arguments)
+def _native_forward(*prepared: Any) -> Tensor:
+    *functional, out, _ = prepared
+    if out is None:
+        result: Tensor = native.op("affine_step")(*functional)
+        return result
+    native.op("affine_step_out")(*prepared)
+    return out
 
 
-def _native_backward(*arguments: Any) -> list[Tensor]:
-    return _backward_fused(native.op("affine_step_backward"), *arguments)
+def _native_backward(*prepared: Any) -> None:
+    native.op("affine_step_backward")(*prepared)
 
 
-def _triton_forward(*arguments: Any) -> Tensor:
-    return _forward_fused(triton_kernels.load(NAME).forward, *arguments)
-
-
-def _triton_backward(*arguments: Any) -> list[Tensor]:
-    return _backward_fused(triton_kernels.load(NAME).backward, *arguments)
-
-
-# PyTorch's dispatcher tells the native kernels for the CPU from those for CUDA.
+# PyTorch's dispatcher separates the native kernels for the CPU from those for CUDA.
 _FORWARD: dict[str, Callable[..., Tensor]] = {
     "reference": _reference.forward,
-    "native": _native_forward,
-    "cuda": _native_forward,
-    "triton": _triton_forward,
+    **dict.fromkeys(("native", "cuda"), partial(_forward_fused, _native_forward)),
+    "triton": lambda *arguments: _forward_fused(triton_kernels.load(NAME).forward, *arguments),
 }
 """They take the arguments of ``affine_step_out`` and return ``out``, or a new tensor without one."""
 _BACKWARD: dict[str, Callable[..., list[Tensor]]] = {
     "reference": _reference.backward,
-    "native": _native_backward,
-    "cuda": _native_backward,
-    "triton": _triton_backward,
+    **dict.fromkeys(("native", "cuda"), partial(_backward_fused, _native_backward)),
+    "triton": lambda *arguments: _backward_fused(triton_kernels.load(NAME).backward, *arguments),
 }
 
 
@@ -129,7 +118,7 @@ def _forward(*arguments: Any) -> Tensor:
 @torch.library.impl(_library, "affine_step_out", "CompositeExplicitAutograd")
 def _forward_out(*arguments: Any) -> None:
     sample, outputs, *_, out, trajectory = arguments
-    _check_memory(sample, outputs, out, trajectory)  # here, where the tensors are real, and not fake ones of a compiler
+    _check_memory(sample, outputs, out, trajectory)  # here, where tensors have memory, which a compiler's have not
     _step(*arguments)
     torch.autograd.graph.increment_version([out] if trajectory is None else [out, trajectory])
 
@@ -177,8 +166,9 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needed = [sample, *outputs]
     columns = [column for column, need in enumerate(needed) if need]
     dtypes = [ctx.dtypes[column] for column in columns]
-    # With create_graph=True they may be differentiated again: the reference's can be, as plain PyTorch.
-    backward = _by_reference if torch.is_grad_enabled() else torch.ops.fastinvdpo.affine_step_backward
+    # Plain PyTorch can be differentiated again, and mapped.
+    by_reference = torch.is_grad_enabled() or transformed(grad)
+    backward = _by_reference if by_reference else torch.ops.fastinvdpo.affine_step_backward
     coefficients, active = ctx.saved_tensors
     made = iter(backward(grad, coefficients, active, columns, dtypes))
     grad_sample, *grad_outputs = (next(made) if need else None for need in needed)
@@ -187,12 +177,17 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("fastinvdpo::affine_step", _autograd, setup_context=_setup_context, lib=_library)
 
-affine_step_op = torch.ops.fastinvdpo.affine_step
 affine_step_out_op = torch.ops.fastinvdpo.affine_step_out
 
 
+def affine_step_op(*arguments: Any) -> Tensor:
+    """``torch.ops.fastinvdpo.affine_step``; the reference under transforms of ``torch.func``, which know no op."""
+    result: Tensor = (_reference.forward if transformed() else torch.ops.fastinvdpo.affine_step)(*arguments)
+    return result
+
+
 def _check_memory(sample: Tensor, outputs: list[Tensor], out: Tensor, trajectory: Tensor | None) -> None:
-    """Raise where a result would destroy what is still to be read, as far as that is cheap to tell."""
+    """Raise where a result would destroy what is still to be read."""
     inputs = {"sample": sample, **{f"outputs[{position}]": output for position, output in enumerate(outputs)}}
     for name, result in (("out", out), ("trajectory", trajectory)):
         if result is None:

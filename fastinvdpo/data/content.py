@@ -1,0 +1,93 @@
+"""Digests of what pairs hold: captions, winners, scores and images of all rows, wherever they are stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.rows import IMAGES, caption_of, scores_of, winner_of
+from fastinvdpo.data.source import PairSource
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.io import DIGEST, Digests, key_hash
+
+_THREADS, _ROWS_AHEAD = 4, 256
+# Of pairs that no source reads at most so many are looked at, evenly spaced: each may be made anew when it is read.
+_LOOKED_AT = 4096
+
+
+def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> dict[str, Any]:
+    """The number of rows, and a digest of each part of them; of a source that is resolved.
+
+    Args:
+        digests: remembers the digest of the images until one of the source's files changes.
+        images: False leaves the images out, which are read for this.
+    """
+    parts = {name: hashlib.sha256() for name in ("captions", "winners", "scores")}
+    places = hashlib.sha256()
+    for row in range(len(source)):
+        where = partial(source.where, row)
+        record = _or_cause(source.record, row)
+        places.update(repr(record).encode())
+        values: dict[str, Any] = dict.fromkeys(parts, record)
+        if not isinstance(record, str):
+            values = {
+                "captions": _or_cause(caption_of, record, where),
+                "winners": _or_cause(winner_of, record, where, source.names),
+                "scores": _or_cause(scores_of, record, where),
+            }
+        for name, part in parts.items():
+            part.update(f"{values[name]!r}\n".encode())
+    found: dict[str, Any] = {f"data {name}": DIGEST + part.hexdigest() for name, part in parts.items()}
+    if not images:
+        found["data images"] = "not hashed (output.data_hash)"
+    elif source.remote:
+        found["data images"] = "not hashed (read from a remote place)"
+    else:
+        found["data images"] = _of_images(source, digests, places.hexdigest())
+    return {"data rows": len(source), **found}
+
+
+def content_at_hand(pairs: Any) -> dict[str, Any]:
+    """As :func:`content_of`, for a data set without a source: of its pairs as they are read, at most 4096 of them."""
+    total = len(pairs)
+    seen = range(0, total, -(-total // _LOOKED_AT))
+    digest = hashlib.sha256()
+    for i in seen:
+        pair = pairs.pair(i, draw=i)
+        told = (pair.caption, pair.winner_score, pair.loser_score, pair.tie, pair.winner.size, pair.loser.size)
+        digest.update(repr(told).encode() + pair.winner.tobytes() + pair.loser.tobytes())
+    name = "data pairs" if len(seen) == total else f"data pairs, {len(seen)} of them"
+    return {"data rows": total, name: DIGEST + digest.hexdigest()}
+
+
+def _of_images(source: PairSource, digests: Digests, places: str) -> str:
+    def image(row: int) -> list[str]:
+        return [_or_cause(lambda side: hashlib.sha256(source.image(row, side)).hexdigest(), side) for side in (0, 1)]
+
+    def make() -> str:
+        digest, rows = hashlib.sha256(), iter(range(len(source)))
+        with ThreadPoolExecutor(_THREADS) as threads:  # hashing leaves the interpreter lock
+            while some := list(islice(rows, _ROWS_AHEAD)):
+                digest.update(repr(list(threads.map(image, some))).encode())
+        return DIGEST + digest.hexdigest()
+
+    try:
+        files = source.files()
+    except InvalidInput:  # held in memory
+        return make()
+    columns = [source.shown(name) for name in IMAGES]
+    named = {"files": [str(file) for file in files], "columns": columns, "places": places}
+    return digests.once(f"images {key_hash({**named, 'split': source.split, 'rows': len(source)})}", files, make)
+
+
+def _or_cause(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``read`` returns, or why the row is broken."""
+    try:
+        return read(*arguments)
+    except BrokenRow as error:
+        return error.cause

@@ -1,0 +1,114 @@
+"""Digests of what pairs hold: equal for equal pairs, however they are stored; another for every change of a row."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from fastinvdpo.data import PairDataset, open_source
+from fastinvdpo.data.content import content_at_hand, content_of
+from fastinvdpo.data.rows import IMAGES
+from fastinvdpo.io import Digests
+from tests.data.test_pairs import encoded, image, store
+from tests.data.test_sources import COUNT, FORMATS, _own_cache, folder_with_labels, rows, write_lines  # noqa: F401
+
+
+def content(path: Path, digests: Digests | None = None, **options: Any) -> dict[str, Any]:
+    source = open_source(path, **options)
+    source.resolve((*IMAGES, "caption"))
+    return content_of(source, digests or Digests())
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return content(store(tmp_path_factory.mktemp("set") / "pairs.parquet", rows()))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_equal_pairs_have_equal_digests_in_every_format(tmp_path: Path, name: str, expected: dict[str, Any]) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    assert content(FORMATS[name][0](root)) == expected
+    assert expected["data rows"] == COUNT
+
+
+def test_another_compression_and_streaming_change_nothing(tmp_path: Path, expected: dict[str, Any]) -> None:
+    path = store(tmp_path / "pairs.parquet", rows())
+    pq.write_table(pq.read_table(path), path, compression="gzip", row_group_size=2)
+    assert content(path) == content(path, streaming=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"caption": "another"}, "captions"),
+        ({"label_0": 0.0, "label_1": 1.0}, "winners"),
+        ({"score_1": 2.75}, "scores"),
+        ({"jpg_1": encoded(image(77))}, "images"),
+        ({"caption": None}, "captions"),
+    ],
+)
+def test_a_change_of_one_row_changes_its_part(
+    tmp_path: Path, change: dict[str, Any], part: str, expected: dict[str, Any]
+) -> None:
+    changed = rows()
+    changed[3] |= change
+    found = content(store(tmp_path / "pairs.parquet", changed))
+    assert [name for name in expected if found[name] != expected[name]] == [f"data {part}"]
+    assert content(store(tmp_path / "pairs.parquet", rows()[:-1])) != expected
+
+
+def test_images_are_read_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Digests, "settled_ns", 0)
+    root = folder_with_labels(tmp_path)
+    digests = Digests()
+    first = content(root, digests)
+    with monkeypatch.context() as patched:
+        patched.setattr("fastinvdpo.data.records.RecordSource.image", lambda *arguments: pytest.fail("read again"))
+        assert content(root, Digests(digests.remembered)) == first
+    (root / "images" / "2-1.png").write_bytes(encoded(image(9)))
+    replaced = content(root, Digests(digests.remembered))
+    assert replaced["data images"] != first["data images"]
+    # Two rows change places in the listing: the same files, in another order.
+    lines = (root / "pairs.jsonl").read_text().splitlines()
+    write_lines(root / "pairs.jsonl", [lines[1], lines[0], *lines[2:]])
+    assert content(root, Digests(digests.remembered))["data images"] != replaced["data images"]
+
+
+def test_images_that_a_repository_names_by_path_count(tmp_path: Path) -> None:
+    import datasets
+
+    def repository() -> Path:
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        columns = {name: [str(tmp_path / f"{name}-{i}.png") for i in range(2)] for name in IMAGES}
+        features = {name: datasets.Image() for name in IMAGES}
+        features |= {name: datasets.Value("string" if name == "caption" else "float64") for name in more}
+        datasets.Dataset.from_dict({**columns, **more}, datasets.Features(features)).save_to_disk(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    more: dict[str, list[Any]] = {"label_0": [1.0, 0.0], "label_1": [0.0, 1.0], "caption": ["a", "b"]}
+    for i in range(2):
+        for name in IMAGES:
+            (tmp_path / f"{name}-{i}.png").write_bytes(encoded(image(i)))
+    source = open_source(repository())
+    source.resolve(IMAGES)
+    before, digests = content_of(source, digests := Digests()), digests
+    digests.settled_ns = 0
+    bare = {file.name for file in source.files()} & {"jpg_0-0.png", "jpg_1-1.png"}
+    if bare:  # stored by their paths alone
+        (tmp_path / "jpg_1-1.png").write_bytes(encoded(image(50)))
+        assert content_of(source, digests)["data images"] != before["data images"]
+
+
+def test_pairs_at_hand_are_looked_at_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = rows()
+    changed[3] |= {"caption": "another"}
+    sets = [PairDataset(store(tmp_path / f"{i}.parquet", made)) for i, made in enumerate((rows(), rows(), changed))]
+    one, same, other = map(content_at_hand, sets)
+    assert one == same != other and one["data rows"] == COUNT - 1
+    monkeypatch.setattr("fastinvdpo.data.content._LOOKED_AT", 2)
+    assert any("of them" in name for name in content_at_hand(sets[0]))
