@@ -141,7 +141,7 @@ def test_python_blocks_run_in_order(page: str, place: Path, monkeypatch: pytest.
     assert program["result"].loss.isfinite()
     trained = program["unet"].conv_in.weight if "unet" in program else program["model_pred"]
     assert trained.grad.isfinite().all()
-    assert (place / "runs/inpo/model").is_dir()
+    assert page != "README.md" or (place / "runs/inpo/model").is_dir()
 
 
 def _has_own_directory(arguments: list[str]) -> bool:
