@@ -130,9 +130,11 @@ SMALL_CODE = {
 
 
 @pytest.mark.parametrize("page", [page for page in documentation.PAGES if documentation.blocks(page, "python")])
-def test_python_blocks_run_in_order(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_in_order(page: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one program, and nothing is defined but what the blocks define; on the files of ``place``."""
-    monkeypatch.chdir(place)
+    (tmp_path / "base").symlink_to(place / "base")
+    (tmp_path / "pairs.parquet").symlink_to(place / "pairs.parquet")
+    monkeypatch.chdir(tmp_path)
     program: dict[str, Any] = {"__name__": page}
     for block in documentation.blocks(page, "python"):
         for name, stand_in in {**STAND_INS, **SMALL_CODE}.items():
@@ -141,7 +143,7 @@ def test_python_blocks_run_in_order(page: str, place: Path, monkeypatch: pytest.
     assert program["result"].loss.isfinite()
     trained = program["unet"].conv_in.weight if "unet" in program else program["model_pred"]
     assert trained.grad.isfinite().all()
-    assert page != "README.md" or (place / "runs/inpo/model").is_dir()
+    assert page != "README.md" or (tmp_path / "runs/inpo/model").is_dir()
 
 
 def _has_own_directory(arguments: list[str]) -> bool:

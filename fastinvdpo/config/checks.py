@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from fastinvdpo.config.sections import RunSections
+from fastinvdpo.data.buckets import Buckets
+from fastinvdpo.data.rows import SCHEMA
 from fastinvdpo.errors import InvalidInput, invalid
-
-STANDARD_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
 
 
 def check_combinations(config: RunSections) -> None:
@@ -59,9 +59,8 @@ def _method(config: RunSections) -> Iterator[InvalidInput]:
 def _model(config: RunSections) -> Iterator[InvalidInput]:
     model = config.model
     if model.family == "digits" and model.revision is not None:
-        yield invalid(
-            "model.revision", model.revision, "names a hub revision; digits models are directories", "set it to null"
-        )
+        problem = "names a hub revision; digits models are directories"
+        yield invalid("model.revision", model.revision, problem, "set it to null")
     if model.quantization is not None and model.lora is None:
         remedy = "add model.lora; for full fine-tuning model.reference_quantization makes the frozen copy small"
         yield invalid("model.quantization", model.quantization, "freezes what full fine-tuning trains", remedy)
@@ -76,20 +75,15 @@ def _model(config: RunSections) -> Iterator[InvalidInput]:
 def _data(config: RunSections) -> Iterator[InvalidInput]:
     data = config.data
     for name in data.columns:
-        if name not in STANDARD_COLUMNS:
-            yield invalid(
-                f"data.columns.{name}",
-                data.columns[name],
-                "does not translate a column that is read",
-                f"use the names {', '.join(STANDARD_COLUMNS)} on the left, your file's names on the right",
-            )
-    one_score = ("score_0" in data.columns) != ("score_1" in data.columns)
-    if one_score:
+        if name not in SCHEMA:
+            remedy = f"use the names {', '.join(SCHEMA)} on the left, your file's names on the right"
+            problem = "does not translate a column that is read"
+            yield invalid(f"data.columns.{name}", data.columns[name], problem, remedy)
+    if ("score_0" in data.columns) != ("score_1" in data.columns):
         yield invalid("data.columns", data.columns, "names the score of one side only", "name both score_0 and score_1")
     if not data.center_crop and data.resolution is None:
-        yield invalid(
-            "data.center_crop", False, "asks for a random crop of unknown size", "set data.resolution as well"
-        )
+        problem = "asks for a random crop of unknown size"
+        yield invalid("data.center_crop", False, problem, "set data.resolution as well")
     if data.buckets is not None:
         yield from _buckets(config)
     if data.caption_dropout == 1:
@@ -101,9 +95,11 @@ def _buckets(config: RunSections) -> Iterator[InvalidInput]:
     assert buckets is not None
     if data.resolution is None:
         yield invalid("data.buckets", None, "have no area", "set data.resolution, the side of the square bucket")
-    elif data.resolution % buckets.multiple:
-        problem = f"is not a multiple of data.buckets.multiple = {buckets.multiple}"
-        yield invalid("data.resolution", data.resolution, problem, "choose one that is, such as 512 or 1024")
+    else:
+        try:
+            Buckets(data.resolution, buckets.multiple, buckets.max_aspect)
+        except InvalidInput as error:
+            yield error
     if data.streaming:
         problem = "does not look at images before they are drawn, and data.buckets need all their sizes"
         yield invalid("data.streaming", True, problem, "set it to false, or drop data.buckets")
@@ -122,19 +118,11 @@ def _optimizer(config: RunSections) -> Iterator[InvalidInput]:
                 yield invalid(f"optimizer.{key}", value, problem, "drop it, or set optimizer.name to adamw")
     if optimizer.lr_scheduler == "constant":
         if optimizer.warmup_steps > 0 and "warmup_steps" in optimizer.model_fields_set:
-            yield invalid(
-                "optimizer.warmup_steps",
-                optimizer.warmup_steps,
-                "is ignored by lr_scheduler constant",
-                "set it to 0, or choose constant_with_warmup",
-            )
+            problem, remedy = "is ignored by lr_scheduler constant", "set it to 0, or choose constant_with_warmup"
+            yield invalid("optimizer.warmup_steps", optimizer.warmup_steps, problem, remedy)
     elif optimizer.warmup_steps > steps:
-        yield invalid(
-            "optimizer.warmup_steps",
-            optimizer.warmup_steps,
-            f"exceeds training.steps = {steps}",
-            "lower it, or train longer",
-        )
+        problem = f"exceeds training.steps = {steps}"
+        yield invalid("optimizer.warmup_steps", optimizer.warmup_steps, problem, "lower it, or train longer")
 
 
 def _training(config: RunSections) -> Iterator[InvalidInput]:

@@ -18,11 +18,9 @@ _TYPE_REMEDIES = {
     "bool_type": "write true or false",
     "string_type": "write text, in quotes if it looks like a number",
     "list_type": "write a list, such as [to_q, to_k]",
-    "dict_type": "write a mapping of key: value pairs",
-    "model_type": "write a mapping of key: value pairs",
-    "model_attributes_type": "write a mapping of key: value pairs",
-    "dataclass_type": "write a mapping of key: value pairs",
 }
+_MAPPINGS = ("dict_type", "model_type", "model_attributes_type", "dataclass_type")
+_TYPE_REMEDIES |= dict.fromkeys(_MAPPINGS, "write a mapping of key: value pairs")
 
 
 def explain(error: ValidationError, known_keys: KnownKeys, section: tuple[str, ...] = ()) -> InvalidInput:

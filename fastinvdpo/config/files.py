@@ -99,7 +99,6 @@ def parse_yaml(text: str, source: str, key: tuple[str, ...] = ()) -> Any:
 
     Raises ``InvalidInput`` naming ``source`` and the place, and showing nothing of the text.
     """
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -116,9 +115,6 @@ def parse_yaml(text: str, source: str, key: tuple[str, ...] = ()) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         told = problem or getattr(error, "reason", None) or "nested too deeply, or a number that is too long"
         raise invalid(source, f"{len(text)} characters", f"is not valid YAML ({place}{told})", "correct it") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
@@ -217,7 +213,6 @@ def _value(text: str, key: tuple[str, ...]) -> Any:
         return parse_yaml(text, ".".join(key), key)
     loader = _Loader("")
     node = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
-    loader.dispose()
     _keep_text(node, key)
     try:
         return loader.construct_document(node)

@@ -63,7 +63,7 @@ def test_prompts_are_composed_from_the_structure() -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {
-    "not json": ("{", r"s.jsonl, line 2 = '{': is not valid JSON"),
+    "not json": ("{", r"s.jsonl, line 2 = '2 bytes': is not valid JSON"),
     "missing": ({k: v for k, v in record().items() if k != "image"}, r"line 2, image = None: .*Remedy: add it"),
     "unknown": (record(score=1), r"line 2, score = 1: .*Remedy: remove it"),
     "box": (
