@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_METHODS}; one pair, N = 2, two rounds, where nothing else is said"
     )
-    parser.add_argument("--method", default=None, help=f"of {','.join(METHODS)} (all)")
+    parser.add_argument("--method", default=None, help=f"of {','.join(OURS)} (all)")
     names = dict.fromkeys(name for providers in (PEERS, *OURS.values()) for name in providers)
     parser.add_argument("--providers", default=",".join(names), help="of these, comma-separated")
     parser.add_argument("--pairs", type=int, default=None, help="a step (inversion-dpo: 1, others: 4)")
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
         raise invalid(
             "--compare", str(options.compare), "has times, and --rounds 0 takes none", "leave one of them out"
         )
-    methods = _chosen("--method", options.method or (QUICK_METHODS if quick else ",".join(METHODS)), METHODS)
+    methods = _chosen("--method", options.method or (QUICK_METHODS if quick else ",".join(OURS)), OURS)
     providers = _chosen("--providers", options.providers, [*PEERS, *{name for of in OURS.values() for name in of}])
     _check_size(options.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -46,6 +46,7 @@ OURS = {
     if method.whole_chain
     else ("ours", "ours-corrected")
     for name, method in METHODS.items()
+    if name in peers.STEPS
 }
 OTHER_OBJECTIVE = ("ours-corrected", "ours-cached-endpoint")
 """Our defaults, which compute something else than the released codes: timed, and never compared."""

@@ -140,8 +140,10 @@ def test_python_blocks_run_in_order(page: str, place: Path, tmp_path: Path, monk
         for name, stand_in in {**STAND_INS, **SMALL_CODE}.items():
             block = block.replace(name, stand_in)
         exec(compile(block, page, "exec"), program)
-    assert program["result"].loss.isfinite() and program["unet"].conv_in.weight.grad.isfinite().all()
-    assert (tmp_path / "runs/inpo/model").is_dir()
+    assert program["result"].loss.isfinite()
+    trained = program["unet"].conv_in.weight if "unet" in program else program["model_pred"]
+    assert trained.grad.isfinite().all()
+    assert page != "README.md" or (tmp_path / "runs/inpo/model").is_dir()
 
 
 def _has_own_directory(arguments: list[str]) -> bool:
@@ -240,8 +242,8 @@ def test_share_of_the_noise_in_the_target_of_an_inversion() -> None:
     schedule, network = NoiseSchedule.from_config(SD_SCHEDULER), Counted()
     black = torch.zeros(2, 1, dtype=torch.float64)
     batch = PairBatch(black, {"prompts": black}, torch.tensor([0]))
-    for level, ours, released in table("docs/inpo.md", "t |"):
-        for compat, told in ((None, ours), ("released", released)):
+    for level, ours, today, pinned in table("docs/inpo.md", "t |"):
+        for compat, told in ((None, ours), ("released", today), ("released-diffusers-0.20", pinned)):
             objective = build_objective("inpo", schedule, eta=0.0, compat=compat)
             draws = Draws(timesteps=torch.tensor([int(level)]))
             output = objective(network, network, batch, seed=0, draws=draws)

@@ -39,6 +39,7 @@ LAYERS = {
     "methods": 4,
     "data": 4.1,  # stands beside methods; knows no model
     "models": 4.2,  # stands beside methods; knows the geometry of its images
+    "losses": 4.5,
     "config": 5,
     "": 6,  # fastinvdpo/__init__.py, and what is imported from it
     "trainer": 7,
@@ -89,7 +90,7 @@ def op_names() -> set[str]:
 
 
 def test_every_op_has_its_rooms() -> None:
-    assert op_names() == set(dispatch.IMPLEMENTED) == {"affine_step", "preference_loss"}
+    assert op_names() == set(dispatch.IMPLEMENTED) == {"affine_step", "pair_statistics", "preference_loss"}
     rooms = [
         room
         for op in sorted(op_names())

@@ -18,7 +18,7 @@ from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
 from fastinvdpo.evaluation.sampling import sample
-from fastinvdpo.methods import METHODS
+from fastinvdpo.methods import DiffusionDPO, InPO, InversionDPO, SmPO
 from fastinvdpo.models import load_model
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from fastinvdpo.trainer import TrainResult
 
+METHODS = {method.name: method for method in (DiffusionDPO, InPO, SmPO, InversionDPO)}
+"""Those that the recipes were found for: the others mean something else by β."""
 CONTROLS = ("shuffle",)
 WRITTEN = ("pairs.parquet", "config.yaml", "before_after.png", "curves.png", "summary.json")
 PAIRS = 2000
@@ -71,7 +73,7 @@ def run_demo(
     """Align a small diffusion model of handwritten digits to a preference and say what that changed.
 
     Args:
-        method: a name in ``fastinvdpo.methods.METHODS``.
+        method: a name in :data:`METHODS`.
         preference: ``slant`` (leaning to the right wins), ``bold`` (more ink wins) or ``digit`` (the prompted digit
             wins; starts from a base model that saw wrong captions).
         seed: of the pairs, of training and of sampling.

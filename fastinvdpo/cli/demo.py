@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from fastinvdpo.cli.options import quiet
-from fastinvdpo.methods import METHODS
 
 
 def demo(
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "inversion-dpo",
+    method: Annotated[str, typer.Option(help="diffusion-dpo, inpo, smpo or inversion-dpo.")] = "inversion-dpo",
     preference: Annotated[
         str, typer.Option(help="slant (leaning right wins), bold (more ink wins) or digit (the prompted digit wins).")
     ] = "slant",

@@ -50,6 +50,10 @@ def _method(config: RunSections) -> Iterator[InvalidInput]:
         problem = f"starts policy = reference, where the gradient of {method.name} with these options is exactly zero"
         remedy = "set it to 0.01, or choose a variant whose gradient has a determined direction (endpoint)"
         yield invalid("model.init_perturbation", 0.0, problem, remedy)
+    if method.reference_follows:
+        problem = "asks for a reference that follows the policy; the trainer keeps it frozen"
+        remedy = "set method.reference to frozen, or call fastinvdpo.losses.update_reference in a loop of your own"
+        yield invalid("method.reference", "ema", problem, remedy)
 
 
 def _model(config: RunSections) -> Iterator[InvalidInput]:

@@ -40,6 +40,7 @@ class InversionPlan:
         steps: ``(n,)``: the number of steps of each sample, at most S; entries beyond it are not used.
         noise_lower, noise_upper: ``(n, S)``: the interval whose ancestral variance scales the noise added after the
             step.
+        model_times: ``(n, S)``: the timesteps that the network gets, where the settings do not say it.
     """
 
     source: Tensor
@@ -47,10 +48,11 @@ class InversionPlan:
     steps: Tensor
     noise_lower: Tensor
     noise_upper: Tensor
+    model_times: Tensor | None = None
 
     def select(self, rows: Tensor) -> InversionPlan:
         """The plan of some samples: ``rows`` is an int64 index into the batch, on the host."""
-        return InversionPlan(*(table[rows] for table in vars(self).values()))
+        return InversionPlan(**{name: table[rows] for name, table in vars(self).items() if table is not None})
 
 
 def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
@@ -82,16 +84,28 @@ def plan_levels(grid: Tensor, samples: int) -> InversionPlan:
     return InversionPlan(source, target, torch.full((samples,), len(grid)), source, target)
 
 
-def plan_released(schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int) -> InversionPlan:
+def plan_released(
+    schedule: NoiseSchedule, levels: Tensor, num_inference_steps: int, *, diffusers_020: bool = False
+) -> InversionPlan:
     """The grid of the released InPO and SmPO codes: the whole batch stops at the last grid level below the *first*
-    sample's level.
+    sample's level, as they do under current versions of diffusers.
 
-    The noise takes its variance from the interval above the one just crossed, as the released code does under current
-    versions of diffusers (its last interval, which lies partly above the schedule, is cut at the highest level).
+    There the noise takes its variance from the interval above the one just crossed (the last interval, which lies
+    partly above the schedule, is cut at the highest level). Under diffusers 0.20, which they pin, the grid holds the
+    source levels of the steps: the batch stops at the first grid level from there *on*, the noise is that of the
+    interval just crossed, and the network gets the source, in the first step one spacing below the grid, which is
+    negative.
     """
     check_levels("levels", schedule, levels)
     grid = inversion_levels(schedule, num_inference_steps)
     spacing = schedule.num_train_timesteps // num_inference_steps
+    if diffusers_020:
+        times = torch.cat([grid[:1] - spacing, grid[:-1]])
+        steps = int((times < levels[0]).sum())
+        source, target, times = (
+            table[:steps].expand(levels.numel(), -1) for table in (times.clamp(min=-1), grid, times)
+        )
+        return InversionPlan(source, target, torch.full((levels.numel(),), steps), source, target, times)
     target = grid[grid < levels[0]].expand(levels.numel(), -1)
     source = torch.cat([torch.full((levels.numel(), 1), -1), target[:, :-1]], dim=1)[:, : target.shape[1]]
     upper = (target + spacing).clamp(max=schedule.num_train_timesteps - 1)
@@ -218,8 +232,8 @@ def _walk(
     tables = _step_tables(schedule, plan, prompt, settings, latents)
     noise_scale = settings.eta * ancestral_variance(schedule, plan.noise_lower, plan.noise_upper).sqrt()
     noise_table = stack_coefficients(latents, noise_scale.T.flatten()).view(noise_scale.T.shape)
-    times = (plan.target if settings.model_time == "destination" else plan.source.clamp(min=0)).T.contiguous()
-    times = times.to(device)
+    times = plan.target if settings.model_time == "destination" else plan.source.clamp(min=0)
+    times = (times if plan.model_times is None else plan.model_times).T.contiguous().to(device)
     moving = plan.steps > torch.arange(plan.target.shape[1]).unsqueeze(1)
     counts, mask = moving.sum(1).tolist(), moving.to(device) if settings.static_shapes else None
     for step, count in enumerate(counts):

@@ -75,7 +75,9 @@ class Method(ABC):
         beta: ``β > 0``, how strongly the policy is tied to the reference.
         utility: name of ``u``, which makes a loss of a pair's margin (``ops/preference_loss/utilities.py``).
         label_smoothing: ``ε`` in [0, 0.5), the share of wrong labels; of the utilities that use it.
-        compat: ``"released"`` reproduces the released code's grid, levels, weighting and float32 schedule.
+        compat: ``"released"`` reproduces the released code's grid, levels, weighting and float32 schedule, with a
+            current diffusers; ``"released-diffusers-0.20"``, of InPO and SmPO, with the version that they pin, whose
+            inverse scheduler is another one.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -84,8 +86,14 @@ class Method(ABC):
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: ClassVar[str]
+    utilities: ClassVar[tuple[str, ...]] = tuple(UTILITIES)
+    """What may be chosen as ``utility``: the fused ones, or the method's own under the method's name."""
+    compats: ClassVar[tuple[str, ...]] = ("released",)
+    """What may be chosen as ``compat``, beside None."""
     needs_scores: ClassVar[bool] = False
     """Whether pairs need scores."""
+    needs_reference: ClassVar[bool] = True
+    """Whether there is a reference, with its forward passes."""
     policy_inverts: ClassVar[bool] = False
     """Whether the policy inverts the latents that it is trained on, each to its pair's timestep."""
     whole_chain: ClassVar[bool] = False
@@ -94,17 +102,27 @@ class Method(ABC):
     beta: float
     utility: str = "sigmoid"
     label_smoothing: float = 0.0
-    compat: Literal["released"] | None = None
+    compat: Literal["released", "released-diffusers-0.20"] | None = None
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
-        check_utility(self.utility, self.label_smoothing)
-        if UTILITIES[self.utility].smoothed and self.label_smoothing == 0:
+        if self.utilities == (self.name,):  # the method's own
+            for option, value, own in (
+                ("utility", self.utility, self.name),
+                ("label_smoothing", self.label_smoothing, 0),
+            ):
+                if value != own:
+                    raise invalid(option, value, f"is not used by {self.name}, which has a loss of its own", "drop it")
+        else:
+            check_utility(self.utility, self.label_smoothing)
+        if self.utility in UTILITIES and UTILITIES[self.utility].smoothed and self.label_smoothing == 0:
             problem = f"makes utility {self.utility!r} the same as sigmoid"
             remedy = "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid"
             raise invalid("label_smoothing", self.label_smoothing, problem, remedy)
-        if self.compat not in (None, "released"):
-            raise invalid("compat", self.compat, "is not known", 'use "released" or null')
+        if self.compat not in (None, *self.compats):
+            raise invalid(
+                "compat", self.compat, f"is not known of {self.name}", f"use {', '.join(self.compats)} or null"
+            )
 
     def objective(self, schedule: NoiseSchedule) -> Objective:
         """The loss on a model's noise schedule. Raises ``InvalidInput`` where schedule and options do not fit."""
@@ -135,6 +153,11 @@ class Method(ABC):
     @property
     def zero_gradient_at_reference(self) -> bool:
         """Whether the gradient is exactly zero while policy = reference."""
+        return False
+
+    @property
+    def reference_follows(self) -> bool:
+        """Whether the reference's weights are to follow the policy's, which the owner of the loop does."""
         return False
 
     @property

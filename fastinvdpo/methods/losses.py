@@ -41,17 +41,26 @@ def smoothed_pair_weight(probability: Tensor, preference_scale: float = PREFEREN
 
 
 class _Convention(NamedTuple):
-    """How a script writes the loss: ``z = −scale·beta_dpo·(Δ_winner − Δ_loser)``, and what a tie counts."""
+    """How a script writes the loss: ``z = −scale·beta_dpo·(Δ_winner − Δ_loser)``, what a tie counts, and what its
+    ``--loss_type`` may be.
+    """
 
     scale: float
     tie: float
+    loss_types: tuple[str, ...] = ("sigmoid",)
 
 
 _CONVENTIONS = {
     "research": _Convention(scale=0.5, tie=0.0),
-    "diffusers-sd15": _Convention(scale=1.0, tie=0.5),
+    "diffusers-sd15": _Convention(scale=1.0, tie=0.5, loss_types=("sigmoid", "hinge", "ipo")),
     "diffusers-sdxl": _Convention(scale=0.5, tie=0.5),
 }
+
+
+def implicit_accuracy(margin: Tensor, tie: float = 0.0) -> Tensor:
+    """The share of pairs with ``z > 0`` as scripts count it, scalar, no gradient; ``tie``: what ``z = 0`` counts."""
+    z = margin.detach()
+    return ((z > 0).to(z.dtype) + tie * (z == 0)).mean()
 
 
 class DiffusionDPOLoss(NamedTuple):
@@ -59,7 +68,7 @@ class DiffusionDPOLoss(NamedTuple):
     float32 (float64 for float64 inputs).
 
     Attributes:
-        loss: ``mean_i −log σ(z_i)``.
+        loss: ``mean_i −log σ(z_i)``, or what ``loss_type`` says.
         raw_model_loss: the model's mean squared error over winners and losers. It carries a gradient, as there.
         raw_ref_loss: the reference's; carries no gradient.
         implicit_acc: the share of pairs with ``z > 0``, no gradient. Ties count nothing under ``"research"`` and half
@@ -73,7 +82,13 @@ class DiffusionDPOLoss(NamedTuple):
 
 
 def diffusion_dpo_loss(
-    model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta_dpo: float, *, convention: str = "research"
+    model_pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    beta_dpo: float,
+    *,
+    convention: str = "research",
+    loss_type: str = "sigmoid",
 ) -> DiffusionDPOLoss:
     """The loss block of a Diffusion-DPO training script, forward and backward each in one op::
 
@@ -86,9 +101,12 @@ def diffusion_dpo_loss(
       default), and InPO's, which descends from it.
     - ``diffusers-sdxl``: the same. ``train_diffusion_dpo_sdxl.py`` of diffusers (5000).
     - ``diffusers-sd15``: ``z = −β(Δ_winner − Δ_loser)``, so that a number ties the policy twice as strongly to the
-      reference. ``train_diffusion_dpo.py`` of diffusers (2500) with its default ``--loss_type sigmoid``.
+      reference. ``train_diffusion_dpo.py`` of diffusers (2500), the one script that has a ``--loss_type``: with
+      ``logits = Δ_loser − Δ_winner`` its ``hinge`` is ``max(0, 1 − β·logits)`` and its ``ipo``
+      ``(logits − 1/(2β))²``, where it reads an argument that it does not define; β is meant.
 
-    What other scripts need, SmPO's pair weights or another utility, :func:`preference_loss` has.
+    What other scripts need, SmPO's pair weights or another utility, :func:`preference_loss` has, and further methods
+    :mod:`fastinvdpo.losses`.
 
     Args:
         model_pred: the trained network's prediction, stacked [winners; losers], ``(2B, …)``. float64, float32, bfloat16
@@ -97,6 +115,7 @@ def diffusion_dpo_loss(
         target: the noise or velocity, same shape.
         beta_dpo: ``β > 0``.
         convention: one of the above.
+        loss_type: the script's ``--loss_type``.
 
     Raises:
         InvalidInput: an argument has the wrong type, shape, dtype, device or value, or ``ref_pred`` or ``target``
@@ -108,10 +127,14 @@ def diffusion_dpo_loss(
         raise invalid("target", None, "must be a tensor", "pass the noise or the velocity that was to be predicted")
     check_predictions(model_pred, ref_pred, target, ("model_pred", "ref_pred"))
     check_beta(beta_dpo, "beta_dpo")
-    scale, tie = _CONVENTIONS[convention]
+    scale, tie, loss_types = _CONVENTIONS[convention]
+    if loss_type not in loss_types:
+        problem = f"is not a loss of the script {convention!r}"
+        remedy = f"use {' or '.join(loss_types)}, or preference_loss(…, utility={loss_type!r})"
+        raise invalid("loss_type", loss_type, problem, remedy)
     # The op scales by −β/2.
-    settings = (None, None, 2 * scale * beta_dpo, "sigmoid", 0.0)
+    settings = (None, None, 2 * scale * beta_dpo, loss_type, 0.0)
     loss, margin, policy_mse, reference_mse = preference_loss_op(model_pred, ref_pred, target, *settings)
-    z = margin.detach()
-    wins = (z > 0).to(z.dtype) + tie * (z == 0)
-    return DiffusionDPOLoss(loss, policy_mse.mean(), reference_mse.mean(), wins.mean())
+    if loss_type == "ipo":  # the op's is of z/(2β) = logits/2
+        loss = 4 * loss
+    return DiffusionDPOLoss(loss, policy_mse.mean(), reference_mse.mean(), implicit_accuracy(margin, tie))

@@ -12,7 +12,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.ops import PreferenceLoss
 
 # Offsets of the random streams of one pair; an inversion uses one offset per step, the strata one each.
-STREAM_TIMESTEP, STREAM_NOISE, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 1 << 16, 1 << 17
+STREAM_TIMESTEP, STREAM_NOISE, STREAM_SWAP, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 2, 1 << 16, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Draws:
 @dataclass(frozen=True)
 class ObjectiveOutput(PreferenceLoss):
     """The loss with what it was computed from: timesteps ``(2B,)`` or ``(2B, K)`` on the host, the others ``(2B, …)``
-    or ``(2B, K, …)``.
+    or ``(2B, K, …)``; a method without a reference is one whose reference predicts the target.
     """
 
     timesteps: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -18,10 +19,14 @@ from fastinvdpo.diffusion.inversion import (
 )
 from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import NoiseSchedule, prediction_target, recover_noise
+from fastinvdpo.errors import invalid
 from fastinvdpo.methods.base import Method, Objective, check_count
 from fastinvdpo.methods.pairs import STREAM_TIMESTEP, Draws, ObjectiveOutput, PairBatch, check_batch
+from fastinvdpo.methods.statistics import Scored, loser_scale, pair_margin, reference_mse, scale_losers
 from fastinvdpo.methods.timesteps import TimestepSampling
-from fastinvdpo.ops import preference_loss
+from fastinvdpo.ops import PreferenceLoss, preference_loss
+from fastinvdpo.ops.pair_statistics import PairStatistics, pair_statistics
+from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +35,29 @@ class SingleTimestepMethod(Method):
 
     Attributes:
         timesteps: how timesteps are drawn: a :class:`TimestepSampling`, or a mapping of some of its attributes.
+        safeguard: μ of Diffusion-SDPO in [0, 1], which scales down the loser's gradient where it would raise the
+            winner's error (``statistics.loser_scale``): pair by pair; with ``compat`` by micro-batch. None: off.
+        anchor: A, adds ``A·mean m((p − r)²)`` over both sides (Flow-DPO of SimpleTuner).
+        sft_weight: adds so much of the winners' mean squared error.
     """
 
     timesteps: TimestepSampling = TimestepSampling()
+    safeguard: float | None = None
+    anchor: float = 0.0
+    sft_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "timesteps", TimestepSampling.of(self.timesteps))
+        if isinstance(self.safeguard, bool) or (self.safeguard is not None and not 0 <= self.safeguard <= 1):
+            raise invalid("safeguard", self.safeguard, "out of range", "use a number from 0 to 1, or null for none")
+        for name in ("anchor", "sft_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise invalid(name, getattr(self, name), "must be finite and not negative", "use 0 for none")
+        if self.anchor and not self.needs_reference:
+            raise invalid(
+                "anchor", self.anchor, f"needs a reference, which {self.name} has not", "use sft_weight, or 0"
+            )
 
     @abstractmethod
     def trajectory(
@@ -47,6 +68,51 @@ class SingleTimestepMethod(Method):
     def pair_weight(self, batch: PairBatch) -> Tensor | None:
         """What each pair's margin counts, ``(B,)``; None: 1."""
         return None
+
+    def prepare(self, batch: PairBatch, seed: int) -> PairBatch:
+        """The batch as the method sees it."""
+        return batch
+
+    def loss(
+        self, policy_pred: Tensor, reference_pred: Tensor | None, target: Tensor, pair_weight: Tensor | None = None
+    ) -> PreferenceLoss:
+        """The loss of predictions ``(2B, …)``, in one op where it is a utility of the margin and nothing else."""
+        if self.utility in UTILITIES and self.safeguard is None and not (self.anchor or self.sft_weight):
+            assert reference_pred is not None
+            return preference_loss(policy_pred, reference_pred, target, pair_weight=pair_weight, **self.preference)
+        return self.finish(self.score(policy_pred, reference_pred, target, pair_weight))
+
+    def score(
+        self, policy_pred: Tensor, reference_pred: Tensor | None, target: Tensor, pair_weight: Tensor | None = None
+    ) -> Scored:
+        """What :meth:`finish` makes a loss of."""
+        statistics, scale = pair_statistics(policy_pred, reference_pred, target), None
+        safeguarded = statistics
+        if self.safeguard is not None:
+            elements = policy_pred[0].numel() if self.compat else None
+            scale = loser_scale(statistics, self.safeguard, pair_weight=pair_weight, released_elements=elements)
+            safeguarded = scale_losers(statistics, scale, pair_weight)
+        margin = self.margin(safeguarded)
+        margin = margin if pair_weight is None else pair_weight.to(margin.dtype) * margin
+        return Scored(statistics, safeguarded, scale, margin)
+
+    def margin(self, statistics: PairStatistics) -> Tensor:
+        """``z`` per pair, ``(B,)``: positive where the policy prefers the winner."""
+        return pair_margin(statistics, self.beta)
+
+    def pair_losses(self, margin: Tensor, statistics: PairStatistics) -> Tensor:
+        """The loss of every pair, ``(B,)``, from its margin and what else its statistics say."""
+        return UTILITIES[self.utility].value(margin, self.beta, self.label_smoothing)
+
+    def finish(self, scored: Scored) -> PreferenceLoss:
+        """The mean loss with its additional terms, which no safeguard touches."""
+        statistics, loss = scored.statistics, self.pair_losses(scored.margin, scored.safeguarded).mean()
+        if self.anchor:
+            assert statistics.shift_mse is not None
+            loss = loss + self.anchor * statistics.shift_mse.mean()
+        if self.sft_weight:
+            loss = loss + self.sft_weight * statistics.policy_mse.chunk(2)[0].mean()
+        return PreferenceLoss(loss, scored.margin, statistics.policy_mse, reference_mse(statistics))
 
     def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
         self.timesteps.check(schedule)
@@ -64,6 +130,7 @@ class InvertingMethod(SingleTimestepMethod):
     """
 
     policy_inverts = True
+    compats = ("released", "released-diffusers-0.20")
 
     num_inference_steps: int
     model_time: ModelTime = "destination"
@@ -85,7 +152,11 @@ class InvertingMethod(SingleTimestepMethod):
     def trajectory(
         self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
     ) -> tuple[Tensor, Tensor]:
-        plan = (plan_released if self.compat else plan_inversion)(schedule, timesteps, self.num_inference_steps)
+        if self.compat:
+            old = self.compat == "released-diffusers-0.20"
+            plan = plan_released(schedule, timesteps, self.num_inference_steps, diffusers_020=old)
+        else:
+            plan = plan_inversion(schedule, timesteps, self.num_inference_steps)
         noisy = invert(
             policy,
             schedule,
@@ -114,6 +185,7 @@ class SingleTimestepObjective(Objective):
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
     ) -> ObjectiveOutput:
         check_batch(batch)
+        batch = self.method.prepare(batch, seed)
         drawn = draws.timesteps
         if drawn is None:
             drawn = self.method.timesteps.draw(self.schedule, seed, STREAM_TIMESTEP, batch.sample_index)
@@ -123,9 +195,8 @@ class SingleTimestepObjective(Objective):
         times = timesteps.to(noisy.device)
         policy_pred = policy(noisy, times, batch.conditioning)
         with torch.no_grad():
-            reference_pred = reference(noisy, times, batch.conditioning)
-        weight = self.method.pair_weight(batch)
-        preference = self.method.preference
-        result = preference_loss(policy_pred, reference_pred, target, pair_weight=weight, **preference)
+            known = target if not self.method.needs_reference else reference(noisy, times, batch.conditioning)
+        given = known if self.method.needs_reference else None
+        result = self.method.loss(policy_pred, given, target, self.method.pair_weight(batch))
         return ObjectiveOutput(**vars(result), timesteps=timesteps, noisy_latents=noisy, target=target,
-                               policy_pred=policy_pred, reference_pred=reference_pred)  # fmt: skip
+                               policy_pred=policy_pred, reference_pred=known)  # fmt: skip

@@ -324,8 +324,37 @@ PUBLISHED: dict[str, tuple[float, int | None, int, int, int]] = {
 }
 
 
-def test_every_preset_is_in_the_table() -> None:
-    assert presets() == sorted(PUBLISHED)
+# Of methods without a paper's full set of numbers: options of the method, learning rate at the whole batch, steps, warm-up,
+# effective batch.
+FURTHER: dict[str, tuple[dict[str, Any], float, int, int, int]] = {
+    "sdpo-sd15": ({"beta": 5000, "safeguard": 0.9}, 2048e-8, 2000, 500, 2048),
+    "sdpo-sdxl": ({"beta": 5000, "safeguard": 0.6}, 2048e-9, 2000, 500, 2048),
+    "dmpo-sd15": ({"beta": 2000, "alpha": 0.01, "safeguard": 0.9}, 2048e-8, 2000, 500, 2048),
+    "dspo-sd15": ({"beta": 0.001, "variant": "sd15"}, 2048e-8, 1500, 500, 2048),
+    "dspo-sdxl": ({"beta": 5000, "variant": "sdxl"}, 2048e-8, 700, 200, 2048),
+    "linear-dpo-sdxl": ({"beta": 500, "eta": 0, "reference": "frozen"}, 1e-5, 2000, 0, 128),
+    "alpha-dpo-sdxl": ({"beta": 4000, "alpha": 0.9999, "dynamic": True}, 2048 * 8.192e-9, 600, 200, 2048),
+    "poly-dpo-sd15": ({"alpha": 8}, 2048e-8, 2000, 500, 2048),
+    "snpo-sd15": ({"beta": 2000, "loser_share": 0.9}, 2.048e-8, 3000, 0, 512),
+    "mapo-sdxl": ({"beta": 0.1, "snr": 0.5}, 1e-5, 2000, 0, 16),
+}
+
+
+def test_every_preset_is_in_a_table() -> None:
+    assert presets() == sorted([*PUBLISHED, *FURTHER])
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_presets_of_further_methods_hold_what_was_published(name: str) -> None:
+    config = load_config(overrides=["data.path=pairs.parquet"], preset=name)
+    options, rate, steps, warmup, batch = FURTHER[name]
+    assert {key: getattr(config.method, key) for key in options} == options
+    assert config.method.name == re.sub(r"-(sd15|sdxl)$", "", name)
+    scale = config.effective_batch() if config.optimizer.scale_lr else 1
+    assert config.optimizer.learning_rate * scale == pytest.approx(rate)
+    assert (config.training.steps, config.optimizer.warmup_steps, config.effective_batch()) == (steps, warmup, batch)
+    assert config.data.caption_dropout == (0.0 if config.method.name in ("snpo", "mapo") else 0.2)
+    assert config.data.resolution == (1024 if name.endswith("sdxl") else 512)
 
 
 OF_A_METHOD: dict[str, dict[str, Any]] = {

@@ -27,7 +27,8 @@ def test_a_lesser_set_than_the_best(instructions: str) -> None:
         pytest.skip(f"{instructions} is not below {best}, with which this process runs the same tests")
     extension = native._load()[0]
     assert extension is not None and extension.__file__ is not None
-    run_tests(Path(extension.__file__), instructions, ["test_native.py", "test_native_lengths.py"], {})
+    files = ["test_native.py", "test_native_lengths.py", "../ops/test_pair_statistics.py"]
+    run_tests(Path(extension.__file__), instructions, files, {})
 
 
 @pytest.mark.parametrize("asked", ["sse9", "AVX2", "avx512"])

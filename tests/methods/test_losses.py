@@ -111,6 +111,29 @@ def test_conventions_differ_by_two() -> None:
     assert diffusion_dpo_loss(*inputs, 5000).loss == diffusion_dpo_loss(*inputs, 5000, convention="research").loss
 
 
+@pytest.mark.parametrize("beta", [0.5, 20.0])
+def test_the_loss_types_of_diffusers(beta: float) -> None:
+    inputs = predictions(PAIRS, SHAPE, gap=0.1)
+    types: dict[str, Callable[[Tensor], Tensor]] = {
+        "sigmoid": lambda logits: -torch.sigmoid(beta * logits).log(),
+        "hinge": lambda logits: torch.relu(1 - beta * logits),
+        "ipo": lambda logits: (logits - 1 / (2 * beta)) ** 2,
+    }
+    for name, formula in types.items():
+        found = _with_gradient(diffusion_dpo_loss, inputs, beta, convention="diffusers-sd15", loss_type=name)
+
+        def block(model: Tensor, reference: Tensor, target: Tensor, beta: float) -> list[Tensor]:
+            model_gap, ref_gap, *logged = _gaps(model, reference, target)
+            accuracy = _diffusers(model, reference, target, beta)[3]
+            return [formula(ref_gap - model_gap).mean(), *logged, accuracy]  # noqa: B023 - called at once
+
+        for value, exact in zip(found, _with_gradient(block, inputs, beta), strict=True):
+            torch.testing.assert_close(value, exact.double(), rtol=1e-11, atol=1e-15)
+    for convention in ("research", "diffusers-sdxl"):
+        with pytest.raises(InvalidInput, match=r"^loss_type = 'hinge': is not a loss of the script .*utility='hinge'"):
+            diffusion_dpo_loss(*inputs, beta, convention=convention, loss_type="hinge")
+
+
 @pytest.mark.parametrize(("convention", "ties"), [("research", 0.0), ("diffusers-sd15", 0.5), ("diffusers-sdxl", 0.5)])
 def test_the_first_step(convention: str, ties: float) -> None:
     """Policy and reference agree: ln 2, equal errors, and what each script logs as accuracy."""

@@ -1,4 +1,4 @@
-"""The four methods: their draws, symmetries, and the variants of Inversion-DPO."""
+"""The methods: their draws, symmetries, and the variants of Inversion-DPO."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def chain_objective(schedule: NoiseSchedule, n: int, k: int | None = None) -> Ch
 )
 def test_a_batch_equals_its_pairs_one_by_one(method: str, prediction_type: str) -> None:
     schedule = sd_schedule(prediction_type=prediction_type)
-    objective, batch = build_objective(method, schedule, beta=50.0, **SMALL[method]), pairs()
+    objective, batch = build_objective(method, schedule, beta=50.0, **SMALL.get(method, {})), pairs()
     policy = Policy()
     together = objective(policy, REFERENCE, batch, seed=3)
     together.loss.backward()
@@ -151,9 +151,9 @@ def test_sixteen_pairs_cost_their_own_steps(method: str, static_shapes: bool) ->
     torch.testing.assert_close(policy.network.weight.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "snpo"])  # whose loser is bounded
 def test_swapping_the_sides_flips_the_margin(method: str) -> None:
-    options = {**SMALL[method], "eta": 0.0} if method == "inpo" else SMALL[method]
+    options = {**SMALL[method], "eta": 0.0} if method == "inpo" else SMALL.get(method, {})
     objective, batch = build_objective(method, SCHEDULE, beta=50.0, **options), pairs()
     if method == "smpo":
         # Its weight changes sign with the scores: swap the latents alone.
@@ -165,12 +165,13 @@ def test_swapping_the_sides_flips_the_margin(method: str) -> None:
     assert (there != 0).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "mapo"])  # which has no reference
 def test_policy_equal_to_reference(method: str) -> None:
-    """Loss ln 2 to the last bit, and a gradient that is not zero."""
-    objective, policy = build_objective(method, SCHEDULE, **SMALL[method]), Policy(gap=0.0)
+    """Loss ln 2 to the last bit where it is −log σ, and a gradient that is not zero."""
+    objective, policy = build_objective(method, SCHEDULE, **SMALL.get(method, {})), Policy(gap=0.0)
     output = objective(policy, REFERENCE, pairs(), seed=0)
-    assert float(output.loss.detach()) == math.log(2) and not output.margin.any()
+    assert not output.margin.any()
+    assert objective.method.utility not in ("sigmoid", "snpo") or float(output.loss.detach()) == math.log(2)
     output.loss.backward()
     assert policy.weight.grad.norm() > 1e-3
 

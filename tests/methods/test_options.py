@@ -28,6 +28,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "inpo": {"num_inference_steps": 4, "eta": 0.0, "static_shapes": True, "timesteps": {"range": [0, 199]}},
     "smpo": {"renoise_iterations": 2, "score_range": "auto", "preference_scale": 3.0, "model_time": "source"},
     "inversion-dpo": {"variant": "step", "guidance_scale": 1.0, "timesteps_per_step": 2},
+    "sdpo": {"safeguard": 0.6, "compat": "released"},
+    "dmpo": {"alpha": 0.1, "safeguard": 0.9},
+    "dspo": {"variant": "sdxl", "beta": 5000.0},
+    "linear-dpo": {"eta": 0.0, "beta": 500.0},
+    "alpha-dpo": {"alpha": 2.0, "dynamic": True},
+    "poly-dpo": {"alpha": -0.5, "anchor": 1.0},
+    "snpo": {"loser_share": 0.5, "error_scale": 10.0, "swap_probability": 0.1},
+    "mapo": {"snr": 2.0, "sft_weight": 0.5},
 }
 
 

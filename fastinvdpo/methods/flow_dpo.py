@@ -1,0 +1,209 @@
+"""Flow-DPO with masks, an anchor, fine-tuning and an automatic β; and PNAPO, whose sides keep their own noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, max_pool2d, softplus
+
+from fastinvdpo.errors import invalid
+from fastinvdpo.methods.losses import smoothed_pair_weight
+from fastinvdpo.methods.statistics import Gather, pair_margin, reference_mse
+from fastinvdpo.ops import PreferenceLoss, preference_loss
+from fastinvdpo.ops.pair_statistics import pair_statistics
+from fastinvdpo.ops.preference_loss import check_beta
+
+Norm = Literal["sum", "mean", "masked_mean"]
+MaskKind = Literal["mask", "segmentation"]
+
+
+class AutoBeta:
+    """β that keeps the mean of ``σ(−z)`` near a wanted one: ``β = clamp(2·log((1 − f)/f)/M, …)``, M a moving average of
+    ``mean |Δ_w − Δ_l|`` over calls, on the device. It has a ``state_dict``, which belongs into a checkpoint.
+
+    Args:
+        target: f in (0, ½), the wanted mean of σ(−z).
+        decay: of M.
+        minimum, maximum: bounds of β. The script's maximum is 1, for ``norm="sum"``; with means β is as many times
+            larger as a sample has elements.
+        gather: with several processes, so that all of them use one M; such as ``accelerator.gather``.
+    """
+
+    def __init__(
+        self,
+        target: float = 0.2,
+        decay: float = 0.99,
+        minimum: float = 1e-3,
+        maximum: float = 1.0,
+        gather: Gather | None = None,
+    ) -> None:
+        if not 0 < target < 0.5:
+            raise invalid("target", target, "out of range", "use a mean of σ(−z) above 0 and below 0.5, such as 0.2")
+        if not 0 <= decay < 1:
+            raise invalid("decay", decay, "out of range", "use 0.99")
+        if not 0 < minimum <= maximum < math.inf:
+            raise invalid("minimum", minimum, f"is no lower bound of β below {maximum}", "use 0.001 and 1")
+        self._twice_logit, self._decay, self._gather = 2 * math.log((1 - target) / target), decay, gather
+        self._minimum, self._maximum = minimum, maximum
+        self._average: Tensor | None = None
+
+    def update(self, gap: Tensor) -> Tensor:
+        """β, a scalar, for a batch whose ``Δ_w − Δ_l`` are ``gap`` ``(B,)``."""
+        size = gap.detach().abs()
+        size = (size if self._gather is None else self._gather(size)).mean()
+        if self._average is not None:
+            average = self._average.to(size)
+            moved = self._decay * average + (1 - self._decay) * size
+            size = torch.where(torch.isfinite(size), moved, average)  # a batch that a guard rejects leaves no trace
+        self._average = size
+        return (self._twice_logit / size).clamp(self._minimum, self._maximum)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self._average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._average = state["average"]
+
+
+class FlowDPOLoss(NamedTuple):
+    """What SimpleTuner's Flow-DPO computes and logs; scalars, but ``inside_term``, z per pair ``(B,)``. ``win_adv`` and
+    ``lose_adv`` are ``−Δ_w`` and ``Δ_l``, ``margin`` their sum, in the chosen norm, as are the errors.
+    """
+
+    loss: Tensor
+    dpo_loss: Tensor
+    beta: Tensor
+    margin: Tensor
+    win_adv: Tensor
+    lose_adv: Tensor
+    policy_win_err: Tensor
+    policy_lose_err: Tensor
+    ref_win_err: Tensor
+    ref_lose_err: Tensor
+    negative_margin_pct: Tensor
+    gradient_factor: Tensor
+    anchor_loss: Tensor
+    inside_term: Tensor
+
+
+def flow_dpo(
+    policy_pred: Tensor,
+    reference_pred: Tensor,
+    target: Tensor,
+    *,
+    beta: float | AutoBeta = 5.0,
+    mask: Tensor | None = None,
+    norm: Norm = "sum",
+    loss_weight: float = 1.0,
+    anchor: float = 0.0,
+    sft_weight: float = 0.0,
+) -> FlowDPOLoss:
+    """The loss of SimpleTuner's Flow-DPO: ``Δ = Σ k·d·(2e − d)/D`` over a mask k.
+
+    Args:
+        policy_pred, reference_pred, target: as of :func:`fastinvdpo.preference_loss`, ``(2B, …)``; the target is
+            ``noise − x_0`` of each side.
+        beta: β > 0, or what chooses it.
+        mask: k, ``(B, 1, H, W)`` or ``(B, …)`` as the predictions, of both sides of a pair; see :func:`latent_mask`.
+        norm: D is 1 (``"sum"``), the number of elements (``"mean"``), or the mask's sum, at least 1.
+        loss_weight: of the preference term.
+        anchor: A, adds ``A/2·(mean m(d_w²) + mean m(d_l²))``, unmasked.
+        sft_weight: adds so much of the winners' mean squared error, unmasked.
+
+    Raises:
+        InvalidInput: an argument is out of range or does not fit the predictions.
+    """
+    if not isinstance(beta, AutoBeta):
+        check_beta(beta)
+    if norm not in get_args(Norm):
+        raise invalid("norm", norm, "is not known", f"use one of {get_args(Norm)}")
+    for name, weight in (("loss_weight", loss_weight), ("anchor", anchor), ("sft_weight", sft_weight)):
+        if not 0 <= weight < math.inf:
+            raise invalid(name, weight, "must be finite and not negative", "use 0 for none")
+    s = pair_statistics(policy_pred, reference_pred, target, mask)
+    whole = s if mask is None else pair_statistics(policy_pred, reference_pred, target)
+    n = policy_pred[0].numel()
+    if norm == "sum":
+        scale = torch.full_like(s.policy_mse, float(n))
+    elif norm == "mean" or s.mask_mean is None:
+        scale = torch.ones_like(s.policy_mse)
+    else:
+        scale = n / (n * s.mask_mean).clamp(min=1)
+    gap = scale.chunk(2)[0] * pair_margin(s, 2.0)
+    used = beta.update(gap) if isinstance(beta, AutoBeta) else torch.full_like(gap[0], beta)
+    z = 0.5 * used * gap
+    dpo_loss = softplus(-z).mean()
+    assert whole.shift_mse is not None
+    anchor_loss = anchor * whole.shift_mse.mean()
+    loss = loss_weight * dpo_loss + anchor_loss + sft_weight * whole.policy_mse.chunk(2)[0].mean()
+    (win, lose), (policy_win, policy_lose), (ref_win, ref_lose) = (
+        (scale * value.detach()).unflatten(0, (2, -1)).mean(1).unbind()
+        for value in (s.difference, s.policy_mse, reference_mse(s))
+    )
+    return FlowDPOLoss(
+        loss,
+        dpo_loss,
+        used,
+        gap.detach().mean(),
+        -win,
+        lose,
+        policy_win,
+        policy_lose,
+        ref_win,
+        ref_lose,
+        100 * (gap.detach() < 0).to(gap.dtype).mean(),
+        torch.sigmoid(-z.detach()).mean(),
+        anchor_loss,
+        z,
+    )
+
+
+def latent_mask(image: Tensor, size: tuple[int, int], *, kind: MaskKind = "mask", dilate: int = 0) -> Tensor:
+    """The mask of latents ``(B, 1, *size)`` from images ``(B, C, H, W)`` in [−1, 1], as SimpleTuner makes it.
+
+    Args:
+        kind: ``"mask"``: the first channel, from black 0 to white 1. ``"segmentation"``: 1 where any of
+            it is not black.
+        dilate: q, widens it by a maximum over ``(2q + 1)²`` latent pixels.
+    """
+    if kind not in get_args(MaskKind):
+        raise invalid("kind", kind, "is not known", f"use one of {get_args(MaskKind)}")
+    if isinstance(dilate, bool) or not isinstance(dilate, int) or dilate < 0:
+        raise invalid("dilate", dilate, "must be a whole number", "use 0 or more")
+    if image.ndim != 4 or not image.is_floating_point():
+        given = f"{tuple(image.shape)}, {image.dtype}"
+        raise invalid("image", given, "is no batch of images", "pass floating point (B, C, H, W) in [-1, 1]")
+    channel = image[:, :1] if kind == "mask" else image.mean(1, keepdim=True)
+    mask = (interpolate(channel, size=size, mode="area") / 2 + 0.5).clamp(0, 1)
+    if kind == "segmentation":
+        mask = (mask > 0).to(mask.dtype)
+    return max_pool2d(mask, 2 * dilate + 1, stride=1, padding=dilate) if dilate else mask
+
+
+def pnapo(
+    policy_pred: Tensor,
+    reference_pred: Tensor,
+    target: Tensor,
+    *,
+    beta: float,
+    reward_gap: Tensor,
+    schedule_weight: float = 1.0,
+) -> PreferenceLoss:
+    """PNAPO (arXiv 2605.09433), from a summary of the paper; no code is released: Diffusion-DPO on a rectified flow,
+    where each side keeps the noise that it was generated from, ``z = −β·(2σ(δ) − 1)·g·(Δ_w − Δ_l)``.
+
+    Args:
+        policy_pred, reference_pred: predictions at ``x_t = (1 − t)·x_0 + t·x_T``, one t in a pair, ``(2B, …)``.
+        target: ``x_T − x_0`` of each side.
+        beta: stands without the ½ of the other methods; published are 2000 and 5000, of mean or sum is not known.
+        reward_gap: δ, the winner's reward less the loser's, ``(B,)``. Its unit decides β: of order 1e-2 it shrinks β
+            two-hundredfold.
+        schedule_weight: g; falls from 1 to ½ along a cosine in the course of the published training.
+    """
+    if not isinstance(reward_gap, Tensor):
+        raise invalid("reward_gap", reward_gap, "must be a tensor", "pass one reward difference a pair, (B,)")
+    weight = schedule_weight * smoothed_pair_weight(torch.sigmoid(reward_gap.double()), 1.0)
+    return preference_loss(policy_pred, reference_pred, target, beta=2 * beta, pair_weight=weight.to(torch.float32))

@@ -1,0 +1,109 @@
+"""From the sums over a prediction's elements to a pair's margin: what objectives that are not one fused op share.
+
+With ``e = p − τ`` and ``d = p − r`` an op gives per sample ``E = m(e²)``, ``X = m(e·d)``, ``Q = m(d²)`` and per pair
+``C = m(e_w·e_l)``; ``Δ = 2X − Q`` is the difference of the errors of policy and reference. What follows is arithmetic
+of a few scalars per pair, in float32 (float64 for float64 predictions), differentiable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastinvdpo.ops import PairStatistics
+
+RELEASED_GUARD = 1e-9
+
+Gather = Callable[[Tensor], Tensor]
+"""All processes' values of a tensor, ``(B,)`` to ``(processes·B,)``, such as ``accelerator.gather``."""
+
+
+class Scored(NamedTuple):
+    """Predictions of B pairs as the objectives see them.
+
+    Attributes:
+        statistics: the sums.
+        safeguarded: the same, where the losers' gradients are scaled.
+        loser_scale: by what, ``(B,)``; None without a safeguard.
+        margin: ``z`` per pair, ``(B,)``, of ``safeguarded``.
+    """
+
+    statistics: PairStatistics
+    safeguarded: PairStatistics
+    loser_scale: Tensor | None
+    margin: Tensor
+
+
+def pair_margin(statistics: PairStatistics, beta: float) -> Tensor:
+    """``z = −(β/2)(Δ_w − Δ_l)``, ``(B,)``."""
+    winner, loser = statistics.difference.chunk(2)
+    return -0.5 * beta * (winner - loser)
+
+
+def reference_mse(statistics: PairStatistics) -> Tensor:
+    """``m((r − τ)²)`` per sample, ``(n,)``, no gradient; 0 without a reference, which is one that is right."""
+    error = statistics.policy_mse.detach()
+    return torch.zeros_like(error) if statistics.cross is None else error - statistics.difference.detach()
+
+
+def loser_scale(
+    statistics: PairStatistics,
+    mu: float,
+    *,
+    pair_weight: Tensor | None = None,
+    released_elements: int | None = None,
+) -> Tensor:
+    """λ of Diffusion-SDPO (arXiv 2511.03317) per pair, ``(B,)``, no gradient: what the loser's gradient is scaled by so
+    that to first order a step does not raise the winner's error.
+
+        λ = clamp((1 − μ)·E_w/C, 0, 1),   1 where C ≤ 0
+
+    ``E_w`` and ``C`` are the squared norm of the winner's error and its product with the loser's, in float32, free of
+    the factor ``4/(B²n)`` with which the released code underflows in half precision, where it finds ``λ = 1``.
+
+    Args:
+        mu: how much of the winner's descent is kept, in [0, 1]; at 1 the loser gets no gradient.
+        pair_weight: ``(B,)``; a pair with a negative one is the other way round, and its loser is the winner here.
+        released_elements: n, elements per sample: one λ from the sums over the micro-batch, with ``1e-9`` added to the
+            denominator at that factor, as released.
+    """
+    (winner, loser), inner, guard = statistics.policy_mse.detach().chunk(2), statistics.pair_cross, 0.0
+    assert inner is not None, "samples are paired"
+    inner, pairs = inner.detach(), inner.numel()
+    if pair_weight is not None:
+        winner = torch.where(pair_weight < 0, loser, winner)
+    if released_elements is not None:
+        winner, inner = winner.sum(), inner.sum()
+        guard = RELEASED_GUARD * pairs**2 * released_elements / 4
+    scale = ((1 - mu) * winner / (inner + guard)).clamp(0, 1)
+    return torch.where(inner > 0, scale, torch.ones_like(scale)).expand(pairs)
+
+
+def scale_losers(statistics: PairStatistics, scale: Tensor, pair_weight: Tensor | None = None) -> PairStatistics:
+    """The same values; what flows back to the losers is multiplied by ``scale``, ``(B,)``; ``pair_weight`` as of
+    :func:`loser_scale`.
+    """
+    sides = torch.stack([torch.ones_like(scale), scale])
+    if pair_weight is not None:
+        sides = torch.where(pair_weight < 0, sides.flip(0), sides)
+
+    def scaled(value: Tensor) -> Tensor:
+        return with_slope(value, sides.flatten(), value)
+
+    cross, shift = (None if both is None else scaled(both) for both in (statistics.cross, statistics.shift_mse))
+    return dataclasses.replace(statistics, policy_mse=scaled(statistics.policy_mse), cross=cross, shift_mse=shift)
+
+
+def with_slope(value: Tensor, slope: Tensor, z: Tensor) -> Tensor:
+    """``value``, whose derivative with respect to ``z`` is ``slope``: for functions whose own expression loses it."""
+    return value.detach() + slope.detach() * (z - z.detach())
+
+
+def sigmoid(z: Tensor) -> Tensor:
+    """``σ(z)``, whose derivative keeps its digits in both tails; PyTorch's is ``σ(1 − σ)``."""
+    value = torch.sigmoid(z)
+    return with_slope(value, value * torch.sigmoid(-z), z)
