@@ -1,26 +1,18 @@
-// preference_loss on the CPU: one pass over the inputs forward, one backward. Work is cut into chunks of a fixed size, whose sums are
-// added in a fixed order, so that the result has the same bits for any number of threads.
+// preference_loss on the CPU: one pass over the inputs forward, one backward.
 
 #include <torch/headeronly/util/Half.h>
 
-#include <algorithm>
-#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "isa.h"
 #include "kept_memory.h"
 #include "preference_loss_check.h"
-#include "results.h"
+#include "rows_cpu.h"
 #include "utilities.h"
 
 namespace fastinvdpo {
 namespace {
-
-constexpr int64_t kChunk = 16384;  // elements whose sums are added up before they meet those of other chunks
-constexpr int64_t kGrain = 2;      // chunks that are worth a thread
-
-constexpr int64_t kPastCaches = 8 << 20;  // bytes of a gradient that is written past the caches, as it would fill them
 
 struct ForwardRow {
   const void *policy, *reference, *target;  // target: null when it is the reference
@@ -69,23 +61,8 @@ struct Shape {
         timesteps(timestep_weight ? policy.size(1) : 1),
         rows(2 * pairs * timesteps),
         n(policy.numel() / rows),
-        chunks((n + kChunk - 1) / kChunk) {}
+        chunks(chunks_of(n)) {}
 };
-
-// Calls body(row, chunk, begin, end) for every chunk of every row, on all threads.
-template <class Body>
-void for_each_chunk(const Shape& shape, const Body& body) {
-  torch::stable::parallel_for(0, shape.rows * shape.chunks, kGrain, [&](int64_t from, int64_t to) {
-    for (int64_t task = from; task < to; ++task) {
-      const int64_t row = task / shape.chunks, chunk = task % shape.chunks;
-      body(row, chunk, chunk * kChunk, std::min((chunk + 1) * kChunk, shape.n));
-    }
-  });
-}
-
-const char* row_of(const Tensor& tensor, Storage storage, int64_t row, int64_t n) {
-  return static_cast<const char*>(tensor.const_data_ptr()) + row * n * bytes_of(storage);
-}
 
 // −(β/2)·ρ_i·w_ik
 struct Weights {
@@ -106,13 +83,6 @@ struct Weights {
   }
 };
 
-// A contiguous tensor of NaN, so that a number that is not written shows.
-Tensor nan_float32(const Tensor& beside, const int64_t* sizes, int dims) {
-  Tensor result = new_contiguous(beside, dims, sizes, aoti_torch_dtype_float32());
-  std::fill_n(static_cast<float*>(result.mutable_data_ptr()), result.numel(), std::numeric_limits<float>::quiet_NaN());
-  return result;
-}
-
 // The inputs share one dense layout in which samples (and timesteps) come first; the caller has seen to that.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     Tensor policy, Tensor reference, std::optional<Tensor> target, std::optional<Tensor> pair_weight,
@@ -124,10 +94,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Storage target_storage = target ? storage_of(*target, "target") : reference_storage;
   std::vector<double> partial(static_cast<size_t>(s.rows * s.chunks * 3), 0.0);
   const auto kernel = FID_FOR_THIS_CPU(forward_chunk);
-  for_each_chunk(s, [&](int64_t row, int64_t chunk, int64_t begin, int64_t end) {
-    const ForwardRow pointers{row_of(policy, policy_storage, row, s.n),
-                              row_of(reference, reference_storage, row, s.n),
-                              target ? row_of(*target, target_storage, row, s.n) : nullptr,
+  for_each_chunk(s.rows, s.n, [&](int64_t row, int64_t chunk, int64_t begin, int64_t end) {
+    const ForwardRow pointers{elements_from(policy, policy_storage, row * s.n),
+                              elements_from(reference, reference_storage, row * s.n),
+                              target ? elements_from(*target, target_storage, row * s.n) : nullptr,
                               policy_storage,
                               reference_storage,
                               target_storage};
@@ -200,8 +170,8 @@ Tensor backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_marg
   char* out = static_cast<char*>(gradient.mutable_data_ptr());
   const bool past_caches = bytes >= kPastCaches;
   const auto kernel = FID_FOR_THIS_CPU(backward_chunk);
-  for_each_chunk(s, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
-    const BackwardRow pointers{row_of(policy, policy_storage, row, s.n), row_of(target, target_storage, row, s.n),
+  for_each_chunk(s.rows, s.n, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+    const BackwardRow pointers{elements_from(policy, policy_storage, row * s.n), elements_from(target, target_storage, row * s.n),
                                out + row * s.n * bytes_of(policy_storage), policy_storage, target_storage,
                                scale[static_cast<size_t>(row)], past_caches};
     kernel(pointers, begin, end);

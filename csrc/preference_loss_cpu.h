@@ -2,30 +2,6 @@
 
 #include "simd.h"
 
-typedef float vf_half __attribute__((vector_size(FID_VECTOR / 2)));
-
-// A float is added to at most this many others before the sum goes on in double.
-static constexpr int64_t kFloatRun = 32;
-
-// Sums of floats, in double.
-struct Totals {
-  vd low = {}, high = {};
-
-  void add(vf v) {
-    vf_half halves[2];
-    __builtin_memcpy(halves, &v, sizeof v);
-    low += __builtin_convertvector(halves[0], vd);
-    high += __builtin_convertvector(halves[1], vd);
-  }
-
-  double sum() const {
-    const vd both = low + high;
-    double total = 0;
-    for (int lane = 0; lane < kLanes / 2; ++lane) total += both[lane];
-    return total;
-  }
-};
-
 // sums += { Σ (p − r)·((p − τ) + (r − τ)),  Σ (p − τ)²,  Σ (r − τ)² } over the elements [begin, end).
 template <Storage kPolicy, Storage kReference, Storage kTarget, bool kTargetIsReference>
 static void accumulate(const ForwardRow& row, int64_t begin, int64_t end, double* sums) {

@@ -2,15 +2,13 @@
 // finish completes all rows and pairs. Every sum has a fixed order, so the same inputs give the same bits on every run.
 #pragma once
 
-#include "cuda_device.h"
+#include "cuda_sums.h"
 #include "utilities.h"
 
 namespace fastinvdpo {
 
 constexpr int kSums = 3;         // Σ (p − r)·((p − τ) + (r − τ)),  Σ (p − τ)²,  Σ (r − τ)²
 constexpr int kGroupsAtOnce = 2; // groups of each tensor that a thread has in flight: enough to cover the latency of memory
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
 
 struct Pairs {
   const float *pair_weight, *timestep_weight;  // (B,) and (B, K), or null
@@ -136,41 +134,6 @@ __device__ __forceinline__ void sum_range(const Inputs<T, kTarget>& in, Range ra
 #pragma unroll 1
   for (; group < groups; group += kThreads) add_groups(Constant<1>(), group);
   scalar(begin + static_cast<int64_t>(groups) * kGroup, range.end);
-}
-
-// Adds up the sums of all threads of the block; thread j < kSums returns sum j.
-__device__ __forceinline__ double block_sum(const double* sums, double (*warp)[kSums]) {
-#pragma unroll
-  for (int j = 0; j < kSums; ++j) {
-    double sum = sums[j];
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_down_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % kWarp == 0) warp[threadIdx.x / kWarp][j] = sum;
-  }
-  __syncthreads();
-  double total = 0;
-  if (threadIdx.x < kSums) {
-    for (int w = 0; w < kWarps; ++w) total += warp[w][threadIdx.x];
-  }
-  __syncthreads();  // before the next call writes
-  return total;
-}
-
-// store(i, Σ_t value(i, t)) for `items` sums of `terms` terms, all threads of the block, up to 32 for each sum.
-template <class Value, class Store>
-__device__ __forceinline__ void sum_each(int64_t items, int64_t terms, const Value& value, const Store& store) {
-  int lanes = 1;
-  while (lanes < terms && lanes < kWarp) lanes *= 2;
-  const int lane = threadIdx.x % lanes;
-  for (int64_t first = 0; first < items; first += kThreads / lanes) {
-    const int64_t item = first + threadIdx.x / lanes;
-    double sum = 0;
-    if (item < items) {
-      for (int64_t term = lane; term < terms; term += lanes) sum += value(item, term);
-    }
-    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_down_sync(0xffffffffu, sum, step, lanes);
-    if (item < items && lane == 0) store(item, sum);
-  }
 }
 
 __device__ __forceinline__ void finish_row_sum(const ForwardArguments& a, int64_t row, int which, double sum) {

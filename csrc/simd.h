@@ -8,6 +8,7 @@ typedef uint32_t vu32 __attribute__((vector_size(FID_VECTOR)));
 typedef int32_t vi32 __attribute__((vector_size(FID_VECTOR)));
 typedef uint64_t vu64 __attribute__((vector_size(FID_VECTOR)));
 typedef uint16_t vu16 __attribute__((vector_size(FID_VECTOR / 2)));
+typedef float vf_half __attribute__((vector_size(FID_VECTOR / 2)));
 
 static constexpr int kLanes = FID_VECTOR / 4;
 
@@ -20,18 +21,20 @@ static inline vf load(const float* p) {
 static inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // a·b + c. Written as two operations, the compiler would choose which of several products to round, here so and there so.
-static inline vf multiply_add(float a, vf b, vf c) {
+static inline vf multiply_add(vf a, vf b, vf c) {
 #if FID_VECTOR == 64
-  return (vf)_mm512_maskz_fmadd_ps(0xffff, _mm512_set1_ps(a), (__m512)b, (__m512)c);
+  return (vf)_mm512_maskz_fmadd_ps(0xffff, (__m512)a, (__m512)b, (__m512)c);
 #elif FID_VECTOR == 32
-  return (vf)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__FP_FAST_FMAF)
-  for (int lane = 0; lane < kLanes; ++lane) c[lane] = __builtin_fmaf(a, b[lane], c[lane]);
+  for (int lane = 0; lane < kLanes; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
   return c;
 #else
   return a * b + c;
 #endif
 }
+
+static inline vf multiply_add(float a, vf b, vf c) { return multiply_add(a - vf{}, b, c); }
 
 static inline float multiply_add(float a, float b, float c) {
 #if FID_VECTOR >= 32 || defined(__FP_FAST_FMAF)
@@ -187,6 +190,28 @@ static inline void store_tail(void* row, int64_t at, int64_t count, vf v) {
   store_to<kStorage>(tail, 0, v);
   __builtin_memcpy(static_cast<char*>(row) + at * kBytes, tail, static_cast<size_t>(count * kBytes));
 }
+
+// A float is added to at most this many others before the sum goes on in double.
+static constexpr int64_t kFloatRun = 32;
+
+// Sums of floats, in double.
+struct Totals {
+  vd low = {}, high = {};
+
+  void add(vf v) {
+    vf_half halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    low += __builtin_convertvector(halves[0], vd);
+    high += __builtin_convertvector(halves[1], vd);
+  }
+
+  double sum() const {
+    const vd both = low + high;
+    double total = 0;
+    for (int lane = 0; lane < kLanes / 2; ++lane) total += both[lane];
+    return total;
+  }
+};
 
 // A storage type known at run time as one known to the compiler: body(std::integral_constant<Storage, ...>).
 template <class Body>
