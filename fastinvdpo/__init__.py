@@ -8,7 +8,7 @@ from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
 from fastinvdpo.methods import Draws, PairBatch, build_objective
 from fastinvdpo.methods.losses import DiffusionDPOLoss, diffusion_dpo_loss
-from fastinvdpo.ops import PreferenceLoss, affine_step, preference_loss
+from fastinvdpo.ops import PairStatistics, PreferenceLoss, affine_step, pair_statistics, preference_loss
 from fastinvdpo.ops.dispatch import use_backend
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ __all__ = [
     "NoiseSchedule",
     "NonFiniteLoss",
     "PairBatch",
+    "PairStatistics",
     "PreferenceLoss",
     "affine_step",
     "build_objective",
     "diffusion_dpo_loss",
+    "pair_statistics",
     "preference_loss",
     "use_backend",
 ]

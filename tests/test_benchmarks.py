@@ -29,6 +29,7 @@ PROVIDERS = (
     "reference",
     *(["native"] if dispatch.unavailable("affine_step", "native", "cpu") is None else []),
 )
+OPS = [("affine_step", 1), ("pair_statistics", 1), ("preference_loss", 1), ("preference_loss", 4)]
 
 
 def tiny(op: str = "preference_loss", timesteps: int = 1, dtype: torch.dtype = torch.float32) -> Case:
@@ -53,7 +54,7 @@ def measured(case: Case, providers: tuple[str, ...] = PROVIDERS, mode: str = "fu
 
 
 @pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "timesteps"), [("affine_step", 1), ("preference_loss", 1), ("preference_loss", 4)])
+@pytest.mark.parametrize(("op", "timesteps"), OPS)
 def test_every_provider_is_right_at_tiny_sizes(op: str, timesteps: int, dtype: torch.dtype, quickly: None) -> None:
     rows = measured(tiny(op, timesteps, dtype))
     assert set(rows) == set(PROVIDERS)
@@ -63,7 +64,7 @@ def test_every_provider_is_right_at_tiny_sizes(op: str, timesteps: int, dtype: t
 
 def test_the_released_formula_and_the_op_agree_in_float64() -> None:
     """So what the other tests call an error is one."""
-    for op, timesteps in (("affine_step", 1), ("preference_loss", 1), ("preference_loss", 4)):
+    for op, timesteps in OPS:
         problem = registry.OPS[op](tiny(op, timesteps, torch.float64), CPU)
         if isinstance(problem, bench_affine_step.AffineStepProblem):
             levels = torch.tensor([bench_affine_step.SOURCE, bench_affine_step.TARGET], dtype=torch.float64)
@@ -325,8 +326,8 @@ run.main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 7, done.stderr
-    assert "[2/2] preference_loss sdxl pairs=1 K=1 float32" in done.stderr
+    assert "[3/3] preference_loss sdxl pairs=1 K=1 float32" in done.stderr
     assert "the plot of the results needs the package 'matplotlib.figure'" in done.stdout and "Results: " in done.stdout
     assert not list(tmp_path.rglob("*.part"))
     kept = [len(results.read(path)["results"]) for path in sorted(tmp_path.rglob("*.json"))]
-    assert kept == ([4, 2] if len(kept) == 2 else [2])  # one file where both runs began in the same second
+    assert kept == ([6, 2] if len(kept) == 2 else [2])  # one file where both runs began in the same second

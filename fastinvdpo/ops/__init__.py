@@ -1,6 +1,7 @@
 """The fused operations, each registered as a ``torch.library`` op: one folder per op."""
 
 from fastinvdpo.ops.affine_step import affine_step
+from fastinvdpo.ops.pair_statistics import PairStatistics, pair_statistics
 from fastinvdpo.ops.preference_loss import PreferenceLoss, preference_loss
 
-__all__ = ["PreferenceLoss", "affine_step", "preference_loss"]
+__all__ = ["PairStatistics", "PreferenceLoss", "affine_step", "pair_statistics", "preference_loss"]

@@ -26,6 +26,7 @@ BACKENDS = ("cuda", "triton", "native", "reference")
 
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "affine_step": BACKENDS,
+    "pair_statistics": BACKENDS,
     "preference_loss": BACKENDS,
 }
 """The backends that have a kernel for each op."""

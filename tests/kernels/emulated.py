@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastinvdpo.ops.pair_statistics import schema
+from tests.kernels import statistics
 from tests.kernels.cases import UTILITY, Problem
 from tests.layout import ROOT
 
@@ -40,7 +42,7 @@ def build(folder: Path) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(path))
-    library.forward.restype = library.ranges.restype = ctypes.c_int64
+    library.forward.restype = library.ranges.restype = library.pair_statistics.restype = ctypes.c_int64
     return library
 
 
@@ -147,6 +149,51 @@ def affine_step_backward(
         _integers(ctypes.c_int, [STORAGE[tensor.dtype] for tensor in (grad, *gradients)]),
         _pointer(coefficients),
         _pointer(active),
+        _integers(ctypes.c_int64, sizes),
+    )
+
+
+def pair_statistics(library: ctypes.CDLL, p: statistics.Problem, launch: Launch) -> list[Tensor]:
+    """What the kernel writes, over results that start as NaN; the ticket is checked."""
+    *predictions, pair_mask = schema._rows(*p)
+    shifts, masked = (0 if tensor is None else len(p.policy) for tensor in (p.reference, p.mask))
+    lengths = (len(p.policy), shifts, shifts, masked, len(p.policy) // 2 if p.paired else 0)
+    results = [torch.full((length,), torch.nan) for length in lengths]
+    ticket = library.pair_statistics(
+        *_statistics(predictions, pair_mask, p.paired, launch),
+        _pointers([result if len(result) else None for result in results]),
+    )
+    assert ticket == 0
+    policy_mse, cross, shift_mse, mask_mean, pair_cross = results
+    return [policy_mse, cross, shift_mse, pair_cross, mask_mean]
+
+
+def pair_statistics_backward(
+    library: ctypes.CDLL, p: statistics.Problem, grads: Sequence[Tensor | None], launch: Launch
+) -> Tensor:
+    """The gradient of the policy, in its dtype."""
+    paired = grads[3] is not None
+    *predictions, pair_mask = schema._rows(*p[:4], paired)
+    gradient = torch.full_like(p.policy, torch.nan)
+    library.pair_statistics_backward(
+        _pointers(grads), *_statistics(predictions, pair_mask, paired, launch), _pointer(gradient)
+    )
+    return gradient
+
+
+def _statistics(
+    predictions: Sequence[Tensor | None], pair_mask: Tensor | None, paired: bool, launch: Launch
+) -> tuple[ctypes.Array, ...]:
+    policy, reference, target, mask = predictions
+    assert policy is not None and target is not None
+    n = policy[0].numel()
+    m = n if mask is None else mask[0].numel()
+    masks = [1 if tensor is None else len(tensor) for tensor in (mask, pair_mask)]
+    sizes = [len(policy), 1 + paired, n // m, m, *masks, launch.resident, launch.order]
+    storage = [STORAGE[tensor.dtype] for tensor in (policy, policy if reference is None else reference, target)]
+    return (
+        _pointers([policy, reference, target, mask, pair_mask]),
+        _integers(ctypes.c_int, storage),
         _integers(ctypes.c_int64, sizes),
     )
 

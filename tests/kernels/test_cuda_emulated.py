@@ -18,7 +18,7 @@ from fastinvdpo.ops import philox
 from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import pairwise
-from tests.kernels import emulated
+from tests.kernels import emulated, statistics
 from tests.kernels.cases import ROUNDING, at_offset, check_gradient, check_loss, check_step, exact, problem
 from tests.kernels.emulated import Launch
 
@@ -182,6 +182,47 @@ def test_backward(library: ctypes.CDLL, case: tuple[Any, ...], utility: str, res
     ):
         found = emulated.backward(library, p, gradients, margin, Launch(resident=resident))
         check_gradient(p, gradients, margin, found)
+
+
+# pair_statistics
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "mask", "with_reference", "paired", "launch"),
+    pairwise([(1,), (7, 11), (2, 2056), (5, 33, 34)], statistics.MIXES, statistics.UNPAIRED_MASKS, [True, False],
+             [True, False], [Launch(), Launch(resident=3, order=2)]),
+)  # fmt: skip
+def test_pair_statistics(
+    library: ctypes.CDLL,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    mask: str,
+    with_reference: bool,
+    paired: bool,
+    launch: Launch,
+) -> None:
+    p = statistics.problem(shape, dtypes=dtypes, mask=mask, with_reference=with_reference, paired=paired)
+    statistics.check_sums(p, emulated.pair_statistics(library, p, launch))
+    for given in ("EXQC", "E"):
+        grads = statistics.gradients_of(p, given)
+        statistics.check_gradient(p, grads, emulated.pair_statistics_backward(library, p, grads, launch))
+
+
+def test_a_samples_statistics_depend_on_its_elements_alone(library: ctypes.CDLL) -> None:
+    """Not on the batch, on where its row begins, or on the order in which blocks finish."""
+    for n in (4107, 40000):
+        p = statistics.problem((n,), pairs=2, dtypes=(BF16,) * 3)
+        sums, grads = emulated.pair_statistics(library, p, Launch()), statistics.gradients_of(p, "EXQ")
+        gradient = emulated.pair_statistics_backward(library, p, grads, Launch())
+        for sample in range(4):
+            alone = statistics.Problem(*(at_offset(tensor[sample], sample)[None] for tensor in p[:3]), None, False)
+            found = emulated.pair_statistics(library, alone, Launch(resident=4, order=5))
+            assert all(
+                torch.equal(one, many[sample : sample + 1]) for one, many in zip(found[:3], sums[:3], strict=True)
+            )
+            given = [None if grad is None else grad[sample : sample + 1].clone() for grad in grads]
+            slope = emulated.pair_statistics_backward(library, alone, given, Launch())
+            assert torch.equal(slope[0], gradient[sample])
 
 
 # affine_step

@@ -15,6 +15,7 @@ import fastinvdpo
 from fastinvdpo.ops import native
 from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
+from tests.kernels import statistics
 from tests.kernels.cases import at_offset, check_gradient, check_loss, check_step, problem
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -113,3 +114,28 @@ def test_affine_step_backward(dtypes: tuple[torch.dtype, ...]) -> None:
         columns, kinds = list(range(len(leaves))), [leaf.dtype for leaf in leaves]
         expected = step_reference.backward(grad, coefficients, active, columns, kinds)
         assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtypes", statistics.MIXES, ids=lambda mix: "-".join(str(dtype)[6:] for dtype in mix))
+def test_pair_statistics(dtypes: tuple[torch.dtype, ...]) -> None:
+    """Of rows that begin anywhere; masks of a plane are read in place from 1024 elements on."""
+    for number, n in enumerate(LENGTHS if len(set(dtypes)) == 1 else LENGTHS[statistics.MIXES.index(dtypes) % 6 :: 6]):
+        mask = ("no mask", "elements", "channels")[number % 3]
+        p = statistics.problem(
+            (1 + number % 2, n),
+            dtypes=dtypes,
+            mask=mask,
+            with_reference=number % 5 > 0,
+            paired=number % 4 > 0,
+            offsets=[(number + 3 * i) % 9 for i in range(3)],
+        )
+        leaf, grads = p.policy.requires_grad_(), statistics.gradients_of(p)
+        with fastinvdpo.use_backend("native"):
+            found = torch.ops.fastinvdpo.pair_statistics(leaf, *p[1:])
+            sums, given = zip(
+                *((f, g) for f, g in zip(found, (*grads, None), strict=True) if g is not None), strict=True
+            )
+            (gradient,) = torch.autograd.grad(sums, leaf, given)
+        p = p._replace(policy=leaf.detach())
+        statistics.check_sums(p, [value.detach() for value in found])
+        statistics.check_gradient(p, grads, gradient)

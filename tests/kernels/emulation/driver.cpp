@@ -6,6 +6,7 @@
 #include <random>
 
 #include "affine_step_cuda.h"
+#include "pair_statistics_cuda.h"
 #include "preference_loss_cuda.h"
 
 using namespace fastinvdpo;
@@ -28,6 +29,21 @@ void for_type(bool same, Storage storage, const Body& body) {
   if (storage == Storage::kFloat32) return body(float());
   if (storage == Storage::kBFloat16) return body(BFloat16());
   body(Float16());
+}
+
+StatisticsInputs statistics_inputs(const void* const* predictions, const int* storage, const int64_t* sizes) {
+  StatisticsInputs in{};
+  in.policy = predictions[0], in.reference = predictions[1], in.target = predictions[2];
+  in.mask = static_cast<const float*>(predictions[3]), in.pair_mask = static_cast<const float*>(predictions[4]);
+  in.policy_storage = static_cast<Storage>(storage[0]), in.target_storage = static_cast<Storage>(storage[2]);
+  in.reference_storage = in.reference != nullptr ? static_cast<Storage>(storage[1]) : in.policy_storage;
+  in.samples = sizes[0], in.sides = sizes[1], in.units = in.samples / in.sides, in.parts = sizes[2], in.m = sizes[3];
+  in.masks = sizes[4], in.pair_masks = sizes[5];
+  return in;
+}
+
+bool statistics_same_storage(const StatisticsInputs& in) {
+  return in.policy_storage == in.target_storage && in.policy_storage == in.reference_storage;
 }
 
 }  // namespace
@@ -77,6 +93,43 @@ void backward(const float* gradients[3], const void* policy, const void* target,
   a.two_over_n = 2.0 / static_cast<double>(sizes[2]);
   for_type(a.policy_storage == a.target_storage, a.policy_storage,
            [&](auto type) { launch(preference_loss_backward<decltype(type)>, a, sizes[4], sizes[5]); });
+}
+
+// predictions: policy, reference or null, target, mask or null, pair mask or null; sizes: samples, sides, parts, m, rows of the mask and of the
+// pair mask, resident blocks, seed of the order; storage: policy, reference, target; results: those of samples, in their order in memory, and
+// of pairs. Returns the ticket that the kernel left.
+int64_t pair_statistics(const void* const* predictions, const int* storage, const int64_t* sizes, float* const* results) {
+  StatisticsArguments a{};
+  a.in = statistics_inputs(predictions, storage, sizes);
+  a.work = statistics_work(a.in.units * a.in.parts, a.in.parts, a.in.m, kMaxReductionChunk);
+  std::copy(results, results + kOfSample, a.of_sample);
+  a.of_pair = results[kOfSample], a.inverse_n = 1.0 / static_cast<double>(a.in.parts * a.in.m);
+  std::vector<double> partial(static_cast<size_t>(a.work.tasks() * kStatistics), std::numeric_limits<double>::quiet_NaN());
+  unsigned ticket = 0;
+  a.partial = partial.data(), a.ticket = &ticket;
+  for_type(statistics_same_storage(a.in), a.in.policy_storage, [&](auto type) {
+    using T = decltype(type);
+    if (a.in.mask != nullptr) {
+      launch(a.in.sides == 2 ? pair_statistics_forward<T, true, true> : pair_statistics_forward<T, false, true>, a, sizes[6], sizes[7]);
+    } else {
+      launch(a.in.sides == 2 ? pair_statistics_forward<T, true, false> : pair_statistics_forward<T, false, false>, a, sizes[6], sizes[7]);
+    }
+  });
+  return ticket;
+}
+
+void pair_statistics_backward(const float* const* grads, const void* const* predictions, const int* storage, const int64_t* sizes,
+                              void* gradient) {
+  StatisticsGradientArguments a{};
+  a.in = statistics_inputs(predictions, storage, sizes);
+  a.work = statistics_work(a.in.samples * a.in.parts, a.in.parts, a.in.m, kMaxElementwiseChunk);
+  a.gradient = gradient, a.inverse_n = 1.0 / static_cast<double>(a.in.parts * a.in.m);
+  a.grad_policy_mse = grads[0], a.grad_cross = grads[1], a.grad_shift_mse = grads[2], a.grad_pair_cross = grads[3];
+  for_type(statistics_same_storage(a.in), a.in.policy_storage, [&](auto type) {
+    using T = decltype(type);
+    launch(a.in.mask != nullptr ? fastinvdpo::pair_statistics_backward<T, true> : fastinvdpo::pair_statistics_backward<T, false>, a, sizes[6],
+           sizes[7]);
+  });
 }
 
 // sizes: rows, n, outputs, resident blocks, seed, offset, then the pitches of sample, result, trajectory and the outputs; storage:
