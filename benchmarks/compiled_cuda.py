@@ -35,6 +35,8 @@ _ARGUMENTS = {
     "preference_loss_backward": ("{0}",),
     "affine_step_kernel": ("{0}", "outputs <= {1}", "noise"),
     "affine_step_backward_kernel": ("{0}",),
+    "pair_statistics_forward": ("{0}", "paired", "mask"),
+    "pair_statistics_backward": ("{0}", "mask"),
 }
 
 

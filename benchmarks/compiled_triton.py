@@ -75,7 +75,7 @@ class NoDevice:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def kernel_modules() -> tuple[ModuleType, ModuleType]:
+def kernel_modules() -> tuple[ModuleType, ...]:
     folder = ROOT / "kernels/triton"
     name = "compiled_triton_kernels"
     spec = importlib.util.spec_from_file_location(
@@ -83,11 +83,13 @@ def kernel_modules() -> tuple[ModuleType, ModuleType]:
     )
     assert spec is not None and spec.loader is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{name}.preference_loss"), importlib.import_module(f"{name}.affine_step")
+    return tuple(
+        importlib.import_module(f"{name}.{op}") for op in ("preference_loss", "affine_step", "pair_statistics")
+    )
 
 
 def cases() -> Iterator[Case]:
-    loss, affine = kernel_modules()
+    loss, affine, statistics = kernel_modules()
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     small, odd, huge = (4, 128, 128), (3, 33, 35), (16, 21, 90, 160)
     utilities = [(name, 0.1 if utility.smoothed else 0.0) for name, utility in UTILITIES.items()]
@@ -119,6 +121,17 @@ def cases() -> Iterator[Case]:
     for utility, smoothing in utilities[1:]:
         yield forward_case(loss, (bf16,) * 3, small, utility=utility, smoothing=smoothing)
         yield backward_case(loss, (bf16,) * 2, small, utility=utility, smoothing=smoothing)
+    for dtypes in ((f32,) * 3, (bf16,) * 3, (f16,) * 3, (bf16, f32, bf16)):
+        for mask in (None, (4, 128, 128), (1, 128, 128)):
+            yield statistics_case(statistics, dtypes, small, mask)
+            yield statistics_backward_case(statistics, dtypes, small, mask)
+    for dtype in (f32, bf16):
+        yield statistics_case(statistics, (dtype,) * 3, huge, None)
+        yield statistics_case(statistics, (dtype,) * 3, small, None, paired=False)
+        yield statistics_case(statistics, (dtype,) * 2, small, None)
+        yield statistics_case(statistics, (dtype,) * 3, odd, odd)
+        yield statistics_backward_case(statistics, (dtype,) * 3, small, None, paired=False)
+        yield statistics_backward_case(statistics, (dtype,) * 3, odd, odd)
 
 
 def forward_case(
@@ -211,6 +224,56 @@ def step_backward_case(
         gradients,
         aligned(shape, None),
     )
+
+
+def statistics_case(
+    module: ModuleType,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    mask: tuple[int, ...] | None,
+    paired: bool = True,
+) -> Case:
+    """``dtypes``: of policy, target and reference, or of the first two."""
+    policy, target, *references = (large(shape, dtype, False) for dtype in dtypes)
+    reference, masks = references[0] if references else None, statistics_masks(mask, paired)
+    name = f"pair_statistics{statistics_words(mask, paired)}"
+    return Case(
+        describe(name, dtypes, shape, None),
+        lambda: module.forward(policy, reference, target, *masks, paired),
+        [tensor for tensor in (policy, target, *references, masks[0]) if tensor is not None] * (1 + paired)
+        + [tensor for tensor in masks[1:] if tensor is not None],
+        [],
+        aligned(shape, None),
+    )
+
+
+def statistics_backward_case(
+    module: ModuleType,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    mask: tuple[int, ...] | None,
+    paired: bool = True,
+) -> Case:
+    policy, target, reference = (large(shape, dtype, False) for dtype in dtypes)
+    masks, grads = statistics_masks(mask, paired), [torch.empty(4)] * 3
+    return Case(
+        describe(f"pair_statistics_backward{statistics_words(mask, paired)}", dtypes, shape, None),
+        lambda: module.backward(*grads, torch.empty(2) if paired else None, policy, reference, target, *masks),
+        [policy, target, reference] + [policy, target] * paired + [k for k in masks if k is not None],
+        [policy],
+        aligned(shape, None),
+    )
+
+
+def statistics_masks(mask: tuple[int, ...] | None, paired: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of four samples and of two pairs."""
+    if mask is None:
+        return None, None
+    return torch.empty(4, *mask), torch.empty(2, *mask) if paired else None
+
+
+def statistics_words(mask: tuple[int, ...] | None, paired: bool) -> str:
+    return ("" if mask is None else f" masked {'×'.join(map(str, mask))}") + ("" if paired else " unpaired")
 
 
 def large(shape: tuple[int, ...], dtype: torch.dtype, shifted: bool) -> Tensor:

@@ -14,10 +14,15 @@ from fastinvdpo import use_backend
 from fastinvdpo.ops import dispatch
 
 from .bench_affine_step import AffineStepProblem
+from .bench_pair_statistics import PairStatisticsProblem
 from .bench_preference_loss import PreferenceLossProblem
 from .problem import MODES, Case, Problem
 
-OPS: dict[str, type[Problem]] = {"affine_step": AffineStepProblem, "preference_loss": PreferenceLossProblem}
+OPS: dict[str, type[Problem]] = {
+    "affine_step": AffineStepProblem,
+    "pair_statistics": PairStatisticsProblem,
+    "preference_loss": PreferenceLossProblem,
+}
 PROVIDERS = ("eager", "compile", "reference", "native", "triton", "cuda")
 """``eager``: the released codes' order of operations; ``compile``: torch.compile of it; others: backends of the op."""
 BASELINES = ("eager", "compile")
@@ -25,7 +30,7 @@ BASELINES = ("eager", "compile")
 
 SHAPES = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128), "video": (16, 21, 90, 160)}
 PAIRS = (1, 2, 8, 16, 32, 64)
-TIMESTEPS = {"affine_step": (1,), "preference_loss": (1, 10, 80)}
+TIMESTEPS = {"affine_step": (1,), "pair_statistics": (1,), "preference_loss": (1, 10, 80)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,6 +50,7 @@ QUICK = {
         "preference_loss sdxl pairs=64 K=10 bfloat16 (forward|full)",
         "affine_step video pairs=16 bfloat16 (forward|full)",
         "preference_loss video pairs=16 K=1 (bfloat16|float32) (forward|full)",
+        "pair_statistics video pairs=16 bfloat16 full",
         "preference_loss sd15 pairs=1 K=1 bfloat16 (forward|full)",
         "affine_step sd15 pairs=1 bfloat16 full",
         "(affine_step|preference_loss) sdxl pairs=8 K=1 bfloat16 full",
