@@ -64,6 +64,7 @@ class PairStatisticsProblem(Problem):
         return {"output": finite(((found - expected).abs() / magnitude).max())}
 
     def gradient_error(self, gradients: Sequence[Tensor]) -> float:
+        assert self.cotangent is not None
         of_mse, of_cross, of_shift, of_pair = self.cotangent.double().split(
             [2 * self.case.pairs] * 3 + [self.case.pairs]
         )

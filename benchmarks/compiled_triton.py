@@ -240,7 +240,8 @@ def statistics_case(
     return Case(
         describe(name, dtypes, shape, None),
         lambda: module.forward(policy, reference, target, *masks, paired),
-        [tensor for tensor in (policy, target, *references, *masks) if tensor is not None] * (1 + paired),
+        [tensor for tensor in (policy, target, *references, masks[0]) if tensor is not None] * (1 + paired)
+        + [tensor for tensor in masks[1:] if tensor is not None],
         [],
         aligned(shape, None),
     )

@@ -31,7 +31,6 @@ __all__ = [
     "affine_step",
     "build_objective",
     "diffusion_dpo_loss",
-    "losses",
     "pair_statistics",
     "preference_loss",
     "use_backend",

@@ -262,8 +262,31 @@ def _check_affine_step(device: torch.device, dtype: torch.dtype) -> tuple[float,
 
 def _check_preference_loss(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """The error of the loss or its gradient that comes closest to the one allowed, relative, and that one."""
-    findings = [finding for utility in ("sigmoid", "hinge") for finding in _loss_errors(device, dtype, utility)]
+    return _closest([finding for utility in ("sigmoid", "hinge") for finding in _loss_errors(device, dtype, utility)])
+
+
+def _closest(findings: list[tuple[float, float]]) -> tuple[float, float]:
     return max(findings, key=lambda finding: math.inf if math.isnan(finding[0]) else finding[0] / finding[1])
+
+
+def _check_pair_statistics(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The error of the sums, relative to the magnitudes of their terms, or of their gradient, and the one allowed."""
+    pairs, size = 3, 64
+    policy, *others = (_numbers(2 * pairs, size, seed=seed).to(dtype) for seed in range(3))
+    leaf = policy.to(device).requires_grad_()
+    with torch.enable_grad():
+        sums = fastinvdpo.pair_statistics(leaf, *(other.to(device) for other in others))
+        found = torch.cat(
+            [value for value in (sums.policy_mse, sums.cross, sums.shift_mse, sums.pair_cross) if value is not None]
+        )
+        (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    error, shift = (policy.double() - other.double() for other in reversed(others))
+    terms = torch.cat([error * error, error * shift, shift * shift, error[:pairs] * error[pairs:]])
+    deviation = (found.detach().cpu().double() - terms.mean(1)).abs() / terms.abs().mean(1)
+    expected = (3 * error + 3 * shift + error.roll(pairs, 0)) / size
+    gradient_deviation = (gradient.cpu().double() - expected).norm() / expected.norm()
+    allowed = 4 * size * _ROUNDING
+    return _closest([(deviation.max().item(), allowed), (gradient_deviation.item(), allowed + _rounding_to(dtype))])
 
 
 def _loss_errors(device: torch.device, dtype: torch.dtype, utility: str) -> list[tuple[float, float]]:
@@ -293,6 +316,7 @@ def _loss_errors(device: torch.device, dtype: torch.dtype, utility: str) -> list
 
 _CHECKS: dict[str, Callable[[torch.device, torch.dtype], tuple[float, float]]] = {
     "affine_step": _check_affine_step,
+    "pair_statistics": _check_pair_statistics,
     "preference_loss": _check_preference_loss,
 }
 

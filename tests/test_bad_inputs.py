@@ -35,6 +35,12 @@ def step(sample: Any = X, outputs: Any = (X,), table: Any = TABLE, **options: An
     return lambda: fastinvdpo.affine_step(sample, outputs, table, **options)
 
 
+def sums(
+    policy: Any = X, reference: Any = X, target: Any = X, mask: Any = None, **options: Any
+) -> Callable[[], object]:
+    return lambda: fastinvdpo.pair_statistics(policy, reference, target, mask, **options)
+
+
 def objective(method: str = "inpo", **options: Any) -> Callable[[], object]:
     return lambda: build_objective(method, SCHEDULE, **options)
 
@@ -76,6 +82,16 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("unknown utility", loss(utility="logistic"), "utility = 'logistic'"),
     ("smoothing of one half", loss(utility="robust", label_smoothing=0.5), "label_smoothing = 0.5"),
     ("smoothing that is not used", loss(label_smoothing=0.1), "label_smoothing = 0.1"),
+    ("sums of an odd batch", sums(*[torch.zeros(3, 2)] * 3), "policy_pred.shape = (3, 2): must hold as many losers as winners"),
+    ("sums of nothing", sums(*[torch.zeros(0, 2)] * 3, paired=False), "policy_pred.shape = (0, 2)"),
+    ("sums without a target", sums(target=None), "target = None"),
+    ("sums of a reference of another shape", sums(reference=torch.zeros(4, 2)), "reference_pred.shape = (4, 2)"),
+    ("sums of a reference with gradient", sums(reference=X.clone().requires_grad_()), "reference_pred.requires_grad = True"),
+    ("integer mask", sums(mask=torch.ones(4, 1, 3).long()), "mask.dtype = torch.int64"),
+    ("mask with gradient", sums(mask=torch.ones(4, 1, 3, requires_grad=True)), "mask.requires_grad = True"),
+    ("mask without channels", sums(mask=torch.ones(4, 3)), "mask.shape = (4, 3): does not fit samples (4, 2, 3). Remedy: pass (4, 1, 3) or (2, 1, 3) or (1, 1, 3)"),
+    ("mask of three samples", sums(mask=torch.ones(3, 2, 3)), "mask.shape = (3, 2, 3)"),
+    ("mask of pairs for unpaired samples", sums(mask=torch.ones(2, 1, 3), paired=False), "mask.shape = (2, 1, 3)"),
     ("five outputs", step(outputs=[X] * 5, table=torch.zeros(4, 6)), "outputs = '5 tensors'"),
     ("sample without batch", step(sample=torch.zeros(()), outputs=[]), "sample.shape = ()"),
     ("noise index without noise", step(noise_index=torch.arange(4)), "noise_index"),

@@ -32,13 +32,21 @@ def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
 
 def test_registers_let_several_blocks_run_at_a_time(rows: list[dict[str, Any]]) -> None:
     """On one multiprocessor, which has 65536; the loads of 768 to 1024 threads hide the latency of memory."""
-    blocks = {"preference_loss.cu": 4, "affine_step.cu": 3}  # of 256 threads, each with its registers of 65,536
+    blocks = {
+        "preference_loss.cu": 4,
+        "affine_step.cu": 3,
+        "pair_statistics.cu": 2,
+    }  # of 256 threads, each with its registers of 65,536
     assert [row["kernel"] for row in rows if row["registers"] * 256 * blocks[row["file"]] > 65536] == []
 
 
 def test_rows_move_in_128_bits(rows: list[dict[str, Any]]) -> None:
     assert [row["kernel"] for row in rows if compiled_cuda.widest(row["loads"]) < 128] == []
-    writers = [row for row in rows if not row["kernel"].startswith("preference_loss_forward")]
+    writers = [
+        row
+        for row in rows
+        if row["kernel"].partition("<")[0] not in ("preference_loss_forward", "pair_statistics_forward")
+    ]
     assert writers
     assert [row["kernel"] for row in writers if compiled_cuda.widest(row["stores"]) < 128] == []
 
@@ -46,7 +54,7 @@ def test_rows_move_in_128_bits(rows: list[dict[str, Any]]) -> None:
 def test_every_kernel_is_in_the_committed_table(rows: list[dict[str, Any]]) -> None:
     committed = json.loads(compiled_cuda.RESULTS.read_text())["kernels"]
     names = {row["kernel"] for row in rows}
-    assert len(names) == len(rows) == 44
+    assert len(names) == len(rows) == 68
     for architecture in compiled_cuda.ARCHITECTURES:
         there = {row["kernel"] for row in committed if row["architecture"] == architecture}
         assert there == {name for name in names if architecture != "sm_80" or ", cluster>" not in name}

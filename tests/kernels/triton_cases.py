@@ -18,9 +18,11 @@ from torch import Tensor
 
 from fastinvdpo.ops import philox
 from fastinvdpo.ops.affine_step import reference as affine_reference
+from fastinvdpo.ops.pair_statistics import schema as statistics_schema
 from fastinvdpo.ops.preference_loss import UTILITIES
 from fastinvdpo.ops.preference_loss import reference as loss_reference
 from tests.cases import pairwise, predictions
+from tests.kernels import statistics
 from tests.kernels.loading import kernel_module
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +31,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 common = kernel_module("_common")
 loss_kernels = kernel_module("preference_loss")
 affine_kernels = kernel_module("affine_step")
+statistics_kernels = kernel_module("pair_statistics")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROUNDOFF = {F32: 2.0**-24, BF16: 2.0**-9, F16: 2.0**-12}
@@ -436,3 +439,28 @@ class TestBeyond32Bits:
         expected = torch.tensor(8 * 64.0**2 / n, device=DEVICE)
         torch.testing.assert_close(policy_mse, torch.stack([torch.zeros_like(expected), expected]))
         torch.testing.assert_close(margin, expected.view(1))
+
+
+class TestStatistics:
+    """What tests/ops/test_pair_statistics.py does not reach through the public op."""
+
+    @pytest.mark.parametrize("mask", ["no mask", "channels"])
+    def test_more_chunks_than_a_tile(self, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The plan of a huge input, in small: chunks of several blocks, and more of them than are added up at once."""
+        monkeypatch.setattr(statistics_kernels, "_TILE", 4)
+        p = statistics.problem((2, 41, 27), pairs=2, dtypes=(F32, BF16, F32), mask=mask).to(DEVICE)
+        rows = statistics_schema._rows(*p)
+        for block, length in ((128, 1), (128, 3), (256, 2)):
+
+            def plan(n: int, parts: int, block: int = block, length: int = length) -> Any:
+                return statistics_kernels.Plan(parts, block, length, -(-n // (block * length)))
+
+            monkeypatch.setattr(statistics_kernels, "plan_of", plan)
+            statistics.check_sums(p, statistics_kernels.forward(*rows, True))
+
+    def test_plans_cover_every_element(self) -> None:
+        for parts, n in itertools.product((1, 4, 16), (1, 7, 1024, 16384, 65536, 4838400, 2**33 + 8)):
+            plan = statistics_kernels.plan_of(n, parts)
+            chunk = plan.block * plan.blocks_per_chunk
+            assert (plan.chunks - 1) * chunk < n <= plan.chunks * chunk
+            assert plan.blocks_per_chunk <= 64 and chunk % 8 == 0 and chunk < 2**31

@@ -108,7 +108,7 @@ def test_derivatives_of_first_and_second_order(mask: str, with_reference: bool) 
 @pytest.mark.parametrize(
     ("shape", "dtypes", "mask", "with_reference", "paired"),
     [((4, 40, 32), (BF16,) * 3, "pairs", True, True), ((4, 64, 64), (F32,) * 3, "one", True, True),
-     *pairwise([(1,), (4, 6, 5), (3, 33, 35), (4, 32, 33)], MIXES, UNPAIRED_MASKS, [True, False], [True, False])],
+     *pairwise([(1,), (4, 6, 5), (1, 33, 35), (2, 32, 33)], MIXES, UNPAIRED_MASKS, [True, False], [True, False])],
 )  # fmt: skip
 def test_sums_and_gradients(
     place: Place,
@@ -125,13 +125,13 @@ def test_sums_and_gradients(
 @pytest.mark.parametrize("given", ["E", "X", "Q", "C", "EX", "XQC"])
 @pytest.mark.parametrize("mask", ["no mask", "channels"])
 def test_gradients_of_some_sums(place: Place, given: str, mask: str) -> None:
-    check(place, problem((4, 36, 32), dtypes=(F32,) * 3, mask=mask), given)
+    check(place, problem((2, 36, 32), dtypes=(F32,) * 3, mask=mask), given)
 
 
 @everywhere
 def test_the_gradient_of_a_difference_leaves_the_reference_out(place: Place) -> None:
     """It is 2g·e/n, whatever d is: what is not finite there does not matter."""
-    p = problem((4, 32, 33), dtypes=(F32,) * 3).to(place.device)
+    p = problem((2, 32, 33), dtypes=(F32,) * 3).to(place.device)
     leaf = p.policy.requires_grad_()
     with fastinvdpo.use_backend(place.backend):
         slope = torch.linspace(-1, 2, len(leaf), device=place.device)
@@ -152,10 +152,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @everywhere
-@pytest.mark.parametrize("mask", ["no mask", "elements", "channels", "pairs"])
+@pytest.mark.parametrize("mask", ["no mask", "elements", "channels"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(place: Place, layout: str, mask: str) -> None:
-    p, change = problem((4, 32, 33), dtypes=(F32,) * 3, mask=mask), LAYOUTS[layout]
+    p, change = problem((2, 32, 33), dtypes=(F32,) * 3, mask=mask), LAYOUTS[layout]
     check(place, p._replace(policy=change(p.policy)))
     weights = p.mask if p.mask is None else change(p.mask)
     check(place, Problem(change(p.policy), change(p.reference), change(p.target), weights))

@@ -19,18 +19,16 @@ def forward(
     dtype = accumulation_dtype(policy, reference, target)
     p, error = policy.to(dtype), policy.to(dtype) - target.to(dtype)
     k = None if mask is None else mask.to(dtype)
-    results = [policy.new_empty(0, dtype=dtype) for _ in range(5)]
-    results[0] = _mean(error, error, _of_samples(k, error))
+    policy_mse = _mean(error, error, k)
+    cross, shift_mse, pair_cross, mask_mean = (policy.new_empty(0, dtype=dtype) for _ in range(4))
     if reference is not None:
         shift = p - reference.to(dtype)
-        results[1] = _mean(error, shift, _of_samples(k, error))
-        results[2] = _mean(shift, shift, _of_samples(k, error))
+        cross, shift_mse = _mean(error, shift, k), _mean(shift, shift, k)
     if paired:
         winner, loser = error.chunk(2)
-        results[3] = _mean(winner, loser, _of_samples(pair_mask(k, len(error)), winner))
+        pair_cross = _mean(winner, loser, pair_mask(k, len(error)))
     if k is not None:
-        results[4] = k.flatten(1).mean(1).repeat(len(error) // len(k))
-    policy_mse, cross, shift_mse, pair_cross, mask_mean = results
+        mask_mean = k.flatten(1).mean(1).repeat(len(error) // len(k))
     return policy_mse, cross, shift_mse, pair_cross, mask_mean
 
 
@@ -50,19 +48,19 @@ def backward(
     dtype = accumulation_dtype(policy, reference, target)
     p, error = policy.to(dtype), policy.to(dtype) - target.to(dtype)
     k = None if mask is None else mask.to(dtype)
-    of_error = _sum((2, grad_policy_mse), (1, grad_cross))
-    of_shift = _sum((1, grad_cross), (2, grad_shift_mse))
-    gradient = torch.zeros_like(error)
-    if of_error is not None:
-        gradient = gradient + _of_samples(of_error, error) * error
-    if of_shift is not None and reference is not None:
-        gradient = gradient + _of_samples(of_shift, error) * (p - reference.to(dtype))
+    none = error.new_zeros(len(error))
+    of_mse, of_cross, of_shift = (
+        none if grad is None else grad for grad in (grad_policy_mse, grad_cross, grad_shift_mse)
+    )
+    gradient = _of_samples(2 * of_mse + of_cross, error) * error
+    if reference is not None:
+        gradient = gradient + _of_samples(of_cross + 2 * of_shift, error) * (p - reference.to(dtype))
     if k is not None:
         gradient = gradient * _of_samples(k, error)
     if grad_pair_cross is not None:
-        partner = _of_samples(grad_pair_cross, error) * error.roll(len(error) // 2, 0)
-        weight = _of_samples(pair_mask(k, len(error)), error)
-        gradient = gradient + (partner if weight is None else partner * weight)
+        partner, weight = error.roll(len(error) // 2, 0), pair_mask(k, len(error))
+        partner = partner if weight is None else _of_samples(weight, error) * partner
+        gradient = gradient + _of_samples(grad_pair_cross, error) * partner
     return torch.empty_like(policy).copy_(gradient * (len(policy) / policy.numel()))
 
 
@@ -81,22 +79,11 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _mean(one: Tensor, other: Tensor, weight: Tensor | None) -> Tensor:
-    product = one * other if weight is None else weight * one * other
+    product = one * other if weight is None else _of_samples(weight, one) * one * other
     return product.flatten(1).mean(1)
 
 
-def _of_samples(table: Tensor | None, samples: Tensor) -> Tensor | None:
+def _of_samples(table: Tensor, samples: Tensor) -> Tensor:
     """``(R, …)`` or ``(R,)`` repeated, so that it broadcasts against ``samples``; R divides their number."""
-    if table is None:
-        return None
     table = table if table.ndim > 1 else table.view(-1, *[1] * (samples.ndim - 1))
     return table if len(table) == 1 else table.repeat(len(samples) // len(table), *[1] * (samples.ndim - 1))
-
-
-def _sum(*terms: tuple[int, Tensor | None]) -> Tensor | None:
-    """``Σ factor·gradient`` of the gradients that there are."""
-    total = None
-    for factor, gradient in terms:
-        if gradient is not None:
-            total = factor * gradient if total is None else total + factor * gradient
-    return total

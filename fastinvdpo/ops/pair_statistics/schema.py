@@ -112,7 +112,9 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     gradient = None
     if ctx.needs_input_grad[0] and any(grad is not None for grad in grads[:4]):
         plain = torch.is_grad_enabled() or transformed(*grads)  # PyTorch's own can be differentiated again, and mapped
-        backward = _reference.backward if plain else torch.ops.fastinvdpo.pair_statistics_backward.default
+        backward: Callable[..., Tensor] = (
+            _reference.backward if plain else torch.ops.fastinvdpo.pair_statistics_backward.default
+        )
         gradient = backward(*grads[:4], *ctx.saved_tensors)
     return gradient, None, None, None, None
 
