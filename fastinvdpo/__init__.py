@@ -31,6 +31,7 @@ __all__ = [
     "affine_step",
     "build_objective",
     "diffusion_dpo_loss",
+    "losses",
     "pair_statistics",
     "preference_loss",
     "use_backend",
