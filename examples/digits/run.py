@@ -219,7 +219,9 @@ def _smpo_scale(preference: str) -> float:
 def draw_images(model_path: str | Path, prompts: list[str], seed: int) -> list[Image]:
     """One picture per prompt from the digits model in a directory; equal seeds start from equal noise."""
     model = load_model("digits", model_path)
-    latents = sample(model, model.network, prompts, num_inference_steps=NUM_INFERENCE_STEPS, seed=seed)
+    latents = sample(
+        model, model.network, prompts, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=1.0, seed=seed
+    )
     return model.decode_latents(latents)
 
 
