@@ -21,7 +21,7 @@ help:
 	@echo "make demo      align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
 	@echo "make test      the test suite: JOBS=2 ARGS='-k schedule'"
 	@echo "make test-deep what takes longest: kernels interpreted, compiled, under sanitizers; wheels; every model family; processes; kills"
-	@echo "make test-faults kills, disk errors and signals at file-system calls of every command: KILLS=400 DISK=190 SIGNALS=100 SEED=0"
+	@echo "make test-faults  kills, disk errors and signals at file-system calls of every command, mutated inputs: KILLS=400 DISK=190 SIGNALS=100 MUTATIONS=6000 SEED=0"
 	@echo "make test-oldest  ops, models and training with the oldest versions that pyproject.toml allows: PYTHON=python3.10"
 	@echo "make test-gpu  what only a GPU can check: ARGS='--jobs 4 --no-sanitizer'"
 	@echo "make check     ruff and mypy"
@@ -80,7 +80,8 @@ test-deep: $(READY)
 
 # Hours on two cores; how many faults of each kind is set by variables of the environment.
 test-faults: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -rP tests/faults.py $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) -rP tests/faults/interrupted.py $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.faults.mutated --count $(or $(MUTATIONS),6000) --seed $(or $(SEED),0)
 
 # Fails without a GPU, and where a part could not be run.
 test-gpu: $(READY)
@@ -118,4 +119,4 @@ test-oldest: .venv-uv/bin/uv
 	$(RESOLVE) --resolution lowest-direct --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" > .venv-oldest/constraints.txt
 	git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C .venv-oldest/checkout
 	FASTINVDPO_CUDA=0 $(MAKE) -C .venv-oldest/checkout ENVIRONMENT=own VENV=../environment CONSTRAINTS=../constraints.txt TORCH=torch test \
-	  ARGS='tests/ops tests/models $(addprefix tests/trainer/,test_adapter_files.py test_families.py test_networks.py) $(ARGS)'
+	  ARGS='tests/ops tests/models $(addprefix tests/trainer/,test_families.py test_networks.py) $(ARGS)'
