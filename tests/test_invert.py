@@ -258,7 +258,7 @@ def test_bad_runs_leave_nothing_behind(directory: Path, files: list[Path], tmp_p
         ({"inputs": [files[0], tmp_path / "no-shards"]}, "mixes a pair set with other paths"),
         ({"prompts": ["a", "b"]}, "prompts = .*are 2 for 3 images"),
         ({"max_images": 0}, "max_images = 0"),
-        ({"output": files[0]}, "output = .*is a file"),
+        ({"output": files[0]}, "output = .*is what the run reads"),
         ({"family": "gan"}, r"model\.family = 'gan'"),
         ({"path": tmp_path / "nowhere"}, r"model\.path = "),
         ({"num_inference_steps": 0}, "num_inference_steps = 0"),

@@ -78,7 +78,8 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
         check_key(manifest.key, key, directory)
         if manifest.complete(directory):
             return _opened(config, directory, manifest)
-    known, manifest = manifest is not None, manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
+    known = manifest is not None or "hash" in stored_metadata(directory / INDEX)
+    manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
     manifest = replace(manifest, sizes=None, files=digests.remembered)
     accelerator = open_accelerator(config)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
