@@ -36,6 +36,7 @@ NOT_RUN = {
     "make demo": "minutes; tests/test_demo.py runs every method's demo, shortened",
     "make test": "this suite",
     "make test-deep": "what .ci/run calls beside this suite",
+    "make test-faults": "hours",
     "pip install torch": _INSTALLS,
     "pip install 'setuptools>=77' wheel ninja": _INSTALLS,
     "pip install --no-build-isolation .": _INSTALLS,

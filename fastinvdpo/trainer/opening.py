@@ -161,7 +161,7 @@ def open_output(config: TrainConfig) -> OutputDirectory:
     )
     try:
         growing = ["history.jsonl", *(f"checkpoints/step-????????/{name}" for name in FILES)]
-        growing += ["tensorboard/*"] if config.output.tensorboard else []
+        growing += ["tensorboard/fastinvdpo/*"] if config.output.tensorboard else []
         models = ["model", *(["adapter"] if config.model.lora is not None else [])]
         results = [*REPORT, *models, *([f"{name}-raw" for name in models] if config.training.ema_decay else [])]
         if config.evaluation is not None:

@@ -203,8 +203,8 @@ def test_an_adapter_stands_on_the_network_that_it_was_trained_on(tmp_path: Path)
     train(tiny_training.config(tmp_path, training={"steps": 2}, **sections), progress=False)
     drawn = {}
     for name in ("model", "adapter"):
-        found = evaluate((tmp_path / "model", tmp_path / "run" / name), tmp_path / name)
-        drawn[name] = pixels(tmp_path / name, "aligned")
+        found = evaluate((tmp_path / "model", tmp_path / "run" / name), tmp_path / "evaluations" / name)
+        drawn[name] = pixels(tmp_path / "evaluations" / name, "aligned")
     assert np.array_equal(drawn["model"], drawn["adapter"])
     assert found["notes"] == [f"The adapter stands on the weights that it was trained on, {tmp_path / 'tuned'}."]
 

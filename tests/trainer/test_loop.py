@@ -16,6 +16,7 @@ from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods.streaming import WholeLoss
 from fastinvdpo.models import load_model
+from fastinvdpo.models.base import Origin
 from fastinvdpo.trainer import train
 from fastinvdpo.trainer import trainer as loop_module
 from tests.trainer import tiny
@@ -26,7 +27,7 @@ from tests.trainer.ranks import DoubleModel
 def test_micro_batches_equal_one_batch_in_float64(workspace: Path, method: str) -> None:
     results = []
     for batch, accumulation in ((4, 1), (1, 4)):
-        model = DoubleModel.load(workspace / "model", dtype=torch.float64)
+        model = DoubleModel.load(Origin(workspace / "model"), dtype=torch.float64)
         config = tiny.config(
             workspace,
             method,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import NonFiniteLoss
+from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
@@ -61,7 +62,7 @@ def broken(workspace: Path) -> tuple[Broken, PairDataset]:
     captions[BAD_ROW] = "bad"
     index = table.schema.get_field_index("caption")
     pyarrow.parquet.write_table(table.set_column(index, "caption", [captions]), path)
-    model, dataset = Broken.load(workspace / "model"), PairDataset(path)
+    model, dataset = Broken.load(Origin(workspace / "model")), PairDataset(path)
     assert isinstance(model, Broken)
     model.marker = DigitsModel.encode_images(model, [dataset[BAD_ROW].winner])[0]
     return model, dataset
@@ -128,7 +129,7 @@ def test_the_last_good_checkpoint_stays_and_no_bad_update_is_made(
     good = load_checkpoint(checkpoint).trainable
     assert all(torch.isfinite(value).all() for value in good.values())
     with pytest.raises(NonFiniteLoss, match=f"The loss of step {BAD_STEP} is not finite"):
-        tiny.train_model(late, Broken.load(workspace / "model"), broken[1], progress=False)
+        tiny.train_model(late, Broken.load(Origin(workspace / "model")), broken[1], progress=False)
     held = {name: parameter.detach() for name, parameter in collect(final["networks"]).items()}
     for name, value in good.items():
         assert torch.equal(held[name], value)
