@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from fastinvdpo.diffusion.prompt import Network, chunked
 from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.pairs import Draws, ObjectiveOutput, PairBatch
+from fastinvdpo.methods.statistics import AutoBeta, Gather
 from fastinvdpo.methods.streaming import LossTerms, WholeLoss
 from fastinvdpo.ops.preference_loss import PreferenceLoss, check_beta
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
@@ -21,12 +22,26 @@ STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic reads a section of a configuration that is a dataclass; nothing here needs pydantic."""
 
 
+class Follows(NamedTuple):
+    """``r ← δ·r + (1 − δ)·p`` after ``every`` optimizer steps, with ``decay`` δ."""
+
+    decay: float
+    every: int
+
+
 @dataclass(frozen=True)
 class Objective(ABC):
-    """The loss of a batch of pairs. Stateless: its random numbers depend on the seed and the pairs' numbers alone."""
+    """The loss of a batch of pairs. Its random numbers depend on the seed and the pairs' numbers alone.
+
+    Attributes:
+        gather: with several processes that call it together, for what is a mean over all their pairs.
+        auto_beta: what chooses β, with a state that belongs into a checkpoint; None: β is constant.
+    """
 
     schedule: NoiseSchedule
     method: Method
+    gather: Gather | None = None
+    auto_beta: AutoBeta | None = None
 
     @abstractmethod
     def __call__(
@@ -156,9 +171,9 @@ class Method(ABC):
         return False
 
     @property
-    def reference_follows(self) -> bool:
-        """Whether the reference's weights are to follow the policy's, which the owner of the loop does."""
-        return False
+    def reference_follows(self) -> Follows | None:
+        """How the reference's weights are to follow the policy's, which the owner of the loop does; None: not."""
+        return None
 
     @property
     def reference_chain(self) -> dict[str, Any] | None:

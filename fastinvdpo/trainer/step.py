@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import nn
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import Objective, PairBatch
+from fastinvdpo.methods.statistics import AutoBeta
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.metrics import MetricSums
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.nonfinite import FiniteGuard
+from fastinvdpo.trainer.reference import MovingReference
 from fastinvdpo.trainer.sharding import full
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class TrainingState:
     ema: EMA | None
     metrics: MetricSums
     guard: FiniteGuard
+    moving_reference: MovingReference | None = None
+    auto_beta: AutoBeta | None = None
     learning_rate: float = 0.0
     max_batch: int | None = None
     gradient_passes: int = 2
@@ -66,6 +70,8 @@ def training_step(
     Their mean losses are averaged, so the step is that of one batch with all their pairs.
     """
     guard, wrapped = state.guard, state.networks.wrapped
+    # Here alone all processes call the objective together.
+    objective = replace(objective, gather=accelerator.gather if accelerator.num_processes > 1 else None)
     first_draw = -1
     for micro, batch in enumerate(batches):
         draw = int(batch.sample_index[0])
@@ -98,6 +104,8 @@ def training_step(
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update()
+    if state.moving_reference is not None:
+        state.moving_reference.update()
 
 
 def _update(state: TrainingState, accelerator: Accelerator, norm: torch.Tensor, first_draw: int) -> None:

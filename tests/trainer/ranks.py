@@ -67,7 +67,7 @@ def run_kept(run: dict[str, Any], family: type[DigitsModel] = DoubleModel) -> Ke
     """Train as ``run`` says."""
     config = TrainConfig.from_mapping(run)
     dtype = torch.float64 if issubclass(family, DoubleModel) else torch.float32
-    model = family.load(Origin(config.model.path), dtype=dtype)
+    model = family.load(Origin.of(config.model.path), dtype=dtype)
     kept, made = Kept(), [0]
     clip, policy = accelerate.Accelerator.clip_grad_norm_, Networks.policy
 
