@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 
 DIGEST = "sha256:"
 _SEAL = "digest of this file"
@@ -72,6 +72,18 @@ def read_text(path: Path, argument: str, limit: int, remedy: str) -> str:
     except (OSError, UnicodeError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise invalid(argument, str(path), problem, remedy) from None
+
+
+def read_object(path: Path, argument: str) -> dict[str, Any]:
+    """The object in a small JSON file. Raises ``InvalidInput`` where there is none."""
+    remedy = "download it or write it again"
+    try:
+        found = json.loads(read_text(path, argument, 2**26, remedy))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise invalid(argument, str(path), f"is not valid JSON ({error})", remedy) from None
+    if not isinstance(found, dict):
+        raise invalid(argument, str(path), "holds no JSON object", remedy)
+    return found
 
 
 def decoded(data: bytes) -> str:
@@ -142,8 +154,8 @@ def file_digest(file: Path) -> str:
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What JSON keeps of ``content``, with a digest of it, for :func:`unsealed`."""
-    plain = json.loads(json.dumps(content))
-    return {**plain, _SEAL: key_hash(plain)}
+    kept = plain(content)
+    return {**kept, _SEAL: key_hash(kept)}
 
 
 def unsealed(path: Path) -> dict[str, Any]:
@@ -163,6 +175,22 @@ def unsealed(path: Path) -> dict[str, Any]:
 def key_hash(key: Mapping[str, Any]) -> str:
     """SHA-256 of a key: the entries that a result depends on, as plain types."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def check_same(argument: str, place: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ``InvalidInput`` naming every entry in which the key of what is stored at ``place`` and ``now`` differ."""
+    if different := differences(stored, now):
+        problem = f"holds what was computed from something else; different are {', '.join(different)}"
+        raise InvalidInput(
+            f"{argument} = {str(place)!r}: {problem}. Remedy: restore those values, name another {argument}, or delete "
+            "that one to have it computed again."
+        )
+
+
+def plain(key: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON keeps of a key."""
+    found: dict[str, Any] = json.loads(json.dumps(key))
+    return found
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -23,14 +23,15 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file, make_directory, prepare_folder
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, check_list, entry, jsonl
+from fastinvdpo.data.content import columns_of, content_of
 from fastinvdpo.data.images import decode
-from fastinvdpo.data.rows import IMAGES, caption_of
+from fastinvdpo.data.rows import IMAGES, LABELS, caption_of
 from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
-from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import in_batches, open_scorer
-from fastinvdpo.io import Digests, differences, key_hash, sealed, unsealed
+from fastinvdpo.io import Digests, check_same, key_hash, plain, sealed, unsealed
 from fastinvdpo.output import MARK, OutputDirectory
 from fastinvdpo.trainer.opening import open_data_source
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from fastinvdpo.data import PairSource
     from fastinvdpo.evaluation.scorers import Scorer
 
-FORMAT = 1
+FORMAT = 2  # 1: with a digest of the files
 ROWS_PER_PART = 256
 _MANIFEST = "manifest.json"
 _READ_BY_SCORE = frozenset(
@@ -166,7 +167,7 @@ def score_pairs(
             begun.remove()
             return finished
         if manifest is not None:
-            _check_same(manifest["key"], key, parts, "delete that directory to have them computed again")
+            check_same("output", parts, manifest["key"], key)
         with atomic_file(parts / _MANIFEST) as temporary:
             temporary.write_text(json.dumps(sealed({"key": key, "files": digests.remembered})))
         work = _Work(source, scorers, parts, key_hash(key))
@@ -299,21 +300,20 @@ def _columns(scorers: Sequence[Scorer], named: bool, taken: Sequence[str]) -> di
 
 
 def _key(source: PairSource, scorers: Sequence[Scorer], digests: Digests) -> dict[str, Any]:
-    """What the parts depend on: the content of the data, how it is read, and the scorers' own keys."""
+    """What parts and output are made of: the content of the data, where columns stand, and the scorers' own keys."""
+    if source.remote:
+        source.files()  # raises
     key = {
         "format": FORMAT,
         "data format": source.format,
-        "data rows": len(source),
         "rows of a part": ROWS_PER_PART,
-        "data content": digests.of(source.files()),
-        "data.columns": [source.shown(name) for name in (*IMAGES, "caption")],
+        **content_of(source, digests),
+        "data columns": columns_of(source, digests),
+        "data.columns": [source.shown(name) for name in (*IMAGES, *LABELS, "caption")],
         "scorers": [scorer.name for scorer in scorers],
         **{f"{scorer.name} {name}": value for scorer in scorers for name, value in scorer.key.items()},
     }
-    if source.split is not None:  # the files of a repository hold slices of a split, too
-        key["data.split"] = source.split
-    plain: dict[str, Any] = json.loads(json.dumps(key))
-    return plain
+    return plain(key)
 
 
 def _read_manifest(parts: Path) -> dict[str, Any] | None:
@@ -335,15 +335,6 @@ def _read_part(path: Path, identity: str) -> _Part | None:
     except (OSError, ValueError, TypeError):
         return None
     return part if part.hash == identity else None
-
-
-def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], place: Path, remedy: str) -> None:
-    different = differences(stored, now)
-    if different:
-        raise InvalidInput(
-            f"output = {str(place)!r}: holds scores of something else; different are {', '.join(different)}. "
-            f"Remedy: restore those, name another output, or {remedy}."
-        )
 
 
 def _assembled(
@@ -393,7 +384,7 @@ def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
     except (OSError, KeyError, ValueError, arrow.ArrowException):
         remedy = "name another output, or delete it"
         raise invalid("output", str(output), "is there, and fastinvdpo score did not write it", remedy) from None
-    _check_same(found["key"], key, output, "delete it")
+    check_same("output", output, found["key"], key)
     columns = {score["name"]: (score["columns"][0], score["columns"][1]) for score in found["scores"]}
     ranges = {score["name"]: ScoreRange(score["low"], score["high"]) for score in found["scores"]}
     return ScoreResult(output, found["rows"], found["pairs"], found["broken"], columns, ranges)
