@@ -47,9 +47,11 @@ def train(
         return
     config = read_config(arguments, preset, defaults={"data": {"path": NO_DATA}} if dry_run and preset else None)
     if dry_run:
-        typer.echo(configuration.to_yaml(config), nl=False)
         from fastinvdpo.trainer.dry_run import described
+        from fastinvdpo.trainer.launch import with_launcher
 
+        config = with_launcher(config)
+        typer.echo(configuration.to_yaml(config), nl=False)
         typer.echo(described(config))
         return
     from fastinvdpo.evaluation import EvaluationCallback

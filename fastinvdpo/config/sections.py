@@ -256,7 +256,7 @@ def read_method(section: object) -> Method:
     if not isinstance(section, Mapping):
         raise invalid("method", section, "is not a section", "write a mapping of key: value pairs")
     name = section.get("name")
-    if name not in METHODS:
+    if name not in list(METHODS):  # it may be of any type
         problem = "is missing and has no default" if name is None else "names no known method"
         raise invalid("method.name", name, problem, f"choose one of {', '.join(map(repr, METHODS))}")
     options = {key: value for key, value in section.items() if key != "name"}

@@ -65,6 +65,24 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
     return {"data rows": total, name: DIGEST + digest.hexdigest()}
 
 
+def columns_of(source: PairSource, digests: Digests) -> str:
+    """A digest of all columns of a table but the images; the same for any source whose rows are no table."""
+    images = [source.shown(name) for name in IMAGES]
+    names = [name for name in source.column_names() if name not in images]
+
+    def make() -> str:
+        digest, schema = hashlib.sha256(), None
+        for table in source.tables(names):
+            if schema is None:
+                schema = table.schema.remove_metadata()
+                digest.update(str(schema).encode())
+            for row in table.to_pylist():
+                digest.update(f"{row!r}\n".encode("utf-8", "surrogatepass"))
+        return DIGEST + digest.hexdigest()
+
+    return _once(source, digests, {"but": images}, make)
+
+
 def _of_images(source: PairSource, digests: Digests, places: str) -> str:
     def image(row: int) -> list[str]:
         return [_or_cause(lambda side: hashlib.sha256(source.image(row, side)).hexdigest(), side) for side in (0, 1)]
@@ -76,13 +94,17 @@ def _of_images(source: PairSource, digests: Digests, places: str) -> str:
                 digest.update(repr(list(threads.map(image, some))).encode())
         return DIGEST + digest.hexdigest()
 
+    columns = [source.shown(name) for name in IMAGES]
+    return _once(source, digests, {"columns": columns, "places": places}, make)
+
+
+def _once(source: PairSource, digests: Digests, name: dict[str, Any], make: Callable[[], str]) -> str:
     try:
         files = source.files()
     except InvalidInput:  # held in memory
         return make()
-    columns = [source.shown(name) for name in IMAGES]
-    named = {"files": [str(file) for file in files], "columns": columns, "places": places}
-    return digests.once(f"images {key_hash({**named, 'split': source.split, 'rows': len(source)})}", files, make)
+    named = {**name, "files": [str(file) for file in files], "split": source.split, "rows": len(source)}
+    return digests.once(f"pairs {key_hash(named)}", files, make)
 
 
 def _or_cause(read: Callable[..., Any], *arguments: Any) -> Any:

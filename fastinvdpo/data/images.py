@@ -29,7 +29,7 @@ _HEIC = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _HEADER_BYTES = 64 * 1024
-_ORIENTATION = 0x0112
+_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # tags of EXIF and TIFF
 _TURN_MARKS = (b"eXIf", b"exif", b"Orientation")  # in a PNG, before or after the pixels
 _TIFF_STARTS = (b"II*\0", b"MM\0*")  # some versions of PIL turn these when they state the size, others do not
 _BACKGROUND = (255, 255, 255, 255)
@@ -116,10 +116,13 @@ def as_seen(image: Image) -> Image:
     """
     module = require("PIL.Image", extra="train", purpose=_PURPOSE)
     ops = require("PIL.ImageOps", extra="train", purpose=_PURPOSE)
-    of_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, which may have 12 bits, or 0 for white
+    scale = 255 / (2 ** tags.get(_BITS, (16,))[0] - 1)
+    scale, offset = (-scale, 255.5) if tags.get(_PHOTOMETRIC) == 0 else (scale, 0.5)
     profile, image = image.info.get("icc_profile"), ops.exif_transpose(image)
-    if of_16_bits:
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if deep:
+        image = image.convert("I").point(lambda value: value * scale + offset).convert("L")
     if image.mode in ("I", "F", "LAB", "HSV"):
         raise ValueError(f"its pixels, of the mode {image.mode}, are numbers without a known black and white")
     alpha = None

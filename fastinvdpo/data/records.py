@@ -158,9 +158,11 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str])
     images: dict[str, Any] = {}
     named = []
     for name, endings in _ENDINGS.items():
-        ending = next((e for e in ((names[name],) if name in names else endings) if e in members), None)
-        images[name] = None if ending is None or not members[ending][1] else (file, *members[ending])
-        named.append(ending is not None and ending.startswith(("winner.", "loser.")))
+        found = [e for e in ((names[name],) if name in names else endings) if e in members]
+        if len(found) > 1:
+            raise broken("malformed row", place, found, f"are several images for {name}", "keep one, or name it")
+        images[name] = (file, *members[found[0]]) if found and members[found[0]][1] else None
+        named += [ending.startswith(("winner.", "loser.")) for ending in found]
     stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
     row = in_schema(stored, f"{place}.json", names, images)
     if "txt" in texts and "caption" not in row:

@@ -106,15 +106,17 @@ def labels_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 def _by_choice(key: str, row: Mapping[str, Any], where: Where, names: Mapping[str, str]) -> int:
     value = row[key]
+    meant: set[int] = set()
     if isinstance(value, int | float | str) and not isinstance(value, bool):
-        if value in _SIDES:
-            return _SIDES[value]
+        meant = {_SIDES[value]} if value in _SIDES else set()
         images = [row.get(name) for name in IMAGES]
         for side, name in enumerate(IMAGES):
             if value in stored_under(name, names) or (value == images[side] != images[1 - side]):
-                return side
+                meant.add(side)
+    if len(meant) == 1:
+        return meant.pop()
     remedy = "name the image by 0 or 1, by its key or path, or write 'tie'"
-    raise broken("malformed label", where(key), value, "names neither image", remedy)
+    raise broken("malformed label", where(key), value, f"names {'both images' if meant else 'neither image'}", remedy)
 
 
 def scores_of(row: Mapping[str, Any], where: Where) -> tuple[float, float]:
@@ -134,8 +136,8 @@ def caption_of(row: Mapping[str, Any], where: Where) -> str:
     caption = row.get("caption")
     if not isinstance(caption, str):
         raise broken("missing caption", where("caption"), caption, "is not a string", "store text; '' means no prompt")
-    if "\0" in caption or any("\ud800" <= letter <= "\udfff" for letter in caption):
-        problem = "is damaged text: it holds NUL, or half of a character"
+    if any(letter in "\0\x1b" or "\ud800" <= letter <= "\udfff" for letter in caption):
+        problem = "is damaged text: it holds NUL or ESC, or half of a character"
         raise broken("malformed caption", where("caption"), caption, problem, "write it again as UTF-8")
     return caption.removeprefix("\ufeff")
 

@@ -81,8 +81,8 @@ class PairSource(ABC):
         """
         return []
 
-    def tables(self) -> Iterator[Any]:
-        """All rows with all columns, as pieces of a ``pyarrow.Table``; nothing where rows are no table."""
+    def tables(self, columns: list[str] | None = None) -> Iterator[Any]:
+        """All rows, with all columns or some, as pieces of a ``pyarrow.Table``; nothing where rows are no table."""
         return iter(())
 
     def footers(self) -> list[Mapping[bytes, bytes]]:

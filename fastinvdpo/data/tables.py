@@ -156,12 +156,13 @@ class TableSource(PairSource):
                 raise invalid("data.path", file, problem, "write files with the same columns")
         return list(schema.names)
 
-    def tables(self) -> Iterator[Any]:
+    def tables(self, columns: list[str] | None = None) -> Iterator[Any]:
         if self._locations:
             for location, number, _ in self._groups:
-                yield _read(location, number)
+                yield _read(location, number, columns)
             return
         whole = self._repository_table()
+        whole = whole if columns is None else whole.select(columns)
         yield from (whole.slice(start, _ROWS_PER_PIECE) for start in range(0, whole.num_rows, _ROWS_PER_PIECE))
 
     def footers(self) -> list[Mapping[bytes, bytes]]:

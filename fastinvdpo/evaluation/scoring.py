@@ -23,8 +23,9 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file, make_directory, prepare_folder
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, check_list, entry, jsonl
+from fastinvdpo.data.content import columns_of, content_of
 from fastinvdpo.data.images import decode
-from fastinvdpo.data.rows import IMAGES, caption_of
+from fastinvdpo.data.rows import IMAGES, LABELS, caption_of
 from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput, invalid
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from fastinvdpo.data import PairSource
     from fastinvdpo.evaluation.scorers import Scorer
 
-FORMAT = 1
+FORMAT = 2  # 1: with a digest of the files
 ROWS_PER_PART = 256
 _MANIFEST = "manifest.json"
 _READ_BY_SCORE = frozenset(
@@ -299,19 +300,19 @@ def _columns(scorers: Sequence[Scorer], named: bool, taken: Sequence[str]) -> di
 
 
 def _key(source: PairSource, scorers: Sequence[Scorer], digests: Digests) -> dict[str, Any]:
-    """What the parts depend on: the content of the data, how it is read, and the scorers' own keys."""
+    """What parts and output are made of: the content of the data, where columns stand, and the scorers' own keys."""
+    if source.remote:
+        source.files()  # raises
     key = {
         "format": FORMAT,
         "data format": source.format,
-        "data rows": len(source),
         "rows of a part": ROWS_PER_PART,
-        "data content": digests.of(source.files()),
-        "data.columns": [source.shown(name) for name in (*IMAGES, "caption")],
+        **content_of(source, digests),
+        "data columns": columns_of(source, digests),
+        "data.columns": [source.shown(name) for name in (*IMAGES, *LABELS, "caption")],
         "scorers": [scorer.name for scorer in scorers],
         **{f"{scorer.name} {name}": value for scorer in scorers for name, value in scorer.key.items()},
     }
-    if source.split is not None:  # the files of a repository hold slices of a split, too
-        key["data.split"] = source.split
     plain: dict[str, Any] = json.loads(json.dumps(key))
     return plain
 

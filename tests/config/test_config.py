@@ -26,6 +26,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "option of another method": ("diffusion-dpo", {"method.eta": 0.1}, r"method\.eta = 0\.1: is an option of another"),
     "misspelt option": ("inpo", {"method.betta": 1.0}, r"method\.betta = 1\.0.*did you mean method\.beta\?"),
     "unknown method": ("inpo", {"method.name": "ipno"}, r"method\.name = 'ipno'.*'inpo'"),
+    "a list of methods": ("inpo", {"method.name": ["ipno"]}, r"method\.name = \['ipno'\]: names no known"),
     "no method name": ("inpo", {"method": {"beta": 3.0}}, r"method\.name = None: is missing"),
     "method is text": ("inpo", {"method": "inpo"}, r"method = 'inpo'.*mapping"),
     "text for a number": ("inpo", {"training.steps": "ten"}, r"training\.steps = 'ten'.*whole number"),

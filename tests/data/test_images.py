@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,24 @@ def test_images_are_turned_upright(kind: str, orientation: int, white: str) -> N
     assert upright.getpixel((x, y)) > 200 and upright.getpixel((upright.width - 1 - x, upright.height - 1 - y)) < 55
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_gray_of_16_bits_is_scaled_to_8(kind: str) -> None:
     values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     found = np.asarray(seen(Image.fromarray(values), kind))
     assert found.dtype == np.uint8
     assert np.array_equal(found, np.round(values / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("bits", "white", "data"),
+    [(16, 1, "0000 ffff 0180"), (16, 0, "ffff 0000 fe7f"), (12, 1, "000fff801000")],
+)
+def test_deep_gray_of_a_tiff_is_as_bright_as_its_tags_tell(bits: int, white: int, data: str) -> None:
+    pixels = bytes.fromhex(data)
+    tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: white, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
+    assert np.asarray(decode(memoryview(file), "row 0")).tolist() == [[0, 255, 128]]
 
 
 def test_pixels_without_a_known_white_are_broken() -> None:

@@ -136,14 +136,16 @@ def test_broken_members_of_shards(root: Path) -> None:
     whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
     missing = {"winner.png": encoded(image(0)), "txt": b"t"}
     other = {**whole, "json": b'{"label": 1}'}
-    write_tar(root / "s.tar", [whole, {**whole, "json": b"{"}, missing, other, {**whole, "json": b'{"a":1,"a":2}'}])
+    twice = {**whole, "0.jpg": encoded(image(5))}
+    again = {**whole, "json": b'{"a":1,"a":2}'}
+    write_tar(root / "s.tar", [whole, {**whole, "json": b"{"}, missing, other, again, twice])
     with tarfile.open(root / "s.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("2.txt"))
-    with pytest.warns(UserWarning, match=r"left out 4 broken rows"):
-        dataset = PairDataset(root / "s.tar", max_broken=0.8)
+    with pytest.warns(UserWarning, match=r"left out 5 broken rows"):
+        dataset = PairDataset(root / "s.tar", max_broken=0.9)
     assert dataset[0].caption == "text"
     assert [line["cause"] for line in dataset.broken.lines()] == [
-        *("malformed row", "malformed row", "malformed label", "malformed row")
+        *("malformed row", "malformed row", "malformed label", "malformed row", "malformed row")
     ]
     assert "'2.txt': is the name of two members" in dataset.broken.lines()[1]["problem"]
 

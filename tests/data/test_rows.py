@@ -65,6 +65,8 @@ def test_what_names_no_winner_or_two_is_a_malformed_label(fields: dict[str, Any]
 def test_equal_images_cannot_be_told_apart_by_their_path() -> None:
     with pytest.raises(BrokenRow, match="names neither image"):
         side({"image_0": "a.png", "image_1": "a.png", "winner": "a.png"})
+    with pytest.raises(BrokenRow, match="names both images"):
+        side({"image_0": "1", "image_1": "0", "winner": "1"})
 
 
 def test_winner_and_loser_alone_are_the_images() -> None:
@@ -87,7 +89,7 @@ def test_the_other_label_follows() -> None:
     assert labels_of({"label_0": None, "label_1": 1}) == (None, 1.0)
 
 
-@pytest.mark.parametrize("caption", ["a cat \ud83d", "c\0a\0t\0", None, 7])
+@pytest.mark.parametrize("caption", ["a cat \ud83d", "c\0a\0t\0", "\x1b$BG-\x1b(B", None, 7])
 def test_damaged_captions_are_broken_rows(caption: Any) -> None:
     with pytest.raises(BrokenRow) as caught:
         caption_of({"caption": caption}, where)

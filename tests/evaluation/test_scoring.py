@@ -244,7 +244,7 @@ def test_parts_and_outputs_of_something_else_are_refused(ten: Path, tmp_path: Pa
     with pytest.raises(InvalidInput, match=r"parts'.*different are shade weights \(1 there, 2 here\)"):
         score_pairs(open_source(ten), [scorer(weights=2)], output)
     other = store(tmp_path / "other.parquet", [row(i + 1) for i in range(10)])
-    with pytest.raises(InvalidInput, match=r"different are data content \(sha256:"):
+    with pytest.raises(InvalidInput, match=r"different are data captions \(sha256:"):
         score_pairs(open_source(other), [scorer(weights=1)], output)
     score_pairs(open_source(ten), [scorer(weights=1)], output)
     with pytest.raises(InvalidInput, match=r"scored.parquet'.*different are relabel \(None there, 'shade' here\)"):
@@ -291,14 +291,32 @@ def test_new_labels_do_not_meet_the_old_name_of_the_winner(ten: Path, tmp_path: 
     assert PairDataset(output)[0].winner.getpixel((0, 0)) == 100
 
 
-def test_slices_of_a_split_are_told_apart(ten: Path, tmp_path: Path) -> None:
-    (tmp_path / "set" / "data").mkdir(parents=True)
-    (tmp_path / "set" / "data" / "train-0.parquet").write_bytes(ten.read_bytes())
-    output = tmp_path / "out.parquet"
-    score_pairs(open_source(tmp_path / "set", split="train[:50%]"), [scorer()], output)
-    assert read(output)["extra"] == [0, 1, 2, 3, 4]
-    with pytest.raises(InvalidInput, match=r"different are data.split \('train\[:50%\]' there, 'train\[50%:\]' here\)"):
-        score_pairs(open_source(tmp_path / "set", split="train[50%:]"), [scorer()], output)
+def test_an_output_serves_what_it_was_made_of_alone(
+    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "set" / "data", tmp_path / "out.parquet"
+    data.mkdir(parents=True)
+    for size in (0, 2**30):  # as files, and held in memory
+        monkeypatch.setattr("datasets.config.IN_MEMORY_MAX_SIZE", size)
+        (data / "train-0.parquet").write_bytes(ten.read_bytes())
+        output.unlink(missing_ok=True)
+        assert score_pairs(open_source(tmp_path / "set", split="train[:50%]"), [scorer()], output).computed == 2
+        assert score_pairs(open_source(tmp_path / "set", split="train[:50%]"), [scorer()], output).computed == 0
+        assert read(output)["extra"] == [0, 1, 2, 3, 4]
+        with pytest.raises(InvalidInput, match="different are data captions"):
+            score_pairs(open_source(tmp_path / "set", split="train[50%:]"), [scorer()], output)
+        store(data / "train-0.parquet", [one | {"extra": 7} for one in pq.read_table(ten).to_pylist()])
+        with pytest.raises(InvalidInput, match=r"different are data columns \(sha256:\w+… there, sha256:\w+… here\)\."):
+            score_pairs(open_source(tmp_path / "set", split="train[:50%]"), [scorer()], output)
+
+
+def test_other_pairs_of_the_same_files_are_told_apart(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    ranked = {"prompt": "a", "image_path": ["images/0-0.png", "images/0-1.png"], "rank": [2, 1]}
+    path, output = write_lines(tmp_path / "ranked.jsonl", [ranked]), tmp_path / "out.parquet"
+    score_pairs(open_source(path), [scorer()], output)
+    with pytest.raises(InvalidInput, match="different are data winners"):
+        score_pairs(open_source(path, rank_pairs="best"), [scorer()], output)
 
 
 def test_two_at_once_are_refused(ten: Path, tmp_path: Path) -> None:
