@@ -74,6 +74,18 @@ def read_text(path: Path, argument: str, limit: int, remedy: str) -> str:
         raise invalid(argument, str(path), problem, remedy) from None
 
 
+def read_object(path: Path, argument: str) -> dict[str, Any]:
+    """The object in a small JSON file. Raises ``InvalidInput`` where there is none."""
+    remedy = "download it or write it again"
+    try:
+        found = json.loads(read_text(path, argument, 2**26, remedy))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise invalid(argument, str(path), f"is not valid JSON ({error})", remedy) from None
+    if not isinstance(found, dict):
+        raise invalid(argument, str(path), "holds no JSON object", remedy)
+    return found
+
+
 def decoded(data: bytes) -> str:
     """Text of UTF-8, or of what its byte order mark tells. Raises ``UnicodeDecodeError``."""
     return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")

@@ -171,7 +171,7 @@ class OutputDirectory:
             self._record(name, path)
             return
         here = [f"{name}/{inside}".rstrip("/") for inside in files_below(path)]
-        if here and not known:
+        if (here and not known) or (path.is_dir() and path.suffix):  # a file is to be written there
             raise invalid(self._argument, str(path), "is there, and was not written by fastinvdpo", ELSEWHERE)
         for file in {*here} & {*known}:
             if not self.is_ours(file):

@@ -106,6 +106,9 @@ def test_killed_between_record_and_result_it_goes_on(tmp_path: Path) -> None:
 def test_places_that_cannot_be_written_are_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "there" / "report.json").mkdir(parents=True)
+    with pytest.raises(InvalidInput, match=r"report\.json': is there"), OutputDirectory(tmp_path / "there") as output:
+        output.claim("report.json")
     for place, problem in (("file", "is a file"), ("file/run", "cannot be written"), ("loop", "cannot be written")):
         with pytest.raises(InvalidInput, match=f"output = .*{place}'.*{problem}"):
             OutputDirectory(tmp_path / place)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from fastinvdpo.diffusion.schedule import (
     stack_coefficients,
 )
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import read_object
 from fastinvdpo.ops import affine_step
 
 try:
@@ -65,7 +65,7 @@ except ModuleNotFoundError as error:
             if not file.is_file():
                 remedy = "pass the folder of a scheduler, or install diffusers to load from the hub"
                 raise invalid("path", str(path), f"holds no {file.relative_to(path)}", remedy)
-            return cls.from_config(json.loads(file.read_text()), **overrides)  # type: ignore[attr-defined]
+            return cls.from_config(read_object(file, "path"), **overrides)  # type: ignore[attr-defined]
 
     class ConfigMixin:  # type: ignore[no-redef]
         @classmethod

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.ops.affine_step import affine_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -131,14 +131,19 @@ class NoiseSchedule:
             name = foreign[0] if foreign else "timestep_type"
             remedy = "use a checkpoint of noise that follows from betas"
             raise invalid(f"scheduler.{name}", config[name], "is not computed here", remedy)
-        return cls(
-            alphas_cumprod=_alphas_cumprod(config, torch.float32 if released_precision else torch.float64),
-            prediction_type=config.get("prediction_type", "epsilon"),
-            steps_offset=int(config.get("steps_offset", 0)),
-            set_alpha_to_one=bool(config.get("set_alpha_to_one", True)),
-            released_precision=released_precision,
-            config=dict(config),
-        )
+        try:
+            return cls(
+                alphas_cumprod=_alphas_cumprod(config, torch.float32 if released_precision else torch.float64),
+                prediction_type=config.get("prediction_type", "epsilon"),
+                steps_offset=int(config.get("steps_offset", 0)),
+                set_alpha_to_one=bool(config.get("set_alpha_to_one", True)),
+                released_precision=released_precision,
+                config=dict(config),
+            )
+        except InvalidInput:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise invalid("scheduler", kind, f"has unusable settings ({error})", "correct its configuration") from None
 
     def released(self) -> NoiseSchedule:
         """This schedule in the float32 precision of the released research codes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastinvdpo._extras import require
-from fastinvdpo.io import Digests
+from fastinvdpo.io import Digests, read_object
 from fastinvdpo.models import checkpoint_files, load_model
 from fastinvdpo.models.adapter_files import adapter_file, merge_adapter, read_adapter, trained_on
 from fastinvdpo.models.base import Origin, part_files
@@ -116,7 +115,7 @@ def _same_weights(one: list[Path], other: list[Path], variants: tuple[str | None
 def _settings(files: list[Path]) -> dict[str, Any]:
     """A scheduler's configuration with its class's defaults."""
     diffusers = require("diffusers", extra="train", purpose="comparing schedules")
-    found: dict[str, Any] = json.loads(next(file for file in files if file.name == _SCHEDULER).read_text())
+    found = read_object(next(file for file in files if file.name == _SCHEDULER), "model.path")
     kind = getattr(diffusers, str(found.get("_class_name")), None)
     whole = found if kind is None else {**kind.from_config(found).config, "class": kind.__name__}
     return {name: value for name, value in whole.items() if not name.startswith("_")}

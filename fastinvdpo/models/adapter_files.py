@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import read_object
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.weights import NETWORKS, check_names, plain_names, tensor_shapes
 
@@ -36,6 +37,12 @@ _TENSOR = re.compile(
     r"(?P<layer>.+?)[._]((?P<down>lora_A|lora_down|lora\.down|lora_linear_layer\.down)"
     r"|(?P<up>lora_B|lora_up|lora\.up|lora_linear_layer\.up))(\.default(_\d+)?)?\.weight|(?P<scaled>.+?)([._]lora\.down\.weight)?\.alpha"
 )
+# Other values mean another change than the product of both factors, or other weights that it is added to.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "use_dora": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
 _UNSUPPORTED = {
     "changes text encoders": re.compile(r"(text_encoder|lora_te|te\d?[._])"),
     "is a DoRA": re.compile(r".*(lora_magnitude_vector|dora_scale)"),
@@ -103,8 +110,7 @@ def base_of(origin: Origin) -> dict[str, str]:
 def trained_on(file: Path) -> dict[str, str]:
     """What :func:`base_of` gave for the weights that an adapter was trained on; empty where nothing says."""
     beside = file.with_name(_BASE)
-    found: dict[str, str] = json.loads(beside.read_text()) if beside.is_file() else {}
-    return found
+    return read_object(beside, "aligned") if beside.is_file() else {}
 
 
 def adapter_file(path: str | Path) -> Path | None:
@@ -144,6 +150,10 @@ def read_adapter(
     with safetensors.safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         settings = _settings(file, opened.metadata() or {})
+    for key, values in _PLAIN.items():
+        if settings is not None and settings.get(key, values[0]) not in values:
+            remedy = "name the whole model with it merged, or convert it to an ordinary LoRA with peft"
+            raise invalid("aligned", str(file), f"has {key} {settings[key]!r}, which is not read", remedy)
     for problem, names in _UNSUPPORTED.items():
         found = [name for name in tensors if names.match(name)]
         if found:
@@ -171,7 +181,11 @@ def read_adapter(
             problem = f"does not fit the base model: {layer} is {shapes}"
             raise invalid("aligned", str(file), problem, "name the model that it was trained on as base")
         alpha = float(parts["alpha"]) if "alpha" in parts else None
-        found_layers[layer] = (down, up, _scale(layer, len(down), alpha, settings))
+        try:
+            found_layers[layer] = (down, up, _scale(layer, len(down), alpha, settings))
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            remedy = "write the adapter again, or correct them"
+            raise invalid("aligned", str(file), f"has unusable settings of alpha ({error})", remedy) from error
     return Adapter(file, found_layers)
 
 
@@ -221,9 +235,12 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         beside = file.with_name(_PEFT_SETTINGS)
         if not beside.is_file():
             raise invalid("aligned", str(file), f"has no {_PEFT_SETTINGS} beside it", "name a whole adapter")
-        settings: dict[str, Any] = json.loads(beside.read_text())
-        return settings
-    inside = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        return read_object(beside, "aligned")
+    try:
+        inside: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        problem = f"has damaged settings ({error})"
+        raise invalid("aligned", str(file), problem, "write the adapter again") from error
     return {name.partition(".")[2]: value for name, value in inside.items() if name.startswith(NETWORKS)} or None
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import read_object
 from fastinvdpo.models.base import Origin, cast_weights, part_files
 from fastinvdpo.models.weights import NOT_FOUND, load_module, readable_errors, weight_files
 
@@ -131,7 +132,7 @@ def vae_config(origin: Origin) -> dict[str, Any]:
         file = part_folder("model.vae", origin.vae, "vae") / "config.json"
         if not file.is_file():
             raise invalid("model.vae", str(origin.vae), "holds no config.json", NOT_FOUND)
-        config: dict[str, Any] = json.loads(file.read_text())
+        config = read_object(file, "model.vae")
     else:
         source = location("model.path", origin.path)
         with readable_errors("model.path", source):
@@ -176,7 +177,7 @@ def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> bool:
     False, and nothing is written, where its weights are a variant: those must be loaded.
     """
     root = local_folder(origin, (denoiser,))
-    index = json.loads((root / "model_index.json").read_text())
+    index = read_object(root / "model_index.json", "model.path")
     if index.pop("safety_checker", None) is not None:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     parts = [part for part, kind in index.items() if isinstance(kind, list) and part != denoiser]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import read_object
 from fastinvdpo.models.base import (
     DiffusionModel,
     Origin,
@@ -74,7 +75,7 @@ class DigitsModel(DiffusionModel):
             network = _load_unet("model.path", Path(origin.path), origin.variant, dtype)
         else:
             network = _load_unet("model.unet_init", Path(origin.unet_init), None, dtype)
-        model = cls(network, json.loads(config_file.read_text()))
+        model = cls(network, read_object(config_file, "model.path"))
         model.origin = origin
         return model
 

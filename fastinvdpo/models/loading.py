@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from fastinvdpo.errors import invalid
+from fastinvdpo.io import read_object
 from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import pipeline_class
 
@@ -127,7 +127,7 @@ def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
         ("scheduler", "scheduler_config"),
         (kind.network_folder, "config"),
     ):
-        read[part] = next((json.loads(f.read_text()) for f in files.get(part, ()) if f.name == f"{name}.json"), {})
+        read[part] = next((read_object(f, "model.path") for f in files.get(part, ()) if f.name == f"{name}.json"), {})
     pipeline = str(read["model_index"].get("_class_name"))
     scale: float = kind.guidance_by_default(pipeline, read["scheduler"], read[kind.network_folder])
     return scale

@@ -17,7 +17,7 @@ from fastinvdpo.config.sections import ModelSection
 from fastinvdpo.data.content import content_of
 from fastinvdpo.data.rows import IMAGES
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.io import Digests, differences
+from fastinvdpo.io import Digests, differences, read_object
 from fastinvdpo.trainer.opening import open_data_source
 
 FORMAT = 3  # 1: images as they are stored, not as a viewer shows them; 2: without checksums
@@ -58,7 +58,7 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     }
     if chain is not None:
         (schedule,) = [file for file in files["scheduler"] if file.name == "scheduler_config.json"]
-        settings = json.loads(schedule.read_text())
+        settings = read_object(schedule, "model.path")
         key |= {
             f"model {network}": digests.of(files[network]),
             **_given(model, ("zero_terminal_snr", "guidance_embedding")),

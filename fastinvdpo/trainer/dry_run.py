@@ -7,7 +7,6 @@ steps: nothing is loaded or measured, and there is no second copy of a method's 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.diffusion.schedule import NoiseSchedule
+from fastinvdpo.io import read_object
 from fastinvdpo.methods import ChainObjective, Objective, PairBatch
 from fastinvdpo.trainer.call_size import gradient_passes
 from fastinvdpo.trainer.draws import DrawOrder
@@ -91,7 +91,7 @@ def described(config: TrainConfig) -> str:
 def _schedule(config: TrainConfig) -> NoiseSchedule:
     """That of a checkpoint in a directory, else one of as many levels as published models have."""
     stored = Path(config.model.path, "scheduler", "scheduler_config.json")
-    settings = json.loads(stored.read_text()) if stored.is_file() else _USUAL
+    settings = read_object(stored, "model.path") if stored.is_file() else _USUAL
     if config.model.family in FLOW_FAMILIES or str(settings.get("_class_name", "")).startswith("FlowMatch"):
         return NoiseSchedule.flow(torch.arange(1, 1001, dtype=torch.float64) / 1000)
     return NoiseSchedule.from_config(settings)

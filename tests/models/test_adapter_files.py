@@ -295,6 +295,26 @@ def test_tensors_that_fit_no_layer_are_refused(folder: Path, tmp_path: Path, cha
         merged(folder, file)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights 'pissa_niter_4', which is not read"),
+        ({"peft_type": "LOHA"}, "has peft_type 'LOHA'"),
+        ({"use_dora": True}, "has use_dora True"),
+        ({"lora_alpha": None}, "has unusable settings"),
+        ({"alpha_pattern": {"(": 1}}, "has unusable settings"),
+        ([], "adapter_config.json': holds no JSON object"),
+    ],
+)
+def test_settings_of_another_change_are_refused(folder: Path, tmp_path: Path, settings: Any, message: str) -> None:
+    file = stored(folder, tmp_path / "adapter_model.safetensors", lambda tensors: tensors)
+    own = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    content = own | settings if isinstance(settings, dict) else settings
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(InvalidInput, match=f"aligned = .*{message}"):
+        merged(folder, file)
+
+
 def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"pickle")
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):

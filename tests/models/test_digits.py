@@ -178,6 +178,22 @@ def test_bad_loads(directory: Path, change: dict[str, object], message: str) -> 
         load_model(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"scheduler_config\.json': is not valid JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"beta_start": null}', "has unusable settings"),
+        ('{"num_train_timesteps": "x"}', "scheduler = None: has unusable settings"),
+    ],
+)
+def test_a_damaged_scheduler_is_told(tmp_path: Path, text: str, message: str) -> None:
+    directory = tiny.write_digits(tmp_path / "model")
+    (directory / "scheduler" / "scheduler_config.json").write_text(text)
+    with pytest.raises(InvalidInput, match=message):
+        load_model("digits", directory)
+
+
 def test_wrong_unets_are_refused(tmp_path: Path) -> None:
     color = tiny.write_digits(tmp_path / "color", in_channels=3, out_channels=3)
     with pytest.raises(InvalidInput, match="3 input channels"):

@@ -15,7 +15,9 @@ from fastinvdpo.trainer.opening import open_accelerator
 from tests.trainer import tiny
 
 
-def test_flags_are_used_where_the_configuration_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_are_used_where_the_configuration_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny.config(tmp_path)
     assert with_launcher(config) is config
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -27,6 +29,9 @@ def test_flags_are_used_where_the_configuration_is_silent(tmp_path: Path, monkey
     assert found == tiny.config(tmp_path, training=changed)
     # The loop divides by it; accelerate must not once more.
     assert open_accelerator(found).gradient_accumulation_steps == 1
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert cli.main(["train", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+    assert "mixed_precision: bf16" in capsys.readouterr().out
 
 
 def test_what_the_launcher_exports_unasked_is_no_contradiction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
