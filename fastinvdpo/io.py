@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 
 DIGEST = "sha256:"
 _SEAL = "digest of this file"
@@ -154,8 +154,8 @@ def file_digest(file: Path) -> str:
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What JSON keeps of ``content``, with a digest of it, for :func:`unsealed`."""
-    plain = json.loads(json.dumps(content))
-    return {**plain, _SEAL: key_hash(plain)}
+    kept = plain(content)
+    return {**kept, _SEAL: key_hash(kept)}
 
 
 def unsealed(path: Path) -> dict[str, Any]:
@@ -175,6 +175,22 @@ def unsealed(path: Path) -> dict[str, Any]:
 def key_hash(key: Mapping[str, Any]) -> str:
     """SHA-256 of a key: the entries that a result depends on, as plain types."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def check_same(argument: str, place: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ``InvalidInput`` naming every entry in which the key of what is stored at ``place`` and ``now`` differ."""
+    if different := differences(stored, now):
+        problem = f"holds what was computed from something else; different are {', '.join(different)}"
+        raise InvalidInput(
+            f"{argument} = {str(place)!r}: {problem}. Remedy: restore those values, name another {argument}, or delete "
+            "that one to have it computed again."
+        )
+
+
+def plain(key: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON keeps of a key."""
+    found: dict[str, Any] = json.loads(json.dumps(key))
+    return found
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ Layout of the output directory::
 from __future__ import annotations
 
 import gc
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import report_page
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
-from fastinvdpo.io import Digests, as_json, differences, has_key, key_hash, sealed, unsealed
+from fastinvdpo.io import Digests, as_json, check_same, has_key, key_hash, plain, sealed, unsealed
 from fastinvdpo.models import checkpoint_files, load_model, own_guidance, resolve_family
 from fastinvdpo.models.base import Origin, check_guidance, check_prompts
 from fastinvdpo.output import OutputDirectory
@@ -226,8 +225,7 @@ def _key(
         **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
         **{f"{side} {part}": digests.of(found) for side in SIDES for part, found in files[side].items()},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(key))
-    return plain
+    return plain(key)
 
 
 def _check_settings(file: Path, key: dict[str, Any]) -> None:
@@ -237,15 +235,11 @@ def _check_settings(file: Path, key: dict[str, Any]) -> None:
             partial.write_text(as_json(_SETTINGS, sealed(key)), "utf-8")
         return
     try:
-        different = differences(unsealed(file), key)
+        stored = unsealed(file)
     except (OSError, ValueError) as error:
         problem = f"its {_SETTINGS} cannot be read ({error})"
         raise invalid("output", str(file.parent), problem, "delete that directory, or name another") from None
-    if different:
-        raise InvalidInput(
-            f"output = {str(file.parent)!r}: holds pictures of another evaluation; different are "
-            f"{', '.join(different)}. Remedy: restore those values, name another directory, or delete that one."
-        )
+    check_same("output", file.parent, stored, key)
 
 
 def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling) -> None:

@@ -28,10 +28,10 @@ from fastinvdpo.data.images import decode
 from fastinvdpo.data.rows import IMAGES, LABELS, caption_of
 from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
-from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import in_batches, open_scorer
-from fastinvdpo.io import Digests, differences, key_hash, sealed, unsealed
+from fastinvdpo.io import Digests, check_same, key_hash, plain, sealed, unsealed
 from fastinvdpo.output import MARK, OutputDirectory
 from fastinvdpo.trainer.opening import open_data_source
 
@@ -167,7 +167,7 @@ def score_pairs(
             begun.remove()
             return finished
         if manifest is not None:
-            _check_same(manifest["key"], key, parts, "delete that directory to have them computed again")
+            check_same("output", parts, manifest["key"], key)
         with atomic_file(parts / _MANIFEST) as temporary:
             temporary.write_text(json.dumps(sealed({"key": key, "files": digests.remembered})))
         work = _Work(source, scorers, parts, key_hash(key))
@@ -313,8 +313,7 @@ def _key(source: PairSource, scorers: Sequence[Scorer], digests: Digests) -> dic
         "scorers": [scorer.name for scorer in scorers],
         **{f"{scorer.name} {name}": value for scorer in scorers for name, value in scorer.key.items()},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(key))
-    return plain
+    return plain(key)
 
 
 def _read_manifest(parts: Path) -> dict[str, Any] | None:
@@ -336,15 +335,6 @@ def _read_part(path: Path, identity: str) -> _Part | None:
     except (OSError, ValueError, TypeError):
         return None
     return part if part.hash == identity else None
-
-
-def _check_same(stored: Mapping[str, Any], now: Mapping[str, Any], place: Path, remedy: str) -> None:
-    different = differences(stored, now)
-    if different:
-        raise InvalidInput(
-            f"output = {str(place)!r}: holds scores of something else; different are {', '.join(different)}. "
-            f"Remedy: restore those, name another output, or {remedy}."
-        )
 
 
 def _assembled(
@@ -394,7 +384,7 @@ def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
     except (OSError, KeyError, ValueError, arrow.ArrowException):
         remedy = "name another output, or delete it"
         raise invalid("output", str(output), "is there, and fastinvdpo score did not write it", remedy) from None
-    _check_same(found["key"], key, output, "delete it")
+    check_same("output", output, found["key"], key)
     columns = {score["name"]: (score["columns"][0], score["columns"][1]) for score in found["scores"]}
     ranges = {score["name"]: ScoreRange(score["low"], score["high"]) for score in found["scores"]}
     return ScoreResult(output, found["rows"], found["pairs"], found["broken"], columns, ranges)

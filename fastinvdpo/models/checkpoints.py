@@ -130,8 +130,6 @@ def vae_config(origin: Origin) -> dict[str, Any]:
     diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
     if origin.vae is not None:
         file = part_folder("model.vae", origin.vae, "vae") / "config.json"
-        if not file.is_file():
-            raise invalid("model.vae", str(origin.vae), "holds no config.json", NOT_FOUND)
         config = read_object(file, "model.vae")
     else:
         source = location("model.path", origin.path)

@@ -7,17 +7,14 @@ stored.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.sections import ModelSection
 from fastinvdpo.data.content import content_of
 from fastinvdpo.data.rows import IMAGES
-from fastinvdpo.errors import InvalidInput
-from fastinvdpo.io import Digests, differences, read_object
+from fastinvdpo.io import Digests, plain, read_object
 from fastinvdpo.trainer.opening import open_data_source
 
 FORMAT = 3  # 1: images as they are stored, not as a viewer shows them; 2: without checksums
@@ -68,19 +65,7 @@ def cache_key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
             "model.reference_dtype": config.model.reference_dtype,
         }
         key |= _given(model, ("quantization", "reference_quantization"))
-    plain: dict[str, Any] = json.loads(json.dumps(key))
-    return plain
-
-
-def check_key(stored: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
-    """Raise ``InvalidInput`` naming every entry in which the cache in ``directory`` and this run differ."""
-    different = differences(stored, now)
-    if different:
-        raise InvalidInput(
-            f"cache.path = {str(directory)!r}: holds what was computed from something else; different are "
-            f"{', '.join(different)}. Remedy: restore those values, name another cache.path, or delete that directory "
-            "to have it computed again."
-        )
+    return plain(key)
 
 
 def _given(model: ModelSection, names: Iterable[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fastinvdpo.config import TrainConfig
 from fastinvdpo.data.broken import REPORT, write_report
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import Digests, key_hash
+from fastinvdpo.io import Digests, check_same, key_hash
 from fastinvdpo.methods import ChainObjective
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.batches import Tensors, embed, encode
@@ -42,7 +42,7 @@ from fastinvdpo.trainer.cache import (
     stored_metadata,
     write_tensors,
 )
-from fastinvdpo.trainer.cache_key import cache_key, check_key
+from fastinvdpo.trainer.cache_key import cache_key
 from fastinvdpo.trainer.contents import frozen_contents
 from fastinvdpo.trainer.launch import with_launcher
 from fastinvdpo.trainer.networks import Networks
@@ -75,7 +75,7 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
     digests = Digests(manifest.files if manifest else None)
     key = cache_key(config, digests)
     if manifest is not None:
-        check_key(manifest.key, key, directory)
+        check_same("cache.path", directory, manifest.key, key)
         if manifest.complete(directory):
             return _opened(config, directory, manifest)
     known = manifest is not None or "hash" in stored_metadata(directory / INDEX)

@@ -291,9 +291,7 @@ def test_new_labels_do_not_meet_the_old_name_of_the_winner(ten: Path, tmp_path: 
     assert PairDataset(output)[0].winner.getpixel((0, 0)) == 100
 
 
-def test_an_output_serves_what_it_was_made_of_alone(
-    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_serves_what_it_was_made_of_alone(ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, output = tmp_path / "set" / "data", tmp_path / "out.parquet"
     data.mkdir(parents=True)
     for size in (0, 2**30):  # as files, and held in memory
