@@ -441,7 +441,7 @@ def test_what_was_damaged_or_written_by_others_is_not_trusted(workspace: Path) -
     precompute(_config(workspace), progress=False)
     assert shard.read_bytes() == before
     (workspace / "cache" / "manifest.json").write_text('{"key": {}')
-    with pytest.raises(InvalidInput, match=r"cache\.path = .*its manifest\.json cannot be read.*name another directory, or delete that file"):
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*its manifest\.json cannot be read.*or delete that file"):
         train(_config(workspace), progress=False)
 
 
