@@ -47,7 +47,7 @@ PAIRS_PER_SHARD = 32
 MANIFEST, INDEX, UNCONDITIONAL = "manifest.json", "index.safetensors", "unconditional.safetensors"
 _METADATA = "fastinvdpo"
 _OPEN_SHARDS = 64
-_REMEDY = "delete that directory and run fastinvdpo precompute again"
+_REMEDY = "name another directory, or delete that file and run fastinvdpo precompute again"
 
 
 @dataclass(frozen=True)

@@ -381,7 +381,7 @@ def test_a_stale_cache_is_refused_with_the_reason(filled: Path, tmp_path: Path, 
         with pytest.raises(InvalidInput, match=reason) as caught:
             command(TrainConfig.from_mapping(values), progress=False)  # type: ignore[operator]
         assert str(caught.value).startswith(f"cache.path = {str(root / 'cache')!r}: holds what was computed from")
-        assert "Remedy: restore those values, name another cache.path, or delete that directory" in str(caught.value)
+        assert "Remedy: restore those values, name another cache.path, or delete that one" in str(caught.value)
     assert {path: path.read_bytes() for path in (root / "cache").iterdir()} == before
     assert not (root / "run").exists()
 
@@ -441,7 +441,7 @@ def test_what_was_damaged_or_written_by_others_is_not_trusted(workspace: Path) -
     precompute(_config(workspace), progress=False)
     assert shard.read_bytes() == before
     (workspace / "cache" / "manifest.json").write_text('{"key": {}')
-    with pytest.raises(InvalidInput, match=r"cache\.path = .*its manifest\.json cannot be read.*delete that directory"):
+    with pytest.raises(InvalidInput, match=r"cache\.path = .*its manifest\.json cannot be read.*or delete that file"):
         train(_config(workspace), progress=False)
 
 
