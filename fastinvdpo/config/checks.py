@@ -50,10 +50,6 @@ def _method(config: RunSections) -> Iterator[InvalidInput]:
         problem = f"starts policy = reference, where the gradient of {method.name} with these options is exactly zero"
         remedy = "set it to 0.01, or choose a variant whose gradient has a determined direction (endpoint)"
         yield invalid("model.init_perturbation", 0.0, problem, remedy)
-    if method.reference_follows:
-        problem = "asks for a reference that follows the policy; the trainer keeps it frozen"
-        remedy = "set method.reference to frozen, or call fastinvdpo.losses.update_reference in a loop of your own"
-        yield invalid("method.reference", "ema", problem, remedy)
 
 
 def _model(config: RunSections) -> Iterator[InvalidInput]:
@@ -65,8 +61,14 @@ def _model(config: RunSections) -> Iterator[InvalidInput]:
         remedy = "add model.lora; for full fine-tuning model.reference_quantization makes the frozen copy small"
         yield invalid("model.quantization", model.quantization, "freezes what full fine-tuning trains", remedy)
     for key in ("reference_dtype", "reference_quantization"):
-        value = getattr(model, key)
-        if value is not None and model.lora is not None:
+        value, method = getattr(model, key), config.method
+        if value is not None and not method.needs_reference:
+            problem = f"has no meaning with method {method.name}, which has no reference"
+            yield invalid(f"model.{key}", value, problem, "set it to null")
+        elif value not in (None, "fp32") and method.reference_follows:
+            problem = "stands still where weights are rounded, and method.reference asks that it follows the policy"
+            yield invalid(f"model.{key}", value, problem, "set it to null, or method.reference to frozen")
+        elif value is not None and model.lora is not None:
             problem = "has no meaning with LoRA, where the reference is the policy with its adapters off"
             other = ", set model.quantization instead" if key == "reference_quantization" else ""
             yield invalid(f"model.{key}", value, problem, f"set it to null{other}, or drop model.lora")

@@ -15,7 +15,7 @@ from typing import Any
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.alpha_dpo import AlphaDPO
-from fastinvdpo.methods.base import Method, Objective
+from fastinvdpo.methods.base import Follows, Method, Objective
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
 from fastinvdpo.methods.dmpo import DMPO
 from fastinvdpo.methods.dspo import DSPO
@@ -42,6 +42,7 @@ __all__ = [
     "ChainObjective",
     "DiffusionDPO",
     "Draws",
+    "Follows",
     "InPO",
     "InversionDPO",
     "LinearDPO",

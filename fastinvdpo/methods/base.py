@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import nn
 
@@ -19,6 +19,13 @@ from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
 
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic reads a section of a configuration that is a dataclass; nothing here needs pydantic."""
+
+
+class Follows(NamedTuple):
+    """``r ← δ·r + (1 − δ)·p`` after ``every`` optimizer steps, with ``decay`` δ."""
+
+    decay: float
+    every: int
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,9 @@ class Method(ABC):
         return False
 
     @property
-    def reference_follows(self) -> bool:
-        """Whether the reference's weights are to follow the policy's, which the owner of the loop does."""
-        return False
+    def reference_follows(self) -> Follows | None:
+        """How the reference's weights are to follow the policy's, which the owner of the loop does; None: not."""
+        return None
 
     @property
     def reference_chain(self) -> dict[str, Any] | None:

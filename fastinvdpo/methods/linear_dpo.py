@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.errors import invalid
+from fastinvdpo.methods.base import Follows, check_count
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
 from fastinvdpo.methods.losses import implicit_accuracy
 from fastinvdpo.ops.pair_statistics import PairStatistics
@@ -26,8 +27,9 @@ class LinearDPO(DiffusionDPO):
     Attributes:
         eta: η in [0, ½), the least weight; at 0 a pair with ``z ≥ 1.25`` gets no gradient.
         reference: ``"frozen"``, or ``"ema"``: an average of the policy's weights, which a loop of your own makes with
-            :func:`update_reference`; the trainer, which keeps the reference frozen, refuses it.
-        reference_decay: δ of that average, in [0, 1).
+            :func:`update_reference`.
+        reference_decay: δ of that average, in [0, 1); at 0 a copy.
+        reference_every: optimizer steps from one update of it to the next.
     """
 
     name = "linear-dpo"
@@ -38,6 +40,7 @@ class LinearDPO(DiffusionDPO):
     eta: float = 1e-3
     reference: Reference = "frozen"
     reference_decay: float = 0.99
+    reference_every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,10 +50,15 @@ class LinearDPO(DiffusionDPO):
             raise invalid("reference", self.reference, "is not known", f"use one of {get_args(Reference)}")
         if not 0 <= self.reference_decay < 1:
             raise invalid("reference_decay", self.reference_decay, "out of range", "use 0.95 to 0.995")
+        check_count("reference_every", self.reference_every)
+        for name, unset in (("reference_decay", 0.99), ("reference_every", 1)):
+            if self.reference == "frozen" and getattr(self, name) != unset:
+                problem = "means nothing for a frozen reference"
+                raise invalid(name, getattr(self, name), problem, "drop it, or set reference to ema")
 
     @property
-    def reference_follows(self) -> bool:
-        return self.reference == "ema"
+    def reference_follows(self) -> Follows | None:
+        return None if self.reference == "frozen" else Follows(self.reference_decay, self.reference_every)
 
     def weight(self, margin: Tensor) -> Tensor:
         """c per pair before the clamp, ``(B,)``, no gradient."""

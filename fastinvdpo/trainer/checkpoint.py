@@ -4,6 +4,7 @@ Layout of ``checkpoints/step-00000500/``::
 
     trainable.safetensors   the trained weights (the adapter alone with LoRA)
     ema.safetensors         their moving averages, with training.ema_decay
+    reference.safetensors   the reference, where it follows the policy (its adapter alone with LoRA)
     state.pt                torch.save of plain types: optimizer, schedule, scaler, random generators, metric sums
     meta.json               step, configuration, digests of data and base model, versions, size and digest of every file
 """
@@ -36,7 +37,8 @@ from fastinvdpo.trainer.contents import compared
 
 _NAME = re.compile(r"step-\d{8,}")  # and not a copy that somebody made
 _META = "meta.json"
-FILES = ("trainable.safetensors", "ema.safetensors", "state.pt", _META)
+_WEIGHTS = ("trainable", "ema", "reference")
+FILES = (*(f"{name}.safetensors" for name in _WEIGHTS), "state.pt", _META)
 _LIBRARIES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "peft", "safetensors")
 _VERIFIED = Digests()  # files that this process has written or read
 _VERIFIED.settled_ns = 0  # nobody writes into a checkpoint
@@ -67,6 +69,7 @@ class Checkpoint:
     ema: dict[str, Tensor] | None
     state: dict[str, Any]
     meta: dict[str, Any]
+    reference: dict[str, Tensor] | None = None
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
@@ -74,9 +77,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
     safetensors = require("safetensors.torch", extra="train", purpose="writing checkpoints")
     target = folder / f"step-{step:08d}"
     with atomic_directory(target, FILES.__contains__) as temporary:
-        safetensors.save_file(_on_host(checkpoint.trainable), temporary / "trainable.safetensors")
-        if checkpoint.ema is not None:
-            safetensors.save_file(_on_host(checkpoint.ema), temporary / "ema.safetensors")
+        for name in _WEIGHTS:
+            if (tensors := getattr(checkpoint, name)) is not None:
+                safetensors.save_file(_on_host(tensors), temporary / f"{name}.safetensors")
         with (temporary / "state.pt").open("wb") as file:  # a failed write keeps its cause
             torch.save(checkpoint.state, file)
         paths = sorted(temporary.iterdir())
@@ -104,10 +107,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if problem is not None:
         raise invalid("resume", str(path), problem, "name another checkpoints/step-N directory of the run")
     meta = unsealed(path / _META)
-    trainable = safetensors.load_file(path / "trainable.safetensors")
-    ema = safetensors.load_file(path / "ema.safetensors") if "ema.safetensors" in meta["files"] else None
+    files = {name: path / f"{name}.safetensors" for name in _WEIGHTS if f"{name}.safetensors" in meta["files"]}
+    weights = {name: safetensors.load_file(file) for name, file in files.items()}
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(trainable, ema, state, meta)
+    return Checkpoint(weights["trainable"], weights.get("ema"), state, meta, weights.get("reference"))
 
 
 def find_checkpoint(resume: str | Path, folder: Path) -> Path | None:

@@ -73,6 +73,9 @@ def check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
     if config.model.quantization is not None:
         remedy = "set it to null, or launch without FSDP"
         raise invalid("model.quantization", config.model.quantization, "cannot be sharded", remedy)
+    if config.method.reference_follows:
+        remedy = "set it to frozen, or launch without FSDP"
+        raise invalid("method.reference", "ema", "does not follow sharded weights", remedy)
     if config.method.policy_inverts and config.method.compat is not None:
         problem = "may invert a batch in no step at all, and FSDP needs all processes to begin together"
         raise invalid("method.compat", config.method.compat, problem, "set it to null, or launch without FSDP")

@@ -8,8 +8,8 @@ dropout would put noise into that difference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,15 +34,17 @@ class Networks:
 
     Args:
         reference: ``"copy"`` keeps a frozen copy of the network (with ``lora`` its adapters are switched off instead);
-            ``"none"`` has no reference, for cached predictions; ``"self"`` takes the network itself, which must then
-            not be trained.
+            ``"moving"`` is that with weights that may be changed, with ``lora`` a second set of adapter weights;
+            ``"none"`` has no reference, for cached predictions and methods that need none; ``"self"`` takes the network
+            itself, which must then not be trained.
         reference_dtype: type of the reference's weights where it is a network of its own; the policy's when None.
         reference_quantization: of its linear layers, see :func:`quantize_linear_layers`.
 
     Attributes:
         policy_module: the trained network, with adapters inside when ``lora`` is given.
         lora: whether it has adapters.
-        reference_module: the frozen copy, or None when there is no reference or it is the policy with its adapters off.
+        reference_module: the copy, or None when there is no reference or it is the policy with other adapter weights.
+        reference_adapters: these weights by name, where the reference moves.
         shards: of the policy, with FSDP2; None otherwise.
         evaluations: counts of network evaluations (one sample through one network), with and without gradient.
         graphs: replays calls without gradient, where given.
@@ -54,7 +56,7 @@ class Networks:
         *,
         lora: LoraSection | None,
         gradient_checkpointing: bool,
-        reference: Literal["copy", "none", "self"] = "copy",
+        reference: Literal["copy", "moving", "none", "self"] = "copy",
         reference_dtype: torch.dtype | None = None,
         reference_quantization: Literal["int8", "nf4"] | None = None,
     ) -> None:
@@ -62,15 +64,19 @@ class Networks:
         network = model.network.eval()
         self.lora = lora is not None
         self.reference_module: nn.Module | None = None
+        self.reference_adapters: dict[str, Tensor] = {}
         if lora is not None:
             targets = lora.target_modules or model.default_lora_targets
             add_lora(network, rank=lora.rank, alpha=lora.alpha, targets=targets)
+            if reference == "moving":
+                trained = ((name, p) for name, p in network.named_parameters() if p.requires_grad)
+                self.reference_adapters = {name: p.detach().clone() for name, p in trained}
         elif reference == "self":
             self.reference_module = network.requires_grad_(False)
             if reference_dtype is not None:
                 network.to(reference_dtype)
         else:
-            if reference == "copy":
+            if reference != "none":
                 self.reference_module = frozen_copy(network, reference_dtype)
             network.requires_grad_(True)
         self.reference_quantization = reference_quantization
@@ -141,14 +147,30 @@ class Networks:
     def reference(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Prediction of the reference, never with gradient."""
         if self._reference == "none":
-            raise RuntimeError("the reference was asked although its predictions are cached")
+            raise RuntimeError("the reference was asked, and this run keeps none")
         told = (latents, timesteps, conditioning)
         if self.reference_module is not None:
             return self._predict("without_gradient", self.reference_module, *told, caller="reference")
         if self.shards is not None:
             self.shards.keep()
-        with adapters_disabled(self.policy_module):
+        other = self._exchanged() if self.reference_adapters else adapters_disabled(self.policy_module)
+        with other:
             return self._predict("without_gradient", self.policy_module, *told, caller="reference")
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        """Inside, the adapters have the reference's weights. Nothing is written to the policy's: a graph of its
+        prediction that waits for its backward pass keeps them.
+        """
+        trained = self.trainable()
+        own = {name: parameter.data for name, parameter in trained.items()}
+        try:
+            for name, weights in self.reference_adapters.items():
+                trained[name].data = weights
+            yield
+        finally:
+            for name, weights in own.items():
+                trained[name].data = weights
 
     def _predict(
         self,

@@ -17,6 +17,7 @@ from fastinvdpo.trainer.nonfinite import FiniteGuard
 from fastinvdpo.trainer.opening import DTYPES
 from fastinvdpo.trainer.performance import Performance, arrange, match_layout
 from fastinvdpo.trainer.random_state import random_state, set_random_state
+from fastinvdpo.trainer.reference import MovingReference
 from fastinvdpo.trainer.sharding import like, sharded_state, whole
 from fastinvdpo.trainer.step import TrainingState, build_optimizer
 
@@ -36,14 +37,14 @@ def build_state(
     reference_is_cached: bool,
 ) -> TrainingState:
     """Networks, optimizer, averages and sums before the first step; the model's network is taken, not copied."""
-    training, dtype = config.training, config.model.reference_dtype
+    training, dtype, follows = config.training, config.model.reference_dtype, config.method.reference_follows
     if config.model.quantization is not None and model.unquantized is None:
         quantize_network(model, config.model.quantization)
     networks = Networks(
         model,
         lora=config.model.lora,
         gradient_checkpointing=training.gradient_checkpointing,
-        reference="none" if reference_is_cached else "copy",
+        reference="none" if reference_is_cached or not config.method.needs_reference else "moving" if follows else "copy",
         reference_dtype=None if dtype is None else DTYPES[dtype],
         reference_quantization=config.model.reference_quantization,
     )
@@ -58,7 +59,8 @@ def build_state(
     named = networks.trainable()
     ema = None if training.ema_decay is None else EMA(named, training.ema_decay)
     metrics, guard = MetricSums(accelerator.device), FiniteGuard(accelerator.device)
-    return TrainingState(networks, prepared, scheduler, list(named.values()), ema, metrics, guard)
+    moving = None if follows is None else MovingReference(networks, follows)
+    return TrainingState(networks, prepared, scheduler, list(named.values()), ema, metrics, guard, moving)
 
 
 def restore_state(state: TrainingState, stored: Checkpoint, accelerator: Accelerator) -> None:
@@ -68,6 +70,8 @@ def restore_state(state: TrainingState, stored: Checkpoint, accelerator: Acceler
             parameter.copy_(like(stored.trainable[name], parameter))
     if state.ema is not None and stored.ema is not None:
         state.ema.load(stored.ema, stored.state["ema_steps"])
+    if state.moving_reference is not None and stored.reference is not None:
+        state.moving_reference.load(stored.reference, stored.state["reference_steps"])
     state.optimizer.load_state_dict(sharded_state(stored.state["optimizer"], state.parameters))
     match_layout(state.optimizer.optimizer)
     state.scheduler.load_state_dict(stored.state["scheduler"])
@@ -97,9 +101,11 @@ def as_checkpoint(state: TrainingState, accelerator: Accelerator, meta: dict[str
     others = {
         "optimizer": optimizer,
         "ema_steps": None if state.ema is None else state.ema.steps,
+        "reference_steps": None if state.moving_reference is None else state.moving_reference.steps,
         "scheduler": state.scheduler.state_dict(),
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
         "metrics": state.metrics.state_dict(),
         "random": generators,
     }
-    return Checkpoint(trained, averages, others, meta)
+    reference = None if state.moving_reference is None else state.moving_reference.averages
+    return Checkpoint(trained, averages, others, meta, reference)

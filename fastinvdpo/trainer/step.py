@@ -18,6 +18,7 @@ from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.metrics import MetricSums
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.nonfinite import FiniteGuard
+from fastinvdpo.trainer.reference import MovingReference
 from fastinvdpo.trainer.sharding import full
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class TrainingState:
     ema: EMA | None
     metrics: MetricSums
     guard: FiniteGuard
+    moving_reference: MovingReference | None = None
     learning_rate: float = 0.0
     max_batch: int | None = None
     gradient_passes: int = 2
@@ -98,6 +100,8 @@ def training_step(
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update()
+    if state.moving_reference is not None:
+        state.moving_reference.update()
 
 
 def _update(state: TrainingState, accelerator: Accelerator, norm: torch.Tensor, first_draw: int) -> None:

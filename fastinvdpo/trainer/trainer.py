@@ -162,7 +162,9 @@ class PreferenceTrainer:
             self.accelerator,
             self.performance,
             effective_batch=self.order.effective_batch,
-            reference_is_cached=self.cache is not None and self.cache.has_reference,
+            reference_is_cached=self.cache is not None
+            and self.cache.has_reference
+            and self.config.method.reference_chain is not None,
         )
         pair = self.builder.build(self.order.micro_batch(0, 0)[:1])
         self._limit_calls(pair)

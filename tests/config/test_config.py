@@ -332,6 +332,7 @@ FURTHER: dict[str, tuple[dict[str, Any], float, int, int, int]] = {
     "dmpo-sd15": ({"beta": 2000, "alpha": 0.01, "safeguard": 0.9}, 2048e-8, 2000, 500, 2048),
     "dspo-sd15": ({"beta": 0.001, "variant": "sd15"}, 2048e-8, 1500, 500, 2048),
     "dspo-sdxl": ({"beta": 5000, "variant": "sdxl"}, 2048e-8, 700, 200, 2048),
+    "linear-dpo-sd15": ({"beta": 100, "eta": 1e-3, "reference": "ema", "reference_decay": 0.99}, 5e-6, 2000, 0, 128),
     "linear-dpo-sdxl": ({"beta": 500, "eta": 0, "reference": "frozen"}, 1e-5, 2000, 0, 128),
     "alpha-dpo-sdxl": ({"beta": 4000, "alpha": 0.9999, "dynamic": True}, 2048 * 8.192e-9, 600, 200, 2048),
     "poly-dpo-sd15": ({"alpha": 8}, 2048e-8, 2000, 500, 2048),

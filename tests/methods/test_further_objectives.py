@@ -209,13 +209,6 @@ def test_utilities_and_pair_weights_pass_through_the_sums() -> None:
     assert SmPO(safeguard=0.5).needs_scores
 
 
-def test_the_trainer_refuses_a_reference_that_follows(tmp_path: Path) -> None:
-    values = tiny.mapping(tmp_path)
-    values["method"] = LinearDPO(reference="ema")
-    with pytest.raises(InvalidInput, match=r"method.reference = 'ema': .*keeps it frozen"):
-        TrainConfig.from_mapping(values)
-
-
 @pytest.mark.parametrize("name", ["sdpo", "alpha-dpo", "mapo"])
 def test_a_loss_compiles_without_a_break(name: str) -> None:
     method, inputs = METHODS[name](), predictions(4, gap=0.1, dtype=torch.float32)  # type: ignore[call-arg]
