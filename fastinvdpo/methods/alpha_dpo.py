@@ -13,8 +13,7 @@ from torch.nn.functional import logsigmoid
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
 from fastinvdpo.methods.losses import implicit_accuracy
-from fastinvdpo.methods.statistics import Gather, reference_mse, with_slope
-from fastinvdpo.ops.pair_statistics import PairStatistics
+from fastinvdpo.methods.statistics import Gather, Scored, reference_mse, with_slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +22,8 @@ class AlphaDPO(DiffusionDPO):
 
     Attributes:
         alpha: α > 0; near 1 a bounded relative of ``−log σ``, towards 0 ``−log σ(z) − σ(−z)``.
-        dynamic: multiply α by the mean of σ(z), no gradient, as published: over the pairs of a micro-batch and process,
-            so that the loss depends on how a batch is cut.
+        dynamic: multiply α by the mean of σ(z), no gradient, as published: over the pairs of a micro-batch on all
+            processes, so that the loss depends on how a batch is cut.
     """
 
     name = "alpha-dpo"
@@ -40,8 +39,8 @@ class AlphaDPO(DiffusionDPO):
         if not 0 < self.alpha < math.inf:
             raise invalid("alpha", self.alpha, "must be positive and finite", "the published value is 0.9999")
 
-    def pair_losses(self, margin: Tensor, statistics: PairStatistics) -> Tensor:
-        return alpha_divergence(margin, self.current_alpha(margin))
+    def losses(self, scored: Scored) -> Tensor:
+        return alpha_divergence(scored.margin, self.current_alpha(scored.margin, scored.gather))
 
     def current_alpha(self, margin: Tensor, gather: Gather | None = None) -> Tensor:
         """α as it is used, a scalar, no gradient."""
@@ -92,8 +91,7 @@ def alpha_dpo(
         gather: with several processes, for ``dynamic``; the script passes ``accelerator.gather``.
     """
     method = AlphaDPO(beta=beta, alpha=alpha, dynamic=dynamic)
-    scored = method.score(policy_pred, reference_pred, target)
-    used = method.current_alpha(scored.margin, gather)
-    loss = alpha_divergence(scored.margin, used).mean()
+    scored = method.score(policy_pred, reference_pred, target, gather=gather)
+    used, loss = method.current_alpha(scored.margin, gather), method.losses(scored).mean()
     errors = scored.statistics.policy_mse.mean(), reference_mse(scored.statistics).mean()
     return AlphaDPOLoss(loss, *errors, implicit_accuracy(scored.margin), used)

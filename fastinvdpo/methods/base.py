@@ -13,6 +13,7 @@ from fastinvdpo.diffusion.prompt import Network, chunked
 from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.pairs import Draws, ObjectiveOutput, PairBatch
+from fastinvdpo.methods.statistics import AutoBeta, Gather
 from fastinvdpo.methods.streaming import LossTerms, WholeLoss
 from fastinvdpo.ops.preference_loss import PreferenceLoss, check_beta
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
@@ -30,10 +31,17 @@ class Follows(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """The loss of a batch of pairs. Stateless: its random numbers depend on the seed and the pairs' numbers alone."""
+    """The loss of a batch of pairs. Its random numbers depend on the seed and the pairs' numbers alone.
+
+    Attributes:
+        gather: with several processes that call it together, for what is a mean over all their pairs.
+        auto_beta: what chooses β, with a state that belongs into a checkpoint; None: β is constant.
+    """
 
     schedule: NoiseSchedule
     method: Method
+    gather: Gather | None = None
+    auto_beta: AutoBeta | None = None
 
     @abstractmethod
     def __call__(

@@ -30,6 +30,7 @@ class DSPO(DiffusionDPO):
 
     name = "dspo"
     utilities = ("dspo",)
+    beta_scales_margin = False
 
     beta: float = 0.001
     utility: str = "dspo"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,61 +11,13 @@ from torch.nn.functional import interpolate, max_pool2d, softplus
 
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.losses import smoothed_pair_weight
-from fastinvdpo.methods.statistics import Gather, pair_margin, reference_mse
+from fastinvdpo.methods.statistics import AutoBeta, pair_margin, reference_mse
 from fastinvdpo.ops import PreferenceLoss, preference_loss
 from fastinvdpo.ops.pair_statistics import pair_statistics
 from fastinvdpo.ops.preference_loss import check_beta
 
 Norm = Literal["sum", "mean", "masked_mean"]
 MaskKind = Literal["mask", "segmentation"]
-
-
-class AutoBeta:
-    """β that keeps the mean of ``σ(−z)`` near a wanted one: ``β = clamp(2·log((1 − f)/f)/M, …)``, M a moving average of
-    ``mean |Δ_w − Δ_l|`` over calls, on the device. It has a ``state_dict``, which belongs into a checkpoint.
-
-    Args:
-        target: f in (0, ½), the wanted mean of σ(−z).
-        decay: of M.
-        minimum, maximum: bounds of β. The script's maximum is 1, for ``norm="sum"``; with means β is as many times
-            larger as a sample has elements.
-        gather: with several processes, so that all of them use one M; such as ``accelerator.gather``.
-    """
-
-    def __init__(
-        self,
-        target: float = 0.2,
-        decay: float = 0.99,
-        minimum: float = 1e-3,
-        maximum: float = 1.0,
-        gather: Gather | None = None,
-    ) -> None:
-        if not 0 < target < 0.5:
-            raise invalid("target", target, "out of range", "use a mean of σ(−z) above 0 and below 0.5, such as 0.2")
-        if not 0 <= decay < 1:
-            raise invalid("decay", decay, "out of range", "use 0.99")
-        if not 0 < minimum <= maximum < math.inf:
-            raise invalid("minimum", minimum, f"is no lower bound of β below {maximum}", "use 0.001 and 1")
-        self._twice_logit, self._decay, self._gather = 2 * math.log((1 - target) / target), decay, gather
-        self._minimum, self._maximum = minimum, maximum
-        self._average: Tensor | None = None
-
-    def update(self, gap: Tensor) -> Tensor:
-        """β, a scalar, for a batch whose ``Δ_w − Δ_l`` are ``gap`` ``(B,)``."""
-        size = gap.detach().abs()
-        size = (size if self._gather is None else self._gather(size)).mean()
-        if self._average is not None:
-            average = self._average.to(size)
-            moved = self._decay * average + (1 - self._decay) * size
-            size = torch.where(torch.isfinite(size), moved, average)  # a batch that a guard rejects leaves no trace
-        self._average = size
-        return (self._twice_logit / size).clamp(self._minimum, self._maximum)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"average": self._average}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._average = state["average"]
 
 
 class FlowDPOLoss(NamedTuple):

@@ -34,6 +34,7 @@ class LinearDPO(DiffusionDPO):
 
     name = "linear-dpo"
     utilities = ("linear-dpo",)
+    beta_scales_margin = False
 
     beta: float = 100.0
     utility: str = "linear-dpo"

@@ -35,6 +35,7 @@ class MaPO(DiffusionDPO):
     name = "mapo"
     utilities = ("mapo",)
     needs_reference = False
+    beta_scales_margin = False
 
     beta: float = 0.1
     utility: str = "mapo"

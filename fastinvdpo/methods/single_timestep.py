@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,15 @@ from fastinvdpo.diffusion.schedule import NoiseSchedule, prediction_target, reco
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.base import Method, Objective, check_count
 from fastinvdpo.methods.pairs import STREAM_TIMESTEP, Draws, ObjectiveOutput, PairBatch, check_batch
-from fastinvdpo.methods.statistics import Scored, loser_scale, pair_margin, reference_mse, scale_losers
+from fastinvdpo.methods.statistics import (
+    AutoBeta,
+    Gather,
+    Scored,
+    loser_scale,
+    pair_margin,
+    reference_mse,
+    scale_losers,
+)
 from fastinvdpo.methods.timesteps import TimestepSampling
 from fastinvdpo.ops import PreferenceLoss, preference_loss
 from fastinvdpo.ops.pair_statistics import PairStatistics, pair_statistics
@@ -39,12 +48,18 @@ class SingleTimestepMethod(Method):
             winner's error (``statistics.loser_scale``): pair by pair; with ``compat`` by micro-batch. None: off.
         anchor: A, adds ``A·mean m((p − r)²)`` over both sides (Flow-DPO of SimpleTuner).
         sft_weight: adds so much of the winners' mean squared error.
+        auto_beta: f in (0, ½), the mean of ``σ(−z)`` that β is chosen for (Flow-DPO of SimpleTuner): from an average
+            over steps, between a thousandth of ``beta`` and ``beta``. None: β is constant.
     """
+
+    beta_scales_margin: ClassVar[bool] = True
+    """Whether the loss depends on β by the margin alone, which is proportional to it."""
 
     timesteps: TimestepSampling = TimestepSampling()
     safeguard: float | None = None
     anchor: float = 0.0
     sft_weight: float = 0.0
+    auto_beta: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +69,13 @@ class SingleTimestepMethod(Method):
         for name in ("anchor", "sft_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise invalid(name, getattr(self, name), "must be finite and not negative", "use 0 for none")
+        if self.auto_beta is not None:
+            if not 0 < self.auto_beta < 0.5:
+                raise invalid("auto_beta", self.auto_beta, "out of range", "use a share such as 0.2, or null")
+            if not self.beta_scales_margin or self.utility == "ipo":
+                what = self.utility if self.beta_scales_margin else self.name
+                problem = f"chooses the scale of a margin, and β of {what} is more than that"
+                raise invalid("auto_beta", self.auto_beta, problem, "set it to null")
         if self.anchor and not self.needs_reference:
             raise invalid(
                 "anchor", self.anchor, f"needs a reference, which {self.name} has not", "use sft_weight, or 0"
@@ -74,16 +96,39 @@ class SingleTimestepMethod(Method):
         return batch
 
     def loss(
-        self, policy_pred: Tensor, reference_pred: Tensor | None, target: Tensor, pair_weight: Tensor | None = None
+        self,
+        policy_pred: Tensor,
+        reference_pred: Tensor | None,
+        target: Tensor,
+        pair_weight: Tensor | None = None,
+        *,
+        gather: Gather | None = None,
+        auto_beta: AutoBeta | None = None,
     ) -> PreferenceLoss:
-        """The loss of predictions ``(2B, …)``, in one op where it is a utility of the margin and nothing else."""
-        if self.utility in UTILITIES and self.safeguard is None and not (self.anchor or self.sft_weight):
+        """The loss of predictions ``(2B, …)``, in one op where it is a utility of the margin and nothing else.
+
+        Args:
+            gather, auto_beta: as of :class:`Objective`; with the option ``auto_beta`` one of :meth:`new_auto_beta`,
+                the same at every call.
+        """
+        added = self.anchor or self.sft_weight or self.safeguard is not None or self.auto_beta is not None
+        if self.utility in UTILITIES and not added:
             assert reference_pred is not None
             return preference_loss(policy_pred, reference_pred, target, pair_weight=pair_weight, **self.preference)
-        return self.finish(self.score(policy_pred, reference_pred, target, pair_weight))
+        return self.finish(self.score(policy_pred, reference_pred, target, pair_weight, gather, auto_beta))
+
+    def new_auto_beta(self) -> AutoBeta | None:
+        """What chooses β for the option ``auto_beta``, before the first step; None without it."""
+        return None if self.auto_beta is None else AutoBeta(self.auto_beta, minimum=1e-3 * self.beta, maximum=self.beta)
 
     def score(
-        self, policy_pred: Tensor, reference_pred: Tensor | None, target: Tensor, pair_weight: Tensor | None = None
+        self,
+        policy_pred: Tensor,
+        reference_pred: Tensor | None,
+        target: Tensor,
+        pair_weight: Tensor | None = None,
+        gather: Gather | None = None,
+        auto_beta: AutoBeta | None = None,
     ) -> Scored:
         """What :meth:`finish` makes a loss of."""
         statistics, scale = pair_statistics(policy_pred, reference_pred, target), None
@@ -94,7 +139,13 @@ class SingleTimestepMethod(Method):
             safeguarded = scale_losers(statistics, scale, pair_weight)
         margin = self.margin(safeguarded)
         margin = margin if pair_weight is None else pair_weight.to(margin.dtype) * margin
-        return Scored(statistics, safeguarded, scale, margin)
+        if self.auto_beta is not None:
+            if auto_beta is None:
+                remedy = "pass auto_beta=method.new_auto_beta(), the same at every call"
+                raise invalid("auto_beta", self.auto_beta, "asks for an average over steps", remedy)
+            gap = 2 / self.beta * margin.detach()
+            margin = auto_beta.update(gap if gather is None else gather(gap)) / self.beta * margin
+        return Scored(statistics, safeguarded, scale, margin, gather)
 
     def margin(self, statistics: PairStatistics) -> Tensor:
         """``z`` per pair, ``(B,)``: positive where the policy prefers the winner."""
@@ -104,9 +155,13 @@ class SingleTimestepMethod(Method):
         """The loss of every pair, ``(B,)``, from its margin and what else its statistics say."""
         return UTILITIES[self.utility].value(margin, self.beta, self.label_smoothing)
 
+    def losses(self, scored: Scored) -> Tensor:
+        """:meth:`pair_losses`, where they need no other pairs."""
+        return self.pair_losses(scored.margin, scored.safeguarded)
+
     def finish(self, scored: Scored) -> PreferenceLoss:
         """The mean loss with its additional terms, which no safeguard touches."""
-        statistics, loss = scored.statistics, self.pair_losses(scored.margin, scored.safeguarded).mean()
+        statistics, loss = scored.statistics, self.losses(scored).mean()
         if self.anchor:
             assert statistics.shift_mse is not None
             loss = loss + self.anchor * statistics.shift_mse.mean()
@@ -116,7 +171,7 @@ class SingleTimestepMethod(Method):
 
     def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
         self.timesteps.check(schedule)
-        return SingleTimestepObjective(schedule, self)
+        return SingleTimestepObjective(schedule, self, auto_beta=self.new_auto_beta())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +252,7 @@ class SingleTimestepObjective(Objective):
         with torch.no_grad():
             known = target if not self.method.needs_reference else reference(noisy, times, batch.conditioning)
         given = known if self.method.needs_reference else None
-        result = self.method.loss(policy_pred, given, target, self.method.pair_weight(batch))
+        weight = self.method.pair_weight(batch)
+        result = self.method.loss(policy_pred, given, target, weight, gather=self.gather, auto_beta=self.auto_beta)
         return ObjectiveOutput(**vars(result), timesteps=timesteps, noisy_latents=noisy, target=target,
                                policy_pred=policy_pred, reference_pred=known)  # fmt: skip

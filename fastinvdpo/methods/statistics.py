@@ -8,12 +8,14 @@ of a few scalars per pair, in float32 (float64 for float64 predictions), differe
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastinvdpo.errors import invalid
 from fastinvdpo.ops import PairStatistics
 
 RELEASED_GUARD = 1e-9
@@ -30,12 +32,14 @@ class Scored(NamedTuple):
         safeguarded: the same, where the losers' gradients are scaled.
         loser_scale: by what, ``(B,)``; None without a safeguard.
         margin: ``z`` per pair, ``(B,)``, of ``safeguarded``.
+        gather: for means over the pairs of all processes; None: there is one.
     """
 
     statistics: PairStatistics
     safeguarded: PairStatistics
     loser_scale: Tensor | None
     margin: Tensor
+    gather: Gather | None = None
 
 
 def pair_margin(statistics: PairStatistics, beta: float) -> Tensor:
@@ -107,3 +111,56 @@ def sigmoid(z: Tensor) -> Tensor:
     """``σ(z)``, whose derivative keeps its digits in both tails; PyTorch's is ``σ(1 − σ)``."""
     value = torch.sigmoid(z)
     return with_slope(value, value * torch.sigmoid(-z), z)
+
+
+class AutoBeta:
+    """β that keeps the mean of ``σ(−z)`` near a wanted one: ``β = clamp(2·log((1 − f)/f)/M, …)``, M a moving average of
+    ``mean |Δ_w − Δ_l|`` over calls, on the device. It has a ``state_dict``, which belongs into a checkpoint.
+
+    Args:
+        target: f in (0, ½), the wanted mean of σ(−z).
+        decay: of M.
+        minimum, maximum: bounds of β. The script's maximum is 1, for ``norm="sum"``; with means β is as many times
+            larger as a sample has elements.
+        gather: with several processes, so that all of them use one M; such as ``accelerator.gather``.
+
+    Attributes:
+        beta: of the last call; the maximum before.
+    """
+
+    def __init__(
+        self,
+        target: float = 0.2,
+        decay: float = 0.99,
+        minimum: float = 1e-3,
+        maximum: float = 1.0,
+        gather: Gather | None = None,
+    ) -> None:
+        if not 0 < target < 0.5:
+            raise invalid("target", target, "out of range", "use a mean of σ(−z) above 0 and below 0.5, such as 0.2")
+        if not 0 <= decay < 1:
+            raise invalid("decay", decay, "out of range", "use 0.99")
+        if not 0 < minimum <= maximum < math.inf:
+            raise invalid("minimum", minimum, f"is no lower bound of β below {maximum}", "use 0.001 and 1")
+        self._twice_logit, self._decay, self._gather = 2 * math.log((1 - target) / target), decay, gather
+        self._minimum, self._maximum = minimum, maximum
+        self._average: Tensor | None = None
+        self.beta = torch.tensor(maximum)
+
+    def update(self, gap: Tensor) -> Tensor:
+        """β, a scalar, for a batch whose ``Δ_w − Δ_l`` are ``gap`` ``(B,)``."""
+        size = gap.detach().abs()
+        size = (size if self._gather is None else self._gather(size)).mean()
+        if self._average is not None:
+            average = self._average.to(size)
+            moved = self._decay * average + (1 - self._decay) * size
+            size = torch.where(torch.isfinite(size), moved, average)  # a batch that a guard rejects leaves no trace
+        self._average = size
+        self.beta = (self._twice_logit / size).clamp(self._minimum, self._maximum)
+        return self.beta
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": None if self._average is None else self._average.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._average = state["average"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fastinvdpo.config import TrainConfig
+from fastinvdpo.methods import Method
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ def build_state(
         model,
         lora=config.model.lora,
         gradient_checkpointing=training.gradient_checkpointing,
-        reference="none" if reference_is_cached or not config.method.needs_reference else "moving" if follows else "copy",
+        reference=_reference(config.method, reference_is_cached),
         reference_dtype=None if dtype is None else DTYPES[dtype],
         reference_quantization=config.model.reference_quantization,
     )
@@ -63,6 +64,12 @@ def build_state(
     return TrainingState(networks, prepared, scheduler, list(named.values()), ema, metrics, guard, moving)
 
 
+def _reference(method: Method, cached: bool) -> Literal["copy", "moving", "none"]:
+    if not method.needs_reference or (cached and method.reference_chain is not None):
+        return "none"
+    return "copy" if method.reference_follows is None else "moving"
+
+
 def restore_state(state: TrainingState, stored: Checkpoint, accelerator: Accelerator) -> None:
     """Take over what a checkpoint holds, this process's random numbers included."""
     with torch.no_grad():
@@ -72,6 +79,8 @@ def restore_state(state: TrainingState, stored: Checkpoint, accelerator: Acceler
         state.ema.load(stored.ema, stored.state["ema_steps"])
     if state.moving_reference is not None and stored.reference is not None:
         state.moving_reference.load(stored.reference, stored.state["reference_steps"])
+    if state.auto_beta is not None:
+        state.auto_beta.load_state_dict(stored.state["auto_beta"])
     state.optimizer.load_state_dict(sharded_state(stored.state["optimizer"], state.parameters))
     match_layout(state.optimizer.optimizer)
     state.scheduler.load_state_dict(stored.state["scheduler"])
@@ -102,6 +111,7 @@ def as_checkpoint(state: TrainingState, accelerator: Accelerator, meta: dict[str
         "optimizer": optimizer,
         "ema_steps": None if state.ema is None else state.ema.steps,
         "reference_steps": None if state.moving_reference is None else state.moving_reference.steps,
+        "auto_beta": None if state.auto_beta is None else state.auto_beta.state_dict(),
         "scheduler": state.scheduler.state_dict(),
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
         "metrics": state.metrics.state_dict(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import Objective, PairBatch
+from fastinvdpo.methods.statistics import AutoBeta
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.metrics import MetricSums
 from fastinvdpo.trainer.networks import Networks
@@ -48,6 +49,7 @@ class TrainingState:
     metrics: MetricSums
     guard: FiniteGuard
     moving_reference: MovingReference | None = None
+    auto_beta: AutoBeta | None = None
     learning_rate: float = 0.0
     max_batch: int | None = None
     gradient_passes: int = 2
@@ -68,6 +70,8 @@ def training_step(
     Their mean losses are averaged, so the step is that of one batch with all their pairs.
     """
     guard, wrapped = state.guard, state.networks.wrapped
+    # Here alone all processes call the objective together.
+    objective = replace(objective, gather=accelerator.gather if accelerator.num_processes > 1 else None)
     first_draw = -1
     for micro, batch in enumerate(batches):
         draw = int(batch.sample_index[0])

@@ -119,8 +119,7 @@ class PreferenceTrainer:
             self._identity["pairs in a batch of one bucket"] = config.training.batch_size
         self._pairs = pairs
         # Another run's checkpoint is refused before anything is computed or written.
-        self._stored = self._load(found)
-        self._last_checkpoint = found
+        self._stored, self._last_checkpoint = self._load(found), found
         self.objective = config.method.objective(model.schedule)
         self.output, self._opened = output, ExitStack()
 
@@ -162,10 +161,9 @@ class PreferenceTrainer:
             self.accelerator,
             self.performance,
             effective_batch=self.order.effective_batch,
-            reference_is_cached=self.cache is not None
-            and self.cache.has_reference
-            and self.config.method.reference_chain is not None,
+            reference_is_cached=self.cache is not None and self.cache.has_reference,
         )
+        self.state.auto_beta = self.objective.auto_beta
         pair = self.builder.build(self.order.micro_batch(0, 0)[:1])
         self._limit_calls(pair)
         # Counted once; the log multiplies.
@@ -326,8 +324,9 @@ class PreferenceTrainer:
         evaluations = self._evaluations()
         since = {kind: count - self._logged_evaluations[kind] for kind, count in evaluations.items()}
         row |= {f"network_evaluations_{kind}": count for kind, count in evaluations.items()}
-        processes = self.accelerator.num_processes
-        row |= self.costs.row(since, pairs=pairs, seconds=now - self._logged_at, devices=processes)
+        row |= self.costs.row(since, pairs=pairs, seconds=now - self._logged_at, devices=self.accelerator.num_processes)
+        if self.state.auto_beta is not None:
+            row["beta"] = float(self.state.auto_beta.beta)
         row["peak_memory_bytes"] = peak_memory(self.accelerator)
         row["seconds"] = self._seconds()
         self._logged_at, self._logged_step, self._logged_evaluations = now, step, evaluations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastinvdpo import InvalidInput, build_objective
-from fastinvdpo.methods import METHODS, DiffusionDPO, LinearDPO, ObjectiveOutput, PairBatch, SmPO
+from fastinvdpo.methods import METHODS, AlphaDPO, DiffusionDPO, ObjectiveOutput, PairBatch, SmPO
 from fastinvdpo.methods.single_timestep import SingleTimestepMethod
 from fastinvdpo.trainer import TrainConfig, train
 from tests.cases import predictions, sd_schedule
@@ -157,6 +158,45 @@ def test_mapo_makes_no_forward_pass_of_a_reference() -> None:
     assert reference.samples == 0 and not output.reference_mse.any()
 
 
+@pytest.mark.parametrize("name", ["diffusion-dpo", "smpo", "snpo"])
+def test_an_automatic_beta_follows_the_average_gap_and_keeps_its_state(name: str) -> None:
+    options = {"swap_probability": 0.0} if name == "snpo" else {}
+    batch = dataclasses.replace(pairs(), scores=torch.linspace(1, 0, 8, dtype=torch.float64))
+    constant = run(name, batch, beta=1e5, **options).margin
+    method = METHODS[name](beta=1e5, auto_beta=0.2, **SMALL.get(name, {}), **options)
+    objective = method.objective(sd_schedule())
+    found = [objective(Policy(), REFERENCE, batch, seed=0) for _ in range(2)]
+    assert objective.auto_beta is not None
+    for output in found:  # the same gap each time, so its average stays: β = 2·logit/mean |Δ_w − Δ_l|
+        torch.testing.assert_close(output.margin, constant * (2 * math.log(4) / (2 * constant.abs().mean())))
+    objective(Policy(2e-2), REFERENCE, batch, seed=0)
+    other = method.objective(sd_schedule())
+    assert other.auto_beta is not None
+    first = other(Policy(), REFERENCE, batch, seed=0)
+    other.auto_beta.load_state_dict(objective.auto_beta.state_dict())
+    again, once_more = (which(Policy(), REFERENCE, batch, seed=0) for which in (objective, other))
+    assert torch.equal(again.loss, once_more.loss)
+    assert not torch.equal(again.loss, first.loss)
+    assert 1e2 < float(objective.auto_beta.beta) < 1e5
+    assert isinstance(method, SingleTimestepMethod)
+    with pytest.raises(InvalidInput, match=r"^auto_beta = 0.2: asks for an average over steps"):
+        method.loss(*predictions(4, gap=0.1))
+
+
+def test_means_over_the_batch_are_over_the_pairs_of_all_processes() -> None:
+    whole, other = predictions(4, gap=0.1), torch.tensor([-2.0, 3.0, 0.5, 1.0])
+    for method in (AlphaDPO(beta=5.0, alpha=0.7, dynamic=True), DiffusionDPO(beta=500.0, auto_beta=0.3)):
+        auto = [method.new_auto_beta() for _ in range(2)]
+        alone, both = (
+            method.loss(*whole, gather=gather, auto_beta=own)
+            for gather, own in zip((None, lambda margin: torch.cat([margin, other.to(margin)])), auto, strict=True)
+        )
+        assert both.margin.shape == (4,) and not torch.equal(alone.loss, both.loss)
+        if isinstance(method, AlphaDPO):
+            alpha = 0.7 * float(torch.cat([both.margin.detach(), other.double()]).sigmoid().mean())
+            torch.testing.assert_close(both.loss, _alpha(both.margin, alpha).mean())
+
+
 def test_reversed_pairs_change_sides_and_lose_their_prompt() -> None:
     batch = pairs(64)
     method = METHODS["snpo"](swap_probability=0.25)  # type: ignore[call-arg]
@@ -188,6 +228,12 @@ def test_reversed_pairs_change_sides_and_lose_their_prompt() -> None:
         ("smpo", {"sft_weight": -1.0}, r"^sft_weight = -1.0: must be finite and not negative"),
         ("linear-dpo", {"reference": "moving"}, r"^reference = 'moving': is not known"),
         ("linear-dpo", {"reference_decay": 1.0}, r"^reference_decay = 1.0: out of range"),
+        ("linear-dpo", {"reference_decay": 0.9}, r"^reference_decay = 0.9: means nothing for a frozen reference"),
+        ("linear-dpo", {"reference_every": 5}, r"^reference_every = 5: means nothing for a frozen reference"),
+        ("linear-dpo", {"reference": "ema", "reference_every": 0}, r"^reference_every = 0: must be a whole number"),
+        ("inpo", {"auto_beta": 0.5}, r"^auto_beta = 0.5: out of range"),
+        ("mapo", {"auto_beta": 0.2}, r"^auto_beta = 0.2: chooses the scale of a margin, and β of mapo is more"),
+        ("sdpo", {"auto_beta": 0.2, "utility": "ipo"}, r"^auto_beta = 0.2: .*β of ipo is more"),
         ("snpo", {"swap_probability": 1.5}, r"^swap_probability = 1.5"),
         ("snpo", {"error_scale": 0.0}, r"^error_scale = 0.0"),
         ("mapo", {"train_timesteps": 0}, r"^train_timesteps = 0"),

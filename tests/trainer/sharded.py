@@ -21,7 +21,7 @@ from fastinvdpo.trainer.checkpoint import load_checkpoint
 from fastinvdpo.trainer.launch import check_launch
 from tests.trainer import ranks, tiny
 from tests.trainer.forked import Server
-from tests.trainer.shared_gradients import PAIRS, STEPS, check_equal, mapping
+from tests.trainer.shared_gradients import MOVING, PAIRS, STEPS, check_equal, mapping
 
 pytestmark = pytest.mark.xdist_group("sharded")  # the runs in two processes are made once
 
@@ -125,6 +125,7 @@ SUPPORTED = {"fsdp_version": 2, "activation_checkpointing": False, "cpu_offload"
         ("FSDP", {}, {"optimizer": {"name": "adafactor"}}, "optimizer.name = 'adafactor'"),
         ("FSDP", {}, {"model": {"lora": {"rank": 2}, "quantization": "nf4"}}, "model.quantization = 'nf4'"),
         ("FSDP", {}, {"method": {"compat": "released"}}, "method.compat = 'released'"),
+        ("FSDP", {}, {"method": MOVING}, "method.reference = 'ema'"),
         ("FSDP", {}, {"method": {"name": "inversion-dpo"}}, "training.max_batch = None"),
     ],
 )
@@ -133,8 +134,9 @@ def test_what_is_not_supported_says_so(
 ) -> None:
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**SUPPORTED, **plugin}))
     accelerator: Any = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), state=state)
+    name = "diffusion-dpo" if "name" in sections.get("method", {}) else "inpo"
     with pytest.raises(InvalidInput, match=re.escape(message)) as caught:
-        check_launch(tiny.config(tmp_path, "inpo", **sections), accelerator)
+        check_launch(tiny.config(tmp_path, name, **sections), accelerator)
     assert "Remedy: " in str(caught.value)
 
 

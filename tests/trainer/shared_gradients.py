@@ -26,6 +26,16 @@ STREAMING: dict[str, dict[str, Any]] = {
     "smpo": {"max_batch": 3},
     "inversion-dpo": {"max_batch": 8, "gradient_passes": 2},
     "inversion-dpo one pass": {"max_batch": 8, "gradient_passes": 1},
+    "diffusion-dpo dynamic": {},
+    "diffusion-dpo balanced": {},
+    "diffusion-dpo moving": {},
+}
+MOVING = {"name": "linear-dpo", "reference": "ema", "reference_decay": 0.5}
+# With a mean over the pairs of a micro-batch on all processes, or a reference that all of them move.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "diffusion-dpo dynamic": {"name": "alpha-dpo", "alpha": 0.7, "dynamic": True},
+    "diffusion-dpo balanced": {"auto_beta": 0.2},
+    "diffusion-dpo moving": MOVING,
 }
 NAMES = [f"{name}{suffix}" for name, suffix in itertools.product(STREAMING, ("", " lora"))]
 # What the machine did, not the training.
@@ -46,6 +56,7 @@ def mapping(root: Path, name: str, folder: str, processes: int, **sections: Any)
     return tiny.mapping(
         root,
         streaming.split()[0],
+        method=OPTIONS.get(streaming, {}),
         model={"lora": {"rank": 2} if lora else None, "init_perturbation": 0.02},
         data={"path": str(root / "seven.parquet")},
         training=training,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from tests.trainer.test_resume import _assert_same as assert_same
 MOVING = {"name": "linear-dpo", "beta": 500.0, "reference": "ema", "reference_decay": 0.5}
 SETTINGS: dict[str, dict[str, Any]] = {
     "mapo": {"name": "mapo", "beta": 0.1},
-    "linear-dpo": {"name": "linear-dpo", "beta": 500.0},
-    "moving": MOVING,
-    "copied": {**MOVING, "reference_decay": 0.0, "reference_every": 3},
+    "linear-dpo": {**MOVING, "reference_every": 3},
+    "alpha-dpo": {"name": "alpha-dpo", "beta": 500.0, "dynamic": True},
+    "auto-beta": {"name": "inpo", "beta": 1e6, "num_inference_steps": 3, "auto_beta": 0.2},
 }
 LORA = {"rank": 2, "alpha": 2.0}
 
@@ -45,20 +46,23 @@ def stored(directory: Path, step: int) -> Checkpoint:
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_trains_and_resumes_bit_for_bit(workspace: Path, name: str, lora: dict[str, Any] | None) -> None:
-    """A copy every three steps is due between the checkpoint and the end, and not at either."""
-    ends = []
-    for folder, attempts in (("whole", [4]), ("twice", [2, 4])):
+    """An average every three steps is due between the checkpoint and the end, and not at either."""
+    settings, ends = SETTINGS[name], []
+    for folder, resume in (("whole", "never"), ("resumed", workspace / "whole" / "checkpoints" / "step-00000002")):
         directory = workspace / folder
-        for steps in attempts:
-            output = {"directory": str(directory), "keep_checkpoints": 4}
-            train(config(workspace, SETTINGS[name], lora, training={"steps": steps}, output=output), progress=False)
+        run = config(workspace, settings, lora, training={"steps": 4}, output={"directory": str(directory)})
+        train(run, resume=resume, progress=False)
         ends.append(stored(directory, 4))
     for part in ("trainable", "reference", "state"):
         assert_same(getattr(ends[0], part), getattr(ends[1], part))
-    before = stored(directory, 2).trainable
-    assert any(not torch.equal(before[key], value) for key, value in ends[0].trainable.items())
-    assert (ends[0].reference is not None) == ("reference" in SETTINGS[name])
-    assert sum(key.startswith("reference") for key in stored(directory, 4).meta["files"]) == (name in ("moving", "copied"))
+    before = stored(workspace / "whole", 2)
+    assert any(not torch.equal(before.trainable[key], value) for key, value in ends[0].trainable.items())
+    assert (ends[0].reference is not None) == ("reference" in settings)
+    if before.reference is not None and ends[0].reference is not None:
+        assert any(not torch.equal(before.reference[key], value) for key, value in ends[0].reference.items())
+    if "auto_beta" in settings:
+        row = json.loads((workspace / "whole" / "history.jsonl").read_text().splitlines()[-1])
+        assert 1e3 < row["beta"] < 1e6
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -66,27 +70,21 @@ def test_the_reference_is_the_average_of_the_weights_after_every_step(
     workspace: Path, lora: dict[str, Any] | None
 ) -> None:
     each = {"checkpoint_every": 1, "keep_checkpoints": 9}
-    train(config(workspace, MOVING, lora, training={"steps": 4}, output=each), progress=False)
-    train(
-        config(workspace, SETTINGS["copied"], lora, training={"steps": 4},
-               output={**each, "directory": str(workspace / "copied")}), progress=False,
-    )  # fmt: skip
-    model = load_model("digits", workspace / "model")
-    networks = Networks(model, lora=LoraSection(**lora) if lora else None, gradient_checkpointing=False)
-    torch.manual_seed(0)
-    start = {name: parameter.detach() for name, parameter in networks.trainable().items()}
-    average = start
-    for step in range(1, 5):
-        now, copied = stored(workspace / "run", step), stored(workspace / "copied", step)
-        assert now.reference is not None and copied.reference is not None
-        if lora and step == 1:  # adapters start at random numbers of the run
-            average = {name: 2 * now.reference[name] - value for name, value in now.trainable.items()}
-        average = {name: torch.lerp(value, now.trainable[name], 0.5) for name, value in average.items()}
+    method = {**MOVING, "reference_every": 2}
+    train(config(workspace, method, lora, training={"steps": 4}, output=each), progress=False)
+    first = stored(workspace / "run", 1)
+    average = first.reference  # what training starts from
+    assert average is not None
+    if lora is None:
+        base = dict(load_model("digits", workspace / "model").network.named_parameters())
+        assert all(torch.equal(base[name], value) for name, value in average.items())
+    for step in range(2, 5):
+        now = stored(workspace / "run", step)
+        assert now.reference is not None
+        if step % 2 == 0:
+            average = {name: torch.lerp(value, now.trainable[name], 0.5) for name, value in average.items()}
         for name, value in average.items():
             torch.testing.assert_close(now.reference[name], value, rtol=1e-6, atol=1e-8)
-        if step == 3:
-            assert_same(copied.reference, copied.trainable)
-    assert not all(torch.equal(copied.reference[name], value) for name, value in copied.trainable.items())
 
 
 @pytest.fixture
