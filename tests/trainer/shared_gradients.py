@@ -34,7 +34,7 @@ MOVING = {"name": "linear-dpo", "reference": "ema", "reference_decay": 0.5}
 # With a mean over the pairs of a micro-batch on all processes, or a reference that all of them move.
 OPTIONS: dict[str, dict[str, Any]] = {
     "diffusion-dpo dynamic": {"name": "alpha-dpo", "alpha": 0.7, "dynamic": True},
-    "diffusion-dpo balanced": {"auto_beta": 0.2},
+    "diffusion-dpo balanced": {"auto_beta": 0.2, "beta": 1e6},
     "diffusion-dpo moving": MOVING,
 }
 NAMES = [f"{name}{suffix}" for name, suffix in itertools.product(STREAMING, ("", " lora"))]

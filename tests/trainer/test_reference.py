@@ -16,6 +16,7 @@ from fastinvdpo.methods import Follows
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, train
+from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.checkpoint import Checkpoint, load_checkpoint
 from fastinvdpo.trainer.dry_run import count_evaluations
 from fastinvdpo.trainer.networks import Networks
@@ -182,3 +183,14 @@ def test_a_method_without_a_reference_keeps_and_evaluates_none(
 def test_settings_of_a_reference_that_is_not_there_are_refused(workspace: Path, section: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="has no meaning with method mapo"):
         TrainConfig.from_mapping({**tiny.mapping(workspace, model=section), "method": SETTINGS["mapo"]})
+
+
+def test_predictions_stored_for_another_method_do_not_take_the_place_of_the_reference(workspace: Path) -> None:
+    chain = tiny.config(workspace, "inversion-dpo", cache={"path": str(workspace / "cache")})
+    cache = precompute(chain, progress=False)
+    assert cache.has_reference
+    for folder, pairs in (("cached", cache), ("plain", None)):
+        output = {"directory": str(workspace / folder)}
+        run = config(workspace, {**MOVING, "reference_decay": 0.9}, training={"steps": 2}, output=output)
+        tiny.train_model(run, open_model(run), pairs or open_dataset(run))
+    assert_same(tiny.weights(workspace / "cached"), tiny.weights(workspace / "plain"))
