@@ -147,7 +147,7 @@ class Networks:
     def reference(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Prediction of the reference, never with gradient."""
         if self._reference == "none":
-            raise RuntimeError("the reference was asked, and this run keeps none")
+            raise RuntimeError("a prediction of the reference is needed, and this run keeps none")
         told = (latents, timesteps, conditioning)
         if self.reference_module is not None:
             return self._predict("without_gradient", self.reference_module, *told, caller="reference")

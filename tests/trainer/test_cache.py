@@ -220,7 +220,7 @@ def test_a_reference_that_is_not_there_is_not_asked(workspace: Path) -> None:
     model = load_model("digits", workspace / "model")
     networks = Networks(model, lora=None, gradient_checkpointing=False, reference="none")
     assert networks.reference_module is None
-    with pytest.raises(RuntimeError, match="predictions are cached"):
+    with pytest.raises(RuntimeError, match="keeps none"):
         networks.reference(torch.zeros(1, 1, 8, 8), torch.tensor([1]), model.encode_prompts([""]))
 
 

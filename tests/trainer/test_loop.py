@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -177,7 +178,10 @@ def test_a_step_reads_no_number_from_the_device(workspace: Path, monkeypatch: py
             counter.count = before
             return output
 
+        @dataclasses.dataclass(frozen=True)
         class Uncounted:
+            gather: Any = None
+
             def stream(self, policy: Any, reference: Any, batch: Any, *, seed: int, **_: Any) -> WholeLoss:
                 return WholeLoss(lambda: uncounted(policy, reference, batch, seed=seed))
 
