@@ -137,7 +137,9 @@ def pictures(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("family", "method", "lora"), RUNS)
-def test_through_the_commands(root: Path, tmp_path: Path, family: str, method: str, lora: bool) -> None:
+def test_through_the_commands(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], family: str, method: str, lora: bool
+) -> None:
     base = checkpoint(root, family)
     cache = root / f"{family}-{'trajectories' if method == 'inversion-dpo' else 'latents'}"
     chain = write_config(root, tmp_path, family, method, lora, cache)
@@ -156,10 +158,6 @@ def test_through_the_commands(root: Path, tmp_path: Path, family: str, method: s
     if method != FAMILIES[family][-1]:
         return
 
-    # And by that of the evaluation, which merges adapters.
-    assert cli.main(evaluation_of(root, chain, family, lora)) == 0
-    summary = json.loads((chain.evaluation / "evaluation.json").read_text())
-    assert summary["prompts"] == len(PROMPTS) and "brightness" in summary["scorers"]
     trained = model.network
     if lora:
         plain.fuse_lora()
@@ -170,6 +168,15 @@ def test_through_the_commands(root: Path, tmp_path: Path, family: str, method: s
     reloaded = getattr(plain, model.network_folder)
     theirs, ours = reloaded.state_dict(), trained.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+    # And by that of the evaluation, which merges adapters. A refiner is refused: it starts from images.
+    evaluated = cli.main(evaluation_of(root, chain, family, lora))
+    if family == "refiner":
+        assert evaluated == 2 and "starts from another model's images" in capfd.readouterr().err
+        return
+    assert evaluated == 0
+    summary = json.loads((chain.evaluation / "evaluation.json").read_text())
+    assert summary["prompts"] == len(PROMPTS) and "brightness" in summary["scorers"]
     shown = pictures(chain.evaluation / "aligned")
     assert shown == drawn(model, reloaded)
     assert shown != pictures(chain.evaluation / "base")
