@@ -40,14 +40,14 @@ class AlphaDPO(DiffusionDPO):
             raise invalid("alpha", self.alpha, "must be positive and finite", "the published value is 0.9999")
 
     def losses(self, scored: Scored) -> Tensor:
-        return alpha_divergence(scored.margin, self.current_alpha(scored.margin, scored.gather))
+        return alpha_divergence(scored.margin, self.current_alpha(scored))
 
-    def current_alpha(self, margin: Tensor, gather: Gather | None = None) -> Tensor:
+    def current_alpha(self, scored: Scored) -> Tensor:
         """α as it is used, a scalar, no gradient."""
-        margin = margin.detach()
+        margin = scored.margin.detach()
         if not self.dynamic:
             return torch.full_like(margin[0], self.alpha)
-        return self.alpha * torch.sigmoid(margin if gather is None else gather(margin)).mean()
+        return self.alpha * torch.sigmoid(margin if scored.gather is None else scored.gather(margin)).mean()
 
 
 def alpha_divergence(margin: Tensor, alpha: Tensor) -> Tensor:
@@ -92,6 +92,7 @@ def alpha_dpo(
     """
     method = AlphaDPO(beta=beta, alpha=alpha, dynamic=dynamic)
     scored = method.score(policy_pred, reference_pred, target, gather=gather)
-    used, loss = method.current_alpha(scored.margin, gather), method.losses(scored).mean()
+    used = method.current_alpha(scored)
+    loss = alpha_divergence(scored.margin, used).mean()
     errors = scored.statistics.policy_mse.mean(), reference_mse(scored.statistics).mean()
     return AlphaDPOLoss(loss, *errors, implicit_accuracy(scored.margin), used)
