@@ -99,7 +99,9 @@ def build_case(
         settings["method.num_inference_steps"] = num_inference_steps
     if SIZES[size].mixed_precision == "bf16":
         settings["model.reference_dtype"] = "bf16"
-    config = files.load_config(None, [*(f"{key}={value}" for key, value in settings.items()), *overrides])
+    given = {override.partition("=")[0].strip() for override in overrides}
+    ours = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    config = files.load_config(None, [*ours, *overrides])
     if config.method.name != method or config.training.batch_size != pairs:
         raise invalid("--override", list(overrides), "changes method or pairs", "use --method and --pairs")
     return StepCase(size, method, pairs, config)

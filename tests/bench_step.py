@@ -138,7 +138,7 @@ def test_inpo_costs_the_first_pairs_steps_as_released_and_every_pairs_own_as_cor
     case = build_case("tiny", "inpo", 2, (), tmp_path, LEVELS)
     trainer = Trainer(case)
     timesteps = released_inputs(case, trainer.batch, 0).timesteps
-    trainer.run.builder.close()
+    trainer.close()
     assert timesteps is not None
     schedule = NoiseSchedule.from_config(step_models.SCHEDULER)
     first = int(plan_released(schedule, timesteps, LEVELS).steps[0])
