@@ -1,0 +1,248 @@
+"""All methods on the demo's digits with as many network evaluations each: reward gained, fidelity kept, time::
+
+    python -m fastinvdpo._examples.compare_methods --output comparison
+
+What β and the gradient's size mean differs from method to method, so the learning rate is searched for each: of those
+in ``LEARNING_RATES``, the one with the highest reward at seed 0 whose samples still show the prompted digit as often as
+``FIDELITY`` asks. Two further seeds are trained with it, and one run on labels that a coin decides, where nothing
+should be learned. Every run is kept; called again, the command continues with those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastinvdpo._examples.digits import base as base_models
+from fastinvdpo._examples.digits import digits
+from fastinvdpo._examples.digits.judge import Judge
+from fastinvdpo._examples.digits.run import as_array, draw_images
+from fastinvdpo.data import write_pairs
+from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.evaluation.metrics import win_rate
+from fastinvdpo.evaluation.page import DPI, new_figure
+from fastinvdpo.methods import METHODS
+from fastinvdpo.output import OutputDirectory
+from fastinvdpo.trainer import TrainConfig, train
+from fastinvdpo.trainer.dry_run import count_evaluations
+
+PREFERENCE, PAIRS = "slant", 2000
+EVALUATIONS = 80_000
+LEARNING_RATES = (1e-5, 3e-5, 1e-4)
+SEEDS = (0, 1, 2)
+FIDELITY = 0.95
+_BETA = {"beta": 1000.0}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "smpo": {**_BETA, "preference_scale": 10.0},
+    "inversion-dpo": {**_BETA, "num_inference_steps": 10, "guidance_scale": 1.0, "timesteps_per_step": 1},
+    "dspo": {**_BETA, "variant": "sdxl"},  # sd15 at its published β is fine-tuning on winners
+    "mapo": {},  # β weighs the margin's term, and is the published one
+    "poly-dpo": {**_BETA, "alpha": 1.0},  # the published 8 is for labels as noisy as Pick-a-Pic's
+    "snpo": {"beta": 500.0},  # without the ½ of the others
+}
+"""Beside the methods' own defaults; β alone for those that are not here."""
+
+
+def compare(
+    output: OutputDirectory,
+    methods: Sequence[str],
+    *,
+    evaluations: int = EVALUATIONS,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    seeds: Sequence[int] = SEEDS,
+) -> dict[str, Any]:
+    """Make the runs that are missing in ``output``, then the table and the plot of all.
+
+    Args:
+        methods: names in ``METHODS``.
+        evaluations: network evaluations of a run, up to a step's.
+        learning_rates: searched at the first of ``seeds``.
+
+    Returns:
+        What ``comparison.json`` holds: the settings, and by method its chosen runs, those of the search and the
+        control.
+    """
+    judge = _Referee()
+    found: dict[str, Any] = {}
+    for method in methods:
+
+        def run(learning_rate: float, seed: int, control: str | None = None, name: str = method) -> dict[str, Any]:
+            settings = {"method": name, "learning_rate": learning_rate, "seed": seed, "control": control}
+            return _kept(output, judge, {**settings, "evaluations": evaluations})
+
+        search = [run(rate, seeds[0]) for rate in learning_rates]
+        chosen = _best(search)
+        rate = chosen["learning_rate"]
+        found[method] = {
+            "runs": [chosen, *(run(rate, seed) for seed in seeds[1:])],
+            "search": search,
+            "control": run(rate, seeds[0], "shuffle"),
+        }
+    result = {"preference": PREFERENCE, "evaluations": evaluations, "methods": found}
+    output.write("comparison.json", result)
+    output.write("comparison.md", table(result))
+    with output.file("comparison.png") as partial:
+        _plot(partial, result)
+    return result
+
+
+def method_config(
+    method: str, evaluations: int, learning_rate: float, seed: int, data: Path, scale: float
+) -> TrainConfig:
+    """The configuration of one run in the directory of ``data``, with as many steps as its evaluations allow."""
+    options = OPTIONS.get(method, _BETA)
+    if METHODS[method].needs_scores:
+        options = {**options, "score_range": scale}
+    settings: dict[str, Any] = {
+        "method": {"name": method, **options},
+        "model": {"family": "digits", "path": str(base_models.WEIGHTS / "clean")},
+        "data": {"path": str(data), "relabel_by_score": METHODS[method].needs_scores},
+        "optimizer": {"learning_rate": learning_rate, "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_steps": 1},
+        "training": {"steps": 1, "batch_size": 32, "seed": seed},
+        "output": {"directory": str(data.parent / "training"), "keep_checkpoints": 1, "tensorboard": False},
+    }
+    counted = count_evaluations(TrainConfig.from_mapping(settings))
+    steps = round(evaluations / (32 * (counted.with_gradient + counted.without_gradient)))
+    if steps < 1:
+        raise invalid("evaluations", evaluations, f"is less than one step of {method} needs", "give more")
+    settings["training"]["steps"] = settings["output"]["checkpoint_every"] = steps
+    settings["optimizer"]["warmup_steps"] = min(20, steps)
+    return TrainConfig.from_mapping(settings)
+
+
+class _Referee:
+    """The held-out prompts, the model before, and the judge of what a model draws for them."""
+
+    def __init__(self) -> None:
+        self.train_set, self.held_out = digits.load_splits()
+        self._judge = Judge()
+        self._drawn: dict[int, Any] = {}
+
+    def verdict(self, model: Path, seed: int) -> Any:
+        drawn = draw_images(model, self.held_out.prompts, seed)
+        return self._judge.judge(PREFERENCE, as_array(drawn), self.held_out.labels)
+
+    def base(self, seed: int) -> Any:
+        """The verdict of the model before, on the noise of a seed."""
+        if seed not in self._drawn:
+            self._drawn[seed] = self.verdict(base_models.WEIGHTS / "clean", seed)
+        return self._drawn[seed]
+
+
+def _kept(output: OutputDirectory, judge: _Referee, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The run with these settings: read where it is kept, else made."""
+    name = "-".join(str(value) for value in settings.values() if value is not None) + ".json"
+    stored = output.path / "runs" / name
+    if stored.exists():
+        found: dict[str, Any] = json.loads(stored.read_text())
+        return found
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = digits.make_pairs(
+            judge.train_set, PREFERENCE, PAIRS, settings["seed"], shuffle=settings["control"] == "shuffle"
+        )
+        data = Path(scratch) / "pairs.parquet"
+        write_pairs(data, rows)
+        config = method_config(
+            settings["method"],
+            settings["evaluations"],
+            settings["learning_rate"],
+            settings["seed"],
+            data,
+            digits.score_range(rows),
+        )
+        result = train(config, resume="never", progress=False)
+        after, before = judge.verdict(result.model_directory, settings["seed"]), judge.base(settings["seed"])
+    row = {
+        **settings,
+        "steps": result.steps,
+        "network_evaluations": result.network_evaluations,
+        "seconds": result.seconds,
+        "gain": float((after.rewards - before.rewards).mean()),
+        "win_rate": win_rate(after.rewards, before.rewards).mean,
+        "before": before.as_dict(),
+        **after.as_dict(),
+    }
+    output.write(f"runs/{name}", row)
+    print(f"{name}: gain {row['gain']:.4f}, accuracy {row['accuracy']:.3f}", file=sys.stderr, flush=True)
+    return row
+
+
+def _best(search: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The highest gain among those with fidelity; the most faithful where none has."""
+    faithful = [row for row in search if row["accuracy"] >= FIDELITY]
+    return max(faithful, key=lambda row: row["gain"]) if faithful else max(search, key=lambda row: row["accuracy"])
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The comparison in Markdown, highest gain first: means over the seeds, least and greatest gain in brackets."""
+    columns = ["method", "learning rate", "gain in reward", "win rate", "digit accuracy", "Fréchet distance"]
+    columns += ["evaluations", "seconds", "gain with random labels"]
+    base = _before(result)
+    lines = [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
+    lines.append(f"| before | | | | {base['accuracy']:.3f} | {base['frechet']:.2f} | | | |")
+    means = {name: np.mean([row["gain"] for row in found["runs"]]) for name, found in result["methods"].items()}
+    for name in sorted(means, key=lambda name: -means[name]):
+        runs = result["methods"][name]["runs"]
+        gains = [row["gain"] for row in runs]
+        mean = {key: np.mean([row[key] for row in runs]) for key in ("win_rate", "accuracy", "frechet", "seconds")}
+        cells = [name, f"{runs[0]['learning_rate']:.0e}", f"{means[name]:.3f} [{min(gains):.3f}, {max(gains):.3f}]"]
+        cells += [f"{mean['win_rate']:.3f}", f"{mean['accuracy']:.3f}", f"{mean['frechet']:.2f}"]
+        cells += [f"{np.mean([row['network_evaluations'] for row in runs]):,.0f}", f"{mean['seconds']:.0f}"]
+        lines.append(f"| {' | '.join([*cells, format(result['methods'][name]['control']['gain'], '.3f')])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Fréchet distance against gain: a large mark for the chosen runs' mean, small ones for the search."""
+    figure = new_figure((7.0, 4.5))
+    axis = figure.subplots()
+    for place, (name, found) in enumerate(result["methods"].items()):
+        color = f"C{place % 10}"
+        axis.plot(*_points(found["search"]), ".", color=color, alpha=0.5)
+        mean = [float(np.mean(values)) for values in _points(found["runs"])]
+        axis.plot(*mean, "os^v"[place // 10], color=color, markersize=9, label=name)
+    axis.axhline(_before(result)["frechet"], color="gray", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="gain in reward", ylabel="Fréchet distance to real scans")
+    axis.legend(fontsize=7, ncols=2)
+    figure.savefig(path, format="png", dpi=DPI)
+
+
+def _before(result: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = next(iter(result["methods"].values()))["runs"][0]["before"]
+    return found
+
+
+def _points(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row["gain"] for row in rows], [row["frechet"] for row in rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 2 for a mistake in its arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("::")[0])
+    parser.add_argument("--output", required=True, help="directory of runs, comparison.json, .md and .png")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas (default: all)")
+    parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="network evaluations of a run")
+    options = parser.parse_args(arguments)
+    methods = options.methods.split(",")
+    try:
+        for method in methods:
+            if method not in METHODS:
+                raise invalid("--methods", method, "is not known", f"choose among {', '.join(METHODS)}")
+        with OutputDirectory(options.output) as output:
+            output.claim("comparison.json", "comparison.md", "comparison.png", files=["runs/*.json"])
+            print(table(compare(output, methods, evaluations=options.evaluations)), end="")
+    except InvalidInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
