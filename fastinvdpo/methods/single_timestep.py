@@ -1,4 +1,4 @@
-"""What Diffusion-DPO, InPO and SmPO share: a pair is scored at one timestep."""
+"""Methods that score a pair at one timestep, and their objective."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastinvdpo.diffusion.inversion import (
-    InversionSettings,
-    ModelTime,
-    invert,
-    plan_grid,
-    plan_inversion,
-    plan_released,
-)
 from fastinvdpo.diffusion.prompt import Network
-from fastinvdpo.diffusion.schedule import NoiseSchedule, prediction_target, recover_noise
+from fastinvdpo.diffusion.schedule import NoiseSchedule, prediction_target
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.base import Method, Objective, check_count
-from fastinvdpo.methods.pairs import STREAM_TIMESTEP, Draws, ObjectiveOutput, PairBatch, check_batch
+from fastinvdpo.methods.base import (
+    STREAM_TIMESTEP,
+    Draws,
+    Method,
+    Objective,
+    ObjectiveOutput,
+    PairBatch,
+    check_batch,
+)
 from fastinvdpo.methods.statistics import (
     AutoBeta,
     Gather,
@@ -77,9 +76,8 @@ class SingleTimestepMethod(Method):
                 problem = f"chooses the scale of a margin, and β of {what} is more than that"
                 raise invalid("auto_beta", self.auto_beta, problem, "set it to null")
         if self.anchor and not self.needs_reference:
-            raise invalid(
-                "anchor", self.anchor, f"needs a reference, which {self.name} has not", "use sft_weight, or 0"
-            )
+            problem = f"needs a reference, which {self.name} has not"
+            raise invalid("anchor", self.anchor, problem, "use sft_weight, or 0")
 
     @abstractmethod
     def trajectory(
@@ -151,17 +149,13 @@ class SingleTimestepMethod(Method):
         """``z`` per pair, ``(B,)``: positive where the policy prefers the winner."""
         return pair_margin(statistics, self.beta)
 
-    def pair_losses(self, margin: Tensor, statistics: PairStatistics) -> Tensor:
-        """The loss of every pair, ``(B,)``, from its margin and what else its statistics say."""
-        return UTILITIES[self.utility].value(margin, self.beta, self.label_smoothing)
-
-    def losses(self, scored: Scored) -> Tensor:
-        """:meth:`pair_losses`, where they need no other pairs."""
-        return self.pair_losses(scored.margin, scored.safeguarded)
+    def pair_losses(self, scored: Scored) -> Tensor:
+        """The loss of every pair, ``(B,)``: of its margin, and of ``scored.safeguarded``."""
+        return UTILITIES[self.utility].value(scored.margin, self.beta, self.label_smoothing)
 
     def finish(self, scored: Scored) -> PreferenceLoss:
         """The mean loss with its additional terms, which no safeguard touches."""
-        statistics, loss = scored.statistics, self.losses(scored).mean()
+        statistics, loss = scored.statistics, self.pair_losses(scored).mean()
         if self.anchor:
             assert statistics.shift_mse is not None
             loss = loss + self.anchor * statistics.shift_mse.mean()
@@ -172,62 +166,6 @@ class SingleTimestepMethod(Method):
     def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
         self.timesteps.check(schedule)
         return SingleTimestepObjective(schedule, self, auto_beta=self.new_auto_beta())
-
-
-@dataclass(frozen=True, kw_only=True)
-class InvertingMethod(SingleTimestepMethod):
-    """The policy inverts every latent to its timestep; the noise that this amounts to is recovered.
-
-    Attributes:
-        num_inference_steps: N, steps of the inversion's grid over the whole schedule.
-        model_time: the level that the network gets in a step: its ``"destination"``, or its ``"source"``.
-        static_shapes: all forward passes of an inversion have one shape (``diffusion/inversion.py``).
-    """
-
-    policy_inverts = True
-    compats = ("released", "released-diffusers-0.20")
-
-    num_inference_steps: int
-    model_time: ModelTime = "destination"
-    static_shapes: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_inference_steps", self.num_inference_steps)
-        self.settings()
-
-    @abstractmethod
-    def settings(self, seed: int = 0) -> InversionSettings:
-        """How the steps of the inversion are made."""
-
-    @property
-    def fixed_shapes(self) -> bool:
-        return self.static_shapes
-
-    def trajectory(
-        self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        if self.compat:
-            old = self.compat == "released-diffusers-0.20"
-            plan = plan_released(schedule, timesteps, self.num_inference_steps, diffusers_020=old)
-        else:
-            plan = plan_inversion(schedule, timesteps, self.num_inference_steps)
-        noisy = invert(
-            policy,
-            schedule,
-            batch.latents,
-            plan,
-            batch.prompt(),
-            self.settings(seed),
-            noise_index=torch.cat([2 * batch.sample_index, 2 * batch.sample_index + 1]).to(batch.latents.device),
-            noise=draws.noise,
-        )
-        levels = timesteps[:1].expand_as(timesteps) if self.compat else timesteps
-        return noisy, recover_noise(schedule, noisy, batch.latents, levels)
-
-    def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
-        plan_grid(schedule, 1, self.num_inference_steps)  # fail now, not at the first batch
-        return super()._objective(schedule)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,12 @@ def scale_losers(statistics: PairStatistics, scale: Tensor, pair_weight: Tensor 
     return dataclasses.replace(statistics, policy_mse=scaled(statistics.policy_mse), cross=cross, shift_mse=shift)
 
 
+def implicit_accuracy(margin: Tensor, tie: float = 0.0) -> Tensor:
+    """The share of pairs with ``z > 0`` as scripts count it, scalar, no gradient; ``tie``: what ``z = 0`` counts."""
+    z = margin.detach()
+    return ((z > 0).to(z.dtype) + tie * (z == 0)).mean()
+
+
 def with_slope(value: Tensor, slope: Tensor, z: Tensor) -> Tensor:
     """``value``, whose derivative with respect to ``z`` is ``slope``: for functions whose own expression loses it."""
     return value.detach() + slope.detach() * (z - z.detach())

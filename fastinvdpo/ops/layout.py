@@ -169,6 +169,13 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     return target.copy_(tensor)
 
 
+def float32(table: Tensor | None) -> Tensor | None:
+    """``table`` as contiguous float32 numbers, itself where it is that."""
+    if table is None or (table.dtype is torch.float32 and table.is_contiguous()):
+        return table
+    return table.float().contiguous()
+
+
 def _contiguous_order(tensor: Tensor) -> tuple[int, ...]:
     order, step = [], 1
     for size in reversed(tensor.shape[1:]):

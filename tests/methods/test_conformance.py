@@ -18,7 +18,7 @@ from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, p
 from fastinvdpo.diffusion.prompt import Prompt, weighted_sum
 from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
 from fastinvdpo.methods import Draws, ObjectiveOutput, PairBatch, build_objective
-from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
+from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
 from tests.cases import GOLDEN, load_golden
 
 diffusers = pytest.importorskip("diffusers", reason="the recorded runs need diffusers' UNet: pip install '.[train]'")

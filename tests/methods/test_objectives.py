@@ -26,7 +26,7 @@ from fastinvdpo.methods import (
     SmPO,
     build_objective,
 )
-from fastinvdpo.methods.pairs import STREAM_TIMESTEP
+from fastinvdpo.methods.base import STREAM_TIMESTEP
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule, toy_network
 

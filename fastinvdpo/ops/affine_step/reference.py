@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.ops import philox
+from fastinvdpo.ops.checks import arithmetic_dtype
 from fastinvdpo.ops.layout import like
 
 
@@ -63,8 +64,3 @@ def backward(
 def per_sample(table: Tensor, like: Tensor) -> list[Tensor]:
     """The columns of an ``(n, j)`` table, each shaped to broadcast over the samples of ``like``."""
     return [column.view(-1, *[1] * (like.ndim - 1)) for column in table.unbind(1)]
-
-
-def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 when any input is float64, float32 otherwise."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

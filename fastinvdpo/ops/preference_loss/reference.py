@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastinvdpo.ops.checks import arithmetic_dtype
 from fastinvdpo.ops.layout import like
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
@@ -27,7 +28,7 @@ def forward(
     """``(loss (), margin (B,), policy_mse, reference_mse)``, the errors ``(2B,)`` or ``(2B, K)``; ``target=None``: it
     is the reference.
     """
-    dtype = accumulation_dtype(policy, reference, target)
+    dtype = arithmetic_dtype(policy, reference, target)
     batch_dims = 1 if timestep_weight is None else 2
     p, r = (tensor.to(dtype).flatten(batch_dims) for tensor in (policy, reference))
     tau = r if target is None else target.to(dtype).flatten(batch_dims)
@@ -84,11 +85,3 @@ def pair_scale(beta: float, pair_weight: Tensor | None, timestep_weight: Tensor 
     if timestep_weight is not None:
         scale = scale * timestep_weight.to(each.dtype)
     return scale
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 when any input is float64, float32 otherwise."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
