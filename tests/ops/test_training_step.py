@@ -15,16 +15,6 @@ from tests.places import EVERYWHERE, Place
 everywhere = pytest.mark.parametrize("place", EVERYWHERE)
 
 
-@everywhere
-def test_a_training_step(place: Place) -> None:
-    step = step_on(place.device)
-    with fastinvdpo.use_backend(place.backend):
-        loss = step.loss(step.latents, step.table)
-        loss.backward()
-    expected, gradients = in_float64(step)
-    assert_near([loss.detach(), *step.gradients()], [expected, *gradients])
-
-
 class Recorded:
     """A compiler's backend that keeps the graphs of forward and backward."""
 
@@ -43,14 +33,15 @@ class Recorded:
 
 
 @everywhere
-def test_a_compiled_training_step_is_one_graph(place: Place) -> None:
+def test_a_training_step_eager_and_compiled_to_one_graph(place: Place) -> None:
     step, recorded = step_on(place.device), Recorded()
     torch._dynamo.reset()
     compiled = torch.compile(step.loss, fullgraph=True, backend=recorded)
     with fastinvdpo.use_backend(place.backend):
         eager = step.loss(step.latents, step.table)
         eager.backward()
-        expected = [eager.detach(), *step.gradients()]
+        expected, (loss, gradients) = [eager.detach(), *step.gradients()], in_float64(step)
+        assert_near(expected, [loss, *gradients])
         step.network.zero_grad()
         loss = compiled(step.latents, step.table)
         loss.backward()
