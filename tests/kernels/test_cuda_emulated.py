@@ -69,51 +69,31 @@ def test_a_row_is_one_cluster_at_training_shapes(library: ctypes.CDLL) -> None:
 # preference_loss
 
 
-@pytest.mark.parametrize(
-    ("n", "launch"), [*itertools.product([1, 3, 250, 2053], LAUNCHES), (16384, LAUNCHES[1]), (36867, LAUNCHES[2])]
-)
-def test_forward(library: ctypes.CDLL, n: int, launch: Launch) -> None:
-    p = problem(n)
-    check_loss(p, emulated.forward(library, p, launch))
-
-
-MIXED = [(BF16, BF16, torch.float32), (torch.float32, torch.float16, BF16)]
+MIXED = [(BF16, BF16, torch.float32), (torch.float32, torch.float16, BF16), (BF16, torch.float32, torch.float32)]
+OFFSETS = [(0, 0, 0), (1, 1, 1), (3, 3, 3), (1, 0, 1), (1, 1, 0), (5, 1, 1)]
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "with_target", "launch"),
-    pairwise([*((dtype,) * 3 for dtype in DTYPES), *MIXED], [True, False], LAUNCHES[:2]),
-)
-def test_forward_dtypes(
-    library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...], with_target: bool, launch: Launch
-) -> None:
-    p = problem(4107, dtypes=dtypes, with_target=with_target)
-    check_loss(p, emulated.forward(library, p, launch))
-
-
-@pytest.mark.parametrize(
-    ("n", "dtypes", "offsets"),
-    pairwise([2, 4107], [(torch.float32,) * 3, (BF16,) * 3, (BF16, *(torch.float32,) * 2)],
-             [(1, 1, 1), (3, 3, 3), (1, 0, 1), (1, 1, 0), (5, 1, 1)]),
+    ("n", "launch", "dtypes", "offsets", "utility", "steps", "with_target"),
+    [
+        *pairwise([1, 3, 60, 250, 2053, 4107], LAUNCHES, [*((dtype,) * 3 for dtype in DTYPES), *MIXED], OFFSETS,
+                  UTILITIES, [None, 1, 3], [True, False]),
+        *((n, launch, (torch.float32,) * 3, (0, 0, 0), "sigmoid", steps, True) for n, launch, steps in (
+            (16384, LAUNCHES[1], None), (36867, LAUNCHES[2], None), (2500, LAUNCHES[1], 2), (20, LAUNCHES[1], 40))),
+    ],
 )  # fmt: skip
-def test_forward_off_boundaries(
-    library: ctypes.CDLL, n: int, dtypes: tuple[torch.dtype, ...], offsets: tuple[int, ...]
+def test_forward(
+    library: ctypes.CDLL,
+    n: int,
+    launch: Launch,
+    dtypes: tuple[torch.dtype, ...],
+    offsets: tuple[int, ...],
+    utility: str,
+    steps: int | None,
+    with_target: bool,
 ) -> None:
-    p = problem(n, dtypes=dtypes, offsets=offsets)
-    check_loss(p, emulated.forward(library, p, Launch(team=2)))
-
-
-@pytest.mark.parametrize("utility", UTILITIES)
-@pytest.mark.parametrize("steps", [None, 3])
-def test_forward_utilities_and_timesteps(library: ctypes.CDLL, utility: str, steps: int | None) -> None:
-    p = problem(60, pairs=3, steps=steps, utility=utility)
-    check_loss(p, emulated.forward(library, p, Launch(team=8)))
-
-
-@pytest.mark.parametrize(("n", "steps"), [(2500, 1), (2500, 2), (20, 40)])
-def test_forward_timesteps(library: ctypes.CDLL, n: int, steps: int) -> None:
-    p = problem(n, steps=steps)
-    check_loss(p, emulated.forward(library, p, Launch(team=8)))
+    p = problem(n, pairs=3, steps=steps, dtypes=dtypes, offsets=offsets, utility=utility, with_target=with_target)
+    check_loss(p, emulated.forward(library, p, launch))
 
 
 @pytest.mark.parametrize("pitch", [0, 5])
