@@ -13,15 +13,7 @@ from torch import Tensor
 from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import NoiseSchedule, prediction_target
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.base import (
-    STREAM_TIMESTEP,
-    Draws,
-    Method,
-    Objective,
-    ObjectiveOutput,
-    PairBatch,
-    check_batch,
-)
+from fastinvdpo.methods.base import STREAM_TIMESTEP, Draws, Method, Objective, ObjectiveOutput, PairBatch, check_batch
 from fastinvdpo.methods.statistics import (
     AutoBeta,
     Gather,
@@ -120,15 +112,10 @@ class SingleTimestepMethod(Method):
         return None if self.auto_beta is None else AutoBeta(self.auto_beta, minimum=1e-3 * self.beta, maximum=self.beta)
 
     def score(
-        self,
-        policy_pred: Tensor,
-        reference_pred: Tensor | None,
-        target: Tensor,
-        pair_weight: Tensor | None = None,
-        gather: Gather | None = None,
-        auto_beta: AutoBeta | None = None,
-    ) -> Scored:
-        """What :meth:`finish` makes a loss of."""
+        self, policy_pred: Tensor, reference_pred: Tensor | None, target: Tensor, pair_weight: Tensor | None = None,
+        gather: Gather | None = None, auto_beta: AutoBeta | None = None,
+    ) -> Scored:  # fmt: skip
+        """What :meth:`finish` makes a loss of; arguments as of :meth:`loss`."""
         statistics, scale = pair_statistics(policy_pred, reference_pred, target), None
         safeguarded = statistics
         if self.safeguard is not None:

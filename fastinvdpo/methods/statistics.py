@@ -55,11 +55,7 @@ def reference_mse(statistics: PairStatistics) -> Tensor:
 
 
 def loser_scale(
-    statistics: PairStatistics,
-    mu: float,
-    *,
-    pair_weight: Tensor | None = None,
-    released_elements: int | None = None,
+    statistics: PairStatistics, mu: float, *, pair_weight: Tensor | None = None, released_elements: int | None = None
 ) -> Tensor:
     """λ of Diffusion-SDPO (arXiv 2511.03317) per pair, ``(B,)``, no gradient: what the loser's gradient is scaled by so
     that to first order a step does not raise the winner's error.

@@ -13,7 +13,7 @@ from fastinvdpo.methods import build_objective
 from fastinvdpo.methods.timesteps import TimestepSampling
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule
-from tests.diffusion.test_flow import sd3
+from tests.diffusion.test_schedule import sd3
 
 INDEX = torch.arange(4000)
 

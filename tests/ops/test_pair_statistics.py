@@ -110,12 +110,7 @@ def test_derivatives_of_first_and_second_order(mask: str, with_reference: bool) 
      *pairwise([(1,), (4, 6, 5), (1, 33, 35), (2, 32, 33)], MIXES, UNPAIRED_MASKS, [True, False], [True, False])],
 )  # fmt: skip
 def test_sums_and_gradients(
-    place: Place,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    mask: str,
-    with_reference: bool,
-    paired: bool,
+    place: Place, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], mask: str, with_reference: bool, paired: bool
 ) -> None:
     check(place, problem(shape, dtypes=dtypes, mask=mask, with_reference=with_reference, paired=paired))
 
