@@ -46,14 +46,8 @@ for call in (
     except RuntimeError as error:
         print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env={**os.environ, "FASTINVDPO_ISA": asked},
-    )
+    options = {"timeout": 120, "cwd": ROOT, "env": {**os.environ, "FASTINVDPO_ISA": asked}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
     problem = f"FASTINVDPO_ISA = '{asked}': this CPU has no such instruction set. Remedy: use one of baseline"
     assert done.returncode == 0, done.stderr
     assert [line[: len(problem)] for line in done.stdout.splitlines()] == [problem] * 4

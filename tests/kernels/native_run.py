@@ -30,21 +30,10 @@ def instruction_sets() -> tuple[str, ...]:
 
 def run_tests(extension: Path, instructions: str, files: Sequence[str], environment: Mapping[str, str]) -> None:
     """Assert that the tests pass, none skipped, with that extension and those instructions."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.native_run", str(extension), *files],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "FASTINVDPO_ISA": instructions,
-            "PYTEST_ADDOPTS": "",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
-    )
+    command = [sys.executable, "-m", "tests.kernels.native_run", str(extension), *files]
+    plain = {"PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "FASTINVDPO_ISA": instructions, **plain, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     # A sanitizer says first what it found.
     output = f"{instructions}:\n{done.stderr[:5000]}\n{done.stdout[-20000:]}"
     assert done.returncode == 0, output

@@ -50,17 +50,8 @@ pytestmark = [
 
 
 def compile_sanitized(sources: list[Path], target: Path, *options: str) -> Path:
-    command = [
-        str(compiler()),
-        *SANITIZE,
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        *map(str, sources),
-        "-o",
-        str(target),
-        *options,
-    ]
+    flags = ["-std=c++17", "-fPIC", "-shared", *map(str, sources), "-o", str(target), *options]
+    command = [str(compiler()), *SANITIZE, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return target
