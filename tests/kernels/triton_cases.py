@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from fastinvdpo.ops.preference_loss import reference as loss_reference
 from tests.cases import pairwise, predictions
 from tests.kernels import statistics
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -35,16 +35,6 @@ UTILITY_CASES = [(name, 0.1 if item.smoothed else 0.0) for name, item in UTILITI
 # A tail alone; odd rows; rows of 4 and of 8 elements' alignment; several blocks with a tail; several chunks.
 SHAPES = [(1,), (7,), (3, 5, 11), (4, 3, 3), (5, 8), (3, 33, 32), (4, 32, 32)]
 DTYPES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, F16), (BF16, F32, BF16), (F16, F32, F32)]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Memory from torch.empty holds NaN, so that an element that nobody wrote shows."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(pairs: int, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **options: object) -> list[Tensor]:

@@ -4,7 +4,7 @@ tests/kernels/statistics.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,15 +27,8 @@ from tests.kernels.statistics import (
 )
 from tests.places import EVERYWHERE, Place
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 everywhere = pytest.mark.parametrize("place", EVERYWHERE)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Every new tensor is filled with NaN before an op may use it."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def outputs(result: fastinvdpo.PairStatistics) -> list[Tensor | None]:
