@@ -21,8 +21,7 @@ from fastinvdpo.methods.inverting import InPO, SmPO
 from fastinvdpo.methods.margin_losses import AlphaDPO, LinearDPO, PolyDPO
 from fastinvdpo.methods.margins import SNPO, MaPO
 from fastinvdpo.methods.sdpo import DMPO, DSPO, SDPO
-from fastinvdpo.methods.single_timestep import SingleTimestepObjective
-from fastinvdpo.methods.timesteps import TimestepSampling
+from fastinvdpo.methods.single_timestep import SingleTimestepObjective, TimestepSampling
 
 __all__ = [
     "DMPO",

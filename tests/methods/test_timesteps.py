@@ -10,7 +10,7 @@ import torch
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import build_objective
-from fastinvdpo.methods.timesteps import TimestepSampling
+from fastinvdpo.methods.single_timestep import TimestepSampling
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule
 from tests.diffusion.test_schedule import sd3
