@@ -24,6 +24,7 @@ from fastinvdpo.ops.preference_loss import UTILITIES
 from fastinvdpo.ops.preference_loss import reference as loss_reference
 from tests.cases import pairwise, predictions
 from tests.kernels import statistics
+from tests.kernels.cases import apart, at_offset, between
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -132,10 +133,7 @@ class TestForward:
 
     def test_unaligned_storage(self) -> None:
         """A row that starts in the middle of 16 bytes."""
-        tensors = []
-        for tensor in inputs(2, (8, 8), (F32, BF16, F16), gap=0.1):
-            storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
-            tensors.append(storage[1:].view(tensor.shape).copy_(tensor))
+        tensors = [at_offset(tensor, 1, DEVICE) for tensor in inputs(2, (8, 8), (F32, BF16, F16), gap=0.1)]
         check_forward(*tensors, None, None, 20.0, "sigmoid", 0.0)
         grads = [torch.randn(shape, device=DEVICE) for shape in ((), (2,), (4,))]
         check_backward(*grads, tensors[0], tensors[2], torch.randn(2, device=DEVICE), None, None, 20.0, "sigmoid", 0.0)
@@ -242,18 +240,6 @@ class TestPhilox:
         assert torch.equal(together[1, :1003], alone[0])
 
 
-def strided(tensor: Tensor, apart: int) -> Tensor:
-    """The same values with ``apart`` elements, NaN, between the samples."""
-    n = tensor[0].numel()
-    room = torch.full((len(tensor), n + apart), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    return room[:, :n].view(tensor.shape).copy_(tensor)
-
-
-def beside(tensor: Tensor, apart: int) -> Tensor:
-    """What lies between the samples."""
-    return tensor.as_strided((len(tensor), apart), (tensor.stride(0), 1), tensor[0].numel())
-
-
 class TestAffine:
     def step(self, *arguments: object) -> Tensor:
         ours = affine_kernels.forward(*arguments)
@@ -305,22 +291,22 @@ class TestAffineMemoryAndGradients:
     )  # fmt: skip
     def test_into_given_memory(self, types: tuple[Any, Any], place: tuple[tuple[int, ...], int], noisy: bool) -> None:
         """Rows that lie apart, a trajectory of another type, in place: the bits of a new result."""
-        (dtypes, stored), (shape, apart) = types, place
+        (dtypes, stored), (shape, gap) = types, place
         values, output = (torch.randn(3, *shape).to(DEVICE, dtype) for dtype in dtypes)
         active = torch.tensor([True, False, True], device=DEVICE)
         scale = torch.rand(3, device=DEVICE) if noisy else None
         settings = (torch.randn(3, 2, device=DEVICE), active, scale, None, 5, 1)
         expected = affine_kernels.forward(values, [output], *settings)
         unrounded = affine_kernels.forward(values.float(), [output], *settings)
-        placed = strided(output, apart)
-        for out in (strided(torch.zeros_like(values), apart), None, placed if dtypes[0] == dtypes[1] else None):
-            sample = strided(values, apart)
+        placed = apart(output, gap)
+        for out in (apart(torch.zeros_like(values), gap), None, placed if dtypes[0] == dtypes[1] else None):
+            sample = apart(values, gap)
             result = sample if out is None else out
-            trajectory = None if stored is None else strided(torch.zeros_like(values, dtype=stored), apart)
+            trajectory = None if stored is None else apart(torch.zeros_like(values, dtype=stored), gap)
             returned = affine_kernels.forward(sample, [placed], *settings, result, trajectory)
-            assert returned is result and torch.equal(result, expected) and beside(result, apart).isnan().all()
+            assert returned is result and torch.equal(result, expected) and between(result, gap).isnan().all()
             if trajectory is not None:
-                assert torch.equal(trajectory, unrounded.to(stored)) and beside(trajectory, apart).isnan().all()
+                assert torch.equal(trajectory, unrounded.to(stored)) and between(trajectory, gap).isnan().all()
 
     @pytest.mark.parametrize(
         ("shape", "dtypes", "columns", "masked"),
@@ -336,7 +322,7 @@ class TestAffineMemoryAndGradients:
         if masked:
             table[1] = torch.nan
         kinds = [dtypes[0] if column == 0 else dtypes[1] for column in columns]
-        for grad in (values, strided(values, 8), values[:1].expand_as(values), values.flatten(1)[:, 0]):
+        for grad in (values, apart(values, 8), values[:1].expand_as(values), values.flatten(1)[:, 0]):
             gradients = [torch.empty(3, *shape, dtype=kind, device=DEVICE) for kind in kinds]
             affine_kernels.backward(grad, table, active, columns, gradients)
             whole = grad if grad.shape == values.shape else grad.view(3, *[1] * len(shape)).expand_as(values)

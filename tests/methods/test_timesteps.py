@@ -53,12 +53,6 @@ def test_logit_normal_is_the_density_of_sd3(mean: float, std: float) -> None:
     assert torch.equal(draw(sd3(), density="uniform"), draw())
 
 
-def test_every_single_timestep_method_takes_them() -> None:
-    for method in ("diffusion-dpo", "inpo", "smpo"):
-        objective: Any = build_objective(method, sd_schedule(), timesteps={"values": [249, 499]})
-        assert objective.method.timesteps.values == [249, 499]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -68,49 +68,35 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("form", "options", "dtype"), pairwise(FORMS, OPTIONS, [*DTYPES, torch.float64]))
-def test_in_place_and_out_give_the_same_bits(
-    form: str, options: dict[str, object], dtype: torch.dtype, backend: str
-) -> None:
-    if backend == "native" and dtype == torch.float64:
-        return  # the reference's alone
-    values, outputs, table = inputs(2, dtype=dtype)
-    values[1, 0, 0, 0] = float("nan")
-    with fastinvdpo.use_backend(backend):
-        expected = fastinvdpo.affine_step(values, outputs, table.float(), **options)
-        for arrange in FORMS.values():
-            sample = FORMS[form](values)
-            out = arrange(torch.full_like(values, float("nan")))
-            version = out._version
-            result = fastinvdpo.affine_step(sample, outputs, table.float(), out=out, **options)
-            assert result is out and out._version > version
-            assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(sample), bits(values))
-        assert fastinvdpo.affine_step(sample, outputs, table.float(), out=sample, **options) is sample
-        assert torch.equal(bits(sample), bits(expected))
-        into = outputs[1].clone()
-        fastinvdpo.affine_step(values, [outputs[0], into], table.float(), out=into, **options)
-        assert torch.equal(bits(into), bits(expected))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("options", "dtype", "stored"), pairwise(OPTIONS, [*DTYPES, torch.float64], [*DTYPES, torch.float64])
+    ("form", "options", "dtype", "stored"), pairwise(FORMS, OPTIONS, [*DTYPES, torch.float64], [*DTYPES, torch.float64])
 )
-def test_the_trajectory_is_rounded_once(
-    options: dict[str, object], dtype: torch.dtype, stored: torch.dtype, backend: str
+def test_steps_into_given_memory_give_the_same_bits(
+    form: str, options: dict[str, object], dtype: torch.dtype, stored: torch.dtype, backend: str
 ) -> None:
-    """From the numbers of the arithmetic: those of a step whose sample has their dtype."""
+    """A trajectory is rounded once, from the numbers of the arithmetic: those of a step whose sample is so wide."""
     if backend == "native" and dtype == torch.float64:
         return  # the reference's alone
     values, outputs, table = inputs(2, dtype=dtype)
-    exact = torch.promote_types(dtype, torch.float32)
+    table, wide = table.float(), values.to(torch.promote_types(dtype, torch.float32))
     with fastinvdpo.use_backend(backend):
-        unrounded = fastinvdpo.affine_step(values.to(exact), outputs, table.float(), **options)
+        unrounded = fastinvdpo.affine_step(wide, outputs, table, **options)
         for arrange in FORMS.values():
             trajectory = arrange(torch.full_like(values, float("nan"), dtype=stored))
-            result = fastinvdpo.affine_step(values, outputs, table.float(), trajectory=trajectory, **options)
-            assert torch.equal(trajectory, unrounded.to(stored))
-            assert torch.equal(result, unrounded.to(dtype))
+            result = fastinvdpo.affine_step(values, outputs, table, trajectory=trajectory, **options)
+            assert torch.equal(trajectory, unrounded.to(stored)) and torch.equal(result, unrounded.to(dtype))
+        values[1, 0, 0, 0] = float("nan")
+        expected = fastinvdpo.affine_step(values, outputs, table, **options)
+        for arrange in FORMS.values():
+            sample, out = FORMS[form](values), arrange(torch.full_like(values, float("nan")))
+            version = out._version
+            result = fastinvdpo.affine_step(sample, outputs, table, out=out, **options)
+            assert result is out and out._version > version
+            assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(sample), bits(values))
+        assert fastinvdpo.affine_step(sample, outputs, table, out=sample, **options) is sample
+        into = outputs[1].clone()
+        fastinvdpo.affine_step(values, [outputs[0], into], table, out=into, **options)
+        assert torch.equal(bits(sample), bits(expected)) and torch.equal(bits(into), bits(expected))
 
 
 def test_a_walk_through_its_own_trajectory() -> None:

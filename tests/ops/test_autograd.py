@@ -125,23 +125,6 @@ def test_a_prediction_changed_in_place_is_noticed(place: Place) -> None:
             scalar.backward()
 
 
-@everywhere
-def test_gradients_accumulate(place: Place) -> None:
-    tensors = loss_on(place.device)
-    with fastinvdpo.use_backend(place.backend):
-        tensors().loss.backward()
-        once = tensors.policy.grad.clone()  # type: ignore[union-attr]
-        tensors().loss.backward()
-        assert torch.equal(tensors.policy.grad, 2 * once)  # type: ignore[arg-type]
-        # Micro-batches of one pair each, their losses weighted by their share, make the gradient of the batch.
-        tensors.policy.grad = None
-        for pair in range(PAIRS):
-            rows = [pair, pair + PAIRS]
-            part = Loss(tensors.policy[rows], tensors.reference[rows], tensors.target[rows])
-            (part().loss / PAIRS).backward()
-    assert_near([tensors.policy.grad], [once])
-
-
 # Gradients that come in, of preference_loss; of affine_step: test_affine_step.py
 
 

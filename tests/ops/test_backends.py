@@ -14,7 +14,7 @@ from torch import Tensor
 import fastinvdpo
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import pairwise
-from tests.kernels.cases import Problem, check_gradient, check_loss, check_step, problem
+from tests.kernels.cases import Problem, check_public, check_step, problem
 from tests.places import EVERYWHERE, Place
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,26 +34,7 @@ def latents(
 
 
 def check(place: Place, p: Problem, weight: Tensor | None = None) -> None:
-    """Forward and backward with gradients of all outputs. ``weight``: what to pass for p's ``timestep_weight``."""
-    policy = p.policy.detach().requires_grad_()
-    with fastinvdpo.use_backend(place.backend):
-        result = fastinvdpo.preference_loss(
-            policy,
-            p.reference,
-            p.target,
-            beta=p.beta,
-            pair_weight=p.pair_weight,
-            timestep_weight=p.timestep_weight if weight is None else weight,
-            utility=p.utility,
-            label_smoothing=p.label_smoothing,
-        )
-        outputs = (result.loss, result.margin, result.policy_mse)
-        grads = (torch.full_like(result.loss, 0.7), torch.randn_like(result.margin), torch.rand_like(result.policy_mse))
-        (gradient,) = torch.autograd.grad(outputs, policy, grads)
-    check_loss(p, [tensor.detach() for tensor in (*outputs, result.reference_mse)])
-    assert all(tensor.is_contiguous() and tensor.dtype == F32 for tensor in (*outputs, result.reference_mse))
-    check_gradient(p, grads, result.margin.detach(), gradient)
-    assert gradient.stride() == torch.empty_like(p.policy).stride()
+    check_public(place.backend, p, weight)
 
 
 def channels_last(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A training step around the ops on every backend: eager, compiled, functional, under autocast."""
+"""A training step around the ops on every backend: eager, compiled, under autocast."""
 
 from __future__ import annotations
 
@@ -64,20 +64,6 @@ def test_a_step_compiled_for_any_batch(place: Place) -> None:
             loss, expected = compiled(latents, table), step.loss(latents, table)
         torch.testing.assert_close(loss, expected)
     assert len(recorded.graphs) == 2  # a forward and its backward, compiled once
-
-
-@everywhere
-def test_functional_call(place: Place) -> None:
-    step = step_on(place.device)
-    parameters = {name: value.detach().clone().requires_grad_() for name, value in step.network.named_parameters()}
-
-    def predict(latents: Tensor) -> Tensor:
-        return torch.func.functional_call(step.network, parameters, (latents,))
-
-    with fastinvdpo.use_backend(place.backend):
-        gradients = torch.autograd.grad(step.loss(step.latents, step.table, predict), list(parameters.values()))
-        step.loss(step.latents, step.table).backward()
-    assert all(torch.equal(one, other) for one, other in zip(gradients, step.gradients(), strict=True))
 
 
 @everywhere
