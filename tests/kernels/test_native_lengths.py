@@ -1,7 +1,7 @@
 """The C++ kernels for the CPU at every length near the ends of vectors, blocks and chunks, in every type.
 
 What is asked of each value is what its roundings allow (cases.py). Rows start at any element, and each tensor ends
-where its memory ends, so that a sanitizer sees what reads or writes past it (sanitized.py).
+where its memory ends, so that a sanitizer sees what reads or writes past it (native_run.py).
 """
 
 from __future__ import annotations
