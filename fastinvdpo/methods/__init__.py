@@ -24,31 +24,10 @@ from fastinvdpo.methods.sdpo import DMPO, DSPO, SDPO
 from fastinvdpo.methods.single_timestep import SingleTimestepObjective, TimestepSampling
 
 __all__ = [
-    "DMPO",
-    "DSPO",
-    "METHODS",
-    "SDPO",
-    "SNPO",
-    "VARIANTS",
-    "AlphaDPO",
-    "ChainObjective",
-    "DiffusionDPO",
-    "Draws",
-    "Follows",
-    "InPO",
-    "InversionDPO",
-    "LinearDPO",
-    "MaPO",
-    "Method",
-    "Objective",
-    "ObjectiveOutput",
-    "PairBatch",
-    "PolyDPO",
-    "SingleTimestepObjective",
-    "SmPO",
-    "TimestepSampling",
-    "build_objective",
-]
+    "DMPO", "DSPO", "METHODS", "SDPO", "SNPO", "VARIANTS", "AlphaDPO", "ChainObjective", "DiffusionDPO", "Draws",
+    "Follows", "InPO", "InversionDPO", "LinearDPO", "MaPO", "Method", "Objective", "ObjectiveOutput", "PairBatch",
+    "PolyDPO", "SingleTimestepObjective", "SmPO", "TimestepSampling", "build_objective",
+]  # fmt: skip
 
 _ALL = (DiffusionDPO, InPO, SmPO, InversionDPO, SDPO, DMPO, DSPO, LinearDPO, AlphaDPO, PolyDPO, SNPO, MaPO)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

@@ -130,9 +130,15 @@ class KTO:
 
 
 def kto(
-    policy_pred: Tensor, reference_pred: Tensor, target: Tensor, liked: Tensor, *, kappa: Tensor | None = None,
-    gather: Gather | None = None, **options: Any,
-) -> KTOLoss:  # fmt: skip
+    policy_pred: Tensor,
+    reference_pred: Tensor,
+    target: Tensor,
+    liked: Tensor,
+    *,
+    kappa: Tensor | None = None,
+    gather: Gather | None = None,
+    **options: Any,
+) -> KTOLoss:
     """:meth:`KTO.loss` with these options of :class:`KTO`."""
     return KTO(**options).loss(policy_pred, reference_pred, target, liked, kappa=kappa, gather=gather)
 

@@ -206,9 +206,14 @@ class SingleTimestepMethod(Method):
         return None if self.auto_beta is None else AutoBeta(self.auto_beta, minimum=1e-3 * self.beta, maximum=self.beta)
 
     def score(
-        self, policy_pred: Tensor, reference_pred: Tensor | None, target: Tensor, pair_weight: Tensor | None = None,
-        gather: Gather | None = None, auto_beta: AutoBeta | None = None,
-    ) -> Scored:  # fmt: skip
+        self,
+        policy_pred: Tensor,
+        reference_pred: Tensor | None,
+        target: Tensor,
+        pair_weight: Tensor | None = None,
+        gather: Gather | None = None,
+        auto_beta: AutoBeta | None = None,
+    ) -> Scored:
         """What :meth:`finish` makes a loss of; arguments as of :meth:`loss`."""
         statistics, scale = pair_statistics(policy_pred, reference_pred, target), None
         safeguarded = statistics

@@ -69,8 +69,8 @@ def uniform(seed: int, offset: int, index: Tensor) -> Tensor:
     return ((bits[:, 0] << 21) | (bits[:, 1] >> 11)).double() * 2.0**-53
 
 
-def integers(seed: int, offset: int, index: Tensor, high: int | Tensor) -> Tensor:
-    """One whole number in ``[0, high)`` per stream, int64 ``(n,)``; ``high``: at most 2³¹, or one for each stream."""
+def integers(seed: int, offset: int, index: Tensor, high: int) -> Tensor:
+    """One whole number in ``[0, high)`` per stream, int64 ``(n,)``; ``high``: at most 2³¹."""
     return (uniform(seed, offset, index) * high).long()
 
 
