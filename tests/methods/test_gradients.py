@@ -105,29 +105,27 @@ def test_inversion_dpo(variant: str, sampled: int | None, dtype: torch.dtype) ->
         stored = method.reference_predictions(reference, chain, *prompts)
         cached = dataclasses.replace(batch, trajectory=chain)
         givens += [(cached, reference), (dataclasses.replace(cached, reference_pred=stored), refuse)]
-    for (given, network), micro in itertools.product(givens, (PAIRS, 1)):
-        ways = [(None, None), *itertools.product((1, 2), SIZES)]
-        for passes, max_batch in ways:
-            policy, results = networks(dtype)[0], []
-            for part in split(given, micro):
-                if passes is None:
-                    results.append(method(policy, network, part, seed=SEED))
-                    (results[-1].loss * micro / PAIRS).backward()
-                    continue
-                terms = stream(method, policy, network, part, passes, max_batch)
-                for call in range(terms.calls):
-                    (terms.term(call) * micro / PAIRS).backward()
-                results.append(terms.result)
-            where = (network is refuse, passes, max_batch, micro)
-            assert policy.gradient().dtype == dtype
-            assert relative(policy.gradient(), expected) < TOLERANCE[dtype], where
-            assert relative(torch.cat([result.margin for result in results]), margins) < TOLERANCE[dtype], where
-            loss = torch.stack([result.loss for result in results]).mean()
-            assert relative(loss, torch.nn.functional.softplus(-margins).mean()) < TOLERANCE[dtype], where
-            errors = {result.policy_mse.shape for result in results} | {
-                result.reference_mse.shape for result in results
-            }
-            assert errors == {(2 * micro, sampled or LEVELS)}
+    ways = [(None, None), *itertools.product((1, 2), SIZES)]
+    for number, (passes, max_batch), micro in pairwise(range(len(givens)), ways, (PAIRS, 1)):
+        given, network = givens[number]
+        policy, results = networks(dtype)[0], []
+        for part in split(given, micro):
+            if passes is None:
+                results.append(method(policy, network, part, seed=SEED))
+                (results[-1].loss * micro / PAIRS).backward()
+                continue
+            terms = stream(method, policy, network, part, passes, max_batch)
+            for call in range(terms.calls):
+                (terms.term(call) * micro / PAIRS).backward()
+            results.append(terms.result)
+        where = (number, passes, max_batch, micro)
+        assert policy.gradient().dtype == dtype
+        assert relative(policy.gradient(), expected) < TOLERANCE[dtype], where
+        assert relative(torch.cat([result.margin for result in results]), margins) < TOLERANCE[dtype], where
+        loss = torch.stack([result.loss for result in results]).mean()
+        assert relative(loss, torch.nn.functional.softplus(-margins).mean()) < TOLERANCE[dtype], where
+        for result in results:
+            assert result.policy_mse.shape == result.reference_mse.shape == (2 * micro, sampled or LEVELS)
 
 
 def single_timestep(name: str, **options: Any) -> SingleTimestepObjective:
