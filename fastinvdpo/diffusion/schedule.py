@@ -311,9 +311,7 @@ def ancestral_variance(schedule: NoiseSchedule, lower: Tensor, upper: Tensor) ->
 def predicted_clean_and_noise(
     schedule: NoiseSchedule, latents: Tensor, prediction: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``(x̂_0, ε̂)`` that a network's ``prediction`` at ``latents`` of int64 ``levels`` ``(n,)`` stands for; shapes of
-    ``latents``.
-    """
+    """``(x̂_0, ε̂)`` that a ``prediction`` at ``latents`` ``(n, …)`` of int64 ``levels`` ``(n,)`` stands for."""
     a, b = schedule.rates(levels.to(latents.device))
     if schedule.prediction_type == "epsilon":
         return combine(latents, 1 / a, prediction, -b / a), prediction
@@ -326,25 +324,19 @@ def predicted_clean_and_noise(
 
 
 def add_noise(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """``x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε``, or ``(1 − σ_t)·x_0 + σ_t·ε``, for ``(n, …)`` tensors and int64 ``levels``
-    ``(n,)``.
-    """
+    """``√ᾱ_t·x_0 + √(1 − ᾱ_t)·ε``, or ``(1 − σ_t)·x_0 + σ_t·ε``, of tensors ``(n, …)`` at int64 ``levels`` ``(n,)``."""
     a, b = schedule.rates(levels.to(clean.device))
     return combine(clean, a, noise, b)
 
 
 def recover_noise(schedule: NoiseSchedule, noisy: Tensor, clean: Tensor, levels: Tensor) -> Tensor:
-    """``(x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)``, or ``(x_t − (1 − σ_t)·x_0) / σ_t``: the noise that makes ``clean`` into
-    ``noisy`` at int64 ``levels`` ``(n,)``.
-    """
+    """The noise in ``noisy``: ``(x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)``, or ``(x_t − (1 − σ_t)·x_0) / σ_t`` of a flow."""
     a, b = schedule.rates(levels.to(noisy.device))
     return combine(noisy, 1 / b, clean, -a / b)
 
 
 def prediction_target(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """What a perfect network predicts: ``ε``, ``v = √ᾱ·ε − √(1 − ᾱ)·x_0``, ``x_0`` or the velocity ``ε − x_0``, by the
-    schedule's prediction type.
-    """
+    """What a perfect network predicts: ``ε``, ``v = √ᾱ·ε − √(1 − ᾱ)·x_0``, ``x_0`` or the velocity ``ε − x_0``."""
     if schedule.prediction_type == "epsilon":
         return noise
     if schedule.prediction_type == "sample":
@@ -361,8 +353,6 @@ def combine(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Te
 
 
 def stack_coefficients(sample: Tensor, *columns: Tensor) -> Tensor:
-    """The float64 columns ``(n,)`` as the table that ``affine_step`` takes: float32, or float64 for a float64
-    ``sample``.
-    """
+    """The columns ``(n,)`` as ``affine_step``'s table: float32, or float64 for a float64 ``sample``."""
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     return torch.stack(columns, dim=1).to(sample.device, dtype)

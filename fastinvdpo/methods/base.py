@@ -249,9 +249,7 @@ class Method(ABC):
 
     @property
     def reference_chain(self) -> dict[str, Any] | None:
-        """The options that a chain depends on which the reference inverts, so that a cache can hold it; None: there is
-        no such chain.
-        """
+        """The options that decide a chain which the reference inverts and a cache may hold; None: there is none."""
         return None
 
     @property

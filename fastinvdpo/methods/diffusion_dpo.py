@@ -42,9 +42,7 @@ class DiffusionDPO(SingleTimestepMethod):
 
 
 class _Convention(NamedTuple):
-    """How a script writes the loss: ``z = −scale·beta_dpo·(Δ_winner − Δ_loser)``, what a tie counts, and what its
-    ``--loss_type`` may be.
-    """
+    """``z = −scale·beta_dpo·(Δ_winner − Δ_loser)``, what a tie counts, and the script's ``--loss_type``."""
 
     scale: float
     tie: float

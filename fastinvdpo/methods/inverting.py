@@ -32,9 +32,7 @@ PREFERENCE_SCALE = 10.0
 
 
 def preference_probability(winner_scores: Tensor, loser_scores: Tensor, score_range: float = PICKSCORE_RANGE) -> Tensor:
-    """``p = σ((score_w − score_l)/κ)``, the probability that the winner is preferred; ``(B,)`` from two ``(B,)`` (SmPO,
-    arXiv 2506.02698).
-    """
+    """``p = σ((score_w − score_l)/κ)``, that the winner is preferred; all ``(B,)`` (SmPO, arXiv 2506.02698)."""
     if not (math.isfinite(score_range) and score_range > 0):
         raise invalid("score_range", score_range, "must be positive", "use the range of the scores over the data set")
     if winner_scores.shape != loser_scores.shape:
@@ -44,9 +42,7 @@ def preference_probability(winner_scores: Tensor, loser_scores: Tensor, score_ra
 
 
 def smoothed_pair_weight(probability: Tensor, preference_scale: float = PREFERENCE_SCALE) -> Tensor:
-    """``ρ = λ(2p − 1)``: a tie weighs nothing, a certain preference ``λ``; shape and dtype of ``probability`` (SmPO,
-    arXiv 2506.02698).
-    """
+    """``ρ = λ(2p − 1)``: 0 for a tie, ``λ`` for certainty; as ``probability`` (SmPO, arXiv 2506.02698)."""
     if not (math.isfinite(preference_scale) and preference_scale > 0):
         raise invalid("preference_scale", preference_scale, "must be positive", "the published value is 10")
     return preference_scale * (2 * probability - 1)

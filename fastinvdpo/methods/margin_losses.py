@@ -196,9 +196,7 @@ class LinearDPOLoss(NamedTuple):
 
 
 def linear_dpo(policy_pred: Tensor, reference_pred: Tensor, target: Tensor, **options: Any) -> LinearDPOLoss:
-    """The loss block of Linear-DPO's scripts; predictions as of :func:`fastinvdpo.preference_loss`, options of
-    :class:`LinearDPO` but ``compat``.
-    """
+    """The loss block of Linear-DPO's scripts; predictions ``(2B, …)``, options of :class:`LinearDPO` but ``compat``."""
     method = LinearDPO(**options, compat="released")
     result = method.finish(method.score(policy_pred, reference_pred, target))
     ratio, errors = method.weight(result.margin), (result.policy_mse.mean(), result.reference_mse.mean())

@@ -151,9 +151,7 @@ class MaPOLoss(NamedTuple):
 
 
 def mapo(policy_pred: Tensor, target: Tensor, **options: Any) -> MaPOLoss:
-    """``compute_loss`` of MaPO's script, in a form that keeps its digits; predictions ``(2B, …)``, options of
-    :class:`MaPO`.
-    """
+    """``compute_loss`` of MaPO's script, keeping its digits; predictions ``(2B, …)``, options of :class:`MaPO`."""
     method = MaPO(**options)
     scored = method.score(policy_pred, None, target)
     winner, loser = scored.statistics.policy_mse.chunk(2)

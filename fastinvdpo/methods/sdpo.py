@@ -147,16 +147,12 @@ def sdpo(
 def dmpo(
     policy_pred: Tensor, reference_pred: Tensor, target: Tensor, *, mu: float | None = None, **options: Any
 ) -> SafeguardedLoss:
-    """The loss block of Diffusion-SDPO's script with ``--train_method dmpo``; arguments as of :func:`sdpo`, ``mu`` None
-    without the safeguard, ``options`` of :class:`DMPO`.
-    """
+    """The same script with ``--train_method dmpo``: as :func:`sdpo`, options of :class:`DMPO`."""
     return _script_loss(DMPO(safeguard=mu, **options), policy_pred, reference_pred, target)
 
 
 def dspo(
     policy_pred: Tensor, reference_pred: Tensor, target: Tensor, *, mu: float | None = None, **options: Any
 ) -> SafeguardedLoss:
-    """The loss block of DSPO's script, or of Diffusion-SDPO's with ``--train_method dspo``; arguments as of
-    :func:`sdpo`, ``mu`` None without the safeguard, ``options`` of :class:`DSPO`.
-    """
+    """DSPO's script, or the same with ``--train_method dspo``: as :func:`sdpo`, options of :class:`DSPO`."""
     return _script_loss(DSPO(safeguard=mu, **options), policy_pred, reference_pred, target)

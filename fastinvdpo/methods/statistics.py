@@ -84,9 +84,7 @@ def loser_scale(
 
 
 def scale_losers(statistics: PairStatistics, scale: Tensor, pair_weight: Tensor | None = None) -> PairStatistics:
-    """The same values; what flows back to the losers is multiplied by ``scale``, ``(B,)``; ``pair_weight`` as of
-    :func:`loser_scale`.
-    """
+    """The same values; what flows back to losers is multiplied by ``scale``, of :func:`loser_scale`."""
     sides = torch.stack([torch.ones_like(scale), scale])
     if pair_weight is not None:
         sides = torch.where(pair_weight < 0, sides.flip(0), sides)

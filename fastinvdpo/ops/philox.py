@@ -23,9 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 def blocks(seed: int, offset: int, index: Tensor, count: int) -> Tensor:
-    """The first ``count`` Philox blocks of every stream: int64 ``(n, count, 4)`` holding uint32 values, for ``index``
-    int64 ``(n,)``.
-    """
+    """The first ``count`` blocks of every stream ``index`` int64 ``(n,)``: uint32 values in int64 ``(n, count, 4)``."""
     check_key(seed, offset)
     block = torch.arange(count, device=index.device)
     shape = (index.numel(), count)

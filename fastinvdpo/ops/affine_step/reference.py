@@ -47,9 +47,7 @@ def forward(
 def backward(
     grad: Tensor, coefficients: Tensor, active: Tensor | None, columns: list[int], dtypes: list[torch.dtype]
 ) -> list[Tensor]:
-    """The gradients of the tensors that ``columns`` of the table belong to (0: the sample), each in a dtype of its own,
-    in the shape and layout of ``grad``.
-    """
+    """The gradients of the tensors of these ``columns`` (0: the sample), in their ``dtypes``; layout of ``grad``."""
     float64 = torch.float64 in (grad.dtype, *dtypes)
     table = per_sample(coefficients.double() if float64 else coefficients.float(), grad)
     wide = grad.double() if float64 else grad.float()

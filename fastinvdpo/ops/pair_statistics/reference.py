@@ -15,9 +15,7 @@ from fastinvdpo.ops.checks import arithmetic_dtype
 def forward(
     policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tensor | None, paired: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``m(k·e²)``, ``m(k·e·d)``, ``m(k·d²)``, ``(N,)``, ``m(k·e_w·e_l)``, ``(B,)``, and ``m(k)``, ``(N,)``; ``(0,)`` in
-    place of what is not defined.
-    """
+    """``m(k·e²)``, ``m(k·e·d)``, ``m(k·d²)``, ``(N,)``, ``m(k·e_w·e_l)``, ``(B,)``, ``m(k)``, ``(N,)``; or ``(0,)``."""
     dtype = arithmetic_dtype(policy, reference, target)
     p, error = policy.to(dtype), policy.to(dtype) - target.to(dtype)
     k = None if mask is None else mask.to(dtype)

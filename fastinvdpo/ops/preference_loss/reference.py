@@ -25,9 +25,7 @@ def forward(
     utility: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss (), margin (B,), policy_mse, reference_mse)``, the errors ``(2B,)`` or ``(2B, K)``; ``target=None``: it
-    is the reference.
-    """
+    """``(loss (), margin (B,), policy_mse, reference_mse)``; ``target=None``: it is the reference."""
     dtype = arithmetic_dtype(policy, reference, target)
     batch_dims = 1 if timestep_weight is None else 2
     p, r = (tensor.to(dtype).flatten(batch_dims) for tensor in (policy, reference))
@@ -57,9 +55,7 @@ def backward(  # noqa: PLR0913 - the op's schema
     utility: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The gradient with respect to ``policy``, in its shape, dtype and layout: ``2(p − τ)/n`` times one scalar per
-    sample and timestep.
-    """
+    """The gradient of ``policy``, in its dtype and layout: ``2(p − τ)/n`` times a scalar per sample and timestep."""
     dtype, batch_dims = margin.dtype, 1 if timestep_weight is None else 2
     grad_z = torch.zeros_like(margin)
     if grad_loss is not None:

@@ -138,9 +138,7 @@ def _unobserved(*tensors: Tensor | None) -> bool:
 
 
 class _Direct(torch.autograd.Function):
-    """The formula of ``register_autograd`` around the same kernels, without the ways through the dispatcher: with few
-    pairs they take longer than the kernels.
-    """
+    """``register_autograd``'s formula, without the dispatcher, which takes longer than the kernels of a few pairs."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Results:
