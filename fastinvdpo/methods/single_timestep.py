@@ -24,15 +24,7 @@ from fastinvdpo.methods.base import (
     PairBatch,
     check_batch,
 )
-from fastinvdpo.methods.statistics import (
-    AutoBeta,
-    Gather,
-    Scored,
-    loser_scale,
-    pair_margin,
-    reference_mse,
-    scale_losers,
-)
+from fastinvdpo.methods.statistics import AutoBeta, Gather, Scored, pair_margin, reference_mse, safeguard
 from fastinvdpo.ops import PairStatistics, PreferenceLoss, pair_statistics, philox, preference_loss
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
@@ -130,7 +122,7 @@ class SingleTimestepMethod(Method):
     Attributes:
         timesteps: how timesteps are drawn: a :class:`TimestepSampling`, or a mapping of some of its attributes.
         safeguard: μ of Diffusion-SDPO in [0, 1], which scales down the loser's gradient where it would raise the
-            winner's error (``statistics.loser_scale``): pair by pair; with ``compat`` by micro-batch. None: off.
+            winner's error (``statistics.safeguard``): pair by pair; with ``compat`` by micro-batch. None: off.
         anchor: A, adds ``A·mean m((p − r)²)`` over both sides (Flow-DPO of SimpleTuner).
         sft_weight: adds so much of the winners' mean squared error.
         auto_beta: f in (0, ½), the mean of ``σ(−z)`` that β is chosen for (Flow-DPO of SimpleTuner): from an average
@@ -215,12 +207,13 @@ class SingleTimestepMethod(Method):
         auto_beta: AutoBeta | None = None,
     ) -> Scored:
         """What :meth:`finish` makes a loss of; arguments as of :meth:`loss`."""
-        statistics, scale = pair_statistics(policy_pred, reference_pred, target), None
-        safeguarded = statistics
+        statistics = pair_statistics(policy_pred, reference_pred, target)
+        safeguarded, scale = statistics, None
         if self.safeguard is not None:
             elements = policy_pred[0].numel() if self.compat else None
-            scale = loser_scale(statistics, self.safeguard, pair_weight=pair_weight, released_elements=elements)
-            safeguarded = scale_losers(statistics, scale, pair_weight)
+            safeguarded, scale = safeguard(
+                statistics, self.safeguard, pair_weight=pair_weight, released_elements=elements
+            )
         margin = self.margin(safeguarded)
         margin = margin if pair_weight is None else pair_weight.to(margin.dtype) * margin
         if self.auto_beta is not None:
