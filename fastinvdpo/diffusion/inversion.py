@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -236,9 +236,15 @@ def _walk(
             used = outputs if len(outputs) <= MAX_OUTPUTS else [weighted_sum(outputs, weights)]
             last = iteration == len(tables)
             target = affine_step(source, used, table[step, :m], active=active, trajectory=stored if last else None)
-        if settings.eta:
-            given = None if noise is None else noise[step, :m].to(device)
-            _add_step_noise(target, noise_table[step, :m], settings, step, noise_index[:m], given, active)
+        if settings.eta:  # where the latents are: nobody has seen them yet
+            one, scale = torch.ones_like(noise_table[step, :m]), noise_table[step, :m]
+            if noise is not None:
+                table, given = torch.stack([one, scale], dim=1), noise[step, :m].to(device)
+                affine_step(target, [given], table, active=active, out=target)
+            else:
+                key: dict[str, Any] = {"seed": settings.seed, "offset": settings.noise_offset + step}
+                key |= {"noise_scale": scale, "noise_index": noise_index[:m]}
+                affine_step(target, [], one.unsqueeze(1), active=active, out=target, **key)
         latents = target if m == samples else torch.cat([target, latents[m:]])
         if trajectory is not None and stored is None:
             trajectory[:, step] = latents
@@ -259,33 +265,6 @@ def _step_tables(
         flat = stack_coefficients(like, *(column.flatten() for column in columns))
         tables.append(flat.unflatten(0, scale_out.shape))
     return tables
-
-
-def _add_step_noise(
-    latents: Tensor,
-    scale: Tensor,
-    settings: InversionSettings,
-    step: int,
-    noise_index: Tensor,
-    given: Tensor | None,
-    active: Tensor | None,
-) -> None:
-    """To ``latents`` where they are: nobody has seen them yet."""
-    one = torch.ones_like(scale)
-    if given is not None:
-        affine_step(latents, [given], torch.stack([one, scale], dim=1), active=active, out=latents)
-        return
-    affine_step(
-        latents,
-        [],
-        one.unsqueeze(1),
-        active=active,
-        noise_scale=scale,
-        noise_index=noise_index,
-        seed=settings.seed,
-        offset=settings.noise_offset + step,
-        out=latents,
-    )
 
 
 def invert(
