@@ -20,6 +20,7 @@ from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
 from fastinvdpo.methods import Draws, ObjectiveOutput, PairBatch, build_objective
 from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
 from tests.cases import GOLDEN, load_golden
+from tests.methods.problems import relative
 
 diffusers = pytest.importorskip("diffusers", reason="the recorded runs need diffusers' UNet: pip install '.[train]'")
 
@@ -34,12 +35,6 @@ RUNS = {
     "smpo/sd15_b1_d020": ("smpo", 1e-6),
     "invdpo/sdxl_n4": ("inversion-dpo", 1e-6),
 }
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖."""
-    actual, expected = actual.detach().double(), expected.double()
-    return float((actual - expected).norm() / expected.norm())
 
 
 @functools.cache
@@ -88,10 +83,6 @@ def scheduler_config(settings: dict) -> dict:
     return {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False}
 
 
-def compat_of(name: str) -> str:
-    return "released-diffusers-0.20" if name.endswith("d020") else "released"
-
-
 def conditioning(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     result = {"text": tensors["in.text_emb"]}
     if "in.pooled" in tensors:
@@ -124,10 +115,7 @@ def run(
         difference = PICKSCORE_RANGE * torch.logit(tensors["in.probs"].double())
         scores = torch.cat([difference, torch.zeros(pairs)]).to(dtype)
     if method == "inversion-dpo":
-        options |= {
-            "num_inference_steps": settings["num_inference_steps"],
-            "guidance_scale": settings["guidance_scale"],
-        }
+        options |= {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
         unconditional = {key: value if key == "time_ids" else torch.zeros_like(value) for key, value in told.items()}
     batch = PairBatch(
         latents=torch.cat([tensors["in.latents_win"], tensors["in.latents_lose"]]).to(dtype),
@@ -141,7 +129,7 @@ def run(
         noise = tensors["in.noise"][:pairs]
     timesteps = tensors["in.timesteps"][:pairs] if "in.timesteps" in tensors else None
     draws = Draws(timesteps, None if noise is None else noise.to(dtype))
-    options["compat"] = compat_of(name)
+    options["compat"] = "released-diffusers-0.20" if name.endswith("d020") else "released"
     objective = build_objective(method, NoiseSchedule.from_config(config), **options)
     if float64_schedule:
         objective = dataclasses.replace(objective, schedule=NoiseSchedule.from_config(config))
@@ -268,16 +256,12 @@ def test_values_along_the_inversion_dpo_chain() -> None:
         assert relative(weight, result.expected("mid.weight")) < bound
         total = (weight * output.policy_mse[row].detach().flip(0)).sum()
         assert relative(total, result.expected(f"mid.{side}_total_diff").squeeze()) < bound
-        raw = network(result.policy)(
-            output.noisy_latents[row].repeat_interleave(2, 0),
-            plan.target[0].repeat_interleave(2),
-            {
-                key: torch.stack([result.batch.unconditional[key][row], value[row]]).repeat(
-                    count, *[1] * (value.ndim - 1)
-                )
-                for key, value in result.batch.conditioning.items()
-            },
-        ).unflatten(0, (count, 2))
+        latents, times = output.noisy_latents[row].repeat_interleave(2, 0), plan.target[0].repeat_interleave(2)
+        both = {
+            key: torch.stack([result.batch.unconditional[key][row], value[row]]).repeat(count, *[1] * (value.ndim - 1))
+            for key, value in result.batch.conditioning.items()
+        }
+        raw = network(result.policy)(latents, times, both).unflatten(0, (count, 2))
         assert relative(raw, result.expected(f"mid.raw_policy_{side}")) < bound
 
 

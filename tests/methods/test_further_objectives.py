@@ -100,9 +100,8 @@ def test_loss_and_gradient_are_those_of_the_formula(case: str) -> None:
     expected = formula(-25 * (gap[0] - gap[1]), error, gap, sides((p - r) ** 2)).mean()
     torch.testing.assert_close(output.loss, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient(output), torch.autograd.grad(expected, p)[0], rtol=1e-8, atol=1e-13)
-    torch.testing.assert_close(
-        output.reference_mse, torch.cat(sides((r - target) ** 2)).detach(), atol=1e-12, rtol=1e-9
-    )
+    errors = torch.cat(sides((r - target) ** 2)).detach()
+    torch.testing.assert_close(output.reference_mse, errors, atol=1e-12, rtol=1e-9)
 
 
 def _lambda(output: ObjectiveOutput, mu: float) -> Tensor:
