@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the scheduler when it is used: it is a class of diffusers, where that is installed."""
+    """Import the scheduler, which needs diffusers, when it is used."""
     if name != "DDIMInverseScheduler":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler
