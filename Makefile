@@ -64,8 +64,8 @@ test: $(READY)
 # (PART=3); a file whose tests share something long in the making stays with one process.
 DEEP_1 = tests/kernels/interpreted.py::test_interpreted
 DEEP_2 = tests/kernels/interpreted.py::test_through_the_public_ops
-DEEP_3 = tests/kernels/sanitized.py
-DEEP_4 = tests/kernels/instruction_sets.py tests/ops/test_inductor.py tests/trainer/launched.py
+DEEP_3 = tests/kernels/native_run.py
+DEEP_4 = tests/ops/test_inductor.py tests/trainer/launched.py
 DEEP_5 = $(addprefix tests/trainer/,curves.py processes.py)
 DEEP_6 = $(addprefix tests/trainer/,killed.py shared_gradients.py)
 DEEP_7 = tests/trainer/chain.py

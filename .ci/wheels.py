@@ -22,7 +22,7 @@ print(json.dumps({
     "torch": importlib.util.find_spec("torch") is not None,
 }))
 """
-TRY = "from fastinvdpo import native; print(native.unavailable() or native.build_info())"
+TRY = "from fastinvdpo.ops import native; print(native.unavailable() or native.build_info())"
 
 
 def output(*command: str | Path, **options) -> str:

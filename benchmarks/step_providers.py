@@ -24,8 +24,8 @@ from fastinvdpo.methods import (
     InPO,
     PairBatch,
 )
-from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability
-from fastinvdpo.methods.pairs import STREAM_INVERSION, STREAM_NOISE, STREAM_TIMESTEP
+from fastinvdpo.methods.base import STREAM_INVERSION, STREAM_NOISE, STREAM_TIMESTEP
+from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import PreferenceTrainer

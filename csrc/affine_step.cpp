@@ -18,30 +18,8 @@ constexpr int64_t kGrain = 2;
 
 inline char* sample_of(const Samples& tensor, int64_t i) { return tensor.data + i * tensor.pitch * bytes_of(tensor.storage); }
 
-namespace baseline {
-#define FID_VECTOR 16
-#include "affine_step_cpu.h"
-#undef FID_VECTOR
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#define FID_VECTOR 32
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#include "affine_step_cpu.h"
-}
-#pragma GCC pop_options
-#undef FID_VECTOR
-#define FID_VECTOR 64
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace avx512 {
-#include "affine_step_cpu.h"
-}
-#pragma GCC pop_options
-#undef FID_VECTOR
-#endif
+#define FID_LOOPS "affine_step_cpu.h"
+#include "each_isa.h"
 
 // Calls kernel(arguments, sample, begin, end) for every chunk of every sample.
 template <class Arguments>

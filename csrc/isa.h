@@ -1,5 +1,5 @@
 // Which x86 instruction set the CPU has. A kernel's inner loops are a header that is compiled once for each set, inside a namespace and
-// a target region of its own (preference_loss.cpp shows how); the set is chosen at run time.
+// a target region of its own (each_isa.h); the set is chosen at run time.
 #pragma once
 
 #if defined(__x86_64__)

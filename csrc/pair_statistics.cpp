@@ -29,30 +29,8 @@ struct GradientRows : StatisticsRows {
   bool past_caches;  // whether the gradient is written past the caches
 };
 
-namespace baseline {
-#define FID_VECTOR 16
-#include "pair_statistics_cpu.h"
-#undef FID_VECTOR
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#define FID_VECTOR 32
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#include "pair_statistics_cpu.h"
-}
-#pragma GCC pop_options
-#undef FID_VECTOR
-#define FID_VECTOR 64
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace avx512 {
-#include "pair_statistics_cpu.h"
-}
-#pragma GCC pop_options
-#undef FID_VECTOR
-#endif
+#define FID_LOOPS "pair_statistics_cpu.h"
+#include "each_isa.h"
 
 struct Inputs {
   const Tensor &policy, &target;

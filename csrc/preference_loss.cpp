@@ -27,30 +27,8 @@ struct BackwardRow {
   bool past_caches;  // whether the gradient is written past the caches
 };
 
-namespace baseline {
-#define FID_VECTOR 16
-#include "preference_loss_cpu.h"
-#undef FID_VECTOR
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#define FID_VECTOR 32
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#include "preference_loss_cpu.h"
-}
-#pragma GCC pop_options
-#undef FID_VECTOR
-#define FID_VECTOR 64
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace avx512 {
-#include "preference_loss_cpu.h"
-}
-#pragma GCC pop_options
-#undef FID_VECTOR
-#endif
+#define FID_LOOPS "preference_loss_cpu.h"
+#include "each_isa.h"
 
 // The batch as rows of n elements: one row per sample and timestep.
 struct Shape {

@@ -8,7 +8,7 @@ from fastinvdpo import losses
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
 from fastinvdpo.methods import Draws, PairBatch, build_objective
-from fastinvdpo.methods.losses import DiffusionDPOLoss, diffusion_dpo_loss
+from fastinvdpo.methods.diffusion_dpo import DiffusionDPOLoss, diffusion_dpo_loss
 from fastinvdpo.ops import PairStatistics, PreferenceLoss, affine_step, pair_statistics, preference_loss
 from fastinvdpo.ops.dispatch import use_backend
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the scheduler when it is used: it is a class of diffusers, where that is installed."""
+    """Import the scheduler, which needs diffusers, when it is used."""
     if name != "DDIMInverseScheduler":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler

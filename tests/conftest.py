@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 # Read by huggingface_hub and matplotlib when they are imported, so before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,3 +33,13 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     monkeypatch.delenv(VARIABLE, raising=False)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory from torch.empty holds NaN, so that an element that no kernel writes shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -193,9 +193,7 @@ def test_below_the_models_there_is_torch_alone() -> None:
     core = [path for path in PACKAGE.rglob("*.py") if room_of(path) not in BESIDE_METHODS | ABOVE | {"io", "output"}]
     found = [item for path in core for item in imports(path)]
     wrong = [item for item in found if item.top not in allowed or item.module.startswith("torch.distributed")]
-    # The drop-in for diffusers' class also loads as that one does: scheduler_config.json, or the hub through diffusers.
-    loading = {("inverse_scheduler.py", "json"), ("inverse_scheduler.py", "diffusers")}
-    wrong = [item for item in wrong if (item.where.name, item.top) not in loading]
+    wrong = [item for item in wrong if (item.where.name, item.top) != ("inverse_scheduler.py", "diffusers")]
     assert [str(item) for item in wrong] == []
 
 

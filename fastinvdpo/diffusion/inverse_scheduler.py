@@ -1,20 +1,16 @@
-"""A drop-in for diffusers' ``DDIMInverseScheduler`` whose step runs through the fused op.
-
-Where diffusers is installed, the class is a diffusers scheduler: pipelines accept, save and load it. Elsewhere it reads
-a configuration from a mapping or a directory. ``import fastinvdpo`` imports this module when the class is first used.
+"""A drop-in for diffusers' ``DDIMInverseScheduler`` whose step runs through the fused op: pipelines accept, save and
+load it. It needs diffusers, and ``import fastinvdpo`` imports this module when the class is first used.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import (
     NoiseSchedule,
     affine_coefficients,
@@ -23,57 +19,13 @@ from fastinvdpo.diffusion.schedule import (
     stack_coefficients,
 )
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import read_object
 from fastinvdpo.ops import affine_step
 
-try:
-    import diffusers  # noqa: F401 - so that the error below names it, and not one of its modules
-    from diffusers.configuration_utils import ConfigMixin, register_to_config
-    from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-except ModuleNotFoundError as error:
-    if error.name != "diffusers":
-        raise
+require("diffusers", extra="train", purpose="DDIMInverseScheduler")
 
-    class DDIMSchedulerOutput(NamedTuple):  # type: ignore[no-redef]
-        prev_sample: Tensor
-        pred_original_sample: Tensor
-
-    class _Config(dict[str, Any]):
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return self[name]
-            except KeyError:
-                raise AttributeError(name) from None
-
-    def register_to_config(init: Any) -> Any:
-        signature = inspect.signature(init)
-
-        @functools.wraps(init)
-        def registered(self: Any, *arguments: Any, **options: Any) -> None:
-            given = signature.bind(self, *arguments, **options)
-            given.apply_defaults()
-            self.config = _Config(list(given.arguments.items())[1:-1])  # neither self nor kwargs
-            init(self, *arguments, **options)
-
-        return registered
-
-    class SchedulerMixin:  # type: ignore[no-redef]
-        @classmethod
-        def from_pretrained(cls, path: str | Path, subfolder: str | None = None, **overrides: Any) -> Any:
-            file = Path(path, subfolder or "", "scheduler_config.json")
-            if not file.is_file():
-                remedy = "pass the folder of a scheduler, or install diffusers to load from the hub"
-                raise invalid("path", str(path), f"holds no {file.relative_to(path)}", remedy)
-            return cls.from_config(read_object(file, "path"), **overrides)  # type: ignore[attr-defined]
-
-    class ConfigMixin:  # type: ignore[no-redef]
-        @classmethod
-        def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-            return cls(**{**config, **kwargs})
-
-        def register_to_config(self, **options: Any) -> None:
-            self.config.update(options)  # type: ignore[attr-defined]
+from diffusers.configuration_utils import ConfigMixin, register_to_config  # noqa: E402
+from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput  # noqa: E402
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
 
 
 class DDIMInverseScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]

@@ -8,8 +8,8 @@ front: samples that have arrived leave it by slicing, and each costs exactly its
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def plan_inversion(schedule: NoiseSchedule, levels: Tensor, num_inference_steps:
     ``levels`` is int64 ``(n,)`` on the host, in ``[0, T_train)``. A sample at level ``t`` makes one step to every grid
     level below ``t`` and one to ``t``.
     """
-    check_levels("levels", schedule, levels)
+    check_levels(schedule, levels)
     grid = inversion_levels(schedule, num_inference_steps)
     steps = torch.searchsorted(grid, levels.contiguous()) + 1
     highest = grid.new_full((1,), schedule.num_train_timesteps - 1)
@@ -80,7 +80,7 @@ def plan_grid(schedule: NoiseSchedule, samples: int, num_inference_steps: int) -
 def plan_levels(grid: Tensor, samples: int) -> InversionPlan:
     """Every sample climbs the whole of a grid of ascending levels."""
     target = grid.expand(samples, -1)
-    source = torch.cat([target.new_full((samples, 1), -1), target[:, :-1]], dim=1)
+    source = torch.cat([grid.new_full((1,), -1), grid])[: len(grid)].expand(samples, -1)
     return InversionPlan(source, target, torch.full((samples,), len(grid)), source, target)
 
 
@@ -96,20 +96,18 @@ def plan_released(
     interval just crossed, and the network gets the source, in the first step one spacing below the grid, which is
     negative.
     """
-    check_levels("levels", schedule, levels)
-    grid = inversion_levels(schedule, num_inference_steps)
+    check_levels(schedule, levels)
+    grid, samples = inversion_levels(schedule, num_inference_steps), levels.numel()
     spacing = schedule.num_train_timesteps // num_inference_steps
     if diffusers_020:
         times = torch.cat([grid[:1] - spacing, grid[:-1]])
         steps = int((times < levels[0]).sum())
-        source, target, times = (
-            table[:steps].expand(levels.numel(), -1) for table in (times.clamp(min=-1), grid, times)
-        )
-        return InversionPlan(source, target, torch.full((levels.numel(),), steps), source, target, times)
-    target = grid[grid < levels[0]].expand(levels.numel(), -1)
-    source = torch.cat([torch.full((levels.numel(), 1), -1), target[:, :-1]], dim=1)[:, : target.shape[1]]
-    upper = (target + spacing).clamp(max=schedule.num_train_timesteps - 1)
-    return InversionPlan(source, target, torch.full((levels.numel(),), target.shape[1]), target, upper)
+        plan, times = plan_levels(grid[:steps], samples), times[:steps].expand(samples, -1)
+        source = times.clamp(min=-1)
+        return replace(plan, source=source, noise_lower=source, model_times=times)
+    plan = plan_levels(grid[grid < levels[0]], samples)
+    upper = (plan.target + spacing).clamp(max=schedule.num_train_timesteps - 1)
+    return replace(plan, noise_lower=plan.target, noise_upper=upper)
 
 
 class InversionStep(NamedTuple):
@@ -159,10 +157,9 @@ class InversionSettings:
             raise invalid("model_time", self.model_time, "is not known", f"use one of {get_args(ModelTime)}")
         if not 0 <= self.eta <= 1:
             raise invalid("eta", self.eta, "out of range", "use a number from 0 (deterministic) to 1")
-        if isinstance(self.renoise_iterations, bool) or not isinstance(self.renoise_iterations, int):
-            raise invalid("renoise_iterations", self.renoise_iterations, "must be a whole number", "use 0 or 1")
-        if self.renoise_iterations < 0:
-            raise invalid("renoise_iterations", self.renoise_iterations, "is negative", "use 0 or 1")
+        renoise = self.renoise_iterations
+        if isinstance(renoise, bool) or not isinstance(renoise, int) or renoise < 0:
+            raise invalid("renoise_iterations", renoise, "must be a whole number of at least 0", "use 0 or 1")
 
 
 @torch.no_grad()
@@ -187,32 +184,20 @@ def inversion_steps(
     """
     if noise_index is None:
         noise_index = torch.arange(clean.shape[0], device=clean.device)
-    order = None if settings.static_shapes else _longest_first(plan)
-    if order is not None:
-        back = torch.argsort(order).to(clean.device)
-        given = _reorder(order, clean, plan, prompt, noise_index, noise)
-        for number, step in enumerate(_walk(network, schedule, *given[:3], settings, *given[3:])):
-            latents = step.latents[back]
-            if trajectory is not None:
-                trajectory[:, number] = latents
-            yield step._replace(latents=latents, rows=order[step.rows])
-    else:
+    if settings.static_shapes or bool((plan.steps.diff() <= 0).all()):
         yield from _walk(network, schedule, clean, plan, prompt, settings, noise_index, noise, trajectory)
-
-
-def _longest_first(plan: InversionPlan) -> Tensor | None:
-    """The order in which the samples that are still on their way are always the first; None: they are as they stand."""
-    if bool((plan.steps.diff() <= 0).all()):
-        return None
-    return torch.argsort(plan.steps, descending=True, stable=True)
-
-
-def _reorder(
-    order: Tensor, clean: Tensor, plan: InversionPlan, prompt: Prompt, noise_index: Tensor, noise: Tensor | None
-) -> tuple[Tensor, InversionPlan, Prompt, Tensor, Tensor | None]:
-    rows = order.to(clean.device)
+        return
+    # Samples with the longest way first: those that are still on their way are then always the front of the batch.
+    order = torch.argsort(plan.steps, descending=True, stable=True)
+    rows, back = order.to(clean.device), torch.argsort(order).to(clean.device)
+    noise_index = noise_index[order.to(noise_index.device)]
     noise = None if noise is None else noise[:, order.to(noise.device)]
-    return clean[rows], plan.select(order), prompt.select(order), noise_index[order.to(noise_index.device)], noise
+    ordered = (clean[rows], plan.select(order), prompt.select(order), settings, noise_index, noise)
+    for number, step in enumerate(_walk(network, schedule, *ordered)):
+        latents = step.latents[back]
+        if trajectory is not None:
+            trajectory[:, number] = latents
+        yield step._replace(latents=latents, rows=order[step.rows])
 
 
 def _walk(
@@ -251,9 +236,15 @@ def _walk(
             used = outputs if len(outputs) <= MAX_OUTPUTS else [weighted_sum(outputs, weights)]
             last = iteration == len(tables)
             target = affine_step(source, used, table[step, :m], active=active, trajectory=stored if last else None)
-        if settings.eta:
-            given = None if noise is None else noise[step, :m].to(device)
-            _add_step_noise(target, noise_table[step, :m], settings, step, noise_index[:m], given, active)
+        if settings.eta:  # where the latents are: nobody has seen them yet
+            one, scale = torch.ones_like(noise_table[step, :m]), noise_table[step, :m]
+            if noise is not None:
+                table, given = torch.stack([one, scale], dim=1), noise[step, :m].to(device)
+                affine_step(target, [given], table, active=active, out=target)
+            else:
+                key: dict[str, Any] = {"seed": settings.seed, "offset": settings.noise_offset + step}
+                key |= {"noise_scale": scale, "noise_index": noise_index[:m]}
+                affine_step(target, [], one.unsqueeze(1), active=active, out=target, **key)
         latents = target if m == samples else torch.cat([target, latents[m:]])
         if trajectory is not None and stored is None:
             trajectory[:, step] = latents
@@ -276,33 +267,6 @@ def _step_tables(
     return tables
 
 
-def _add_step_noise(
-    latents: Tensor,
-    scale: Tensor,
-    settings: InversionSettings,
-    step: int,
-    noise_index: Tensor,
-    given: Tensor | None,
-    active: Tensor | None,
-) -> None:
-    """To ``latents`` where they are: nobody has seen them yet."""
-    one = torch.ones_like(scale)
-    if given is not None:
-        affine_step(latents, [given], torch.stack([one, scale], dim=1), active=active, out=latents)
-        return
-    affine_step(
-        latents,
-        [],
-        one.unsqueeze(1),
-        active=active,
-        noise_scale=scale,
-        noise_index=noise_index,
-        seed=settings.seed,
-        offset=settings.noise_offset + step,
-        out=latents,
-    )
-
-
 def invert(
     network: Network,
     schedule: NoiseSchedule,
@@ -315,12 +279,7 @@ def invert(
     noise: Tensor | None = None,
 ) -> Tensor:
     """The latents ``(n, …)`` at the end of ``plan``; arguments as :func:`inversion_steps`."""
-    if noise_index is None:
-        noise_index = torch.arange(clean.shape[0], device=clean.device)
-    order, latents = None if settings.static_shapes else _longest_first(plan), clean
-    if order is not None:
-        latents, plan, prompt, noise_index, noise = _reorder(order, clean, plan, prompt, noise_index, noise)
-    walk = inversion_steps(network, schedule, latents, plan, prompt, settings, noise_index=noise_index, noise=noise)
-    for step in walk:
+    latents, given = clean, {"noise_index": noise_index, "noise": noise}
+    for step in inversion_steps(network, schedule, clean, plan, prompt, settings, **given):
         latents = step.latents
-    return latents if order is None else latents[torch.argsort(order).to(latents.device)]
+    return latents

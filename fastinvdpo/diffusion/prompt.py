@@ -23,9 +23,7 @@ adapters in ``models/`` turn them into a flow model's own times (``NoiseSchedule
 
 @dataclass(frozen=True)
 class Prompt:
-    """The conditioning of a batch with its guidance: ``ε = ε_uncond + g·(ε_cond − ε_uncond)``; ``g = 1`` is one
-    conditional forward pass.
-    """
+    """The conditioning of a batch: ``ε = ε_uncond + g·(ε_cond − ε_uncond)``; ``g = 1``: one forward pass."""
 
     conditional: Conditioning
     unconditional: Conditioning | None = None

@@ -31,15 +31,8 @@ _BETAS = frozenset(f"{name}Scheduler" for name in (
 ))  # fmt: skip
 _FLOWS = tuple(f"FlowMatch{name}Scheduler" for name in ("EulerDiscrete", "HeunDiscrete", "LCM"))
 # Settings that give even those another noise, or another meaning of what the network predicts.
-_FOREIGN = (
-    "sigma_data",
-    "sigma_schedule",
-    "sigma_min",
-    "sigma_max",
-    "use_flow_sigmas",
-    "snr_shift_scale",
-    "thresholding",
-)
+_FOREIGN = ("sigma_data", "sigma_schedule", "sigma_min", "sigma_max", "use_flow_sigmas", "snr_shift_scale",
+            "thresholding")  # fmt: skip
 FLOW = "flow"
 """The prediction type of flow matching: the velocity ``dx/dσ = ε − x_0``."""
 
@@ -73,20 +66,13 @@ class NoiseSchedule:
         table = self.alphas_cumprod
         if not isinstance(table, Tensor) or table.ndim != 1 or table.numel() < 1 or not table.is_floating_point():
             shown = tuple(table.shape) if isinstance(table, Tensor) else table
-            raise invalid(
-                "alphas_cumprod", shown, "must be a floating-point tensor of shape (T_train,)", "pass ᾱ_t per level"
-            )
+            problem = "must be a floating-point tensor of shape (T_train,)"
+            raise invalid("alphas_cumprod", shown, problem, "pass ᾱ_t per level")
         table = table.detach().to("cpu", torch.float64)
-        in_range = bool(((table >= 0) & (table <= 1)).all()) and bool((table[1:] <= table[:-1]).all())
-        if not in_range:
-            raise invalid(
-                "alphas_cumprod",
-                [float(table[0]), float(table[-1])],
-                "must lie in [0, 1] and never increase with the level",
-                "pass the cumulative product of 1 − β_t",
-            )
-        if self.prediction_type not in (*PREDICTION_TYPES, FLOW):
-            known = (*PREDICTION_TYPES, FLOW)
+        if not bool(((table >= 0) & (table <= 1)).all() and (table.diff() <= 0).all()):
+            ends, problem = [float(table[0]), float(table[-1])], "must lie in [0, 1] and never increase with the level"
+            raise invalid("alphas_cumprod", ends, problem, "pass the cumulative product of 1 − β_t")
+        if self.prediction_type not in (known := (*PREDICTION_TYPES, FLOW)):
             raise invalid("prediction_type", self.prediction_type, "is not known", f"use one of {known}")
         if (self.prediction_type == FLOW) != (self.sigmas is not None):
             problem = f"does not go with prediction_type {self.prediction_type!r}"
@@ -120,16 +106,13 @@ class NoiseSchedule:
         """
         kind = config.get("_class_name")
         if kind is not None and kind not in (*_BETAS, *_FLOWS):
-            remedy = (
-                "use a checkpoint whose scheduler has betas (DDIM, Euler, ...) or is FlowMatchEulerDiscreteScheduler"
-            )
+            remedy = "use a checkpoint whose scheduler has betas (DDIM, Euler, …) or is FlowMatchEulerDiscreteScheduler"
             raise invalid("scheduler", kind, "has noise that is not known here", remedy)
         if kind in _FLOWS:
             return cls.flow(_shifted_sigmas(config, image_seq_len), dict(config))
         foreign = [name for name in _FOREIGN if config.get(name)]
         if config.get("timestep_type") == "continuous" or foreign:
-            name = foreign[0] if foreign else "timestep_type"
-            remedy = "use a checkpoint of noise that follows from betas"
+            name, remedy = [*foreign, "timestep_type"][0], "use a checkpoint of noise that follows from betas"
             raise invalid(f"scheduler.{name}", config[name], "is not computed here", remedy)
         try:
             return cls(
@@ -208,15 +191,13 @@ def _alphas_cumprod(config: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
         known = "linear, scaled_linear or squaredcos_cap_v2"
         raise invalid("beta_schedule", kind, "is not known", f"use {known}, or give trained_betas")
     if not bool(((betas >= 0) & (betas < 1)).all()):
-        raise invalid(
-            "betas", [float(betas[0]), float(betas[-1])], "must lie in [0, 1)", "check beta_start and beta_end"
-        )
+        ends = [float(betas[0]), float(betas[-1])]
+        raise invalid("betas", ends, "must lie in [0, 1)", "check beta_start and beta_end")
     alphas_cumprod = torch.cumprod(1 - betas, 0)
-    if config.get("rescale_betas_zero_snr"):
-        root = alphas_cumprod.sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        alphas_cumprod = root**2
-    return alphas_cumprod
+    if not config.get("rescale_betas_zero_snr"):
+        return alphas_cumprod
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def _shifted_sigmas(config: Mapping[str, Any], image_seq_len: int | None) -> Tensor:
@@ -254,9 +235,8 @@ def inversion_levels(schedule: NoiseSchedule, num_inference_steps: int) -> Tenso
     """
     steps = schedule.num_train_timesteps
     if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= steps:
-        raise invalid(
-            "num_inference_steps", num_inference_steps, "out of range", f"use a whole number from 1 to {steps}"
-        )
+        remedy = f"use a whole number from 1 to {steps}"
+        raise invalid("num_inference_steps", num_inference_steps, "out of range", remedy)
     if schedule.prediction_type == FLOW:
         numbers = torch.arange(1, num_inference_steps + 1)
         return (2 * numbers * steps + num_inference_steps) // (2 * num_inference_steps) - 1
@@ -264,16 +244,15 @@ def inversion_levels(schedule: NoiseSchedule, num_inference_steps: int) -> Tenso
     return levels.clamp_(max=steps - 1)
 
 
-def check_levels(name: str, schedule: NoiseSchedule, levels: Tensor, lowest: int = 0) -> None:
-    """Raise unless ``levels`` are int64 within ``[lowest, T_train)``. Reads device memory: call it on host tensors
-    only.
-    """
+def check_levels(schedule: NoiseSchedule, levels: Tensor) -> None:
+    """Raise unless ``levels``, on the host, are int64 within ``[0, T_train)``."""
     if levels.dtype != torch.int64:
-        raise invalid(name, levels.dtype, "must be int64 levels", f"pass {name}.long()")
-    if levels.numel() and not (lowest <= int(levels.min()) and int(levels.max()) < schedule.num_train_timesteps):
-        low, high = int(levels.min()), int(levels.max())
-        limit = schedule.num_train_timesteps - 1
-        raise invalid(name, [low, high], "outside of the schedule", f"use levels from {lowest} to {limit}")
+        raise invalid("levels", levels.dtype, "must be int64 levels", "pass levels.long()")
+    if levels.numel() and not 0 <= (low := int(levels.min())) <= (high := int(levels.max())) < len(
+        schedule.alphas_cumprod
+    ):
+        remedy = f"use levels from 0 to {schedule.num_train_timesteps - 1}"
+        raise invalid("levels", [low, high], "outside of the schedule", remedy)
 
 
 def affine_coefficients(schedule: NoiseSchedule, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,9 +311,7 @@ def ancestral_variance(schedule: NoiseSchedule, lower: Tensor, upper: Tensor) ->
 def predicted_clean_and_noise(
     schedule: NoiseSchedule, latents: Tensor, prediction: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``(x̂_0, ε̂)`` that a network's ``prediction`` at ``latents`` of int64 ``levels`` ``(n,)`` stands for; shapes of
-    ``latents``.
-    """
+    """``(x̂_0, ε̂)`` that a ``prediction`` at ``latents`` ``(n, …)`` of int64 ``levels`` ``(n,)`` stands for."""
     a, b = schedule.rates(levels.to(latents.device))
     if schedule.prediction_type == "epsilon":
         return combine(latents, 1 / a, prediction, -b / a), prediction
@@ -347,25 +324,19 @@ def predicted_clean_and_noise(
 
 
 def add_noise(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """``x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε``, or ``(1 − σ_t)·x_0 + σ_t·ε``, for ``(n, …)`` tensors and int64 ``levels``
-    ``(n,)``.
-    """
+    """``√ᾱ_t·x_0 + √(1 − ᾱ_t)·ε``, or ``(1 − σ_t)·x_0 + σ_t·ε``, of tensors ``(n, …)`` at int64 ``levels`` ``(n,)``."""
     a, b = schedule.rates(levels.to(clean.device))
     return combine(clean, a, noise, b)
 
 
 def recover_noise(schedule: NoiseSchedule, noisy: Tensor, clean: Tensor, levels: Tensor) -> Tensor:
-    """``(x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)``, or ``(x_t − (1 − σ_t)·x_0) / σ_t``: the noise that makes ``clean`` into
-    ``noisy`` at int64 ``levels`` ``(n,)``.
-    """
+    """The noise in ``noisy``: ``(x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)``, or ``(x_t − (1 − σ_t)·x_0) / σ_t`` of a flow."""
     a, b = schedule.rates(levels.to(noisy.device))
     return combine(noisy, 1 / b, clean, -a / b)
 
 
 def prediction_target(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """What a perfect network predicts: ``ε``, ``v = √ᾱ·ε − √(1 − ᾱ)·x_0``, ``x_0`` or the velocity ``ε − x_0``, by the
-    schedule's prediction type.
-    """
+    """What a perfect network predicts: ``ε``, ``v = √ᾱ·ε − √(1 − ᾱ)·x_0``, ``x_0`` or the velocity ``ε − x_0``."""
     if schedule.prediction_type == "epsilon":
         return noise
     if schedule.prediction_type == "sample":
@@ -382,8 +353,6 @@ def combine(first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Te
 
 
 def stack_coefficients(sample: Tensor, *columns: Tensor) -> Tensor:
-    """The float64 columns ``(n,)`` as the table that ``affine_step`` takes: float32, or float64 for a float64
-    ``sample``.
-    """
+    """The columns ``(n,)`` as ``affine_step``'s table: float32, or float64 for a float64 ``sample``."""
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     return torch.stack(columns, dim=1).to(sample.device, dtype)

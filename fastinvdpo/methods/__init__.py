@@ -14,49 +14,20 @@ from typing import Any
 
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.alpha_dpo import AlphaDPO
-from fastinvdpo.methods.base import Follows, Method, Objective
+from fastinvdpo.methods.base import Draws, Follows, Method, Objective, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
-from fastinvdpo.methods.dmpo import DMPO
-from fastinvdpo.methods.dspo import DSPO
-from fastinvdpo.methods.inpo import InPO
 from fastinvdpo.methods.inversion_dpo import VARIANTS, ChainObjective, InversionDPO
-from fastinvdpo.methods.linear_dpo import LinearDPO
-from fastinvdpo.methods.mapo import MaPO
-from fastinvdpo.methods.pairs import Draws, ObjectiveOutput, PairBatch
-from fastinvdpo.methods.poly_dpo import PolyDPO
-from fastinvdpo.methods.sdpo import SDPO
-from fastinvdpo.methods.single_timestep import SingleTimestepObjective
-from fastinvdpo.methods.smpo import SmPO
-from fastinvdpo.methods.snpo import SNPO
-from fastinvdpo.methods.timesteps import TimestepSampling
+from fastinvdpo.methods.inverting import InPO, SmPO
+from fastinvdpo.methods.margin_losses import AlphaDPO, LinearDPO, PolyDPO
+from fastinvdpo.methods.margins import SNPO, MaPO
+from fastinvdpo.methods.sdpo import DMPO, DSPO, SDPO
+from fastinvdpo.methods.single_timestep import SingleTimestepObjective, TimestepSampling
 
 __all__ = [
-    "DMPO",
-    "DSPO",
-    "METHODS",
-    "SDPO",
-    "SNPO",
-    "VARIANTS",
-    "AlphaDPO",
-    "ChainObjective",
-    "DiffusionDPO",
-    "Draws",
-    "Follows",
-    "InPO",
-    "InversionDPO",
-    "LinearDPO",
-    "MaPO",
-    "Method",
-    "Objective",
-    "ObjectiveOutput",
-    "PairBatch",
-    "PolyDPO",
-    "SingleTimestepObjective",
-    "SmPO",
-    "TimestepSampling",
-    "build_objective",
-]
+    "DMPO", "DSPO", "METHODS", "SDPO", "SNPO", "VARIANTS", "AlphaDPO", "ChainObjective", "DiffusionDPO", "Draws",
+    "Follows", "InPO", "InversionDPO", "LinearDPO", "MaPO", "Method", "Objective", "ObjectiveOutput", "PairBatch",
+    "PolyDPO", "SingleTimestepObjective", "SmPO", "TimestepSampling", "build_objective",
+]  # fmt: skip
 
 _ALL = (DiffusionDPO, InPO, SmPO, InversionDPO, SDPO, DMPO, DSPO, LinearDPO, AlphaDPO, PolyDPO, SNPO, MaPO)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

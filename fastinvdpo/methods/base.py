@@ -1,4 +1,4 @@
-"""What every method is: options, and the objective that they make on a noise schedule."""
+"""What every method is: options, the objective that they make on a noise schedule, and what it takes and gives."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fastinvdpo.diffusion.prompt import Network, chunked
+from fastinvdpo.diffusion.prompt import Network, Prompt, chunked
 from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.pairs import Draws, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.statistics import AutoBeta, Gather
 from fastinvdpo.methods.streaming import LossTerms, WholeLoss
 from fastinvdpo.ops.preference_loss import PreferenceLoss, check_beta
@@ -20,6 +20,82 @@ from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
 
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic reads a section of a configuration that is a dataclass; nothing here needs pydantic."""
+
+
+# Offsets of the random streams of one pair; an inversion uses one offset per step, the strata one each.
+STREAM_TIMESTEP, STREAM_NOISE, STREAM_SWAP, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 2, 1 << 16, 1 << 17
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs of clean latents and what belongs to them. Tensors of 2B samples are stacked [winners; losers].
+
+    Attributes:
+        latents: ``(2B, …)``.
+        conditioning: what the network takes besides latents and timesteps, every tensor ``(2B, …)``.
+        sample_index: int64 ``(B,)`` on the host: each pair's number in the whole run. It keys all random numbers.
+        unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
+        scores: preference scores ``(2B,)``; needed by SmPO.
+        trajectory: what :meth:`ChainObjective.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
+            None.
+        reference_pred: what :meth:`ChainObjective.reference_predictions` gave for that trajectory, ``(2B, N, …)``; the
+            reference makes forward passes when None, and none otherwise.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    sample_index: Tensor
+    unconditional: dict[str, Tensor] | None = None
+    scores: Tensor | None = None
+    trajectory: Tensor | None = None
+    reference_pred: Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        return self.latents.shape[0] // 2
+
+    def prompt(self, guidance_scale: float = 1.0) -> Prompt:
+        return Prompt(self.conditioning, self.unconditional, guidance_scale)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers to use instead of the counter-based ones.
+
+    Attributes:
+        timesteps: int64 ``(B,)`` on the host.
+        noise: Diffusion-DPO: ``(B, …)``, one per pair; InPO: ``(S, 2B, …)``, one per step of the inversion and sample.
+    """
+
+    timesteps: Tensor | None = None
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput(PreferenceLoss):
+    """The loss with what it was computed from: timesteps ``(2B,)`` or ``(2B, K)`` on the host, the others ``(2B, …)``
+    or ``(2B, K, …)``; a method without a reference is one whose reference predicts the target.
+    """
+
+    timesteps: Tensor
+    noisy_latents: Tensor
+    target: Tensor | None
+    policy_pred: Tensor
+    reference_pred: Tensor
+
+
+def check_batch(batch: PairBatch) -> None:
+    samples = batch.latents.shape[0]
+    if samples == 0 or samples % 2:
+        raise invalid("batch.latents.shape", tuple(batch.latents.shape), "must be (2B, …)", "stack [winners; losers]")
+    if batch.sample_index.shape != (samples // 2,) or batch.sample_index.dtype != torch.int64:
+        shown = (tuple(batch.sample_index.shape), batch.sample_index.dtype)
+        remedy = f"pass shape ({samples // 2},)"
+        raise invalid("batch.sample_index", shown, "must be int64 of one number per pair", remedy)
+    for name, tensor in batch.conditioning.items():
+        if tensor.shape[0] != samples:
+            shape = f"batch.conditioning[{name!r}].shape"
+            raise invalid(shape, tuple(tensor.shape), "must have 2B rows", f"pass {samples} rows")
 
 
 class Follows(NamedTuple):
@@ -122,11 +198,8 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check_beta(self.beta)
         if self.utilities == (self.name,):  # the method's own
-            for option, value, own in (
-                ("utility", self.utility, self.name),
-                ("label_smoothing", self.label_smoothing, 0),
-            ):
-                if value != own:
+            for option, own in (("utility", self.name), ("label_smoothing", 0)):
+                if (value := getattr(self, option)) != own:
                     raise invalid(option, value, f"is not used by {self.name}, which has a loss of its own", "drop it")
         else:
             check_utility(self.utility, self.label_smoothing)
@@ -135,9 +208,8 @@ class Method(ABC):
             remedy = "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid"
             raise invalid("label_smoothing", self.label_smoothing, problem, remedy)
         if self.compat not in (None, *self.compats):
-            raise invalid(
-                "compat", self.compat, f"is not known of {self.name}", f"use {', '.join(self.compats)} or null"
-            )
+            known = ", ".join(self.compats)
+            raise invalid("compat", self.compat, f"is not known of {self.name}", f"use {known} or null")
 
     def objective(self, schedule: NoiseSchedule) -> Objective:
         """The loss on a model's noise schedule. Raises ``InvalidInput`` where schedule and options do not fit."""
@@ -177,9 +249,7 @@ class Method(ABC):
 
     @property
     def reference_chain(self) -> dict[str, Any] | None:
-        """The options that a chain depends on which the reference inverts, so that a cache can hold it; None: there is
-        no such chain.
-        """
+        """The options that decide a chain which the reference inverts and a cache may hold; None: there is none."""
         return None
 
     @property

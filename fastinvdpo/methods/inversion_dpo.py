@@ -21,9 +21,17 @@ from fastinvdpo.diffusion.schedule import (
     recover_noise,
 )
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.base import Method, Objective, check_count
-from fastinvdpo.methods.pairs import STREAM_STRATUM, Draws, ObjectiveOutput, PairBatch, check_batch
-from fastinvdpo.methods.streaming import PASSES, LossTerms, Scored, StreamedLoss
+from fastinvdpo.methods.base import (
+    STREAM_STRATUM,
+    Draws,
+    Method,
+    Objective,
+    ObjectiveOutput,
+    PairBatch,
+    check_batch,
+    check_count,
+)
+from fastinvdpo.methods.streaming import LossTerms, ScoredTerms, StreamedLoss
 from fastinvdpo.ops import philox, preference_loss
 
 
@@ -76,12 +84,11 @@ class InversionDPO(Method):
         if self.compat and self.variant != "distance":
             remedy = "set variant to distance, or compat to null"
             raise invalid("variant", self.variant, "is not what the released code computes", remedy)
-        k = self.timesteps_per_step
-        if k is not None:
+        if (k := self.timesteps_per_step) is not None:
             check_count("timesteps_per_step", k)
-        if k is not None and k > self.num_inference_steps:
-            problem = f"exceeds num_inference_steps = {self.num_inference_steps}"
-            raise invalid("timesteps_per_step", k, problem, "lower it, or set it to null to score every level")
+            if k > self.num_inference_steps:
+                problem = f"exceeds num_inference_steps = {self.num_inference_steps}"
+                raise invalid("timesteps_per_step", k, problem, "lower it, or set it to null to score every level")
         if not 0 <= self.guidance_scale < math.inf:
             remedy = "the published value is 2"
             raise invalid("guidance_scale", self.guidance_scale, "must be finite and not negative", remedy)
@@ -142,21 +149,22 @@ class ChainObjective(Objective):
         self, network: Network, latents: Tensor, conditioning: Conditioning, unconditional: Conditioning | None
     ) -> tuple[Tensor, Tensor | None]:
         """The chain, and the predictions at its latents where the inversion makes just these forward passes."""
+        distance, with_targets = self.method.scores_distance, self.method.variant == "step"
         prompt = Prompt(conditioning, unconditional, self.method.guidance_scale)
-        plan = plan_grid(self.schedule, latents.shape[0], self.method.num_inference_steps)
-        settings = InversionSettings(model_time=self.method.model_time)
         count = self.method.num_inference_steps
-        length = 2 * count if self.method.variant == "step" else count
-        chain = latents.new_empty(len(latents), length, *latents.shape[1:])
-        visited = None if self.method.scores_distance else chain[:, :count]
-        predictions = torch.empty_like(chain) if self.method.scores_distance else None
+        plan = plan_grid(self.schedule, latents.shape[0], count)
+        settings = InversionSettings(model_time=self.method.model_time)
+        chain = latents.new_empty(len(latents), 2 * count if with_targets else count, *latents.shape[1:])
+        visited = None if distance else chain[:, :count]
+        predictions = torch.empty_like(chain) if distance else None
         walk = inversion_steps(network, self.schedule, latents, plan, prompt, settings, trajectory=visited)
         for position, step in enumerate(walk):
+            if predictions is None and not with_targets:
+                continue
+            used = weighted_sum(step.outputs, step.weights)
             if predictions is not None:
-                chain[:, position] = step.source
-                predictions[:, position] = weighted_sum(step.outputs, step.weights)
-            if self.method.variant == "step":
-                used = weighted_sum(step.outputs, step.weights)
+                chain[:, position], predictions[:, position] = step.source, used
+            else:
                 source, level = plan.source[:, position], plan.target[:, position]
                 clean, noise = predicted_clean_and_noise(self.schedule, step.source, used, source)
                 chain[:, count + position] = prediction_target(self.schedule, clean, noise, level)
@@ -172,14 +180,9 @@ class ChainObjective(Objective):
             chain: what :meth:`reference_trajectory` gave, ``(n, N, …)`` or ``(n, 2N, …)``, in the networks' type.
         """
         prompt = Prompt(conditioning, unconditional, self.method.guidance_scale)
-        plan = plan_grid(self.schedule, 1, self.method.num_inference_steps)
-        from_source = self.method.scores_distance and self.method.model_time == "source"
-        times = (plan.source[0].clamp(min=0) if from_source else plan.target[0]).to(chain.device)
-        levels = [
-            predict(reference, chain[:, k], times[k].expand(chain.shape[0]), prompt)
-            for k in range(self.method.num_inference_steps)
-        ]
-        return torch.stack(levels, dim=1)
+        times = self._levels_and_times()[1].to(chain.device)
+        predictions = [predict(reference, chain[:, k], time.expand(len(chain)), prompt) for k, time in enumerate(times)]
+        return torch.stack(predictions, dim=1)
 
     def __call__(
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
@@ -199,8 +202,6 @@ class ChainObjective(Objective):
             policy_pred,
             reference_pred,
             target,
-            # The distance enters with the opposite sign (+β/2).
-            pair_weight=-torch.ones(batch.pairs, device=noisy.device) if self.method.scores_distance else None,
             timestep_weight=weight.to(noisy.device, torch.promote_types(noisy.dtype, torch.float32)),
             **self.method.preference,
         )
@@ -220,16 +221,14 @@ class ChainObjective(Objective):
     ) -> LossTerms:
         """See :meth:`Objective.stream`; memory does not depend on the number of timesteps."""
         check_batch(batch)
-        if passes not in PASSES:
+        if passes not in (1, 2):
             raise invalid("passes", passes, "is not known", "use 1 or 2")
         policy, reference = chunked(policy, max_batch), chunked(reference, max_batch)
         chain, stored = self._reference(policy, reference, batch)
         positions, weight = self._scored_positions(batch, seed)
         prompt, pairs = batch.prompt(self.method.guidance_scale), batch.pairs
-        if self.method.scores_distance:
-            weight = -weight
 
-        def score(rows: Tensor, columns: Tensor, reference_pred: Tensor | None) -> Scored:
+        def score(rows: Tensor, columns: Tensor, reference_pred: Tensor | None) -> ScoredTerms:
             pair, n = rows % pairs, rows.numel()
             place, selected = positions[pair, columns], prompt.select(rows)
             inputs = self._inputs(batch, chain, rows, place)
@@ -246,7 +245,7 @@ class ChainObjective(Objective):
                 pair_weight=signed.to(chain.device, torch.promote_types(inputs.noisy.dtype, torch.float32)),
                 **self.method.preference,
             )
-            return Scored(result.margin, result.policy_mse[:n], result.reference_mse[:n], reference_pred)
+            return ScoredTerms(result.margin, result.policy_mse[:n], result.reference_mse[:n], reference_pred)
 
         return StreamedLoss(
             score,
@@ -264,11 +263,10 @@ class ChainObjective(Objective):
         """
         if batch.trajectory is not None:
             return batch.trajectory.to(batch.latents.device), batch.reference_pred
-        inverting = reference if self.method.reference_chain else policy
+        of_reference = self.method.reference_chain is not None
+        inverting = reference if of_reference else policy
         chain, predictions = self._invert(inverting, batch.latents, batch.conditioning, batch.unconditional)
-        if batch.reference_pred is not None or not self.method.reference_chain:
-            return chain, batch.reference_pred
-        return chain, predictions
+        return chain, predictions if of_reference and batch.reference_pred is None else batch.reference_pred
 
     @torch.no_grad()
     def _reference_pred(
@@ -281,33 +279,36 @@ class ChainObjective(Objective):
         prompt: Prompt,
     ) -> Tensor:
         """The reference's predictions at ``inputs`` of samples ``rows``: of those that are ``stored``, if any are."""
-        noisy = inputs.noisy
         if stored is None:
-            return predict(reference, noisy, inputs.times.to(noisy.device), prompt)
-        return stored[rows.to(stored.device), positions.to(stored.device)].to(noisy.device, noisy.dtype)
+            return predict(reference, inputs.noisy, inputs.times.to(inputs.noisy.device), prompt)
+        return stored[rows.to(stored.device), positions.to(stored.device)].to(inputs.noisy)
+
+    def _levels_and_times(self) -> tuple[Tensor, Tensor]:
+        """The levels of the chain, and the timesteps that networks are scored with, int64 ``(N,)`` on the host."""
+        plan = plan_grid(self.schedule, 1, self.method.num_inference_steps)
+        from_source = self.method.scores_distance and self.method.model_time == "source"
+        return plan.target[0], plan.source[0].clamp(min=0) if from_source else plan.target[0]
 
     def _inputs(self, batch: PairBatch, chain: Tensor, rows: Tensor, positions: Tensor) -> _ScoringInputs:
         """What samples ``rows`` are scored on at ``positions`` of the chain, both int64 ``(n,)`` on the host."""
-        plan = plan_grid(self.schedule, 1, self.method.num_inference_steps)
-        levels, device = plan.target[0][positions], chain.device
-        on_device, where = rows.to(device), positions.to(device)
-        noisy = chain[on_device, where].to(batch.latents.dtype)
-        if self.method.scores_distance:
-            times = plan.source[0].clamp(min=0)[positions] if self.method.model_time == "source" else levels
-            return _ScoringInputs(noisy, times, None)
+        levels, times = (table[positions] for table in self._levels_and_times())
+        rows, positions = rows.to(chain.device), positions.to(chain.device)
+        noisy, target = chain[rows, positions].to(batch.latents.dtype), None
         if self.method.variant == "step":
-            target = chain[on_device, where + self.method.num_inference_steps].to(noisy.dtype)
-            return _ScoringInputs(noisy, levels, target)
-        clean = batch.latents[on_device]
-        noise = recover_noise(self.schedule, noisy, clean, levels)
-        return _ScoringInputs(noisy, levels, prediction_target(self.schedule, clean, noise, levels))
+            target = chain[rows, positions + self.method.num_inference_steps].to(noisy.dtype)
+        elif not self.method.scores_distance:
+            clean = batch.latents[rows]
+            noise = recover_noise(self.schedule, noisy, clean, levels)
+            target = prediction_target(self.schedule, clean, noise, levels)
+        return _ScoringInputs(noisy, times, target)
 
     def _scored_positions(self, batch: PairBatch, seed: int) -> tuple[Tensor, Tensor]:
-        """Positions ``(B, K)`` and the weights of their scores, float64 ``(B, K)``."""
+        """Positions ``(B, K)`` and the weights of their scores, float64 ``(B, K)``: a distance enters with the opposite
+        sign (+β/2).
+        """
         positions, weight = self._sample_positions(batch, seed)
         if self.method.scores_distance:
-            levels = plan_grid(self.schedule, 1, self.method.num_inference_steps).target[0][positions]
-            weight = weight / (2 * self.schedule.alpha_bar(levels))
+            weight = weight / (-2 * self.schedule.alpha_bar(self._levels_and_times()[0][positions]))
         return positions, weight
 
     def _sample_positions(self, batch: PairBatch, seed: int) -> tuple[Tensor, Tensor]:
@@ -318,11 +319,9 @@ class ChainObjective(Objective):
         loss is not linear in the margin, and is biased: by about ``u''(z)·Var(ẑ)/2``, upwards for a convex utility, and
         its gradient by ``Cov(u'(ẑ), ∇ẑ)`` and the like. Both fall with k.
         """
-        n, k = self.method.num_inference_steps, self.method.timesteps_per_step
+        n, k, pairs = self.method.num_inference_steps, self.method.timesteps_per_step, batch.pairs
         if k is None or k == n:
-            return torch.arange(n).expand(batch.pairs, n), torch.full((batch.pairs, n), 1 / n, dtype=torch.float64)
-        strata = torch.arange(k)
-        index = batch.sample_index
-        within = torch.stack([philox.uniform(seed, STREAM_STRATUM + s, index) for s in range(k)], dim=1)
-        positions = ((strata + within) * (n / k)).long().clamp(max=n - 1)
-        return positions, torch.full((batch.pairs, k), 1 / k, dtype=torch.float64)
+            return torch.arange(n).expand(pairs, n), torch.full((pairs, n), 1 / n, dtype=torch.float64)
+        draws = [philox.uniform(seed, STREAM_STRATUM + stratum, batch.sample_index) for stratum in range(k)]
+        positions = ((torch.arange(k) + torch.stack(draws, dim=1)) * (n / k)).long().clamp(max=n - 1)
+        return positions, torch.full((pairs, k), 1 / k, dtype=torch.float64)

@@ -91,7 +91,16 @@ class KTO:
         kappa: Tensor | None = None,
         gather: Gather | None = None,
     ) -> KTOLoss:
-        """The loss of N images, ``g = −Δ`` each; arguments as of :func:`kto`."""
+        """The loss block of Diffusion-KTO's script.
+
+        Args:
+            policy_pred, reference_pred, target: as of :func:`fastinvdpo.preference_loss`, but ``(N, …)``, unpaired: t
+                and noise are each image's own.
+            liked: bool ``(N,)``.
+            kappa: the baseline, a scalar, where ``baseline`` is not to say it: the script's ``original`` offset is
+                :func:`mean_reward` of predictions for prompts that belong to other images.
+            gather: with several processes, for the baseline, which is one for all; such as ``accelerator.gather``.
+        """
         count = tuple(policy_pred.shape[:1])
         if not isinstance(liked, Tensor) or liked.dtype != torch.bool or liked.shape != count:
             given = f"{tuple(liked.shape)}, {liked.dtype}" if isinstance(liked, Tensor) else type(liked).__name__
@@ -130,17 +139,7 @@ def kto(
     gather: Gather | None = None,
     **options: Any,
 ) -> KTOLoss:
-    """The loss block of Diffusion-KTO's script.
-
-    Args:
-        policy_pred, reference_pred, target: as of :func:`fastinvdpo.preference_loss`, but ``(N, …)``, unpaired: t and
-            noise are each image's own.
-        liked: bool ``(N,)``.
-        kappa: the baseline, a scalar, where ``baseline`` is not to say it: the script's ``original`` offset is
-            :func:`mean_reward` of predictions for prompts that belong to other images.
-        gather: with several processes, for the baseline, which is one for all; such as ``accelerator.gather``.
-        options: of :class:`KTO`.
-    """
+    """:meth:`KTO.loss` with these options of :class:`KTO`."""
     return KTO(**options).loss(policy_pred, reference_pred, target, liked, kappa=kappa, gather=gather)
 
 

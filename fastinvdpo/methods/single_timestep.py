@@ -1,41 +1,118 @@
-"""What Diffusion-DPO, InPO and SmPO share: a pair is scored at one timestep."""
+"""Methods that score a pair at one timestep: which one, and their objective."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastinvdpo.diffusion.inversion import (
-    InversionSettings,
-    ModelTime,
-    invert,
-    plan_grid,
-    plan_inversion,
-    plan_released,
-)
 from fastinvdpo.diffusion.prompt import Network
-from fastinvdpo.diffusion.schedule import NoiseSchedule, prediction_target, recover_noise
+from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule, prediction_target
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.base import Method, Objective, check_count
-from fastinvdpo.methods.pairs import STREAM_TIMESTEP, Draws, ObjectiveOutput, PairBatch, check_batch
-from fastinvdpo.methods.statistics import (
-    AutoBeta,
-    Gather,
-    Scored,
-    loser_scale,
-    pair_margin,
-    reference_mse,
-    scale_losers,
+from fastinvdpo.methods.base import (
+    STREAM_TIMESTEP,
+    STRICT,
+    Draws,
+    Method,
+    Objective,
+    ObjectiveOutput,
+    PairBatch,
+    check_batch,
 )
-from fastinvdpo.methods.timesteps import TimestepSampling
-from fastinvdpo.ops import PreferenceLoss, preference_loss
-from fastinvdpo.ops.pair_statistics import PairStatistics, pair_statistics
+from fastinvdpo.methods.statistics import AutoBeta, Gather, Scored, pair_margin, reference_mse, safeguard
+from fastinvdpo.ops import PairStatistics, PreferenceLoss, pair_statistics, philox, preference_loss
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
+
+Density = Literal["uniform", "logit-normal"]
+
+
+@dataclass(frozen=True)
+class TimestepSampling:
+    """How a pair's level is drawn.
+
+    Attributes:
+        range: first and last level, both included; all of the schedule when None. An SDXL refiner sees 0 to 199.
+        values: the levels to draw from instead; SDXL-Turbo's are 249, 499, 749, 999.
+        density: ``"uniform"``, or ``"logit-normal"`` (arXiv 2403.03206, section 3.1): the place in the range or list is
+            ``1/(1 + exp(−z))`` with ``z ~ N(logit_mean, logit_std²)``, counted towards noise. None: logit-normal for
+            flow matching, uniform else. The shift of a flow schedule is in its levels, so it acts on either.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    range: Sequence[int] | None = None
+    values: Sequence[int] | None = None
+    density: Density | None = None
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.range is not None and self.values is not None:
+            raise invalid("timesteps.values", self.values, "cannot be had with timesteps.range", "drop one of them")
+        for name in ("range", "values"):
+            levels = getattr(self, name)
+            if levels is None:
+                continue
+            # A list, as a configuration file gives it.
+            object.__setattr__(self, name, list(levels))
+            if not levels or not all(isinstance(level, int) and level >= 0 for level in levels):
+                raise invalid(f"timesteps.{name}", list(levels), "are not levels", "list whole numbers from 0")
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] <= self.range[1]):
+            remedy = "give the first and the last level"
+            raise invalid("timesteps.range", self.range, "is not a range of levels", remedy)
+        if self.density not in (None, *get_args(Density)):
+            raise invalid("timesteps.density", self.density, "is not known", f"use one of {get_args(Density)}, or null")
+        if not math.isfinite(self.logit_mean):
+            raise invalid("timesteps.logit_mean", self.logit_mean, "must be finite", "the published value is 0")
+        if not 0 < self.logit_std < math.inf:
+            raise invalid("timesteps.logit_std", self.logit_std, "must be positive", "the published value is 1")
+
+    @classmethod
+    def of(cls, given: TimestepSampling | Mapping[str, Any] | None) -> TimestepSampling:
+        """From itself, from a mapping of its attributes, or the default. Raises ``InvalidInput`` for other keys."""
+        if isinstance(given, TimestepSampling):
+            return given
+        known = cls.__dataclass_fields__
+        for name in given or {}:
+            if name not in known:
+                raise invalid("timesteps", name, "is not an option of timesteps", f"use some of {', '.join(known)}")
+        return cls(**(given or {}))
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Raise ``InvalidInput`` unless all levels are those of the schedule."""
+        last = schedule.num_train_timesteps - 1
+        for name, levels in (("range", self.range), ("values", self.values)):
+            if levels is not None and max(levels) > last:
+                raise invalid(f"timesteps.{name}", levels, "exceeds the schedule", f"use levels from 0 to {last}")
+
+    def draw(self, schedule: NoiseSchedule, seed: int, offset: int, index: Tensor) -> Tensor:
+        """Levels int64 ``(B,)``, one for each stream ``index`` int64 ``(B,)``."""
+        levels = self._levels(schedule)
+        if self._is_uniform(schedule):
+            places = philox.integers(seed, offset, index, len(levels))
+        else:
+            normal = torch.special.ndtri(philox.uniform(seed, offset, index))  # a uniform 0 is −∞, and place 0
+            share = torch.sigmoid(self.logit_mean + self.logit_std * normal)
+            places = (share * len(levels)).long().clamp(max=len(levels) - 1)
+        return int(levels[0]) + places if self.values is None else levels[places.cpu()]
+
+    def _levels(self, schedule: NoiseSchedule) -> Tensor:
+        """All levels there are to draw, int64 on the host, ascending."""
+        if self.values is not None:
+            return torch.tensor(sorted(self.values))
+        low, high = self.range or (0, schedule.num_train_timesteps - 1)
+        return torch.arange(low, high + 1)
+
+    def _is_uniform(self, schedule: NoiseSchedule) -> bool:
+        return (self.density or ("logit-normal" if schedule.prediction_type == FLOW else "uniform")) == "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +122,7 @@ class SingleTimestepMethod(Method):
     Attributes:
         timesteps: how timesteps are drawn: a :class:`TimestepSampling`, or a mapping of some of its attributes.
         safeguard: μ of Diffusion-SDPO in [0, 1], which scales down the loser's gradient where it would raise the
-            winner's error (``statistics.loser_scale``): pair by pair; with ``compat`` by micro-batch. None: off.
+            winner's error (``statistics.safeguard``): pair by pair; with ``compat`` by micro-batch. None: off.
         anchor: A, adds ``A·mean m((p − r)²)`` over both sides (Flow-DPO of SimpleTuner).
         sft_weight: adds so much of the winners' mean squared error.
         auto_beta: f in (0, ½), the mean of ``σ(−z)`` that β is chosen for (Flow-DPO of SimpleTuner): from an average
@@ -77,9 +154,8 @@ class SingleTimestepMethod(Method):
                 problem = f"chooses the scale of a margin, and β of {what} is more than that"
                 raise invalid("auto_beta", self.auto_beta, problem, "set it to null")
         if self.anchor and not self.needs_reference:
-            raise invalid(
-                "anchor", self.anchor, f"needs a reference, which {self.name} has not", "use sft_weight, or 0"
-            )
+            problem = f"needs a reference, which {self.name} has not"
+            raise invalid("anchor", self.anchor, problem, "use sft_weight, or 0")
 
     @abstractmethod
     def trajectory(
@@ -130,13 +206,14 @@ class SingleTimestepMethod(Method):
         gather: Gather | None = None,
         auto_beta: AutoBeta | None = None,
     ) -> Scored:
-        """What :meth:`finish` makes a loss of."""
-        statistics, scale = pair_statistics(policy_pred, reference_pred, target), None
-        safeguarded = statistics
+        """What :meth:`finish` makes a loss of; arguments as of :meth:`loss`."""
+        statistics = pair_statistics(policy_pred, reference_pred, target)
+        safeguarded, scale = statistics, None
         if self.safeguard is not None:
             elements = policy_pred[0].numel() if self.compat else None
-            scale = loser_scale(statistics, self.safeguard, pair_weight=pair_weight, released_elements=elements)
-            safeguarded = scale_losers(statistics, scale, pair_weight)
+            safeguarded, scale = safeguard(
+                statistics, self.safeguard, pair_weight=pair_weight, released_elements=elements
+            )
         margin = self.margin(safeguarded)
         margin = margin if pair_weight is None else pair_weight.to(margin.dtype) * margin
         if self.auto_beta is not None:
@@ -151,17 +228,13 @@ class SingleTimestepMethod(Method):
         """``z`` per pair, ``(B,)``: positive where the policy prefers the winner."""
         return pair_margin(statistics, self.beta)
 
-    def pair_losses(self, margin: Tensor, statistics: PairStatistics) -> Tensor:
-        """The loss of every pair, ``(B,)``, from its margin and what else its statistics say."""
-        return UTILITIES[self.utility].value(margin, self.beta, self.label_smoothing)
-
-    def losses(self, scored: Scored) -> Tensor:
-        """:meth:`pair_losses`, where they need no other pairs."""
-        return self.pair_losses(scored.margin, scored.safeguarded)
+    def pair_losses(self, scored: Scored) -> Tensor:
+        """The loss of every pair, ``(B,)``: of its margin, and of ``scored.safeguarded``."""
+        return UTILITIES[self.utility].value(scored.margin, self.beta, self.label_smoothing)
 
     def finish(self, scored: Scored) -> PreferenceLoss:
         """The mean loss with its additional terms, which no safeguard touches."""
-        statistics, loss = scored.statistics, self.losses(scored).mean()
+        statistics, loss = scored.statistics, self.pair_losses(scored).mean()
         if self.anchor:
             assert statistics.shift_mse is not None
             loss = loss + self.anchor * statistics.shift_mse.mean()
@@ -172,62 +245,6 @@ class SingleTimestepMethod(Method):
     def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
         self.timesteps.check(schedule)
         return SingleTimestepObjective(schedule, self, auto_beta=self.new_auto_beta())
-
-
-@dataclass(frozen=True, kw_only=True)
-class InvertingMethod(SingleTimestepMethod):
-    """The policy inverts every latent to its timestep; the noise that this amounts to is recovered.
-
-    Attributes:
-        num_inference_steps: N, steps of the inversion's grid over the whole schedule.
-        model_time: the level that the network gets in a step: its ``"destination"``, or its ``"source"``.
-        static_shapes: all forward passes of an inversion have one shape (``diffusion/inversion.py``).
-    """
-
-    policy_inverts = True
-    compats = ("released", "released-diffusers-0.20")
-
-    num_inference_steps: int
-    model_time: ModelTime = "destination"
-    static_shapes: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_inference_steps", self.num_inference_steps)
-        self.settings()
-
-    @abstractmethod
-    def settings(self, seed: int = 0) -> InversionSettings:
-        """How the steps of the inversion are made."""
-
-    @property
-    def fixed_shapes(self) -> bool:
-        return self.static_shapes
-
-    def trajectory(
-        self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        if self.compat:
-            old = self.compat == "released-diffusers-0.20"
-            plan = plan_released(schedule, timesteps, self.num_inference_steps, diffusers_020=old)
-        else:
-            plan = plan_inversion(schedule, timesteps, self.num_inference_steps)
-        noisy = invert(
-            policy,
-            schedule,
-            batch.latents,
-            plan,
-            batch.prompt(),
-            self.settings(seed),
-            noise_index=torch.cat([2 * batch.sample_index, 2 * batch.sample_index + 1]).to(batch.latents.device),
-            noise=draws.noise,
-        )
-        levels = timesteps[:1].expand_as(timesteps) if self.compat else timesteps
-        return noisy, recover_noise(schedule, noisy, batch.latents, levels)
-
-    def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
-        plan_grid(schedule, 1, self.num_inference_steps)  # fail now, not at the first batch
-        return super()._objective(schedule)
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,11 @@ def reference_mse(statistics: PairStatistics) -> Tensor:
     return torch.zeros_like(error) if statistics.cross is None else error - statistics.difference.detach()
 
 
-def loser_scale(
-    statistics: PairStatistics,
-    mu: float,
-    *,
-    pair_weight: Tensor | None = None,
-    released_elements: int | None = None,
-) -> Tensor:
-    """λ of Diffusion-SDPO (arXiv 2511.03317) per pair, ``(B,)``, no gradient: what the loser's gradient is scaled by so
-    that to first order a step does not raise the winner's error.
+def safeguard(
+    statistics: PairStatistics, mu: float, *, pair_weight: Tensor | None = None, released_elements: int | None = None
+) -> tuple[PairStatistics, Tensor]:
+    """The same values, where what flows back to losers is multiplied by λ of Diffusion-SDPO (arXiv 2511.03317), so that
+    to first order a step does not raise the winner's error; and λ per pair, ``(B,)``, no gradient.
 
         λ = clamp((1 − μ)·E_w/C, 0, 1),   1 where C ≤ 0
 
@@ -84,22 +80,19 @@ def loser_scale(
         winner, inner = winner.sum(), inner.sum()
         guard = RELEASED_GUARD * pairs**2 * released_elements / 4
     scale = ((1 - mu) * winner / (inner + guard)).clamp(0, 1)
-    return torch.where(inner > 0, scale, torch.ones_like(scale)).expand(pairs)
-
-
-def scale_losers(statistics: PairStatistics, scale: Tensor, pair_weight: Tensor | None = None) -> PairStatistics:
-    """The same values; what flows back to the losers is multiplied by ``scale``, ``(B,)``; ``pair_weight`` as of
-    :func:`loser_scale`.
-    """
+    scale = torch.where(inner > 0, scale, torch.ones_like(scale)).expand(pairs)
     sides = torch.stack([torch.ones_like(scale), scale])
     if pair_weight is not None:
         sides = torch.where(pair_weight < 0, sides.flip(0), sides)
+    named = {name: getattr(statistics, name) for name in ("policy_mse", "cross", "shift_mse")}
+    scaled = {name: with_slope(value, sides.flatten(), value) for name, value in named.items() if value is not None}
+    return dataclasses.replace(statistics, **scaled), scale
 
-    def scaled(value: Tensor) -> Tensor:
-        return with_slope(value, sides.flatten(), value)
 
-    cross, shift = (None if both is None else scaled(both) for both in (statistics.cross, statistics.shift_mse))
-    return dataclasses.replace(statistics, policy_mse=scaled(statistics.policy_mse), cross=cross, shift_mse=shift)
+def implicit_accuracy(margin: Tensor, tie: float = 0.0) -> Tensor:
+    """The share of pairs with ``z > 0`` as scripts count it, scalar, no gradient; ``tie``: what ``z = 0`` counts."""
+    z = margin.detach()
+    return ((z > 0).to(z.dtype) + tie * (z == 0)).mean()
 
 
 def with_slope(value: Tensor, slope: Tensor, z: Tensor) -> Tensor:

@@ -29,10 +29,8 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.ops.preference_loss import PreferenceLoss
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
-PASSES = (1, 2)
 
-
-class Scored(NamedTuple):
+class ScoredTerms(NamedTuple):
     """``n`` terms, each ``(n,)``: what it adds to its pair's margin (with gradient, where gradients are enabled), and
     the errors of policy and reference; and the reference's predictions ``(n, …)``.
     """
@@ -43,7 +41,7 @@ class Scored(NamedTuple):
     reference_pred: Tensor | None
 
 
-Score = Callable[[Tensor, Tensor, Tensor | None], Scored]
+Score = Callable[[Tensor, Tensor, Tensor | None], ScoredTerms]
 """``score(rows, columns, reference_pred)``: terms of samples ``rows`` ``(n,)`` of ``[winners; losers]`` at their
 timesteps number ``columns`` ``(n,)``, int64 on the host; ``reference_pred``: what an earlier call gave for them."""
 
@@ -88,8 +86,8 @@ class _Slice:
 
     start: int
     stop: int
-    first: bool = True
-    complete: bool = True
+    first: bool
+    complete: bool
 
 
 class StreamedLoss:
@@ -98,7 +96,7 @@ class StreamedLoss:
     Args:
         score: evaluates terms.
         pairs, timesteps: B and K.
-        utility, beta, label_smoothing: the utility u and what it is given.
+        utility, beta, label_smoothing: u and its parameters.
         terms_per_call: how many terms are evaluated, and differentiated, at once; None for all of them.
         passes: how ``u'`` is known in time, for pairs that do not fit into a call: 1 or 2, as above.
         parameters: for one pass, all parameters that get a gradient.
@@ -128,7 +126,7 @@ class StreamedLoss:
         self._parameters = list(parameters)
         self._slices = _slices(pairs, per_pair, per_call, self._one_pass)
         self.calls = len(self._slices)
-        self._scored: list[Scored] = []
+        self._scored: list[ScoredTerms] = []
         self._kept: list[Tensor | None] = []
         self._known = not (self._whole_pairs or self._one_pass)
         if self._known:
@@ -148,7 +146,7 @@ class StreamedLoss:
                 parameter.grad = None
         scored = self._evaluate(part)
         margin = scored.margin
-        self._scored.append(Scored(margin.detach(), scored.policy_mse.detach(), scored.reference_mse, None))
+        self._scored.append(ScoredTerms(margin.detach(), scored.policy_mse.detach(), scored.reference_mse, None))
         if not part.complete:
             return margin.sum()
         first_pair = part.start // (2 * self._timesteps)
@@ -161,14 +159,14 @@ class StreamedLoss:
     def result(self) -> PreferenceLoss:
         """See :class:`LossTerms`; ``policy_mse`` and ``reference_mse`` are ``(2B, K)``."""
         margin = self._margins()
-        errors = (torch.cat([getattr(scored, name) for scored in self._scored]) for name in Scored._fields[1:3])
+        errors = (torch.cat([getattr(scored, name) for scored in self._scored]) for name in ScoredTerms._fields[1:3])
         by_sample = (error.view(self._pairs, self._timesteps, 2).permute(2, 0, 1).flatten(0, 1) for error in errors)
         return PreferenceLoss(self._utility.value(margin, *self._settings).mean(), margin, *by_sample)
 
     def _pair(self, part: _Slice) -> Tensor:
         return torch.arange(part.start, part.stop) // (2 * self._timesteps)
 
-    def _evaluate(self, part: _Slice, reference_pred: Tensor | None = None) -> Scored:
+    def _evaluate(self, part: _Slice, reference_pred: Tensor | None = None) -> ScoredTerms:
         """Terms go pair by pair, then timestep by timestep, the winner before the loser."""
         index = torch.arange(part.start, part.stop)
         rows = self._pair(part) + self._pairs * (index % 2)
@@ -196,15 +194,16 @@ class StreamedLoss:
 
 
 def _slices(pairs: int, per_pair: int, per_call: int, one_pass: bool) -> list[_Slice]:
+    """Slices of whole pairs where a call holds one; in one pass no slice holds terms of two pairs."""
     total = pairs * per_pair
-    if per_pair <= per_call:
-        whole = per_call // per_pair * per_pair
-        return [_Slice(start, min(start + whole, total)) for start in range(0, total, whole)]
-    if not one_pass:
-        return [_Slice(start, min(start + per_call, total)) for start in range(0, total, per_call)]
-    within = [(start, min(start + per_call, per_pair)) for start in range(0, per_pair, per_call)]
+    span, size = per_pair if one_pass else total, per_call // per_pair * per_pair or per_call
     return [
-        _Slice(pair * per_pair + start, pair * per_pair + stop, start == 0, stop == per_pair)
-        for pair in range(pairs)
-        for start, stop in within
+        _Slice(
+            start=begin + offset,
+            stop=begin + min(offset + size, span),
+            first=not one_pass or offset == 0,
+            complete=not one_pass or offset + size >= span,
+        )
+        for begin in range(0, total, span)
+        for offset in range(0, span, size)
     ]

@@ -1,4 +1,4 @@
-"""Checks of the arguments of an op: what no kernel and no derivative is made for is refused, by name."""
+"""The arguments of an op: what no kernel and no derivative is made for is refused, by name."""
 
 from __future__ import annotations
 
@@ -51,6 +51,34 @@ def check_tensor(
     if not differentiable and tensor.requires_grad and torch.is_grad_enabled():
         remedy = f"compute it under torch.no_grad() or pass {name}.detach()"
         raise invalid(f"{name}.requires_grad", True, "no gradient flows to it", remedy)
+
+
+def check_predictions(
+    tensors: dict[str, Tensor], paired: bool = True, remedy: str = "stack [winners; losers] as (2B, …)"
+) -> None:
+    """Raise unless these, under the caller's names, are predictions ``(N, …)`` of one shape, the first with a gradient;
+    ``paired``: N = 2B.
+    """
+    (first, policy), *others = tensors.items()
+    check_tensor(first, policy, differentiable=True)
+    shape = tuple(policy.shape)
+    for name, tensor in others:
+        check_tensor(name, tensor, (shape,), policy)
+    if len(shape) < 2:
+        raise invalid(f"{first}.shape", shape, "must have a batch and at least one more dimension", remedy)
+    if paired and (shape[0] == 0 or shape[0] % 2):
+        raise invalid(f"{first}.shape", shape, "must hold as many losers as winners", remedy)
+    if 0 in shape:
+        remedy = "pass predictions of at least one element per sample"
+        raise invalid(f"{first}.shape", shape, "has no elements", remedy)
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What an op computes in: float64 when any input is float64, float32 otherwise."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -37,7 +37,7 @@ def sample_rows(tensors: Sequence[Tensor], contiguous: bool = False) -> list[Ten
         return list(tensors)
     first = tensors[0]
     order = sample_order(first)
-    if order is None or not _apart(first) or (contiguous and order != _contiguous_order(first)):
+    if order is None or not _apart(first) or (contiguous and not first[:1].is_contiguous()):
         first = first.contiguous()
         order = sample_order(first)
     return [first, *(tensor if sample_order(tensor) == order else like(tensor, first) for tensor in tensors[1:])]
@@ -169,12 +169,11 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     return target.copy_(tensor)
 
 
-def _contiguous_order(tensor: Tensor) -> tuple[int, ...]:
-    order, step = [], 1
-    for size in reversed(tensor.shape[1:]):
-        order.append(step if size > 1 else 0)
-        step *= size
-    return tuple(reversed(order))
+def float32(table: Tensor | None) -> Tensor | None:
+    """``table`` as contiguous float32 numbers, itself where it is that."""
+    if table is None or (table.dtype is torch.float32 and table.is_contiguous()):
+        return table
+    return table.float().contiguous()
 
 
 def _apart(tensor: Tensor) -> bool:
@@ -189,10 +188,4 @@ def _rows_are_dense(tensor: Tensor, batch_dims: int) -> bool:
         row //= size
         if size > 1 and stride != row:
             return False
-    step = 1
-    inner = zip(tensor.stride()[batch_dims:], tensor.shape[batch_dims:], strict=True)
-    for stride, size in sorted((stride, size) for stride, size in inner if size > 1):
-        if stride != step:
-            return False
-        step *= size
-    return True
+    return sample_order(tensor.flatten(0, batch_dims - 1)) is not None

@@ -23,9 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 def blocks(seed: int, offset: int, index: Tensor, count: int) -> Tensor:
-    """The first ``count`` Philox blocks of every stream: int64 ``(n, count, 4)`` holding uint32 values, for ``index``
-    int64 ``(n,)``.
-    """
+    """The first ``count`` blocks of every stream ``index`` int64 ``(n,)``: uint32 values in int64 ``(n, count, 4)``."""
     check_key(seed, offset)
     block = torch.arange(count, device=index.device)
     shape = (index.numel(), count)
@@ -69,8 +67,8 @@ def uniform(seed: int, offset: int, index: Tensor) -> Tensor:
     return ((bits[:, 0] << 21) | (bits[:, 1] >> 11)).double() * 2.0**-53
 
 
-def integers(seed: int, offset: int, index: Tensor, high: int | Tensor) -> Tensor:
-    """One whole number in ``[0, high)`` per stream, int64 ``(n,)``; ``high``: at most 2³¹, or one for each stream."""
+def integers(seed: int, offset: int, index: Tensor, high: int) -> Tensor:
+    """One whole number in ``[0, high)`` per stream, int64 ``(n,)``; ``high``: at most 2³¹."""
     return (uniform(seed, offset, index) * high).long()
 
 

@@ -1,6 +1,4 @@
-"""The Triton kernels, ``fastinvdpo._triton``: loaded when a backend first needs them, and the reason when they cannot
-be.
-"""
+"""The Triton kernels, ``fastinvdpo._triton``: loaded at their first use, or the reason why they cannot be."""
 
 from __future__ import annotations
 

@@ -55,24 +55,16 @@ def test_plan_ends_exactly_at_every_level() -> None:
         assert plan.source[row, : len(visited)].tolist() == [-1, *visited[:-1]]
 
 
-def test_every_sample_costs_its_own_steps() -> None:
-    levels = torch.tensor([0, 1, 150, 150, 999, 417])
-    latents, prompt = batch(6)
-    network = Counting()
-    plan = plan_inversion(SCHEDULE, levels, 10)
-    invert(network, SCHEDULE, latents, plan, prompt)
-    assert network.samples == int(plan.steps.sum()) == 1 + 1 + 3 + 3 + 11 + 6
-    network = Counting()
-    invert(network, SCHEDULE, latents, plan, prompt, InversionSettings(renoise_iterations=1))
-    assert network.samples == 2 * int(plan.steps.sum())
-
-
-def test_samples_leave_from_the_end_of_the_batch() -> None:
+def test_every_sample_costs_its_own_steps_and_leaves_from_the_end_of_the_batch() -> None:
     """The longest way goes first, so that nothing is gathered again when a sample has arrived."""
-    latents, prompt = batch(6)
-    network = Counting()
     levels = torch.tensor([0, 1, 150, 150, 999, 417])
-    invert(network, SCHEDULE, latents, plan_inversion(SCHEDULE, levels, 10), prompt)
+    latents, prompt = batch(6)
+    plan = plan_inversion(SCHEDULE, levels, 10)
+    assert int(plan.steps.sum()) == 1 + 1 + 3 + 3 + 11 + 6
+    network, renoised = Counting(), Counting()
+    invert(network, SCHEDULE, latents, plan, prompt)
+    invert(renoised, SCHEDULE, latents, plan, prompt, InversionSettings(renoise_iterations=1))
+    assert network.samples == int(plan.steps.sum()) == renoised.samples / 2
     assert [len(times) for times in network.times] == [6, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1]
     assert network.times[2] == [201, 201, 150, 150] and len(set(network.prompts)) == 1
 
@@ -129,21 +121,12 @@ def test_a_batch_equals_its_samples_one_by_one(settings: InversionSettings, guid
     latents, prompt = batch(5)
     prompt = Prompt(prompt.conditional, prompt.unconditional, guidance_scale)
     network = toy_network()
-    together = invert(
-        network, SCHEDULE, latents, plan_inversion(SCHEDULE, levels, 10), prompt, settings, noise_index=index
-    )
+    plan = plan_inversion(SCHEDULE, levels, 10)
+    together = invert(network, SCHEDULE, latents, plan, prompt, settings, noise_index=index)
     for row in range(5):
         one = torch.tensor([row])
-        alone = invert(
-            network,
-            SCHEDULE,
-            latents[one],
-            plan_inversion(SCHEDULE, levels[one], 10),
-            prompt.select(one),
-            settings,
-            noise_index=index[one],
-        )
-        assert torch.equal(alone, together[one])
+        given = (latents[one], plan_inversion(SCHEDULE, levels[one], 10), prompt.select(one), settings)
+        assert torch.equal(invert(network, SCHEDULE, *given, noise_index=index[one]), together[one])
 
 
 def test_recovered_noise_holds_the_true_noise() -> None:
@@ -236,10 +219,8 @@ def test_step_noise_has_the_variance_of_the_interval_it_crossed() -> None:
     clean = torch.zeros(2, 4, 32, 32, dtype=torch.float64)
     told = Prompt({"prompt": torch.zeros(2)})
     plan = plan_inversion(SCHEDULE, torch.tensor([1, 1]), 10)
-    settings = InversionSettings(eta=0.5, seed=1)
-    x = invert(
-        lambda x, t, c: torch.zeros_like(x), SCHEDULE, clean, plan, told, settings, noise_index=torch.tensor([3, 3])
-    )
+    settings, index = InversionSettings(eta=0.5, seed=1), torch.tensor([3, 3])
+    x = invert(lambda x, t, c: torch.zeros_like(x), SCHEDULE, clean, plan, told, settings, noise_index=index)
     deviation = 0.5 * float(ancestral_variance(SCHEDULE, torch.tensor([-1]), torch.tensor([1])).sqrt())
     assert float(x[0].std()) == pytest.approx(deviation, rel=0.05)
     assert torch.equal(x[0], x[1])

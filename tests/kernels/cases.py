@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import fastinvdpo
 from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from fastinvdpo.ops.preference_loss import reference as loss_reference
@@ -68,6 +69,42 @@ def problem(
     utility = options.get("utility", "sigmoid")
     options.setdefault("label_smoothing", 0.1 if UTILITIES[utility].smoothed else 0.0)
     return Problem(policy, reference, target if with_target else None, **options)
+
+
+def apart(tensor: Tensor, gap: int, offset: int = 0) -> Tensor:
+    """These values, ``offset`` elements after an aligned address, samples ``gap`` elements apart; NaN between them."""
+    samples, n = len(tensor), tensor[0].numel()
+    room = torch.full((offset + samples * (n + gap),), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return room[offset:].view(samples, n + gap)[:, :n].view(tensor.shape).copy_(tensor)
+
+
+def between(tensor: Tensor, gap: int) -> Tensor:
+    """What lies between the samples of a tensor of :func:`apart`."""
+    after = tensor.storage_offset() + tensor[0].numel()
+    return tensor.as_strided((len(tensor), gap), (tensor.stride(0), 1), after)
+
+
+def check_public(backend: str, p: Problem, weight: Tensor | None = None) -> None:
+    """``preference_loss`` forward, and backward of its loss, of its other outputs and of all. ``weight``: what to pass
+    for p's ``timestep_weight``.
+    """
+    policy = p.policy.detach().requires_grad_()
+    names = ("beta", "pair_weight", "timestep_weight", "utility", "label_smoothing")
+    options = {name: getattr(p, name) for name in names} | ({} if weight is None else {"timestep_weight": weight})
+    with fastinvdpo.use_backend(backend):
+        result = fastinvdpo.preference_loss(policy, p.reference, p.target, **options)
+        outputs = (result.loss, result.margin, result.policy_mse)
+        grads = (torch.full_like(result.loss, 0.7), torch.randn_like(result.margin), torch.rand_like(result.policy_mse))
+        (of_loss,) = torch.autograd.grad(result.loss, policy, grads[0], retain_graph=True)
+        (of_rest,) = torch.autograd.grad(outputs[1:], policy, grads[1:], retain_graph=True)
+        (of_all,) = torch.autograd.grad(outputs, policy, grads)
+    outputs = (*outputs, result.reference_mse)
+    check_loss(p, [tensor.detach() for tensor in outputs])
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in outputs)
+    given = ((grads[0], None, None), (None, *grads[1:]), grads)
+    for incoming, gradient in zip(given, (of_loss, of_rest, of_all), strict=True):
+        check_gradient(p, incoming, result.margin.detach(), gradient)
+        assert gradient.stride() == torch.empty_like(p.policy).stride()
 
 
 def exact(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:

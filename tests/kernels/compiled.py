@@ -25,28 +25,20 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
-    assert [
-        row["kernel"] for row in rows if row["spill_store_bytes"] or row["spill_load_bytes"] or row["stack_bytes"]
-    ] == []
+    spilling = [r["kernel"] for r in rows if r["spill_store_bytes"] or r["spill_load_bytes"] or r["stack_bytes"]]
+    assert spilling == []
 
 
 def test_registers_let_several_blocks_run_at_a_time(rows: list[dict[str, Any]]) -> None:
     """On one multiprocessor, which has 65536; the loads of 768 to 1024 threads hide the latency of memory."""
-    blocks = {
-        "preference_loss.cu": 4,
-        "affine_step.cu": 3,
-        "pair_statistics.cu": 2,
-    }  # of 256 threads, each with its registers of 65,536
+    blocks = {"preference_loss.cu": 4, "affine_step.cu": 3, "pair_statistics.cu": 2}  # of 256 threads
     assert [row["kernel"] for row in rows if row["registers"] * 256 * blocks[row["file"]] > 65536] == []
 
 
 def test_rows_move_in_128_bits(rows: list[dict[str, Any]]) -> None:
     assert [row["kernel"] for row in rows if compiled_cuda.widest(row["loads"]) < 128] == []
-    writers = [
-        row
-        for row in rows
-        if row["kernel"].partition("<")[0] not in ("preference_loss_forward", "pair_statistics_forward")
-    ]
+    sums = ("preference_loss_forward", "pair_statistics_forward")
+    writers = [row for row in rows if row["kernel"].partition("<")[0] not in sums]
     assert writers
     assert [row["kernel"] for row in writers if compiled_cuda.widest(row["stores"]) < 128] == []
 

@@ -30,15 +30,8 @@ def build(folder: Path) -> ctypes.CDLL:
     """The kernels as a shared library in ``folder``."""
     path = folder / "emulated.so"
     flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DFASTINVDPO_EMULATE_CUDA"]
-    command = [
-        compiler() or "g++",
-        *flags,
-        f"-I{ROOT / 'csrc'}",
-        f"-I{HERE}",
-        str(HERE / "driver.cpp"),
-        "-o",
-        str(path),
-    ]
+    files = [f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(HERE / "driver.cpp"), "-o", str(path)]
+    command = [compiler() or "g++", *flags, *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(path))
@@ -65,12 +58,7 @@ def forward(library: ctypes.CDLL, problem: Problem, launch: Launch) -> tuple[Ten
     ticket = library.forward(
         *(_pointer(tensor) for tensor in tensors),
         _integers(ctypes.c_int, [0 if tensor is None else STORAGE[tensor.dtype] for tensor in tensors]),
-        _pointer(p.pair_weight),
-        None if p.timestep_weight is None else _address(p.timestep_weight),
-        _sizes(p, launch),
-        ctypes.c_float(p.beta),
-        UTILITY[p.utility],
-        ctypes.c_float(p.label_smoothing),
+        *_settings(p, launch),
         _pointers(results),
     )
     assert ticket == 0
@@ -91,12 +79,7 @@ def backward(
         _pointer(target),
         _integers(ctypes.c_int, [STORAGE[p.policy.dtype], STORAGE[target.dtype]]),
         _pointer(margin),
-        _pointer(p.pair_weight),
-        None if p.timestep_weight is None else _address(p.timestep_weight),
-        _sizes(p, launch),
-        ctypes.c_float(p.beta),
-        UTILITY[p.utility],
-        ctypes.c_float(p.label_smoothing),
+        *_settings(p, launch),
         _pointer(gradient),
     )
     return gradient
@@ -139,9 +122,7 @@ def affine_step_backward(
 ) -> None:
     """``grad`` has the elements of the gradients, or one number for each row."""
     n = gradients[0][0].numel()
-    targets = [
-        number for column, gradient in zip(columns, gradients, strict=True) for number in (column, gradient.stride(0))
-    ]
+    targets = [x for column, gradient in zip(columns, gradients, strict=True) for x in (column, gradient.stride(0))]
     sizes = [len(grad), n, len(gradients), coefficients.shape[1], resident, grad.stride(0), grad.ndim == 1, *targets]
     library.affine_step_backward(
         _address(grad),
@@ -214,13 +195,15 @@ def cut(library: ctypes.CDLL, rows: int, n: int, largest_team: int, head: int, r
     return Cut(*description, [(flat[2 * i], flat[2 * i + 1]) for i in kept])
 
 
-def _sizes(p: Problem, launch: Launch) -> ctypes.Array[ctypes.c_int64]:
+def _settings(p: Problem, launch: Launch) -> tuple[Any, ...]:
+    """Weights, sizes, β, utility and its smoothing."""
     pairs, timesteps = p.policy.shape[0] // 2, p.rows[1] if len(p.rows) == 2 else 1
-    n, pitch = (
-        p.policy.numel() // (2 * pairs * timesteps),
-        0 if p.timestep_weight is None else p.timestep_weight.stride(0),
-    )
-    return _integers(ctypes.c_int64, [pairs, timesteps, n, launch.team, launch.resident, launch.order, pitch])
+    n, weight = p.policy.numel() // (2 * pairs * timesteps), p.timestep_weight
+    pitch = 0 if weight is None else weight.stride(0)
+    sizes = [pairs, timesteps, n, launch.team, launch.resident, launch.order, pitch]
+    weights = _pointer(p.pair_weight), None if weight is None else _address(weight)
+    numbers = ctypes.c_float(p.beta), UTILITY[p.utility], ctypes.c_float(p.label_smoothing)
+    return (*weights, _integers(ctypes.c_int64, sizes), *numbers)
 
 
 def _integers(kind: type, values: Sequence[int]) -> ctypes.Array:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import fastinvdpo
 from fastinvdpo.ops.pair_statistics import reference as plain
 from tests.cases import predictions
 from tests.kernels.cases import at_offset
@@ -130,3 +131,20 @@ def check_gradient(p: Problem, grads: Sequence[Tensor | None], found: Tensor) ->
     mistake, allowed = ((value.double() - right).abs().max() for value in (found, model))
     stored = torch.finfo(found.dtype).eps / 2 * right.abs().max()
     assert mistake <= 2 * max(allowed, stored, 2 * 2**-24 * size.max())
+
+
+def both_ways(backend: str, p: Problem, given: str = "EXQC") -> tuple[list[Tensor], list[Tensor | None], Tensor]:
+    """All sums of the op, the gradients of those that ``given`` names, and the gradient that follows."""
+    leaf, grads = p.policy.detach().requires_grad_(), gradients_of(p, given)
+    with fastinvdpo.use_backend(backend):
+        sums = torch.ops.fastinvdpo.pair_statistics(leaf, *p[1:])
+        weighted = [(value, grad) for value, grad in zip(sums, (*grads, None), strict=True) if grad is not None]
+        outputs, slopes = zip(*weighted, strict=True)
+        (gradient,) = torch.autograd.grad(outputs, leaf, slopes)
+    return [value.detach() for value in sums], grads, gradient
+
+
+def check_public(backend: str, p: Problem, given: str = "EXQC") -> None:
+    sums, grads, gradient = both_ways(backend, p, given)
+    check_sums(p, sums)
+    check_gradient(p, grads, gradient)

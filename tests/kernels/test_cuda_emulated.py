@@ -14,12 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.ops import philox
 from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import pairwise
 from tests.kernels import emulated, statistics
-from tests.kernels.cases import ROUNDING, at_offset, check_gradient, check_loss, check_step, exact, problem
+from tests.kernels.cases import (
+    apart,
+    at_offset,
+    between,
+    check_gradient,
+    check_loss,
+    check_step,
+    exact,
+    problem,
+)
 from tests.kernels.emulated import Launch
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler to emulate CUDA with")
@@ -69,51 +77,31 @@ def test_a_row_is_one_cluster_at_training_shapes(library: ctypes.CDLL) -> None:
 # preference_loss
 
 
-@pytest.mark.parametrize(
-    ("n", "launch"), [*itertools.product([1, 3, 250, 2053], LAUNCHES), (16384, LAUNCHES[1]), (36867, LAUNCHES[2])]
-)
-def test_forward(library: ctypes.CDLL, n: int, launch: Launch) -> None:
-    p = problem(n)
-    check_loss(p, emulated.forward(library, p, launch))
-
-
-MIXED = [(BF16, BF16, torch.float32), (torch.float32, torch.float16, BF16)]
+MIXED = [(BF16, BF16, torch.float32), (torch.float32, torch.float16, BF16), (BF16, torch.float32, torch.float32)]
+OFFSETS = [(0, 0, 0), (1, 1, 1), (3, 3, 3), (1, 0, 1), (1, 1, 0), (5, 1, 1)]
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "with_target", "launch"),
-    pairwise([*((dtype,) * 3 for dtype in DTYPES), *MIXED], [True, False], LAUNCHES[:2]),
-)
-def test_forward_dtypes(
-    library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...], with_target: bool, launch: Launch
-) -> None:
-    p = problem(4107, dtypes=dtypes, with_target=with_target)
-    check_loss(p, emulated.forward(library, p, launch))
-
-
-@pytest.mark.parametrize(
-    ("n", "dtypes", "offsets"),
-    pairwise([2, 4107], [(torch.float32,) * 3, (BF16,) * 3, (BF16, *(torch.float32,) * 2)],
-             [(1, 1, 1), (3, 3, 3), (1, 0, 1), (1, 1, 0), (5, 1, 1)]),
+    ("n", "launch", "dtypes", "offsets", "utility", "steps", "with_target"),
+    [
+        *pairwise([1, 3, 60, 250, 2053, 4107], LAUNCHES, [*((dtype,) * 3 for dtype in DTYPES), *MIXED], OFFSETS,
+                  UTILITIES, [None, 1, 3], [True, False]),
+        *((n, launch, (torch.float32,) * 3, (0, 0, 0), "sigmoid", steps, True) for n, launch, steps in (
+            (16384, LAUNCHES[1], None), (36867, LAUNCHES[2], None), (2500, LAUNCHES[1], 2), (20, LAUNCHES[1], 40))),
+    ],
 )  # fmt: skip
-def test_forward_off_boundaries(
-    library: ctypes.CDLL, n: int, dtypes: tuple[torch.dtype, ...], offsets: tuple[int, ...]
+def test_forward(
+    library: ctypes.CDLL,
+    n: int,
+    launch: Launch,
+    dtypes: tuple[torch.dtype, ...],
+    offsets: tuple[int, ...],
+    utility: str,
+    steps: int | None,
+    with_target: bool,
 ) -> None:
-    p = problem(n, dtypes=dtypes, offsets=offsets)
-    check_loss(p, emulated.forward(library, p, Launch(team=2)))
-
-
-@pytest.mark.parametrize("utility", UTILITIES)
-@pytest.mark.parametrize("steps", [None, 3])
-def test_forward_utilities_and_timesteps(library: ctypes.CDLL, utility: str, steps: int | None) -> None:
-    p = problem(60, pairs=3, steps=steps, utility=utility)
-    check_loss(p, emulated.forward(library, p, Launch(team=8)))
-
-
-@pytest.mark.parametrize(("n", "steps"), [(2500, 1), (2500, 2), (20, 40)])
-def test_forward_timesteps(library: ctypes.CDLL, n: int, steps: int) -> None:
-    p = problem(n, steps=steps)
-    check_loss(p, emulated.forward(library, p, Launch(team=8)))
+    p = problem(n, pairs=3, steps=steps, dtypes=dtypes, offsets=offsets, utility=utility, with_target=with_target)
+    check_loss(p, emulated.forward(library, p, launch))
 
 
 @pytest.mark.parametrize("pitch", [0, 5])
@@ -228,14 +216,6 @@ def test_a_samples_statistics_depend_on_its_elements_alone(library: ctypes.CDLL)
 # affine_step
 
 
-def strided(tensor: Tensor, offset: int, gap: int) -> Tensor:
-    """The same values ``offset`` elements after an aligned address, rows ``gap`` elements apart; NaN around them."""
-    rows, n = tensor.shape
-    room = torch.full((offset + rows * (n + gap),), torch.nan, dtype=tensor.dtype)
-    assert room.data_ptr() % 16 == 0
-    return room[offset:].view(rows, n + gap)[:, :n].copy_(tensor)
-
-
 STEP_CASES = [
     (torch.float32, torch.float32, 4107, 0),
     (torch.bfloat16, torch.bfloat16, 2056, 0),
@@ -282,16 +262,15 @@ def test_affine_step_into_given_memory(
     settings = step_settings(rows, outputs, noise, torch.tensor([True, False, True]))
     expected = emulated.affine_step(library, values, others, settings)
     unrounded = emulated.affine_step(library, values.float(), others, settings)
-    apart = [strided(other, offset, gap) for other in others]
-    for out in (strided(torch.zeros_like(values), offset, gap), None, *apart[: dtype == output_dtype]):
-        sample = strided(values, offset, gap)
+    placed = [apart(other, gap, offset) for other in others]
+    for out in (apart(torch.zeros_like(values), gap, offset), None, *placed[: dtype == output_dtype]):
+        sample = apart(values, gap, offset)
         result = sample if out is None else out
-        trajectory = strided(torch.zeros(rows, n, dtype=stored), offset, gap)
-        emulated.affine_step(library, sample, apart, settings, result, trajectory, resident=3)
+        trajectory = apart(torch.zeros(rows, n, dtype=stored), gap, offset)
+        emulated.affine_step(library, sample, placed, settings, result, trajectory, resident=3)
         assert torch.equal(result, expected) and torch.equal(trajectory, unrounded.to(stored))
         for tensor in (result, trajectory):
-            beside = tensor.as_strided((rows, n + gap), tensor.stride(), tensor.storage_offset())[:, n:]
-            assert bool(beside.isnan().all()) and beside.numel() == rows * gap
+            assert between(tensor, gap).isnan().all()
 
 
 @pytest.mark.parametrize("columns", [[0], [2], [0, 1], [1, 3], [0, 1, 2, 3, 4]])
@@ -302,7 +281,7 @@ def test_affine_step_backward(
     rows, table = 3, torch.randn(3, 5)
     dtypes = [dtype if column == 0 else other_dtype for column in columns]
     values = torch.randn(rows, n).to(dtype)
-    grads = [at_offset(values, offset), strided(values, offset, 8), values[:1].expand_as(values), values[:, 0]]
+    grads = [at_offset(values, offset), apart(values, 8, offset), values[:1].expand_as(values), values[:, 0]]
     for active in (torch.tensor([True, False, True]), None):
         if active is not None:
             table[1] = torch.nan  # of a row at rest: looked at by nobody
@@ -314,19 +293,6 @@ def test_affine_step_backward(
             for one, two in zip(gradients, expected, strict=True):
                 torch.testing.assert_close(one, two, rtol=0, atol=0)
         table = torch.randn(3, 5)
-
-
-def test_noise_is_that_of_every_backend(library: ctypes.CDLL) -> None:
-    """Its layout, and that it depends on neither the length of a row nor the batch."""
-    sample, scale = torch.zeros(3, 5001), torch.ones(3)
-    index = torch.tensor([5, 2**33 + 1, 5])
-    step = emulated.affine_step(library, sample, [], (torch.ones(3, 1), None, scale, index, 123, 4))
-    expected = philox.normal(123, 4, index, (5001,), torch.float64)
-    assert (step.double() - expected).abs().max() < 40 * ROUNDING
-    assert torch.equal(step[0], step[2])
-    shorter = sample[:1, :10].contiguous()
-    alone = emulated.affine_step(library, shorter, [], (torch.ones(1, 1), None, scale[:1], index[:1], 123, 4))
-    assert torch.equal(alone[0], step[0, :10])
 
 
 def test_a_sample_at_rest_keeps_its_bits(library: ctypes.CDLL) -> None:

@@ -6,8 +6,6 @@ test_native_lengths.py. Outputs are poisoned: memory that is not written holds N
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,19 +14,13 @@ import fastinvdpo
 from fastinvdpo.ops import native, philox
 from tests.cases import pairwise, predictions
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAIRS = 32
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Every new tensor is filled with NaN before an op may use it."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(backend: str, inputs: tuple[Tensor, Tensor, Tensor | None], **options) -> tuple[Tensor, ...]:

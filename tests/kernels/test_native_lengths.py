@@ -1,7 +1,7 @@
 """The C++ kernels for the CPU at every length near the ends of vectors, blocks and chunks, in every type.
 
 What is asked of each value is what its roundings allow (cases.py). Rows start at any element, and each tensor ends
-where its memory ends, so that a sanitizer sees what reads or writes past it (sanitized.py).
+where its memory ends, so that a sanitizer sees what reads or writes past it (native_run.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastinvdpo.ops import native
 from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.kernels import statistics
-from tests.kernels.cases import at_offset, check_gradient, check_loss, check_step, problem
+from tests.kernels.cases import at_offset, check_public, check_step, problem
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -29,39 +29,20 @@ LENGTHS = (
 )
 
 
-def check_preference_loss(n: int, **options) -> None:
-    p = problem(n, **options)
-    policy = p.policy.requires_grad_()
-    keywords = {
-        name: getattr(p, name) for name in ("beta", "pair_weight", "timestep_weight", "utility", "label_smoothing")
-    }
-    with fastinvdpo.use_backend("native"):
-        result = fastinvdpo.preference_loss(policy, p.reference, p.target, **keywords)
-        (of_loss,) = torch.autograd.grad(result.loss, policy, retain_graph=True)
-        weight, slope = torch.linspace(-1, 1, len(result.margin)), torch.full(p.rows, 0.1)
-        (of_rest,) = torch.autograd.grad((result.margin, result.policy_mse), policy, (weight, slope))
-    p = p._replace(policy=policy.detach())
-    results = [value.detach() for value in (result.loss, result.margin, result.policy_mse, result.reference_mse)]
-    check_loss(p, results)
-    check_gradient(p, (torch.ones(()), None, None), results[1], of_loss)
-    check_gradient(p, (None, weight, slope), results[1], of_rest)
-
-
 @pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(dtype)[6:] for dtype in mix))
 @pytest.mark.parametrize("with_target", [True, False])
 def test_preference_loss(dtypes: tuple[torch.dtype, ...], with_target: bool) -> None:
     lengths = LENGTHS if len(set(dtypes)) == 1 else LENGTHS[MIXES.index(dtypes) % 6 :: 6]
     for number, n in enumerate(lengths):
         offsets = [(number + 3 * i) % 9 for i in range(3)]
-        check_preference_loss(
-            n, dtypes=dtypes, with_target=with_target, offsets=offsets, steps=(None, 1, 3)[number % 3]
-        )
+        steps = (None, 1, 3)[number % 3]
+        check_public("native", problem(n, dtypes=dtypes, with_target=with_target, offsets=offsets, steps=steps))
 
 
 @pytest.mark.parametrize("utility", UTILITIES)
 def test_utilities(utility: str) -> None:
     for pairs in (1, 2, 5):
-        check_preference_loss(37, pairs=pairs, utility=utility, gap=0.5)
+        check_public("native", problem(37, pairs=pairs, utility=utility, gap=0.5))
 
 
 @pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(dtype)[6:] for dtype in mix))
@@ -129,13 +110,4 @@ def test_pair_statistics(dtypes: tuple[torch.dtype, ...]) -> None:
             paired=number % 4 > 0,
             offsets=[(number + 3 * i) % 9 for i in range(3)],
         )
-        leaf, grads = p.policy.requires_grad_(), statistics.gradients_of(p)
-        with fastinvdpo.use_backend("native"):
-            found = torch.ops.fastinvdpo.pair_statistics(leaf, *p[1:])
-            sums, given = zip(
-                *((f, g) for f, g in zip(found, (*grads, None), strict=True) if g is not None), strict=True
-            )
-            (gradient,) = torch.autograd.grad(sums, leaf, given)
-        p = p._replace(policy=leaf.detach())
-        statistics.check_sums(p, [value.detach() for value in found])
-        statistics.check_gradient(p, grads, gradient)
+        statistics.check_public("native", p)

@@ -18,8 +18,9 @@ from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, p
 from fastinvdpo.diffusion.prompt import Prompt, weighted_sum
 from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
 from fastinvdpo.methods import Draws, ObjectiveOutput, PairBatch, build_objective
-from fastinvdpo.methods.losses import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
+from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
 from tests.cases import GOLDEN, load_golden
+from tests.methods.problems import relative
 
 diffusers = pytest.importorskip("diffusers", reason="the recorded runs need diffusers' UNet: pip install '.[train]'")
 
@@ -34,12 +35,6 @@ RUNS = {
     "smpo/sd15_b1_d020": ("smpo", 1e-6),
     "invdpo/sdxl_n4": ("inversion-dpo", 1e-6),
 }
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖."""
-    actual, expected = actual.detach().double(), expected.double()
-    return float((actual - expected).norm() / expected.norm())
 
 
 @functools.cache
@@ -88,10 +83,6 @@ def scheduler_config(settings: dict) -> dict:
     return {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False}
 
 
-def compat_of(name: str) -> str:
-    return "released-diffusers-0.20" if name.endswith("d020") else "released"
-
-
 def conditioning(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     result = {"text": tensors["in.text_emb"]}
     if "in.pooled" in tensors:
@@ -124,10 +115,7 @@ def run(
         difference = PICKSCORE_RANGE * torch.logit(tensors["in.probs"].double())
         scores = torch.cat([difference, torch.zeros(pairs)]).to(dtype)
     if method == "inversion-dpo":
-        options |= {
-            "num_inference_steps": settings["num_inference_steps"],
-            "guidance_scale": settings["guidance_scale"],
-        }
+        options |= {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
         unconditional = {key: value if key == "time_ids" else torch.zeros_like(value) for key, value in told.items()}
     batch = PairBatch(
         latents=torch.cat([tensors["in.latents_win"], tensors["in.latents_lose"]]).to(dtype),
@@ -141,7 +129,7 @@ def run(
         noise = tensors["in.noise"][:pairs]
     timesteps = tensors["in.timesteps"][:pairs] if "in.timesteps" in tensors else None
     draws = Draws(timesteps, None if noise is None else noise.to(dtype))
-    options["compat"] = compat_of(name)
+    options["compat"] = "released-diffusers-0.20" if name.endswith("d020") else "released"
     objective = build_objective(method, NoiseSchedule.from_config(config), **options)
     if float64_schedule:
         objective = dataclasses.replace(objective, schedule=NoiseSchedule.from_config(config))
@@ -177,19 +165,20 @@ def test_loss_and_every_gradient(name: str) -> None:
     for parameter, expected in ((p.grad, result.tensors.get(f"grad.{n}")) for n, p in result.policy.named_parameters()):
         if expected is not None and expected.norm() > 1e-6 * recorded.norm():
             assert relative(parameter, expected) < bound
+    if not name.startswith("invdpo"):
+        check_values_on_the_way(result, bound)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("invdpo")])
-def test_values_on_the_way(name: str) -> None:
-    result, bound = run(name), RUNS[name][1]
+def check_values_on_the_way(result: Run, bound: float) -> None:
     output = result.output
     assert torch.equal(output.timesteps, result.expected("in.timesteps"))
-    assert relative(output.noisy_latents, result.expected("mid.noisy_latents")) < bound
-    assert relative(output.target, result.expected("mid.target")) < bound
-    assert relative(output.policy_pred, result.expected("mid.policy_pred")) < bound
-    assert relative(output.reference_pred, result.expected("mid.ref_pred")) < bound
-    assert relative(output.policy_mse, result.expected("mid.model_losses")) < bound
-    assert relative(output.reference_mse, result.expected("mid.ref_losses")) < bound
+    if "mid.alpha_prod_t" in result.tensors:
+        assert torch.equal(result.schedule.alpha_bar(output.timesteps[:1]), result.expected("mid.alpha_prod_t"))
+    for ours, name in (
+        (output.noisy_latents, "noisy_latents"), (output.target, "target"), (output.policy_pred, "policy_pred"),
+        (output.reference_pred, "ref_pred"), (output.policy_mse, "model_losses"), (output.reference_mse, "ref_losses"),
+    ):  # fmt: skip
+        assert relative(ours, result.expected(f"mid.{name}")) < bound, name
     for side, expected in ((output.policy_mse, "mid.model_diff"), (output.reference_mse, "mid.ref_diff")):
         winner, loser = side.detach().chunk(2)
         # A difference of two values near one: the bound is relative to them.
@@ -233,14 +222,6 @@ def test_every_step_of_the_inversion(name: str) -> None:
         assert torch.equal(plan.noise_lower[0], below.clamp(min=-1)) and torch.equal(plan.noise_upper[0], above)
 
 
-def test_alpha_bar_at_the_pair_level() -> None:
-    for name in RUNS:
-        tensors, settings = load_golden(name)
-        if "mid.alpha_prod_t" in tensors:
-            schedule = NoiseSchedule.from_config(scheduler_config(settings)).released()
-            assert torch.equal(schedule.alpha_bar(tensors["in.timesteps"][:1]), tensors["mid.alpha_prod_t"])
-
-
 def test_smpo_pair_weight() -> None:
     tensors, settings = load_golden("smpo/sd15_b1_d042")
     winner, loser = tensors["in.scores_win_lose"].unbind(1)
@@ -275,16 +256,12 @@ def test_values_along_the_inversion_dpo_chain() -> None:
         assert relative(weight, result.expected("mid.weight")) < bound
         total = (weight * output.policy_mse[row].detach().flip(0)).sum()
         assert relative(total, result.expected(f"mid.{side}_total_diff").squeeze()) < bound
-        raw = network(result.policy)(
-            output.noisy_latents[row].repeat_interleave(2, 0),
-            plan.target[0].repeat_interleave(2),
-            {
-                key: torch.stack([result.batch.unconditional[key][row], value[row]]).repeat(
-                    count, *[1] * (value.ndim - 1)
-                )
-                for key, value in result.batch.conditioning.items()
-            },
-        ).unflatten(0, (count, 2))
+        latents, times = output.noisy_latents[row].repeat_interleave(2, 0), plan.target[0].repeat_interleave(2)
+        both = {
+            key: torch.stack([result.batch.unconditional[key][row], value[row]]).repeat(count, *[1] * (value.ndim - 1))
+            for key, value in result.batch.conditioning.items()
+        }
+        raw = network(result.policy)(latents, times, both).unflatten(0, (count, 2))
         assert relative(raw, result.expected(f"mid.raw_policy_{side}")) < bound
 
 

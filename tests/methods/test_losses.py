@@ -27,32 +27,21 @@ def _errors(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return per_sample[:half], per_sample[half:]
 
 
-def _gaps(model: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Winner minus loser, of the model and of the reference, and the two errors that all scripts log."""
-    (model_w, model_l), (ref_w, ref_l) = _errors(model, target), _errors(reference, target)
-    logged = (model_w.mean() + model_l.mean()) / 2, (ref_w.mean() + ref_l.mean()) / 2
-    return model_w - model_l, ref_w - ref_l, *logged
+def script(scale: float, tie: float, utility: Callable[[Tensor, float], Tensor] | None = None) -> Block:
+    """``mean −log σ(z)``, or ``mean utility(logits, β)``, both errors and the accuracy, ``z = scale·β·logits``."""
+
+    def block(model: Tensor, reference: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (model_w, model_l), (ref_w, ref_l) = _errors(model, target), _errors(reference, target)
+        logits = (ref_w - ref_l) - (model_w - model_l)
+        z = scale * beta * logits
+        won = torch.tensor(sum((value > 0) + tie * (value == 0) for value in z.tolist()) / len(z))
+        loss = -torch.sigmoid(z).log() if utility is None else utility(logits, beta)
+        return loss.mean(), (model_w.mean() + model_l.mean()) / 2, (ref_w.mean() + ref_l.mean()) / 2, won
+
+    return block
 
 
-def research(model: Tensor, reference: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    model_gap, ref_gap, *logged = _gaps(model, reference, target)
-    z = -beta / 2 * (model_gap - ref_gap)
-    won = sum(value > 0 for value in z.tolist()) / len(z)
-    return -torch.sigmoid(z).log().mean(), logged[0], logged[1], torch.tensor(won)
-
-
-def _diffusers(model: Tensor, reference: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    model_gap, ref_gap, *logged = _gaps(model, reference, target)
-    z = scale * (ref_gap - model_gap)
-    won = sum((value > 0) + (value == 0) / 2 for value in z.tolist()) / len(z)
-    return -torch.sigmoid(z).log().mean(), logged[0], logged[1], torch.tensor(won)
-
-
-SCRIPTS: dict[str, Block] = {
-    "research": research,
-    "diffusers-sd15": lambda model, reference, target, beta: _diffusers(model, reference, target, beta),
-    "diffusers-sdxl": lambda model, reference, target, beta: _diffusers(model, reference, target, beta / 2),
-}
+SCRIPTS = {"research": script(0.5, 0.0), "diffusers-sd15": script(1.0, 0.5), "diffusers-sdxl": script(0.5, 0.5)}
 every_script = pytest.mark.parametrize("convention", SCRIPTS)
 
 
@@ -111,27 +100,21 @@ def test_conventions_differ_by_two() -> None:
     assert diffusion_dpo_loss(*inputs, 5000).loss == diffusion_dpo_loss(*inputs, 5000, convention="research").loss
 
 
+LOSS_TYPES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sigmoid": lambda logits, beta: -torch.sigmoid(beta * logits).log(),
+    "hinge": lambda logits, beta: torch.relu(1 - beta * logits),
+    "ipo": lambda logits, beta: (logits - 1 / (2 * beta)) ** 2,
+}
+
+
 @pytest.mark.parametrize("beta", [0.5, 20.0])
-def test_the_loss_types_of_diffusers(beta: float) -> None:
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_the_loss_types_of_diffusers(name: str, beta: float) -> None:
     inputs = predictions(PAIRS, SHAPE, gap=0.1)
-    types: dict[str, Callable[[Tensor], Tensor]] = {
-        "sigmoid": lambda logits: -torch.sigmoid(beta * logits).log(),
-        "hinge": lambda logits: torch.relu(1 - beta * logits),
-        "ipo": lambda logits: (logits - 1 / (2 * beta)) ** 2,
-    }
-    for name, formula in types.items():
-        found = _with_gradient(diffusion_dpo_loss, inputs, beta, convention="diffusers-sd15", loss_type=name)
-
-        def block(model: Tensor, reference: Tensor, target: Tensor, beta: float) -> list[Tensor]:
-            model_gap, ref_gap, *logged = _gaps(model, reference, target)
-            accuracy = _diffusers(model, reference, target, beta)[3]
-            return [formula(ref_gap - model_gap).mean(), *logged, accuracy]  # noqa: B023 - called at once
-
-        for value, exact in zip(found, _with_gradient(block, inputs, beta), strict=True):
-            torch.testing.assert_close(value, exact.double(), rtol=1e-11, atol=1e-15)
-    for convention in ("research", "diffusers-sdxl"):
-        with pytest.raises(InvalidInput, match=r"^loss_type = 'hinge': is not a loss of the script .*utility='hinge'"):
-            diffusion_dpo_loss(*inputs, beta, convention=convention, loss_type="hinge")
+    found = _with_gradient(diffusion_dpo_loss, inputs, beta, convention="diffusers-sd15", loss_type=name)
+    expected = _with_gradient(script(1.0, 0.5, LOSS_TYPES[name]), inputs, beta)
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, exact.double(), rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.parametrize(("convention", "ties"), [("research", 0.0), ("diffusers-sd15", 0.5), ("diffusers-sdxl", 0.5)])
@@ -167,21 +150,25 @@ X = torch.zeros(4, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
+    ("arguments", "options", "message"),
     [
-        ((X, X, X, 0), "beta_dpo = 0: "),
-        ((X, X, X, torch.tensor(5.0)), "beta_dpo = tensor(5.)"),
-        ((X, X, None, 5.0), "target = None"),
-        ((X, X[:2], X, 5.0), "ref_pred.shape = (2, 3)"),
+        ((X, X, X, 0), {}, r"^beta_dpo = 0: "),
+        ((X, X, X, torch.tensor(5.0)), {}, r"^beta_dpo = tensor\(5.\)"),
+        ((X, X, None, 5.0), {}, r"^target = None"),
+        ((X, X[:2], X, 5.0), {}, r"^ref_pred.shape = \(2, 3\)"),
+        ((X[:3], X[:3], X[:3], 5.0), {}, r"^model_pred.shape = \(3, 3\)"),
+        (
+            (X, X, X, 5.0),
+            {"convention": "diffusers"},
+            "^convention = 'diffusers'.*research, diffusers-sd15, diffusers-sdxl",
+        ),
+        ((X, X, X, 5.0), {"loss_type": "hinge"}, "^loss_type = 'hinge': is not a loss of the script .*utility='hinge'"),
+        ((X, X, X, 5.0), {"loss_type": "ipo", "convention": "diffusers-sdxl"}, "^loss_type = 'ipo': is not a loss of"),
     ],
-)  # fmt: skip
-def test_bad_inputs_are_named_as_the_caller_knows_them(arguments: tuple[Any, ...], names: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
-        diffusion_dpo_loss(*arguments)
-    assert str(caught.value).startswith(names) and "Remedy: " in str(caught.value)
-    assert "policy_pred" not in str(caught.value)
-
-
-def test_an_unknown_convention_names_the_known_ones() -> None:
-    with pytest.raises(InvalidInput, match=r"convention = 'diffusers'.*research, diffusers-sd15, diffusers-sdxl"):
-        diffusion_dpo_loss(X, X, X, 5.0, convention="diffusers")
+)
+def test_bad_inputs_are_named_as_the_caller_knows_them(
+    arguments: tuple[Any, ...], options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        diffusion_dpo_loss(*arguments, **options)
+    assert "Remedy: " in str(caught.value) and "policy_pred" not in str(caught.value)

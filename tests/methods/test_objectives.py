@@ -8,87 +8,20 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastinvdpo.diffusion.schedule import (
-    PREDICTION_TYPES,
-    NoiseSchedule,
-    affine_coefficients,
-    inversion_levels,
-    recover_noise,
-)
-from fastinvdpo.methods import (
-    METHODS,
-    ChainObjective,
-    Draws,
-    InversionDPO,
-    PairBatch,
-    SmPO,
-    build_objective,
-)
-from fastinvdpo.methods.pairs import STREAM_TIMESTEP
+from fastinvdpo.diffusion.schedule import PREDICTION_TYPES, affine_coefficients, recover_noise
+from fastinvdpo.methods import METHODS, Draws, SmPO, build_objective
+from fastinvdpo.methods.base import STREAM_TIMESTEP
 from fastinvdpo.ops import philox
-from tests.cases import sd_schedule, toy_network
+from tests.cases import sd_schedule
+from tests.methods.problems import REFERENCE, SCHEDULE, Policy, chain_objective, pairs, select
 
-SCHEDULE = sd_schedule()
 SMALL = {
-    "diffusion-dpo": {},
     "inpo": {"num_inference_steps": 4},
     "smpo": {"num_inference_steps": 3},
     "inversion-dpo": {"num_inference_steps": 5},
 }
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
-
-
-def pairs(count: int = 4, seed: int = 0) -> PairBatch:
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randn(count, generator=generator, dtype=torch.float64).repeat(2)
-    return PairBatch(
-        latents=torch.randn(2 * count, 4, 8, 8, generator=generator, dtype=torch.float64),
-        conditioning={"prompt": prompt},
-        unconditional={"prompt": torch.zeros_like(prompt)},
-        sample_index=torch.arange(100, 100 + count),
-        scores=torch.rand(2 * count, generator=generator, dtype=torch.float64),
-    )
-
-
-def select(batch: PairBatch, chosen: list[int]) -> PairBatch:
-    rows = torch.tensor(chosen + [batch.pairs + pair for pair in chosen])
-
-    def pick(value):
-        if value is None:
-            return None
-        return {key: item[rows] for key, item in value.items()} if isinstance(value, dict) else value[rows]
-
-    fields = {
-        name: pick(getattr(batch, name))
-        for name in ("latents", "conditioning", "unconditional", "scores", "trajectory")
-    }
-    return PairBatch(**fields, sample_index=batch.sample_index[chosen])
-
-
-class Policy:
-    """A toy network with one differentiable parameter, off the reference by a little."""
-
-    def __init__(self, gap: float = 1e-2) -> None:
-        self.weight = torch.ones(4, 1, 1, dtype=torch.float64) + gap * torch.arange(4.0, dtype=torch.float64).view(
-            4, 1, 1
-        )
-        self.weight.requires_grad_()
-        self.network = toy_network()
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return self.weight * self.network(latents, timesteps, conditioning)
-
-
-REFERENCE = toy_network()
-
-
-def chain_objective(schedule: NoiseSchedule, n: int, k: int | None = None) -> ChainObjective:
-    method = InversionDPO(beta=10.0, num_inference_steps=n, guidance_scale=1.0, timesteps_per_step=k)
-    built = method.objective(schedule)
-    assert isinstance(built, ChainObjective)
-    return built
 
 
 @pytest.mark.parametrize(
@@ -112,54 +45,11 @@ def test_a_batch_equals_its_pairs_one_by_one(method: str, prediction_type: str) 
     torch.testing.assert_close(policy.weight.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-class Asked:
-    """A network that counts the samples it was asked about, and the most in one call."""
-
-    def __init__(self, network) -> None:
-        self.network, self.samples, self.largest = network, 0, 0
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        self.samples, self.largest = self.samples + latents.shape[0], max(self.largest, latents.shape[0])
-        return self.network(latents, timesteps, conditioning)
-
-
-@pytest.mark.parametrize("method", ["inpo", "smpo"])
-@pytest.mark.parametrize("static_shapes", [False, True])
-def test_sixteen_pairs_cost_their_own_steps(method: str, static_shapes: bool) -> None:
-    """Each is inverted to its own timestep; the cost is the sum of the ways, or with static shapes the longest for
-    all.
-    """
-    objective, batch = build_objective(method, SCHEDULE, beta=50.0, static_shapes=static_shapes), pairs(16)
-    alone = build_objective(method, SCHEDULE, beta=50.0)
-    timesteps = torch.arange(16) * 62 + 7
-    grid = inversion_levels(SCHEDULE, 10 if method == "inpo" else 5)
-    steps = [1 + sum(level < t for level in grid.tolist()) for t in timesteps.tolist()]
-    policy = Asked(Policy())
-    together = objective(policy, REFERENCE, batch, seed=3, draws=Draws(timesteps=timesteps))
-    together.loss.backward()
-    per_step = 1 if method == "inpo" else 2
-    inverted = 32 * max(steps) if static_shapes else 2 * sum(steps)
-    assert policy.samples == per_step * inverted + 32
-    gradient, policy.network.weight.grad = policy.network.weight.grad, None
-    for pair in range(16):
-        draws = Draws(timesteps=timesteps[pair : pair + 1])
-        one = alone(policy.network, REFERENCE, select(batch, [pair]), seed=3, draws=draws)
-        (one.loss / 16).backward()
-        torch.testing.assert_close(one.margin, together.margin[pair : pair + 1], rtol=1e-9, atol=1e-12)
-        for side, row in enumerate((pair, 16 + pair)):
-            torch.testing.assert_close(one.noisy_latents[side], together.noisy_latents[row], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(policy.network.weight.grad, gradient, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "snpo"])  # whose loser is bounded
 def test_swapping_the_sides_flips_the_margin(method: str) -> None:
     options = {**SMALL[method], "eta": 0.0} if method == "inpo" else SMALL.get(method, {})
     objective, batch = build_objective(method, SCHEDULE, beta=50.0, **options), pairs()
-    if method == "smpo":
-        # Its weight changes sign with the scores: swap the latents alone.
-        swapped = dataclasses.replace(batch, latents=batch.latents.roll(4, 0))
-    else:
-        swapped = dataclasses.replace(batch, latents=batch.latents.roll(4, 0), scores=batch.scores.roll(4, 0))
+    swapped = dataclasses.replace(batch, latents=batch.latents.roll(4, 0))  # not the scores, which SmPO weighs by
     there, back = (objective(Policy(), REFERENCE, side, seed=3).margin for side in (batch, swapped))
     torch.testing.assert_close(there, -back, rtol=1e-9, atol=1e-12)
     assert (there != 0).all()
@@ -189,12 +79,9 @@ def test_distance_has_no_gradient_where_policy_is_reference(variant: str) -> Non
 
 def test_distance_cannot_tell_a_move_from_its_opposite() -> None:
     """To leading order z is even in the displacement of the policy; `endpoint` is odd."""
-    batch = pairs()
     for variant, sign in (("distance", 1), ("endpoint", -1)):
-        objective = build_objective(
-            "inversion-dpo", SCHEDULE, variant=variant, num_inference_steps=5, guidance_scale=1.0
-        )
-        forth, back = (objective(Policy(gap), REFERENCE, batch, seed=0).margin for gap in (1e-5, -1e-5))
+        objective = chain_objective(variant, guidance_scale=1.0)
+        forth, back = (objective(Policy(gap), REFERENCE, pairs(), seed=0).margin for gap in (1e-5, -1e-5))
         torch.testing.assert_close(forth, sign * back, rtol=1e-2, atol=0)
 
 
@@ -204,17 +91,14 @@ def test_step_variant_vanishes_on_a_fine_chain() -> None:
     """
     errors = []
     for steps in (5, 50):
-        objective = build_objective(
-            "inversion-dpo", SCHEDULE, variant="step", num_inference_steps=steps, guidance_scale=1.0
-        )
+        objective = chain_objective("step", num_inference_steps=steps, guidance_scale=1.0)
         errors.append(float(objective(Policy(), REFERENCE, pairs(), seed=0).reference_mse[:, 1:].mean()))
     assert errors[1] < errors[0] / 10
 
 
 def test_step_target_is_the_output_the_inversion_used() -> None:
-    objective = build_objective("inversion-dpo", SCHEDULE, variant="step", num_inference_steps=4, guidance_scale=1.0)
     batch = pairs()
-    output = objective(Policy(), REFERENCE, batch, seed=0)
+    output = chain_objective("step", num_inference_steps=4, guidance_scale=1.0)(Policy(), REFERENCE, batch, seed=0)
     levels = torch.tensor([-1, 1, 251, 501, 751])
     states = torch.cat([batch.latents.unsqueeze(1), output.noisy_latents], dim=1)
     for k in range(4):
@@ -223,7 +107,7 @@ def test_step_target_is_the_output_the_inversion_used() -> None:
 
 
 def test_endpoint_target_is_the_noise_from_the_clean_latent() -> None:
-    objective, batch = build_objective("inversion-dpo", SCHEDULE, num_inference_steps=3), pairs()
+    objective, batch = chain_objective(num_inference_steps=3), pairs()
     output = objective(Policy(), REFERENCE, batch, seed=0)
     for k, level in enumerate([1, 334, 667]):
         expected = recover_noise(SCHEDULE, output.noisy_latents[:, k], batch.latents, torch.full((8,), level))
@@ -232,7 +116,7 @@ def test_endpoint_target_is_the_noise_from_the_clean_latent() -> None:
 
 def test_sampled_positions_cover_an_uneven_chain_evenly() -> None:
     """One from each half; their margin is unbiased (test_streaming.py)."""
-    objective = chain_objective(SCHEDULE, 5, 2)
+    objective = chain_objective(timesteps_per_step=2)
     batch = dataclasses.replace(pairs(1), sample_index=torch.arange(20_000), latents=torch.zeros(40_000, 1))
     positions, weight = objective._sample_positions(batch, seed=1)
     assert (positions[:, 0] <= 2).all() and (positions[:, 1] >= 2).all()

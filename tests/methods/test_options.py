@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,8 @@ class Toy(SingleTimestepMethod):
         return add_noise(schedule, batch.latents, noise, timesteps), noise
 
 
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def test_a_method_of_somebody_else_is_configured_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "toy", Toy)
-    yield
-
-
-@pytest.mark.usefixtures("toy")
-def test_a_method_of_somebody_else_is_configured_and_trained(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     tiny.write_model(tmp_path / "model")
     tiny.write_data(tmp_path / "pairs.parquet")

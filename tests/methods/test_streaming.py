@@ -1,4 +1,4 @@
-"""The streamed gradient is that of the full graph, in fewer bytes: one pass, two passes, any size of call."""
+"""The streamed gradient of a whole chain, in fewer bytes: utilities, precision, cost. Its modes: test_gradients.py."""
 
 from __future__ import annotations
 
@@ -13,143 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.methods import VARIANTS, ChainObjective, InversionDPO, PairBatch, build_objective
+from fastinvdpo.methods import InversionDPO, PairBatch
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import sd_schedule
+from tests.methods.problems import LEVELS, SCHEDULE, Small, chain_objective, networks, pairs, relative
 
-SCHEDULE = sd_schedule()
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
-PAIRS, LEVELS, GUIDED = 3, 5, 2
-TERMS = PAIRS * LEVELS * 2
+PAIRS, GUIDED = 3, 2
 
 
-class Small(nn.Module):
-    """Two convolutions with time and prompt; counts the samples of its calls, with and without gradient."""
-
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        shapes = {"first": (6, 4, 3, 3), "second": (4, 6, 3, 3), "told": (6, 2)}
-        for name, shape in shapes.items():
-            weight = 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-            setattr(self, name, nn.Parameter(weight.to(dtype)))
-        self.calls: list[tuple[bool, int]] = []
-
-    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        self.calls.append((torch.is_grad_enabled(), latents.shape[0]))
-        told = torch.stack([timesteps.to(latents.dtype) / 1000, conditioning["prompt"].to(latents.dtype)], dim=1)
-        hidden = torch.nn.functional.conv2d(latents, self.first, padding=1) + (told @ self.told.T)[..., None, None]
-        return torch.nn.functional.conv2d(torch.tanh(hidden), self.second, padding=1)
-
-    def evaluations(self, with_gradient: bool) -> int:
-        return sum(samples for gradient, samples in self.calls if gradient == with_gradient)
-
-    def gradient(self) -> Tensor:
-        return torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
-
-
-def networks(dtype: torch.dtype = torch.float64) -> tuple[Small, Small]:
-    """A policy, and a reference a little off it."""
-    policy, reference = Small(0, dtype), Small(0, dtype)
-    with torch.no_grad():
-        for parameter, other in zip(reference.parameters(), Small(1, dtype).parameters(), strict=True):
-            parameter += 0.1 * other
-    return policy, reference.requires_grad_(False)
-
-
-def pairs(count: int = PAIRS, dtype: torch.dtype = torch.float64) -> PairBatch:
-    generator = torch.Generator().manual_seed(4)
-    prompt = torch.randn(count, generator=generator, dtype=torch.float64).to(dtype).repeat(2)
-    return PairBatch(
-        latents=torch.randn(2 * count, 4, 4, 4, generator=generator, dtype=torch.float64).to(dtype),
-        conditioning={"prompt": prompt},
-        unconditional={"prompt": torch.zeros_like(prompt)},
-        sample_index=torch.arange(100, 100 + count),
-    )
-
-
-def objective(variant: str = "endpoint", **options: Any) -> ChainObjective:
-    built = build_objective(
-        "inversion-dpo", SCHEDULE, **{"variant": variant, "num_inference_steps": LEVELS, "beta": 20.0, **options}
-    )
-    assert isinstance(built, ChainObjective)
-    return built
-
-
-def full_graph(method: ChainObjective, batch: PairBatch) -> tuple[Tensor, Any]:
-    policy, reference = networks(batch.latents.dtype)
-    output = method(policy, reference, batch, seed=3)
+@pytest.mark.parametrize(
+    ("utility", "prediction_type"), [*((u, "epsilon") for u in UTILITIES), ("ipo", "v_prediction"), ("cdpo", "sample")]
+)
+def test_every_utility(utility: str, prediction_type: str) -> None:
+    smoothing = 0.1 if UTILITIES[utility].smoothed else 0.0
+    method = chain_objective(utility=utility, label_smoothing=smoothing, guidance_scale=1.0, beta=2.0)
+    method = dataclasses.replace(method, schedule=sd_schedule(prediction_type=prediction_type))
+    policy, reference = networks()
+    output = method(policy, reference, pairs(PAIRS), seed=3)
     output.loss.backward()
-    assert float(policy.gradient().norm()) > 1e-4
-    return policy.gradient(), output
-
-
-def streamed(method: ChainObjective, batch: PairBatch, **options: Any) -> tuple[Small, Small, Any]:
-    policy, reference = networks(batch.latents.dtype)
-    result = method.backward(policy, reference, batch, seed=3, parameters=list(policy.parameters()), **options)
-    return policy, reference, result
-
-
-def relative(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
-
-
-# From less than one guided prediction over parts of a pair, whole pairs and several of them, to everything at once.
-SIZES = [1, 2, 6, 8, 20, 27, 40, None]
-
-
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_gradient_is_that_of_the_full_graph(variant: str, passes: int) -> None:
-    method, batch = objective(variant), pairs()
-    expected, output = full_graph(method, batch)
-    for max_batch in SIZES:
-        policy, _, result = streamed(method, batch, max_batch=max_batch, passes=passes)
-        assert relative(policy.gradient(), expected) < 1e-9, max_batch
+    expected = policy.gradient()
+    assert float(expected.norm()) > 1e-4
+    for passes in (1, 2):
+        policy, trained = networks()[0], {"passes": passes}
+        trained["parameters"] = list(policy.parameters())  # type: ignore[assignment]
+        result = method.backward(policy, reference, pairs(PAIRS), seed=3, max_batch=3, **trained)
+        assert relative(policy.gradient(), expected) < 1e-9
         for name in ("loss", "margin", "policy_mse", "reference_mse"):
             ours = getattr(result, name)
             torch.testing.assert_close(ours, getattr(output, name).detach(), rtol=1e-9, atol=1e-12)
             assert not ours.requires_grad
 
 
-@pytest.mark.parametrize("utility", UTILITIES)
-def test_every_utility(utility: str) -> None:
-    smoothing = 0.1 if UTILITIES[utility].smoothed else 0.0
-    method, batch = objective(utility=utility, label_smoothing=smoothing, guidance_scale=1.0, beta=2.0), pairs()
-    expected, output = full_graph(method, batch)
-    for passes in (1, 2):
-        policy, _, result = streamed(method, batch, max_batch=3, passes=passes)
-        assert relative(policy.gradient(), expected) < 1e-9
-        torch.testing.assert_close(result.loss, output.loss.detach(), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("passes", [1, 2])
-def test_along_a_cached_trajectory_the_reference_scores_alone(passes: int) -> None:
-    batch = pairs()
-    for sampled in (None, 2):
-        method = objective("step", timesteps_per_step=sampled, model_time="source" if sampled else "destination")
-        expected, output = full_graph(method, batch)
-        _, reference = networks()
-        chain = method.reference_trajectory(reference, batch.latents, batch.conditioning, batch.unconditional)
-        cached = dataclasses.replace(batch, trajectory=chain)
-        policy, reference, result = streamed(method, cached, max_batch=4, passes=passes)
-        assert relative(policy.gradient(), expected) < 1e-9
-        torch.testing.assert_close(result.margin, output.margin.detach(), rtol=1e-9, atol=1e-12)
-        assert reference.evaluations(False) == PAIRS * 2 * (sampled or LEVELS) * GUIDED
-
-
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_other_predictions(prediction_type: str) -> None:
-    method = objective()
-    method = dataclasses.replace(method, schedule=sd_schedule(prediction_type=prediction_type))
-    expected, _ = full_graph(method, pairs())
-    for passes in (1, 2):
-        assert relative(streamed(method, pairs(), max_batch=6, passes=passes)[0].gradient(), expected) < 1e-9
-
-
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_prediction_may_have_less_precision_than_the_latents(passes: int) -> None:
-    method, batch = objective(), pairs(dtype=torch.float32)
+    method, batch = chain_objective(), pairs(PAIRS, torch.float32)
 
     def rounded(network: Small) -> Any:
         return lambda latents, times, told: network(latents, times, told).bfloat16()
@@ -167,7 +65,7 @@ def test_a_prediction_may_have_less_precision_than_the_latents(passes: int) -> N
 
 
 def test_unused_parameters_keep_their_gradient() -> None:
-    method, batch = objective(), pairs()
+    method, batch = chain_objective(), pairs(PAIRS)
     policy, reference = networks()
     idle, with_one = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     with_one.grad = torch.ones(2)
@@ -177,18 +75,25 @@ def test_unused_parameters_keep_their_gradient() -> None:
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("variant", ["endpoint", "distance-policy"])
-def test_calls_are_no_larger_than_asked_and_no_more_than_needed(variant: str, passes: int) -> None:
-    method, inverting = objective(variant), 1 if variant == "distance-policy" else 0
+@pytest.mark.parametrize("variant", ["endpoint", "cached endpoint", "distance-policy"])
+def test_forward_passes_are_no_larger_than_asked_and_no_more_than_needed(variant: str, passes: int) -> None:
+    cached, variant = variant.startswith("cached"), variant.removeprefix("cached ")
+    method, inverting, batch = chain_objective(variant), 1 if variant == "distance-policy" else 0, pairs(PAIRS)
+    if cached:
+        prompts = (batch.conditioning, batch.unconditional)
+        chain = method.reference_trajectory(networks()[1], batch.latents, *prompts)
+        batch = dataclasses.replace(batch, trajectory=chain)
+    everything = PAIRS * LEVELS * 2 * GUIDED
     for max_batch in (1, 2, 6, 8, 19, 20, 45, 60, None):
-        policy, reference, _ = streamed(method, pairs(), max_batch=max_batch, passes=passes)
-        everything = TERMS * GUIDED
+        policy, reference = networks()
+        options = {"max_batch": max_batch, "passes": passes, "parameters": list(policy.parameters())}
+        method.backward(policy, reference, batch, seed=3, **options)
         assert max(samples for _, samples in policy.calls + reference.calls) <= (max_batch or everything)
         assert policy.evaluations(True) == everything
         whole_pairs = max_batch is None or max_batch >= 2 * LEVELS * GUIDED
         first_pass = 0 if passes == 1 or whole_pairs else everything
         assert policy.evaluations(False) == first_pass + inverting * everything
-        assert reference.evaluations(False) == everything + (1 - inverting) * everything
+        assert reference.evaluations(False) == everything * (1 + (not inverting and not cached))
         calls = [samples for gradient, samples in policy.calls if gradient]
         if max_batch in (8, None):
             assert len(calls) == {None: 1, 8: 9 if passes == 1 else 8}[max_batch]
@@ -197,10 +102,8 @@ def test_calls_are_no_larger_than_asked_and_no_more_than_needed(variant: str, pa
 def test_policy_equal_to_reference_gives_ln_2_to_the_last_bit() -> None:
     policy, reference = Small(0), Small(0).requires_grad_(False)
     for passes in (1, 2):
-        trained = list(policy.parameters())
-        result = objective().backward(
-            policy, reference, pairs(), seed=0, max_batch=4, passes=passes, parameters=trained
-        )
+        options = {"max_batch": 4, "passes": passes, "parameters": list(policy.parameters())}
+        result = chain_objective().backward(policy, reference, pairs(PAIRS), seed=0, **options)
         assert float(result.loss) == math.log(2) and not result.margin.any()
 
 
@@ -237,7 +140,7 @@ class _Holder:
 
 
 def saved_bytes(levels: int, **options: Any) -> int:
-    method, batch = objective(num_inference_steps=levels), pairs(1)
+    method, batch = chain_objective(num_inference_steps=levels), pairs(1)
     policy, reference = networks()
     live = Live(policy)
     gc.collect()
@@ -288,7 +191,7 @@ def test_a_sampled_loss_is_biased_and_its_margin_is_not() -> None:
 
 def test_a_margin_that_is_not_finite_reaches_the_gradient() -> None:
     """Where hinge is flat its slope is zero, and would hide an infinite margin."""
-    method, batch = objective(utility="hinge"), pairs(1)
+    method, batch = chain_objective(utility="hinge"), pairs(1)
     for passes in (1, 2):
         policy, reference = networks()
 
@@ -315,5 +218,5 @@ def test_a_margin_that_is_not_finite_reaches_the_gradient() -> None:
 )
 def test_bad_inputs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
-        objective().stream(*networks(), pairs(), seed=0, **options)
+        chain_objective().stream(*networks(), pairs(PAIRS), seed=0, **options)
     assert "Remedy: " in str(caught.value)

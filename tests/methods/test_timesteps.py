@@ -10,10 +10,10 @@ import torch
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import build_objective
-from fastinvdpo.methods.timesteps import TimestepSampling
+from fastinvdpo.methods.single_timestep import TimestepSampling
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule
-from tests.diffusion.test_flow import sd3
+from tests.diffusion.test_schedule import sd3
 
 INDEX = torch.arange(4000)
 
@@ -51,12 +51,6 @@ def test_logit_normal_is_the_density_of_sd3(mean: float, std: float) -> None:
     assert float(logits.std()) == pytest.approx(std, abs=6 * std / math.sqrt(8000) + 5e-3)
     assert torch.equal(draw(sd_schedule(), density="logit-normal", logit_mean=mean, logit_std=std), levels)
     assert torch.equal(draw(sd3(), density="uniform"), draw())
-
-
-def test_every_single_timestep_method_takes_them() -> None:
-    for method in ("diffusion-dpo", "inpo", "smpo"):
-        objective: Any = build_objective(method, sd_schedule(), timesteps={"values": [249, 499]})
-        assert objective.method.timesteps.values == [249, 499]
 
 
 @pytest.mark.parametrize(

@@ -25,17 +25,12 @@ def inputs(outputs: int, n: int = 5, shape: tuple[int, ...] = (3, 4, 4), dtype: 
     return tensors[0], list(tensors[1:]), table
 
 
-def by_definition(sample: Tensor, outputs: list[Tensor], table: Tensor) -> Tensor:
-    result = torch.empty_like(sample)
-    for i in range(sample.shape[0]):
-        result[i] = table[i, 0] * sample[i] + sum(table[i, 1 + j] * output[i] for j, output in enumerate(outputs))
-    return result
-
-
 @pytest.mark.parametrize("count", range(5))
 def test_by_definition(count: int) -> None:
     sample, outputs, table = inputs(count)
-    torch.testing.assert_close(fastinvdpo.affine_step(sample, outputs, table), by_definition(sample, outputs, table))
+    columns = [column.view(-1, 1, 1, 1) for column in table.unbind(1)]
+    expected = sum(column * tensor for column, tensor in zip(columns, (sample, *outputs), strict=True))
+    torch.testing.assert_close(fastinvdpo.affine_step(sample, outputs, table), expected)
 
 
 def test_inactive_samples_are_untouched() -> None:
@@ -49,26 +44,16 @@ def test_inactive_samples_are_untouched() -> None:
     assert result.data_ptr() != sample.data_ptr()
 
 
-def test_gradcheck() -> None:
-    sample, outputs, table = inputs(3, n=3, shape=(2, 2))
-    active = torch.tensor([True, False, True])
-    tensors = [tensor.requires_grad_() for tensor in (sample, *outputs)]
-    assert torch.autograd.gradcheck(lambda x, *o: fastinvdpo.affine_step(x, o, table, active=active), tensors)
-
-
 # Into given memory --------------------------------------------------------------------------------------------------
 
-OPTIONS = [
-    {},
-    {"active": torch.tensor([True, False, True, True, False])},
-    {
-        "noise_scale": torch.linspace(0.5, 2, 5),
-        "noise_index": torch.tensor([3, 3, 8, 1, 2**40]),
-        "seed": 7,
-        "offset": 2,
-    },
-]
-OPTIONS.append({**OPTIONS[1], **OPTIONS[2]})
+ACTIVE = {"active": torch.tensor([True, False, True, True, False])}
+NOISE = {
+    "noise_scale": torch.linspace(0.5, 2, 5),
+    "noise_index": torch.tensor([3, 3, 8, 1, 2**40]),
+    "seed": 7,
+    "offset": 2,
+}
+OPTIONS = [{}, ACTIVE, NOISE, {**ACTIVE, **NOISE}]
 FORMS = {
     "contiguous": lambda x: x.clone(),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -83,49 +68,35 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("form", "options", "dtype"), pairwise(FORMS, OPTIONS, [*DTYPES, torch.float64]))
-def test_in_place_and_out_give_the_same_bits(
-    form: str, options: dict[str, object], dtype: torch.dtype, backend: str
-) -> None:
-    if backend == "native" and dtype == torch.float64:
-        return  # the reference's alone
-    values, outputs, table = inputs(2, dtype=dtype)
-    values[1, 0, 0, 0] = float("nan")
-    with fastinvdpo.use_backend(backend):
-        expected = fastinvdpo.affine_step(values, outputs, table.float(), **options)
-        for arrange in FORMS.values():
-            sample = FORMS[form](values)
-            out = arrange(torch.full_like(values, float("nan")))
-            version = out._version
-            result = fastinvdpo.affine_step(sample, outputs, table.float(), out=out, **options)
-            assert result is out and out._version > version
-            assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(sample), bits(values))
-        assert fastinvdpo.affine_step(sample, outputs, table.float(), out=sample, **options) is sample
-        assert torch.equal(bits(sample), bits(expected))
-        into = outputs[1].clone()
-        fastinvdpo.affine_step(values, [outputs[0], into], table.float(), out=into, **options)
-        assert torch.equal(bits(into), bits(expected))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("options", "dtype", "stored"), pairwise(OPTIONS, [*DTYPES, torch.float64], [*DTYPES, torch.float64])
+    ("form", "options", "dtype", "stored"), pairwise(FORMS, OPTIONS, [*DTYPES, torch.float64], [*DTYPES, torch.float64])
 )
-def test_the_trajectory_is_rounded_once(
-    options: dict[str, object], dtype: torch.dtype, stored: torch.dtype, backend: str
+def test_steps_into_given_memory_give_the_same_bits(
+    form: str, options: dict[str, object], dtype: torch.dtype, stored: torch.dtype, backend: str
 ) -> None:
-    """From the numbers of the arithmetic: those of a step whose sample has their dtype."""
+    """A trajectory is rounded once, from the numbers of the arithmetic: those of a step whose sample is so wide."""
     if backend == "native" and dtype == torch.float64:
         return  # the reference's alone
     values, outputs, table = inputs(2, dtype=dtype)
-    exact = torch.promote_types(dtype, torch.float32)
+    table, wide = table.float(), values.to(torch.promote_types(dtype, torch.float32))
     with fastinvdpo.use_backend(backend):
-        unrounded = fastinvdpo.affine_step(values.to(exact), outputs, table.float(), **options)
+        unrounded = fastinvdpo.affine_step(wide, outputs, table, **options)
         for arrange in FORMS.values():
             trajectory = arrange(torch.full_like(values, float("nan"), dtype=stored))
-            result = fastinvdpo.affine_step(values, outputs, table.float(), trajectory=trajectory, **options)
-            assert torch.equal(trajectory, unrounded.to(stored))
-            assert torch.equal(result, unrounded.to(dtype))
+            result = fastinvdpo.affine_step(values, outputs, table, trajectory=trajectory, **options)
+            assert torch.equal(trajectory, unrounded.to(stored)) and torch.equal(result, unrounded.to(dtype))
+        values[1, 0, 0, 0] = float("nan")
+        expected = fastinvdpo.affine_step(values, outputs, table, **options)
+        for arrange in FORMS.values():
+            sample, out = FORMS[form](values), arrange(torch.full_like(values, float("nan")))
+            version = out._version
+            result = fastinvdpo.affine_step(sample, outputs, table, out=out, **options)
+            assert result is out and out._version > version
+            assert torch.equal(bits(out), bits(expected)) and torch.equal(bits(sample), bits(values))
+        assert fastinvdpo.affine_step(sample, outputs, table, out=sample, **options) is sample
+        into = outputs[1].clone()
+        fastinvdpo.affine_step(values, [outputs[0], into], table, out=into, **options)
+        assert torch.equal(bits(sample), bits(expected)) and torch.equal(bits(into), bits(expected))
 
 
 def test_a_walk_through_its_own_trajectory() -> None:
@@ -139,16 +110,13 @@ def test_a_walk_through_its_own_trajectory() -> None:
         assert torch.equal(stack[:, position + 1], expected)
 
 
-def test_without_gradients_a_parameter_may_be_stepped() -> None:
+def test_autograd_knows_of_a_step_in_place() -> None:
     parameter = torch.ones(2, 3, requires_grad=True)
     with torch.no_grad():
         fastinvdpo.affine_step(parameter, [], torch.full((2, 1), 3.0), out=parameter)
     assert torch.equal(parameter.detach(), torch.full((2, 3), 3.0))
-
-
-def test_a_saved_tensor_that_was_stepped_in_place_is_noticed() -> None:
-    weight, saved = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
-    product = weight * saved
+    saved = torch.ones(2, 3)
+    product = parameter * saved
     fastinvdpo.affine_step(saved, [], torch.ones(2, 1), out=saved)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
@@ -178,15 +146,6 @@ def test_steps_into_given_memory_compile_without_graph_break() -> None:
 # Backward -----------------------------------------------------------------------------------------------------------
 
 
-def gradients_of(backend: str, sample: Tensor, outputs: list[Tensor], table: Tensor, **options: object):
-    """The gradients that reach the inputs when ``grad``, of any strides, comes in."""
-    grad, active = options["grad"], options.get("active")
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (sample, *outputs)]
-    with fastinvdpo.use_backend(backend):
-        result = fastinvdpo.affine_step(leaves[0], leaves[1:], table, active=active)  # type: ignore[arg-type]
-        return torch.autograd.grad(result, leaves, grad)
-
-
 GRADS = {
     **FORMS,
     "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
@@ -204,11 +163,14 @@ def test_gradients_by_definition(form: str, dtype: torch.dtype, masked: bool, ba
         return  # the reference's alone
     sample, outputs, table = inputs(3, dtype=dtype)
     outputs = [output.to(kind) for output, kind in zip(outputs, (dtype, *DTYPES[:2]), strict=True)]
-    table, active = table.float(), OPTIONS[1]["active"] if masked else torch.ones(5, dtype=torch.bool)
+    table, active = table.float(), ACTIVE["active"] if masked else torch.ones(5, dtype=torch.bool)
     grad = GRADS[form](torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype))
     if masked:
         table[1] = float("nan")  # of a sample at rest: looked at by nobody
-    found = gradients_of(backend, sample, outputs, table, grad=grad, active=active if masked else None)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (sample, *outputs)]
+    with fastinvdpo.use_backend(backend):
+        result = fastinvdpo.affine_step(leaves[0], leaves[1:], table, active=active if masked else None)
+        found = torch.autograd.grad(result, leaves, grad)
     for column, gradient in enumerate(found):
         assert gradient.dtype == (sample, *outputs)[column].dtype and gradient.shape == grad.shape
         moving = active.view(-1, 1, 1, 1)
@@ -243,12 +205,6 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.
 # Philox -------------------------------------------------------------------------------------------------------------
 
 
-def test_philox_known_answers() -> None:
-    """The vectors that the authors of Philox publish with their generator (Random123, kat_vectors, philox4x32 10)."""
-    zeros = philox.blocks(0, 0, torch.zeros(1, dtype=torch.int64), 1)[0, 0]
-    assert [f"{int(word):08x}" for word in zeros] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
-
-
 def scalar_philox(counter: list[int], key: list[int]) -> list[int]:
     """Philox4x32-10 in Python's whole numbers."""
     for _ in range(10):
@@ -260,7 +216,9 @@ def scalar_philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def test_philox_against_whole_numbers() -> None:
-    """The third vector that the authors of Philox publish, and other counters and keys."""
+    """And those against vectors that the authors of Philox publish (Random123, kat_vectors, philox4x32 10)."""
+    zeros = philox.blocks(0, 0, torch.zeros(1, dtype=torch.int64), 1)[0, 0]
+    assert [f"{int(word):08x}" for word in zeros] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
     published = scalar_philox([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0])
     assert [f"{word:08x}" for word in published] == ["d16cfe09", "94fdcceb", "5001e420", "24126ea1"]
     index = torch.tensor([0, 7, 2**33 + 5, 2**62 + 11])
@@ -281,8 +239,8 @@ def test_noise_depends_on_stream_alone() -> None:
     assert not torch.equal(philox.normal(6, 2, torch.tensor([4]), (3, 5)), one)
 
 
-def test_noise_is_standard_normal() -> None:
-    """Kolmogorov-Smirnov against the normal distribution, and no correlation between neighbors."""
+def test_noise_is_standard_normal_and_integers_are_uniform() -> None:
+    """Kolmogorov-Smirnov against the normal distribution, no correlation between neighbors; chi squared."""
     noise = philox.normal(1, 0, torch.arange(100), (1000,), torch.float64)
     ordered = noise.flatten().sort().values
     distribution = 0.5 * (1 + torch.erf(ordered / 2**0.5))
@@ -291,9 +249,6 @@ def test_noise_is_standard_normal() -> None:
     for shift in (1, 2, 3, 4):
         assert abs(float((noise[:, shift:] * noise[:, :-shift]).mean())) < 4 / noise.numel() ** 0.5
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 4 / noise.numel() ** 0.5
-
-
-def test_integers_are_uniform() -> None:
     drawn = philox.integers(3, 0, torch.arange(100_000), 10)
     counts = torch.bincount(drawn, minlength=10).double()
     assert int(drawn.min()) == 0 and int(drawn.max()) == 9

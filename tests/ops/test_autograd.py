@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 import fastinvdpo
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import pairwise, predictions
+from tests.kernels import statistics
 from tests.ops.steps import PAIRS, SHAPE, Loss, assert_near, loss_on
 from tests.places import EVERYWHERE, Place
 
@@ -23,71 +25,73 @@ everywhere = pytest.mark.parametrize("place", EVERYWHERE)
 # As ops
 
 
-@everywhere
-@pytest.mark.parametrize(
-    ("given", "steps"), list(zip(list(itertools.product((True, False), repeat=3))[:-1], itertools.cycle([None, 3])))
-)
-def test_opcheck_of_the_backward_of_preference_loss(
-    place: Place, steps: int | None, given: tuple[bool, bool, bool]
-) -> None:
-    policy, _, target = (tensor.to(place.device) for tensor in predictions(2, (3, 2, 2), dtype=torch.float32))
+def loss(target_free: bool, layout: torch.memory_format) -> tuple[Any, ...]:
+    policy, reference, target = torch.randn(3, 2 * PAIRS, 4, 3, 5).unbind()
+    policy, reference, target = (tensor.to(memory_format=layout) for tensor in (policy, reference, target))
+    leaf = policy.requires_grad_()
+    return (leaf, reference, None if target_free else target, torch.rand(PAIRS), None, 20.0, "sigmoid", 0.0)
+
+
+def loss_backward(steps: int | None, *given: bool) -> tuple[Any, ...]:
+    policy, target = torch.randn(2, 4, 3, 2, 2).unbind()
     rows = (4,) if steps is None else (4, 3)
     gradients = [torch.randn(shape) if wanted else None for shape, wanted in zip(((), (2,), rows), given, strict=True)]
-    tables = [torch.randn(2), torch.rand(2), None if steps is None else torch.rand(2, 3)]
-    gradients, (margin, *weights) = (
-        [None if t is None else t.to(place.device) for t in ts] for ts in (gradients, tables)
-    )
-    op = torch.ops.fastinvdpo.preference_loss_backward.default
-    with fastinvdpo.use_backend(place.backend):
-        torch.library.opcheck(op, (*gradients, policy, target, margin, *weights, 100.0, "cdpo", 0.1))
+    weight = None if steps is None else torch.rand(2, steps)
+    return (*gradients, policy, target, torch.randn(2), torch.rand(2), weight, 100.0, "cdpo", 0.1)
 
 
-@everywhere
-@pytest.mark.parametrize("active", [True, False])
-def test_opcheck_of_the_backward_of_affine_step(place: Place, active: bool) -> None:
-    grad, table = torch.randn(3, 4, 5, device=place.device), torch.randn(3, 3, device=place.device)
-    mask = torch.tensor([True, False, True], device=place.device) if active else None
-    with fastinvdpo.use_backend(place.backend):
-        for given in (grad, grad[:1].expand_as(grad), grad[:1, :1, :1].expand_as(grad)):
-            arguments = (given, table, mask, [0, 2], ["float32", "bfloat16"])
-            torch.library.opcheck(torch.ops.fastinvdpo.affine_step_backward.default, arguments)
-
-
-@everywhere
-@pytest.mark.parametrize("in_place", [True, False])
-def test_opcheck_of_affine_step_into_given_memory(place: Place, in_place: bool) -> None:
-    sample, output = torch.randn(2, 3, 4, 5, device=place.device)
-    table, mask = torch.randn(3, 2, device=place.device), torch.tensor([True, False, True], device=place.device)
-    trajectory = torch.zeros(3, 2, 4, 5, dtype=torch.bfloat16, device=place.device)[:, 1]
-    into = (sample, None) if in_place else (torch.zeros_like(sample), trajectory)
-    with fastinvdpo.use_backend(place.backend):
-        arguments = (sample, [output], table, mask, None, None, 0, 0, *into)
-        torch.library.opcheck(torch.ops.fastinvdpo.affine_step_out.default, arguments)
-
-
-@everywhere
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("target_free", [False, True])
-def test_opcheck_of_preference_loss(place: Place, target_free: bool, layout: torch.memory_format) -> None:
-    tensors = loss_on(place.device)
-    policy, reference, target = (tensor.detach().to(memory_format=layout) for tensor in tensors)
-    rho = torch.rand(PAIRS, device=place.device)
-    arguments = (policy.requires_grad_(), reference, None if target_free else target, rho, None, 20.0, "sigmoid", 0.0)
-    with fastinvdpo.use_backend(place.backend):
-        torch.library.opcheck(torch.ops.fastinvdpo.preference_loss.default, arguments)
-
-
-@everywhere
-@pytest.mark.parametrize("noise", [False, True])
-def test_opcheck_of_affine_step(place: Place, noise: bool) -> None:
-    sample, first, second = torch.randn(3, 4, 3, 5, device=place.device).unbind()
-    table, scale = torch.randn(4, 3, device=place.device), torch.rand(4, device=place.device) if noise else None
+def step(noise: bool) -> tuple[Any, ...]:
+    sample, first, second = torch.randn(3, 4, 3, 5).unbind()
     outputs = [first.requires_grad_(), second.bfloat16().requires_grad_()]
-    active, index = (torch.tensor([1, 0, 1, 5], device=place.device) for _ in range(2)) if noise else (None, None)
-    active = None if active is None else active.bool()
-    arguments = (sample.requires_grad_(), outputs, table, active, scale, index, 3, 4)
+    tables = (torch.tensor([1, 0, 1, 5]).bool(), torch.rand(4), torch.tensor([1, 0, 1, 5])) if noise else (None,) * 3
+    return (sample.requires_grad_(), outputs, torch.randn(4, 3), *tables, 3, 4)
+
+
+def step_out(in_place: bool) -> tuple[Any, ...]:
+    sample, output = torch.randn(2, 3, 4, 5).unbind()
+    trajectory = torch.zeros(3, 2, 4, 5, dtype=torch.bfloat16)[:, 1]
+    into = (sample, None) if in_place else (torch.zeros_like(sample), trajectory)
+    return (sample, [output], torch.randn(3, 2), torch.tensor([True, False, True]), None, None, 0, 0, *into)
+
+
+def step_backward(masked: bool, form: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    active = torch.tensor([True, False, True]) if masked else None
+    return (form(torch.randn(3, 4, 5)), torch.randn(3, 3), active, [0, 2], ["float32", "bfloat16"])
+
+
+def sums(mask: str, with_reference: bool, paired: bool, backward: bool = False) -> tuple[Any, ...]:
+    dtypes, device = (torch.float32,) * 3, torch.get_default_device()
+    with torch.device("cpu"):
+        p = statistics.problem((3, 5), dtypes=dtypes, mask=mask, with_reference=with_reference, paired=paired)
+    p = p.to(device)
+    if not backward:
+        return (p.policy.requires_grad_(), *p[1:])
+    samples = len(p.policy)
+    of_reference = [torch.randn(samples) if with_reference else None for _ in range(2)]
+    return (torch.randn(samples), *of_reference, torch.randn(samples // 2) if paired else None, *p[:4])
+
+
+MASKED = pairwise(["no mask", "channels", "elements"], [True, False], [True, False])
+OPCHECKS: list[tuple[str, Callable[..., tuple[Any, ...]], tuple[Any, ...]]] = [
+    *(("preference_loss", loss, case) for case in [(True, torch.contiguous_format), (False, torch.channels_last)]),
+    *(("preference_loss_backward", loss_backward, case) for case in [
+        (None, True, True, True), (3, True, False, False), (3, False, True, False), (None, False, False, True)]),
+    *(("affine_step", step, (noise,)) for noise in (False, True)),
+    *(("affine_step_out", step_out, (in_place,)) for in_place in (False, True)),
+    *(("affine_step_backward", step_backward, case) for case in itertools.product((False, True), [
+        lambda x: x, lambda x: x[:1].expand_as(x), lambda x: x[:1, :1, :1].expand_as(x)])),
+    *(("pair_statistics", sums, case) for case in MASKED),
+    *(("pair_statistics_backward", sums, (*case, True)) for case in MASKED),
+]  # fmt: skip
+
+
+@everywhere
+@pytest.mark.parametrize(("name", "build", "case"), OPCHECKS)
+def test_opcheck(place: Place, name: str, build: Callable[..., tuple[Any, ...]], case: tuple[Any, ...]) -> None:
+    with torch.device(place.device):
+        arguments = build(*case)
     with fastinvdpo.use_backend(place.backend):
-        torch.library.opcheck(torch.ops.fastinvdpo.affine_step.default, arguments)
+        torch.library.opcheck(getattr(torch.ops.fastinvdpo, name).default, arguments)
 
 
 # Graphs used again
@@ -115,30 +119,13 @@ def test_a_prediction_changed_in_place_is_noticed(place: Place) -> None:
     tensors = loss_on(place.device)
     prediction = tensors.policy * 1
     with fastinvdpo.use_backend(place.backend):
-        loss = tensors._replace(policy=prediction)().loss
+        scalar = tensors._replace(policy=prediction)().loss
         prediction.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+            scalar.backward()
 
 
-@everywhere
-def test_gradients_accumulate(place: Place) -> None:
-    tensors = loss_on(place.device)
-    with fastinvdpo.use_backend(place.backend):
-        tensors().loss.backward()
-        once = tensors.policy.grad.clone()  # type: ignore[union-attr]
-        tensors().loss.backward()
-        assert torch.equal(tensors.policy.grad, 2 * once)  # type: ignore[arg-type]
-        # Micro-batches of one pair each, their losses weighted by their share, make the gradient of the batch.
-        tensors.policy.grad = None
-        for pair in range(PAIRS):
-            rows = [pair, pair + PAIRS]
-            part = Loss(tensors.policy[rows], tensors.reference[rows], tensors.target[rows])
-            (part().loss / PAIRS).backward()
-    assert_near([tensors.policy.grad], [once])
-
-
-# Gradients that come in
+# Gradients that come in, of preference_loss; of affine_step: test_affine_step.py
 
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -163,24 +150,7 @@ def test_gradients_of_any_strides(place: Place, strides: str, steps: int | None,
     assert torch.equal(ours, dense) and dense.abs().max() > 0
 
 
-@everywhere
-@pytest.mark.parametrize("strides", STRIDES)
-def test_gradients_of_any_strides_of_affine_step(place: Place, strides: str) -> None:
-    sample, output = (torch.randn(3, 4, 5, device=place.device).requires_grad_() for _ in range(2))
-    table = torch.randn(3, 2, device=place.device)
-    active = torch.tensor([True, False, True], device=place.device)
-    with fastinvdpo.use_backend(place.backend):
-        found = fastinvdpo.affine_step(sample, [output], table, active=active)
-        gradient = STRIDES[strides](torch.randn_like(found))
-        ours, dense = (
-            torch.autograd.grad(found, (sample, output), grad, retain_graph=True)
-            for grad in (gradient, gradient.contiguous())
-        )
-    for one, other in zip(ours, dense, strict=True):
-        assert torch.equal(one, other) and other.abs().max() > 0
-
-
-# Second derivatives: fused backwards have none of their own, and must not pass for constants.
+# First and second derivatives: fused backwards have none of their own, and must not pass for constants.
 
 
 SMOOTHING = {name: 0.1 if item.smoothed else 0.0 for name, item in UTILITIES.items()}
@@ -188,7 +158,7 @@ SMOOTHING = {name: 0.1 if item.smoothed else 0.0 for name, item in UTILITIES.ite
 
 @pytest.mark.parametrize("utility", UTILITIES)
 @pytest.mark.parametrize("target_free", [False, True])
-def test_gradgradcheck(utility: str, target_free: bool) -> None:
+def test_derivatives_of_preference_loss(utility: str, target_free: bool) -> None:
     policy, reference, target = predictions(PAIRS, (3, 2, 2), gap=0.3)
     weight, rho = torch.rand(PAIRS, 3, dtype=torch.float64), torch.tensor([0.7, -1.2], dtype=torch.float64)
     options = {"utility": utility, "label_smoothing": SMOOTHING[utility], "beta": 2.0}
@@ -198,14 +168,16 @@ def test_gradgradcheck(utility: str, target_free: bool) -> None:
         result = fastinvdpo.preference_loss(p, reference, tau, pair_weight=rho, timestep_weight=weight, **options)
         return result.loss, result.margin, result.policy_mse
 
-    assert torch.autograd.gradgradcheck(outputs, policy.requires_grad_())
+    assert torch.autograd.gradcheck(outputs, policy.requires_grad_())
+    assert torch.autograd.gradgradcheck(outputs, policy)
 
 
-def test_gradgradcheck_of_affine_step() -> None:
-    sample, output = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
-    table, active = torch.randn(3, 2, dtype=torch.float64), torch.tensor([True, False, True])
-    leaves = (sample.requires_grad_(), output.requires_grad_())
-    assert torch.autograd.gradgradcheck(lambda x, o: fastinvdpo.affine_step(x, [o], table, active=active) ** 2, leaves)
+def test_derivatives_of_affine_step() -> None:
+    sample, first, second = torch.randn(3, 3, 4, dtype=torch.float64).unbind()
+    table, active = torch.randn(3, 3, dtype=torch.float64), torch.tensor([True, False, True])
+    leaves = [tensor.requires_grad_() for tensor in (sample, first, second)]
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, *o: fastinvdpo.affine_step(x, o, table, active=active) ** 2, leaves)
 
 
 @everywhere
@@ -218,8 +190,8 @@ def test_second_derivatives_on_every_backend(place: Place) -> None:
         table = torch.tensor([[0.5, 2.0]] * (2 * PAIRS), device=place.device, dtype=dtype)
         with fastinvdpo.use_backend(backend):
             prediction = fastinvdpo.affine_step(leaf, [leaf.tanh()], table)
-            loss = Loss(prediction, tensors.reference.to(dtype), tensors.target.to(dtype))().loss
-            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            scalar = Loss(prediction, tensors.reference.to(dtype), tensors.target.to(dtype))().loss
+            (gradient,) = torch.autograd.grad(scalar, leaf, create_graph=True)
             (result,) = torch.autograd.grad(gradient.square().sum(), leaf)
         return result
 

@@ -4,7 +4,7 @@ tests/kernels/cases.py: what a backend's kernels do not take, such as strides, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,22 +14,13 @@ from torch import Tensor
 import fastinvdpo
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.cases import pairwise
-from tests.kernels.cases import Problem, check_gradient, check_loss, check_step, problem
+from tests.kernels.cases import Problem, check_public, check_step, problem
 from tests.places import EVERYWHERE, Place
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32,) * 3, (BF16,) * 3, (F16,) * 3, (BF16, BF16, F32), (F32, F16, BF16)]
+pytestmark = pytest.mark.usefixtures("poisoned")
 everywhere = pytest.mark.parametrize("place", EVERYWHERE)
-with_and_without_target = pytest.mark.parametrize("with_target", [True, False], ids=["target", "no target"])
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Every new tensor is filled with NaN before an op may use it."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def latents(
@@ -43,33 +34,7 @@ def latents(
 
 
 def check(place: Place, p: Problem, weight: Tensor | None = None) -> None:
-    """Forward and backward with gradients of all outputs. ``weight``: what to pass for p's ``timestep_weight``."""
-    policy = p.policy.detach().requires_grad_()
-    with fastinvdpo.use_backend(place.backend):
-        result = fastinvdpo.preference_loss(
-            policy,
-            p.reference,
-            p.target,
-            beta=p.beta,
-            pair_weight=p.pair_weight,
-            timestep_weight=p.timestep_weight if weight is None else weight,
-            utility=p.utility,
-            label_smoothing=p.label_smoothing,
-        )
-        outputs = (result.loss, result.margin, result.policy_mse)
-        grads = (torch.full_like(result.loss, 0.7), torch.randn_like(result.margin), torch.rand_like(result.policy_mse))
-        (gradient,) = torch.autograd.grad(outputs, policy, grads)
-    check_loss(p, [tensor.detach() for tensor in (*outputs, result.reference_mse)])
-    assert all(tensor.is_contiguous() and tensor.dtype == F32 for tensor in (*outputs, result.reference_mse))
-    check_gradient(p, grads, result.margin.detach(), gradient)
-    assert gradient.stride() == torch.empty_like(p.policy).stride()
-
-
-@everywhere
-@with_and_without_target
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_dtypes(place: Place, dtypes: tuple[torch.dtype, ...], with_target: bool) -> None:
-    check(place, latents(place, dtypes=dtypes, with_target=with_target))
+    check_public(place.backend, p, weight)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -99,6 +64,7 @@ def laid_out(p: Problem, *changes: Callable[[Tensor], Tensor]) -> Problem:
 
 
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "contiguous": (same,) * 3,
     "channels last": (channels_last,) * 3,
     "policy channels last": (channels_last, same, same),
     "policy contiguous": (same, channels_last, every_other),
@@ -110,14 +76,14 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 
 
 @everywhere
-@pytest.mark.parametrize(("layout", "dtypes", "with_target"), pairwise(LAYOUTS, [DTYPES[0], DTYPES[3]], [True, False]))
-def test_layouts(place: Place, layout: str, dtypes: tuple[torch.dtype, ...], with_target: bool) -> None:
-    p = latents(place, dtypes=dtypes, with_target=with_target)
-    tensors = [
-        None if tensor is None else change(tensor) for change, tensor in zip(LAYOUTS[layout], p[:3], strict=True)
-    ]
-    assert not all(tensor is None or tensor.is_contiguous() for tensor in tensors) or not with_target
-    check(place, p._replace(policy=tensors[0], reference=tensors[1], target=tensors[2]))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("layout", "dtypes", "with_target", "utility"), pairwise(LAYOUTS, DTYPES, [True, False], UTILITIES)
+)
+def test_preference_loss(
+    place: Place, layout: str, dtypes: tuple[torch.dtype, ...], with_target: bool, utility: str
+) -> None:
+    p = latents(place, dtypes=dtypes, with_target=with_target, utility=utility)
+    check(place, laid_out(p, *LAYOUTS[layout]))
 
 
 # The dimensions from the outermost to the innermost.
@@ -125,16 +91,11 @@ ORDERS = {"contiguous": (0, 1, 2, 3, 4), "channels last": (0, 1, 3, 4, 2), "time
 
 
 @everywhere
-@with_and_without_target
-@pytest.mark.parametrize("layout", ORDERS)
+@pytest.mark.parametrize(("layout", "with_target"), pairwise(ORDERS, [True, False]))
 def test_timesteps(place: Place, layout: str, with_target: bool) -> None:
-    p = latents(place, steps=3, with_target=with_target)
-    order = {"contiguous": (0, 1, 2, 3, 4), "channels last": (0, 1, 3, 4, 2), "timesteps inside": (0, 2, 3, 1, 4)}[
-        layout
-    ]
+    p, order = latents(place, steps=3, with_target=with_target), ORDERS[layout]
     back = sorted(range(5), key=lambda dimension: order[dimension])
-    tensors = [None if tensor is None else tensor.permute(order).contiguous().permute(back) for tensor in p[:3]]
-    p = p._replace(policy=tensors[0], reference=tensors[1], target=tensors[2])  # type: ignore[arg-type]
+    p = laid_out(p, *[lambda tensor: tensor.permute(order).contiguous().permute(back)] * 3)
     check(place, p)
     shared = torch.tensor([0.2, 0.5, 0.3], device=place.device)
     check(place, p._replace(timestep_weight=shared.expand(3, 3)), shared)
@@ -157,12 +118,6 @@ def test_timestep_weights_for_all_pairs_and_rows_apart(place: Place) -> None:
     apart = torch.rand(3, 4, device=place.device)[:, 1:]
     for weight, dense in ((shared, shared.repeat(3, 1)), (apart, apart.contiguous())):
         assert all(map(torch.equal, both_ways(place, p, weight), both_ways(place, p, dense)))
-
-
-@everywhere
-@pytest.mark.parametrize("utility", UTILITIES)
-def test_utilities(place: Place, utility: str) -> None:
-    check(place, latents(place, (7,), pairs=5, utility=utility))
 
 
 @everywhere
@@ -231,42 +186,15 @@ def images(place: Place, count: int, dtypes: tuple[torch.dtype, ...] = (F32,)) -
 
 @everywhere
 @pytest.mark.parametrize(
-    ("dtypes", "count", "active", "noise"),
-    pairwise([(F32,), (BF16,), (F16,), (F32, BF16, F16)], [0, 1, 2, 4], [False, True], [False, True]),
+    ("layout", "dtypes", "count", "active", "noise"),
+    pairwise(LAYOUTS, [(F32,), (BF16,), (F16,), (F32, BF16, F16)], [0, 1, 2, 4], [False, True], [False, True]),
 )
-def test_affine_step(place: Place, dtypes: tuple[torch.dtype, ...], count: int, active: bool, noise: bool) -> None:
-    sample, *outputs = images(place, count, dtypes)
+def test_affine_step(
+    place: Place, layout: str, dtypes: tuple[torch.dtype, ...], count: int, active: bool, noise: bool
+) -> None:
+    tensors = images(place, count, dtypes)
+    sample, *outputs = (LAYOUTS[layout][min(index, 2)](tensor) for index, tensor in enumerate(tensors))
     check_affine(place, sample, outputs, **options_of(place, active, noise))
-
-
-@everywhere
-@pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_affine_step_layouts(place: Place, layout: str, noise: bool) -> None:
-    tensors = [change(tensor) for change, tensor in zip(LAYOUTS[layout], images(place, 2, (F32, BF16)), strict=True)]
-    check_affine(place, tensors[0], tensors[1:], **options_of(place, True, noise))
-
-
-def check_given_memory(place: Place, dtype: torch.dtype, noise: bool) -> None:
-    """In place, with a second store between others."""
-    sample, *outputs = images(place, 2, (dtype,))
-    options, table = options_of(place, True, noise), torch.randn(4, 3, device=place.device)
-    result, stored = sample.clone(), torch.full((4, 3, *sample.shape[1:]), torch.nan, dtype=BF16, device=place.device)
-    with fastinvdpo.use_backend(place.backend):
-        fastinvdpo.affine_step(result, outputs, table, out=result, trajectory=stored[:, 1], **options)
-    names = ("active", "noise_scale", "noise_index")
-    settings = (table, *(options.get(name) for name in names), options.get("seed", 0), options.get("offset", 0))
-    check_step(sample, outputs, settings, result)
-    if dtype in (F32, BF16):  # float16 has lost what bfloat16 would still have rounded
-        assert torch.equal(stored[:, 1], result.to(BF16))
-    assert stored[:, ::2].isnan().all()
-
-
-@everywhere
-@pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_affine_step_into_given_memory(place: Place, dtype: torch.dtype, noise: bool) -> None:
-    check_given_memory(place, dtype, noise)
 
 
 @everywhere

@@ -4,7 +4,7 @@ tests/kernels/statistics.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,45 +19,23 @@ from tests.kernels.statistics import (
     MIXES,
     UNPAIRED_MASKS,
     Problem,
+    both_ways,
     by_definition,
-    check_gradient,
-    check_sums,
-    gradients_of,
+    check_public,
     problem,
 )
 from tests.places import EVERYWHERE, Place
 
-OP = torch.ops.fastinvdpo.pair_statistics.default
+pytestmark = pytest.mark.usefixtures("poisoned")
 everywhere = pytest.mark.parametrize("place", EVERYWHERE)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Every new tensor is filled with NaN before an op may use it."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def outputs(result: fastinvdpo.PairStatistics) -> list[Tensor | None]:
     return [result.policy_mse, result.cross, result.shift_mse, result.pair_cross, result.mask_mean]
 
 
-def both_ways(place: Place, p: Problem, given: str = "EXQC") -> tuple[list[Tensor], list[Tensor | None], Tensor]:
-    """All sums, the gradients of those that ``given`` names, and the gradient that follows."""
-    leaf, grads = p.policy.detach().requires_grad_(), gradients_of(p, given)
-    with fastinvdpo.use_backend(place.backend):
-        results = outputs(fastinvdpo.pair_statistics(leaf, *p[1:4], paired=p.paired))
-        weighted = {place: grad for place, grad in enumerate(grads) if grad is not None}
-        (gradient,) = torch.autograd.grad([results[i] for i in weighted], leaf, list(weighted.values()))
-    return [leaf.new_empty(0, dtype=F32) if value is None else value.detach() for value in results], grads, gradient
-
-
 def check(place: Place, p: Problem, given: str = "EXQC") -> None:
-    p = p.to(place.device)
-    sums, grads, gradient = both_ways(place, p, given)
-    check_sums(p, sums)
-    check_gradient(p, grads, gradient)
+    check_public(place.backend, p.to(place.device), given)
 
 
 # The formulas
@@ -111,19 +89,16 @@ def test_derivatives_of_first_and_second_order(mask: str, with_reference: bool) 
      *pairwise([(1,), (4, 6, 5), (1, 33, 35), (2, 32, 33)], MIXES, UNPAIRED_MASKS, [True, False], [True, False])],
 )  # fmt: skip
 def test_sums_and_gradients(
-    place: Place,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    mask: str,
-    with_reference: bool,
-    paired: bool,
+    place: Place, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], mask: str, with_reference: bool, paired: bool
 ) -> None:
     check(place, problem(shape, dtypes=dtypes, mask=mask, with_reference=with_reference, paired=paired))
 
 
 @everywhere
-@pytest.mark.parametrize("given", ["E", "X", "Q", "C", "EX", "XQC"])
-@pytest.mark.parametrize("mask", ["no mask", "channels"])
+@pytest.mark.parametrize(
+    ("given", "mask"),
+    [("E", "channels"), ("X", "no mask"), ("Q", "channels"), ("C", "no mask"), ("EX", "no mask"), ("XQC", "channels")],
+)
 def test_gradients_of_some_sums(place: Place, given: str, mask: str) -> None:
     check(place, problem((2, 36, 32), dtypes=(F32,) * 3, mask=mask), given)
 
@@ -166,7 +141,7 @@ def test_layouts(place: Place, layout: str, mask: str) -> None:
 def test_a_mask_of_another_dtype(place: Place, dtype: torch.dtype) -> None:
     p = problem((4, 32, 32), dtypes=(BF16,) * 3, mask="channels").to(place.device)
     mask = p.mask.round().to(dtype)
-    found, expected = (both_ways(place, p._replace(mask=k)) for k in (mask, mask.float()))
+    found, expected = (both_ways(place.backend, p._replace(mask=k)) for k in (mask, mask.float()))
     assert all(map(torch.equal, [*found[0], found[2]], [*expected[0], expected[2]]))
 
 
@@ -176,13 +151,13 @@ def test_a_mask_of_another_dtype(place: Place, dtype: torch.dtype) -> None:
 def test_a_samples_sums_depend_on_no_other_sample(place: Place, dtypes: tuple[torch.dtype, ...], mask: str) -> None:
     """The same bits alone, in a batch, and when asked for again; without partners too."""
     p = problem((4, 37, 64), dtypes=dtypes, mask=mask).to(place.device)
-    sums, _, gradient = both_ways(place, p, "EXQ")
+    sums, _, gradient = both_ways(place.backend, p, "EXQ")
     for paired, rows in ((True, [1, 4]), (False, [0, 1, 4]), (False, list(range(6)))):
         part = Problem(*(value if value is None else value[rows] for value in p[:4]), paired)
-        some, _, slopes = both_ways(place, part, "EXQ")
+        some, _, slopes = both_ways(place.backend, part, "EXQ")
         assert all(torch.equal(one, other[rows]) for one, other in zip(some[:3], sums[:3], strict=True))
     assert torch.equal(slopes, gradient)
-    again = both_ways(place, p, "EXQ")
+    again = both_ways(place.backend, p, "EXQ")
     assert all(map(torch.equal, [*sums, gradient], [*again[0], again[2]]))
 
 
@@ -190,7 +165,7 @@ def test_a_samples_sums_depend_on_no_other_sample(place: Place, dtypes: tuple[to
 def test_what_is_not_finite_stays_in_its_sample(place: Place) -> None:
     p = problem((4, 9, 9), dtypes=(F32,) * 3).to(place.device)
     p.policy[1, 3, 8, 8] = torch.nan
-    (policy_mse, cross, shift_mse, pair_cross, _), _, gradient = both_ways(place, p)
+    (policy_mse, cross, shift_mse, pair_cross, _), _, gradient = both_ways(place.backend, p)
     for sums in (policy_mse, cross, shift_mse):
         assert sums.isnan().tolist() == [False, True, False, False, False, False]
     assert pair_cross.isnan().tolist() == [False, True, False]
@@ -198,21 +173,6 @@ def test_what_is_not_finite_stays_in_its_sample(place: Place) -> None:
 
 
 # As an op
-
-
-@everywhere
-@pytest.mark.parametrize(
-    ("mask", "with_reference", "paired"), pairwise(["no mask", "channels", "elements"], [True, False], [True, False])
-)
-def test_opcheck(place: Place, mask: str, with_reference: bool, paired: bool) -> None:
-    p = problem((3, 5), dtypes=(F32,) * 3, mask=mask, with_reference=with_reference, paired=paired).to(place.device)
-    samples = len(p.policy)
-    of_sample = [torch.randn(samples, device=place.device) for _ in range(3)]
-    grads = [of_sample[0], *(of_sample[1:] if with_reference else [None] * 2)]
-    grads.append(torch.randn(samples // 2, device=place.device) if paired else None)
-    with fastinvdpo.use_backend(place.backend):
-        torch.library.opcheck(torch.ops.fastinvdpo.pair_statistics_backward.default, (*grads, *p[:4]))
-        torch.library.opcheck(OP, (p.policy.requires_grad_(), *p[1:]))
 
 
 def test_compiles_without_graph_break() -> None:

@@ -1,4 +1,4 @@
-"""A training step around the ops on every backend: eager, compiled, functional, under autocast."""
+"""A training step around the ops on every backend: eager, compiled, under autocast."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ from tests.ops.steps import assert_near, in_float64, step_on
 from tests.places import EVERYWHERE, Place
 
 everywhere = pytest.mark.parametrize("place", EVERYWHERE)
-
-
-@everywhere
-def test_a_training_step(place: Place) -> None:
-    step = step_on(place.device)
-    with fastinvdpo.use_backend(place.backend):
-        loss = step.loss(step.latents, step.table)
-        loss.backward()
-    expected, gradients = in_float64(step)
-    assert_near([loss.detach(), *step.gradients()], [expected, *gradients])
 
 
 class Recorded:
@@ -43,14 +33,15 @@ class Recorded:
 
 
 @everywhere
-def test_a_compiled_training_step_is_one_graph(place: Place) -> None:
+def test_a_training_step_eager_and_compiled_to_one_graph(place: Place) -> None:
     step, recorded = step_on(place.device), Recorded()
     torch._dynamo.reset()
     compiled = torch.compile(step.loss, fullgraph=True, backend=recorded)
     with fastinvdpo.use_backend(place.backend):
         eager = step.loss(step.latents, step.table)
         eager.backward()
-        expected = [eager.detach(), *step.gradients()]
+        expected, (loss, gradients) = [eager.detach(), *step.gradients()], in_float64(step)
+        assert_near(expected, [loss, *gradients])
         step.network.zero_grad()
         loss = compiled(step.latents, step.table)
         loss.backward()
@@ -73,20 +64,6 @@ def test_a_step_compiled_for_any_batch(place: Place) -> None:
             loss, expected = compiled(latents, table), step.loss(latents, table)
         torch.testing.assert_close(loss, expected)
     assert len(recorded.graphs) == 2  # a forward and its backward, compiled once
-
-
-@everywhere
-def test_functional_call(place: Place) -> None:
-    step = step_on(place.device)
-    parameters = {name: value.detach().clone().requires_grad_() for name, value in step.network.named_parameters()}
-
-    def predict(latents: Tensor) -> Tensor:
-        return torch.func.functional_call(step.network, parameters, (latents,))
-
-    with fastinvdpo.use_backend(place.backend):
-        gradients = torch.autograd.grad(step.loss(step.latents, step.table, predict), list(parameters.values()))
-        step.loss(step.latents, step.table).backward()
-    assert all(torch.equal(one, other) for one, other in zip(gradients, step.gradients(), strict=True))
 
 
 @everywhere

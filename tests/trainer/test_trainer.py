@@ -19,7 +19,7 @@ from fastinvdpo.data import PairDataset
 from fastinvdpo.diffusion.schedule import add_noise
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import DiffusionDPO, TimestepSampling
-from fastinvdpo.methods.pairs import STREAM_NOISE, STREAM_TIMESTEP
+from fastinvdpo.methods.base import STREAM_NOISE, STREAM_TIMESTEP
 from fastinvdpo.models import load_model
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import Callback, PreferenceTrainer, TrainResult

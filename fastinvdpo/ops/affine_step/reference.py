@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.ops import philox
+from fastinvdpo.ops.checks import arithmetic_dtype
 from fastinvdpo.ops.layout import like
 
 
@@ -46,9 +47,7 @@ def forward(
 def backward(
     grad: Tensor, coefficients: Tensor, active: Tensor | None, columns: list[int], dtypes: list[torch.dtype]
 ) -> list[Tensor]:
-    """The gradients of the tensors that ``columns`` of the table belong to (0: the sample), each in a dtype of its own,
-    in the shape and layout of ``grad``.
-    """
+    """The gradients of the tensors of these ``columns`` (0: the sample), in their ``dtypes``; layout of ``grad``."""
     float64 = torch.float64 in (grad.dtype, *dtypes)
     table = per_sample(coefficients.double() if float64 else coefficients.float(), grad)
     wide = grad.double() if float64 else grad.float()
@@ -63,8 +62,3 @@ def backward(
 def per_sample(table: Tensor, like: Tensor) -> list[Tensor]:
     """The columns of an ``(n, j)`` table, each shaped to broadcast over the samples of ``like``."""
     return [column.view(-1, *[1] * (like.ndim - 1)) for column in table.unbind(1)]
-
-
-def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 when any input is float64, float32 otherwise."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops import dispatch, native, triton_kernels
 from fastinvdpo.ops.affine_step import reference as _reference
-from fastinvdpo.ops.checks import transformed
-from fastinvdpo.ops.layout import fits, is_constant, like, overlap, overlaps_itself, sample_order, sample_rows
+from fastinvdpo.ops.checks import arithmetic_dtype, transformed
+from fastinvdpo.ops.layout import fits, float32, is_constant, like, overlap, overlaps_itself, sample_order, sample_rows
 
 NAME = "affine_step"
 _STORED = (torch.float32, torch.bfloat16, torch.float16)  # what fused kernels write
@@ -38,8 +38,7 @@ def _forward_fused(launch: Callable[..., Tensor], *arguments: Any) -> Tensor:
     sample, outputs, coefficients, active, noise_scale, noise_index, seed, offset, out, trajectory = arguments
     first, *others = sample_rows([sample, *outputs], contiguous=noise_scale is not None)
     active, noise_index = (None if table is None else table.contiguous() for table in (active, noise_index))
-    noise_scale = None if noise_scale is None else noise_scale.float().contiguous()
-    settings = (coefficients.float().contiguous(), active, noise_scale, noise_index, seed, offset)
+    settings = (float32(coefficients), active, float32(noise_scale), noise_index, seed, offset)
     if out is None:
         result = launch(first, others, *settings, None, None)
         return result if first is sample else like(result, sample)
@@ -71,7 +70,7 @@ def _backward_fused(
         grad = grad.flatten(1)[:, 0] if grad.ndim > 1 else grad
     elif not grad.is_contiguous() and sample_order(grad) != sample_order(written[0]):
         grad = torch.empty_like(written[0], dtype=grad.dtype).copy_(grad)
-    launch(grad, coefficients.float().contiguous(), None if active is None else active.contiguous(), columns, written)
+    launch(grad, float32(coefficients), None if active is None else active.contiguous(), columns, written)
     return (
         gradients if written is gradients else [made.copy_(new) for made, new in zip(gradients, written, strict=True)]
     )
@@ -105,7 +104,7 @@ _BACKWARD: dict[str, Callable[..., list[Tensor]]] = {
 
 
 def _step(sample: Tensor, outputs: list[Tensor], *arguments: Any) -> Tensor:
-    float64 = _reference.arithmetic_dtype(sample, *outputs) == torch.float64
+    float64 = arithmetic_dtype(sample, *outputs) == torch.float64
     backend = dispatch.choose(NAME, dispatch.device_type(sample), float64)
     return _FORWARD[backend](sample, outputs, *arguments)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.ops.checks import FLOATING, check_tensor
+from fastinvdpo.ops.checks import FLOATING, check_predictions, check_tensor
 from fastinvdpo.ops.pair_statistics.schema import pair_statistics_op
 
 __all__ = ["PairStatistics", "pair_statistics"]
@@ -78,28 +78,23 @@ def pair_statistics(
         InvalidInput: an argument has the wrong type, shape, dtype, layout or device, a tensor other than
             ``policy_pred`` requires a gradient, or one carries a tangent.
     """
-    _check(policy_pred, reference_pred, target, mask, paired)
+    predictions = {"policy_pred": policy_pred, "target": target}
+    if reference_pred is not None:
+        predictions["reference_pred"] = reference_pred
+    remedy = "stack [winners; losers] as (2B, …), or pass paired=False for images without partners"
+    check_predictions(predictions, paired, remedy if paired else "pass (N, …)")
+    if mask is not None:
+        _check_mask(mask, policy_pred, paired)
     policy_mse, *others = pair_statistics_op(policy_pred, reference_pred, target, mask, paired)
     cross, shift_mse, pair_cross, mask_mean = (other if len(other) else None for other in others)
     return PairStatistics(policy_mse, cross, shift_mse, pair_cross, mask_mean)
 
 
-def _check(policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tensor | None, paired: bool) -> None:
-    check_tensor("policy_pred", policy, differentiable=True)
+def _check_mask(mask: Tensor, policy: Tensor, paired: bool) -> None:
+    check_tensor("mask", mask, None, policy, dtypes=(*FLOATING, torch.bool))
     shape = tuple(policy.shape)
-    if len(shape) < 2 or 0 in shape:
-        problem = "must have a batch and at least one more dimension, none of size 0"
-        raise invalid("policy_pred.shape", shape, problem, "pass (N, …)")
-    if paired and shape[0] % 2:
-        remedy = "stack [winners; losers] as (2B, …), or pass paired=False for images without partners"
-        raise invalid("policy_pred.shape", shape, "must hold as many losers as winners", remedy)
-    for name, tensor in {"target": target, "reference_pred": reference}.items():
-        if tensor is not None or name == "target":
-            check_tensor(name, tensor, (shape,), policy)
-    if mask is not None:
-        check_tensor("mask", mask, None, policy, dtypes=(*FLOATING, torch.bool))
-        batches = {shape[0], 1} | ({shape[0] // 2} if paired else set())
-        fits = mask.ndim == len(shape) and all(a in (b, 1) for a, b in zip(mask.shape[1:], shape[1:], strict=True))
-        if not fits or mask.shape[0] not in batches:
-            channels = " or ".join(str((batch, 1, *shape[2:])) for batch in sorted(batches, reverse=True))
-            raise invalid("mask.shape", tuple(mask.shape), f"does not fit samples {shape}", f"pass {channels}")
+    batches = {shape[0], 1} | ({shape[0] // 2} if paired else set())
+    fits = mask.ndim == len(shape) and all(a in (b, 1) for a, b in zip(mask.shape[1:], shape[1:], strict=True))
+    if not fits or mask.shape[0] not in batches:
+        channels = " or ".join(str((batch, 1, *shape[2:])) for batch in sorted(batches, reverse=True))
+        raise invalid("mask.shape", tuple(mask.shape), f"does not fit samples {shape}", f"pass {channels}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastinvdpo.ops.checks import arithmetic_dtype
+
 
 def forward(
     policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tensor | None, paired: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``m(k·e²)``, ``m(k·e·d)``, ``m(k·d²)``, ``(N,)``, ``m(k·e_w·e_l)``, ``(B,)``, and ``m(k)``, ``(N,)``; ``(0,)`` in
-    place of what is not defined.
-    """
-    dtype = accumulation_dtype(policy, reference, target)
+    """``m(k·e²)``, ``m(k·e·d)``, ``m(k·d²)``, ``(N,)``, ``m(k·e_w·e_l)``, ``(B,)``, ``m(k)``, ``(N,)``; or ``(0,)``."""
+    dtype = arithmetic_dtype(policy, reference, target)
     p, error = policy.to(dtype), policy.to(dtype) - target.to(dtype)
     k = None if mask is None else mask.to(dtype)
     policy_mse = _mean(error, error, k)
@@ -45,7 +45,7 @@ def backward(
     """The gradient with respect to ``policy``, in its shape, dtype and layout:
     ``k·((2g_E + g_X)·e + (g_X + 2g_Q)·d + g_C·e_partner)/n``.
     """
-    dtype = accumulation_dtype(policy, reference, target)
+    dtype = arithmetic_dtype(policy, reference, target)
     p, error = policy.to(dtype), policy.to(dtype) - target.to(dtype)
     k = None if mask is None else mask.to(dtype)
     none = error.new_zeros(len(error))
@@ -70,12 +70,6 @@ def pair_mask(mask: Tensor | None, samples: int) -> Tensor | None:
         return mask
     winner, loser = mask.chunk(2)
     return (winner * loser).sqrt()
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 when any input is float64, float32 otherwise."""
-    wide = any(tensor is not None and tensor.dtype is torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def _mean(one: Tensor, other: Tensor, weight: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.ops import dispatch, native, triton_kernels
-from fastinvdpo.ops.checks import transformed
-from fastinvdpo.ops.layout import as_rows, like
+from fastinvdpo.ops.checks import arithmetic_dtype, transformed
+from fastinvdpo.ops.layout import as_rows, float32, like
 from fastinvdpo.ops.pair_statistics import reference as _reference
 
 NAME = "pair_statistics"
@@ -54,7 +54,7 @@ def _backward_fused(launch: Callable[..., Tensor], *arguments: Any) -> Tensor:
     if grads[1] is None and grads[2] is None:
         reference = None
     rows = _rows(policy, reference, target, mask, grads[3] is not None)
-    gradient = launch(*(None if grad is None else grad.float().contiguous() for grad in grads), *rows)
+    gradient = launch(*map(float32, grads), *rows)
     return gradient if rows[0] is policy else like(gradient, policy)
 
 
@@ -72,7 +72,7 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 
 
 def _backend(policy: Tensor, reference: Tensor | None, target: Tensor) -> str:
-    float64 = _reference.accumulation_dtype(policy, reference, target) is torch.float64
+    float64 = arithmetic_dtype(policy, reference, target) is torch.float64
     return dispatch.choose(NAME, dispatch.device_type(policy), float64)
 
 
@@ -88,7 +88,7 @@ def _backward(*arguments: Any) -> Tensor:
 
 @torch.library.register_fake(f"fastinvdpo::{NAME}", lib=_library)
 def _forward_fake(policy: Tensor, reference: Tensor | None, target: Tensor, mask: Tensor | None, paired: bool) -> _Five:
-    dtype, samples = _reference.accumulation_dtype(policy, reference, target), policy.shape[0]
+    dtype, samples = arithmetic_dtype(policy, reference, target), policy.shape[0]
     shifts = 0 if reference is None else samples
     sizes = (samples, shifts, shifts, samples // 2 if paired else 0, 0 if mask is None else samples)
     policy_mse, cross, shift_mse, pair_cross, mask_mean = (policy.new_empty(size, dtype=dtype) for size in sizes)

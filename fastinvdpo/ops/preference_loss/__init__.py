@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.ops.checks import check_tensor
+from fastinvdpo.ops.checks import check_predictions, check_tensor
 from fastinvdpo.ops.preference_loss.schema import preference_loss_op
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
 
@@ -80,7 +80,8 @@ def preference_loss(
         InvalidInput: an argument has the wrong type, shape, dtype, layout, device or value, a tensor other than
             ``policy_pred`` requires a gradient, or one carries a tangent.
     """
-    check_predictions(policy_pred, reference_pred, target)
+    predictions = {"policy_pred": policy_pred, "reference_pred": reference_pred}
+    check_predictions(predictions if target is None else {**predictions, "target": target})
     check_beta(beta)
     check_utility(utility, label_smoothing)
     pairs = policy_pred.shape[0] // 2
@@ -95,28 +96,6 @@ def preference_loss(
         timestep_weight = timestep_weight.expand(pairs, steps)
     tensors = (policy_pred, reference_pred, target, pair_weight, timestep_weight)
     return PreferenceLoss(*preference_loss_op(*tensors, float(beta), utility, float(label_smoothing)))
-
-
-def check_predictions(
-    policy_pred: Tensor,
-    reference_pred: Tensor,
-    target: Tensor | None,
-    names: tuple[str, str] = ("policy_pred", "reference_pred"),
-) -> None:
-    """Raise unless these are predictions of pairs; ``names``: what the caller calls the first two."""
-    first, second = names
-    check_tensor(first, policy_pred, differentiable=True)
-    shape, remedy = policy_pred.shape, "stack [winners; losers] as (2B, …)"
-    check_tensor(second, reference_pred, (shape,), policy_pred)
-    if target is not None:
-        check_tensor("target", target, (shape,), policy_pred)
-    if len(shape) < 2:
-        raise invalid(f"{first}.shape", tuple(shape), "must have a batch and at least one more dimension", remedy)
-    if shape[0] == 0 or shape[0] % 2:
-        raise invalid(f"{first}.shape", tuple(shape), "must hold as many losers as winners", remedy)
-    if 0 in shape:
-        remedy = "pass predictions of at least one element per sample"
-        raise invalid(f"{first}.shape", tuple(shape), "has no elements", remedy)
 
 
 def check_beta(beta: float, name: str = "beta") -> None:

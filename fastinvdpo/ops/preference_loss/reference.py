@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastinvdpo.ops.checks import arithmetic_dtype
 from fastinvdpo.ops.layout import like
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
@@ -24,10 +25,8 @@ def forward(
     utility: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss (), margin (B,), policy_mse, reference_mse)``, the errors ``(2B,)`` or ``(2B, K)``; ``target=None``: it
-    is the reference.
-    """
-    dtype = accumulation_dtype(policy, reference, target)
+    """``(loss (), margin (B,), policy_mse, reference_mse)``; ``target=None``: it is the reference."""
+    dtype = arithmetic_dtype(policy, reference, target)
     batch_dims = 1 if timestep_weight is None else 2
     p, r = (tensor.to(dtype).flatten(batch_dims) for tensor in (policy, reference))
     tau = r if target is None else target.to(dtype).flatten(batch_dims)
@@ -56,9 +55,7 @@ def backward(  # noqa: PLR0913 - the op's schema
     utility: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The gradient with respect to ``policy``, in its shape, dtype and layout: ``2(p − τ)/n`` times one scalar per
-    sample and timestep.
-    """
+    """The gradient of ``policy``, in its dtype and layout: ``2(p − τ)/n`` times a scalar per sample and timestep."""
     dtype, batch_dims = margin.dtype, 1 if timestep_weight is None else 2
     grad_z = torch.zeros_like(margin)
     if grad_loss is not None:
@@ -84,11 +81,3 @@ def pair_scale(beta: float, pair_weight: Tensor | None, timestep_weight: Tensor 
     if timestep_weight is not None:
         scale = scale * timestep_weight.to(each.dtype)
     return scale
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 when any input is float64, float32 otherwise."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.ops import dispatch, native, triton_kernels
-from fastinvdpo.ops.checks import transformed
-from fastinvdpo.ops.layout import as_rows, like
+from fastinvdpo.ops.checks import arithmetic_dtype, transformed
+from fastinvdpo.ops.layout import as_rows, float32, like
 from fastinvdpo.ops.preference_loss import reference as _reference
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
@@ -35,15 +35,15 @@ def _fused_forward(launch: Callable[..., Results], *arguments: Any) -> Results:
     """Pass a fused kernel what it takes: predictions in one layout with dense rows, float32 tables."""
     *predictions, pair_weight, timestep_weight, beta, utility, label_smoothing = arguments
     rows = as_rows([tensor for tensor in predictions if tensor is not None], 1 if timestep_weight is None else 2)
-    tables = _float32(pair_weight), _float32_rows(timestep_weight)
+    tables = float32(pair_weight), _float32_rows(timestep_weight)
     return launch(*rows, *[None] * (3 - len(rows)), *tables, beta, utility, label_smoothing)
 
 
 def _fused_backward(launch: Callable[..., Tensor], *arguments: Any) -> Tensor:
     *grads, policy, target, margin, pair_weight, timestep_weight, beta, utility, label_smoothing = arguments
     rows = as_rows([policy, target], 1 if timestep_weight is None else 2)
-    tables = _float32(margin), _float32(pair_weight), _float32_rows(timestep_weight)
-    gradient = launch(*map(_float32, grads), *rows, *tables, beta, utility, label_smoothing)
+    tables = float32(margin), float32(pair_weight), _float32_rows(timestep_weight)
+    gradient = launch(*map(float32, grads), *rows, *tables, beta, utility, label_smoothing)
     return gradient if rows[0] is policy else like(gradient, policy)
 
 
@@ -53,17 +53,11 @@ def _native(name: str, *arguments: Any) -> Any:
     return native.op(name)(*tensors, beta, _UTILITY_CODES[utility], label_smoothing)
 
 
-def _float32(table: Tensor | None) -> Tensor | None:
-    if table is None or (table.dtype is torch.float32 and table.is_contiguous()):
-        return table
-    return table.float().contiguous()
-
-
 def _float32_rows(table: Tensor | None) -> Tensor | None:
     """``(B, K)`` with dense rows, which may lie apart, or be one row: weights ``(K,)``, expanded, need no copy."""
     if table is not None and table.dtype is torch.float32 and (table.stride(1) == 1 or table.shape[1] == 1):
         return table
-    return _float32(table)
+    return float32(table)
 
 
 # PyTorch's dispatcher separates the native kernels for the CPU from those for CUDA.
@@ -81,7 +75,7 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 
 @torch.library.impl(_library, "preference_loss", "CompositeExplicitAutograd")
 def _forward(*arguments: Any) -> Results:
-    float64 = _reference.accumulation_dtype(*arguments[:3]) is torch.float64
+    float64 = arithmetic_dtype(*arguments[:3]) is torch.float64
     return _FORWARD[dispatch.choose(NAME, dispatch.device_type(arguments[0]), float64)](*arguments)
 
 
@@ -95,7 +89,7 @@ def _backward(*arguments: Any) -> Tensor:
 @torch.library.register_fake("fastinvdpo::preference_loss", lib=_library)
 def _forward_fake(*arguments: Any) -> Results:
     policy, timestep_weight = arguments[0], arguments[4]
-    dtype = _reference.accumulation_dtype(*arguments[:3])
+    dtype = arithmetic_dtype(*arguments[:3])
     errors = policy.shape[: 1 if timestep_weight is None else 2]
     shapes = ((), (policy.shape[0] // 2,), errors, errors)
     loss, margin, policy_mse, reference_mse = (policy.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -144,9 +138,7 @@ def _unobserved(*tensors: Tensor | None) -> bool:
 
 
 class _Direct(torch.autograd.Function):
-    """The formula of ``register_autograd`` around the same kernels, without the ways through the dispatcher: with few
-    pairs they take longer than the kernels.
-    """
+    """``register_autograd``'s formula, without the dispatcher, which takes longer than the kernels of a few pairs."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Results:

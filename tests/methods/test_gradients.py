@@ -1,8 +1,5 @@
-"""Every way to compute a method's gradient gives that of the published formula, differentiated term by term.
-
-``test_streaming.py`` holds the streamed gradient against the objective called as a whole. Here both, and all the
-modes together, are held against an oracle in plain PyTorch that asks about one sample at a time and shares no code with
-them but the trajectory.
+"""Every way to compute a method's gradient gives that of the published formula, differentiated term by term: an oracle
+in plain PyTorch that evaluates one sample at a time and shares no code with them but the trajectory.
 """
 
 from __future__ import annotations
@@ -17,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.diffusion.schedule import inversion_levels
-from fastinvdpo.methods import ChainObjective, PairBatch, SingleTimestepObjective, build_objective
+from fastinvdpo.methods import VARIANTS, ChainObjective, PairBatch, SingleTimestepObjective, build_objective
+from fastinvdpo.methods.streaming import LossTerms
 from tests.cases import pairwise
-from tests.methods.test_streaming import LEVELS, SCHEDULE, Small, networks, objective, pairs, relative
+from tests.methods.problems import LEVELS, SCHEDULE, Small, chain_objective, networks, pairs, relative, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -42,7 +40,7 @@ def oracle(method: ChainObjective, batch: PairBatch, chain: Tensor) -> tuple[Ten
     """The gradient of Inversion-DPO's loss and its margins ``(B,)``, for an epsilon model: one graph over all calls."""
     policy, reference = networks(batch.latents.dtype)
     levels = inversion_levels(SCHEDULE, LEVELS).tolist()
-    positions, weights = method._sample_positions(batch, SEED)  # which positions: tests/methods/test_objectives.py
+    positions, weights = method._sample_positions(batch, SEED)  # which positions: test_objectives.py
     margins = []
     for pair in range(batch.pairs):
         margin = torch.zeros((), dtype=batch.latents.dtype)
@@ -54,7 +52,7 @@ def oracle(method: ChainObjective, batch: PairBatch, chain: Tensor) -> tuple[Ten
                 p = guided(policy, batch, row, latent, level)
                 with torch.no_grad():
                     r = guided(reference, batch, row, latent, level)
-                if method.method.variant == "distance":
+                if method.method.scores_distance:
                     margin = margin + sign * BETA / 2 * weight / (2 * alpha_bar) * (p - r).square().mean()
                     continue
                 clean = batch.latents[row]
@@ -72,66 +70,62 @@ def oracle(method: ChainObjective, batch: PairBatch, chain: Tensor) -> tuple[Ten
 def split(batch: PairBatch, count: int) -> Iterator[PairBatch]:
     """Micro-batches of ``count`` pairs."""
     for start in range(0, batch.pairs, count):
-        rows = torch.cat([torch.arange(start, start + count), torch.arange(start, start + count) + batch.pairs])
-        tensors = ("latents", "scores", "trajectory", "reference_pred")
-        parts = {name: getattr(batch, name) for name in tensors}
-        yield dataclasses.replace(
-            batch,
-            conditioning={name: tensor[rows] for name, tensor in batch.conditioning.items()},
-            unconditional={name: tensor[rows] for name, tensor in (batch.unconditional or {}).items()},
-            sample_index=batch.sample_index[start : start + count],
-            **{name: None if tensor is None else tensor[rows] for name, tensor in parts.items()},
-        )
+        yield select(batch, list(range(start, start + count)))
 
 
 def refuse(*arguments: Any) -> Any:
-    raise AssertionError("the reference was asked although its predictions are there")
+    raise AssertionError("the reference made a forward pass although its predictions are there")
 
 
-def terms(
-    method: ChainObjective, policy: Small, reference: Any, batch: PairBatch, passes: int | None, max_batch: int | None
-) -> Iterator[Tensor]:
-    """What is to be differentiated, one after the other; without ``passes`` the loss itself."""
-    if passes is None:
-        yield method(policy, reference, batch, seed=SEED).loss
-        return
-    options: dict[str, Any] = {"max_batch": max_batch, "passes": passes, "parameters": list(policy.parameters())}
-    parts = method.stream(policy, reference, batch, seed=SEED, **options)
-    yield from map(parts.term, range(parts.calls))
+# Less than one guided prediction, one, a part of a pair (20 in all), a pair and a part that is not made, everything.
+SIZES: list[int | None] = [1, 3, 8, 27, None]
 
 
-# Calls that hold one guided prediction, a part of a pair (20 in all), a pair and a part that is not made, everything.
-SIZES: list[int | None] = [3, 8, 27, None]
+def stream(
+    method: ChainObjective, policy: Small, reference: Any, batch: PairBatch, passes: int, max_batch: int | None
+) -> LossTerms:
+    trained = list(policy.parameters())
+    return method.stream(policy, reference, batch, seed=SEED, max_batch=max_batch, passes=passes, parameters=trained)
 
 
-@pytest.mark.parametrize(
-    ("variant", "sampled", "dtype"), pairwise(["endpoint", "step", "distance"], [None, 2], TOLERANCE)
-)
+@pytest.mark.parametrize(("variant", "sampled", "dtype"), pairwise(VARIANTS, [None, 2], TOLERANCE))
 def test_inversion_dpo(variant: str, sampled: int | None, dtype: torch.dtype) -> None:
     """Called as a whole, streamed in one pass and in two, from the cache and without, in one batch and accumulated."""
-    method, batch = objective(variant, timesteps_per_step=sampled, beta=BETA, guidance_scale=GUIDANCE), pairs(PAIRS)
-    reference = networks()[1]
-    prompts = (batch.conditioning, batch.unconditional)
-    chain = method.reference_trajectory(reference, batch.latents, *prompts)
-    expected, margins = oracle(method, batch, chain)
+    options = {"timesteps_per_step": sampled, "beta": BETA, "guidance_scale": GUIDANCE}
+    method, batch = chain_objective(variant, **options), pairs(PAIRS)
+    expected, margins = oracle(method, batch, method._reference(*networks(), batch)[0])
     assert float(expected.norm()) > 1e-4 and float(margins.abs().min()) > 1e-6
 
     batch = pairs(PAIRS, dtype)
     reference = networks(dtype)[1]
     prompts = (batch.conditioning, batch.unconditional)
-    chain = method.reference_trajectory(reference, batch.latents, *prompts)
-    stored = method.reference_predictions(reference, chain, *prompts)
-    cached = dataclasses.replace(batch, trajectory=chain, reference_pred=stored)
-
-    ways = [(None, None, PAIRS), *itertools.product((1, 2), SIZES, (PAIRS, 1))]
-    for (given, asked), (passes, max_batch, micro) in itertools.product(((batch, reference), (cached, refuse)), ways):
-        policy = networks(dtype)[0]
+    givens: list[tuple[PairBatch, Any]] = [(batch, reference)]
+    if method.method.reference_chain:
+        chain = method.reference_trajectory(reference, batch.latents, *prompts)
+        stored = method.reference_predictions(reference, chain, *prompts)
+        cached = dataclasses.replace(batch, trajectory=chain)
+        givens += [(cached, reference), (dataclasses.replace(cached, reference_pred=stored), refuse)]
+    ways = [(None, None), *itertools.product((1, 2), SIZES)]
+    for number, (passes, max_batch), micro in pairwise(range(len(givens)), ways, (PAIRS, 1)):
+        given, network = givens[number]
+        policy, results = networks(dtype)[0], []
         for part in split(given, micro):
-            for term in terms(method, policy, asked, part, passes, max_batch):
-                (term * micro / PAIRS).backward()
+            if passes is None:
+                results.append(method(policy, network, part, seed=SEED))
+                (results[-1].loss * micro / PAIRS).backward()
+                continue
+            terms = stream(method, policy, network, part, passes, max_batch)
+            for call in range(terms.calls):
+                (terms.term(call) * micro / PAIRS).backward()
+            results.append(terms.result)
+        where = (number, passes, max_batch, micro)
         assert policy.gradient().dtype == dtype
-        difference = relative(policy.gradient().double(), expected)
-        assert difference < TOLERANCE[dtype], (asked is refuse, passes, max_batch, micro)
+        assert relative(policy.gradient(), expected) < TOLERANCE[dtype], where
+        assert relative(torch.cat([result.margin for result in results]), margins) < TOLERANCE[dtype], where
+        loss = torch.stack([result.loss for result in results]).mean()
+        assert relative(loss, torch.nn.functional.softplus(-margins).mean()) < TOLERANCE[dtype], where
+        for result in results:
+            assert result.policy_mse.shape == result.reference_mse.shape == (2 * micro, sampled or LEVELS)
 
 
 def single_timestep(name: str, **options: Any) -> SingleTimestepObjective:
@@ -143,21 +137,17 @@ def single_timestep(name: str, **options: Any) -> SingleTimestepObjective:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", ["diffusion-dpo", "inpo", "smpo"])
 def test_methods_of_one_timestep(name: str, dtype: torch.dtype) -> None:
-    """Held against the pairs one by one: calls of any size, batches of one shape, and accumulation."""
+    """Forward passes of any size, batches of one shape, and accumulation."""
     inverts = name != "diffusion-dpo"
     steps = {"num_inference_steps": LEVELS} if inverts else {}
     method, batch = single_timestep(name, **steps), pairs(PAIRS)
-    scores = torch.tensor([0.3, 0.22, 0.25, 0.21, 0.2, 0.23], dtype=torch.float64)
-    batch = dataclasses.replace(batch, scores=scores)
     policy, reference = networks()
     out = method(policy, reference, batch, seed=SEED)
     assert inverts is False or len(set(out.timesteps.tolist())) == PAIRS  # ragged
     target, weight = out.target, torch.ones(PAIRS, dtype=torch.float64)
     assert target is not None
     if method.method.needs_scores:
-        given = method.method.pair_weight(batch)
-        assert given is not None
-        weight = given
+        weight = method.method.pair_weight(batch)  # type: ignore[assignment]
     losses = []
     for pair in range(PAIRS):
         margin = torch.zeros((), dtype=torch.float64)
@@ -171,7 +161,7 @@ def test_methods_of_one_timestep(name: str, dtype: torch.dtype) -> None:
     expected = policy.gradient()
     assert float(expected.norm()) > 1e-4
 
-    given = dataclasses.replace(pairs(PAIRS, dtype), scores=scores.to(dtype))
+    given = pairs(PAIRS, dtype)
     shapes: list[dict[str, bool]] = [{}, {"static_shapes": True}] if inverts else [{}]
     modes = [(shape, size, micro) for shape in shapes for size in (1, 4, None) for micro in (PAIRS, 1)]
     for shape, max_batch, micro in modes:
@@ -181,7 +171,7 @@ def test_methods_of_one_timestep(name: str, dtype: torch.dtype) -> None:
             parts = method.stream(policy, reference, part, seed=SEED, max_batch=max_batch)
             assert parts.calls == 1
             (parts.term(0) * micro / PAIRS).backward()
-        difference = relative(policy.gradient().double(), expected)
+        difference = relative(policy.gradient(), expected)
         assert difference < TOLERANCE[dtype], (shape, max_batch, micro)
 
 
@@ -193,7 +183,7 @@ def test_predictions_stored_in_bf16_move_the_gradient_no_further_than_their_roun
     and u', whose slope is at most 1/4, by a quarter of that; hence |Δ∇| ≤ (1/B)·Σ_i (1/4)·(β/2)·Σ_k w_k·e_ik·|∇z_i|.
     Both gradients are taken along the stored trajectory.
     """
-    method, batch = objective(variant, beta=BETA), pairs(PAIRS)
+    method, batch = chain_objective(variant, beta=BETA), pairs(PAIRS)
     _, reference = networks()
     prompts = (batch.conditioning, batch.unconditional)
     chain = method.reference_trajectory(reference, batch.latents, *prompts).bfloat16()
