@@ -10,33 +10,20 @@ from pathlib import Path
 import torch
 
 from fastinvdpo.config.sections import RunSections
-from fastinvdpo.data.buckets import Buckets
+from fastinvdpo.data import Buckets
 from fastinvdpo.data.rows import SCHEMA
 from fastinvdpo.errors import InvalidInput, invalid
 
 
 def check_combinations(config: RunSections) -> None:
     """Raise one ``InvalidInput`` with a line for each impossible combination."""
-    problems = [
-        *_method(config),
-        *_model(config),
-        *_data(config),
-        *_optimizer(config),
-        *_training(config),
-        *_cache(config),
-        *_performance(config),
-    ]
-    if problems:
+    checks = (_method, _model, _data, _optimizer, _training, _cache, _performance)
+    if problems := [problem for check in checks for problem in check(config)]:
         raise InvalidInput("\n".join(str(problem) for problem in problems))
 
 
-def runs_on_cpu() -> bool:
-    """Whether accelerate will place a run on the CPU; asks for the device without touching it."""
-    return not runs_on_cuda() and (_forced_to_cpu() or not torch.backends.mps.is_available())
-
-
 def runs_on_cuda() -> bool:
-    """Whether accelerate will place a run on a CUDA device; asks for one without touching it."""
+    """Whether accelerate will place a run on a CUDA device; looks for one without touching it."""
     return not _forced_to_cpu() and torch.cuda.is_available()
 
 
@@ -86,24 +73,19 @@ def _data(config: RunSections) -> Iterator[InvalidInput]:
     if not data.center_crop and data.resolution is None:
         problem = "asks for a random crop of unknown size"
         yield invalid("data.center_crop", False, problem, "set data.resolution as well")
-    if data.buckets is not None:
-        yield from _buckets(config)
     if data.caption_dropout == 1:
         yield invalid("data.caption_dropout", 1.0, "drops every caption", "choose a share below 1, such as 0.1")
-
-
-def _buckets(config: RunSections) -> Iterator[InvalidInput]:
-    data, buckets = config.data, config.data.buckets
-    assert buckets is not None
+    if data.buckets is None:
+        return
     if data.resolution is None:
         yield invalid("data.buckets", None, "have no area", "set data.resolution, the side of the square bucket")
     else:
         try:
-            Buckets(data.resolution, buckets.multiple, buckets.max_aspect)
+            Buckets(data.resolution, data.buckets.multiple, data.buckets.max_aspect)
         except InvalidInput as error:
             yield error
     if data.streaming:
-        problem = "does not look at images before they are drawn, and data.buckets need all their sizes"
+        problem = "does not look at images before they are used, and data.buckets need all their sizes"
         yield invalid("data.streaming", True, problem, "set it to false, or drop data.buckets")
     if config.cache.path is not None:
         problem = "stores latents of one size, and data.buckets give several"
@@ -129,7 +111,8 @@ def _optimizer(config: RunSections) -> Iterator[InvalidInput]:
 
 def _training(config: RunSections) -> Iterator[InvalidInput]:
     training = config.training
-    if training.mixed_precision == "fp16" and runs_on_cpu():
+    on_cpu = not runs_on_cuda() and (_forced_to_cpu() or not torch.backends.mps.is_available())
+    if training.mixed_precision == "fp16" and on_cpu:
         yield invalid("training.mixed_precision", "fp16", "needs a GPU, and none is in use", "choose no or bf16")
     directory = Path(config.output.directory)
     if directory.exists() and not directory.is_dir():

@@ -39,7 +39,7 @@ def _line(mistake: dict[str, Any], known_keys: KnownKeys, section: tuple[str, ..
     kind, value, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
     key = ".".join(_without_tag(location))
     if isinstance(context.get("error"), InvalidInput):  # of a method's options, of a field, or of the whole
-        names = [section[0]] if section else [part for part in location if not part.isdigit()][:-1]
+        names = section[:1] if section[:1] == ("method",) else [part for part in location if not part.isdigit()][:-1]
         return ".".join([*names, str(context["error"])])
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return _unknown(location, value, known_keys)

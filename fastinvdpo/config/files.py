@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from fastinvdpo.config.sections import DataSection, takes_text
+from fastinvdpo.config.explain import explain
+from fastinvdpo.config.sections import DataSection, known_keys, takes_text
 from fastinvdpo.config.train import TrainConfig
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_text
@@ -77,7 +79,8 @@ def load_config(
     if preset is not None:
         merged = _merge(merged, _read_preset(preset))
     if path is not None:
-        merged = _merge(merged, _read_file(Path(path)))
+        text = read_text(Path(path), "config", _LARGEST_FILE, "name a YAML file")
+        merged = _merge(merged, _mapping(text, str(path)))
     _apply(merged, overrides)
     return TrainConfig.from_mapping(merged)
 
@@ -86,7 +89,10 @@ def load_data_section(path: str, overrides: Iterable[str]) -> DataSection:
     """The section ``data`` alone, from ``key=value`` strings. Raises ``InvalidInput`` as :func:`load_config` does."""
     merged: dict[str, Any] = {"data": {"path": path}}
     _apply(merged, (override if override.startswith("data.") else f"data.{override}" for override in overrides))
-    return TrainConfig.data_section(merged["data"])
+    try:
+        return DataSection.model_validate(merged["data"])
+    except ValidationError as error:
+        raise explain(error, known_keys, ("data",)) from None
 
 
 def presets() -> list[str]:
@@ -151,15 +157,11 @@ def _read_preset(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(name, presets(), n=1)
         remedy = f"did you mean {close[0]}" if close else f"choose one of {', '.join(presets())}"
         raise invalid("preset", name, "is not a known preset", remedy)
-    return _mapping(parse_yaml(files[f"{name}.yaml"], f"preset {name}"), f"preset {name}")
+    return _mapping(files[f"{name}.yaml"], f"preset {name}")
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    text = read_text(path, "config", _LARGEST_FILE, "name a YAML file")
-    return _mapping(parse_yaml(text, str(path)), str(path))
-
-
-def _mapping(value: Any, source: str) -> dict[str, Any]:
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    value = parse_yaml(text, source)
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fastinvdpo.config.checks import check_combinations
 from fastinvdpo.config.explain import explain
-from fastinvdpo.config.sections import DataSection, RunSections, Section, known_keys, write_method
+from fastinvdpo.config.sections import RunSections, known_keys, write_method
 from fastinvdpo.io import as_written
 from fastinvdpo.methods import Method
 
@@ -36,14 +36,6 @@ class TrainConfig(RunSections):
         check_combinations(config)
         return config
 
-    @classmethod
-    def data_section(cls, mapping: Mapping[str, Any]) -> DataSection:
-        """The section ``data`` by itself, as :meth:`from_mapping` validates it."""
-        try:
-            return _DataOnly.model_validate({"data": mapping}).data
-        except ValidationError as error:
-            raise explain(error, known_keys) from None
-
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain numbers, strings, lists and dictionaries."""
         return self.model_dump(mode="python")
@@ -60,7 +52,3 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
     given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
     given["data"] = {"path": as_written(str(getattr(source, "path", "pairs at hand"))), **given.get("data", {})}
     return TrainConfig.from_mapping(given)
-
-
-class _DataOnly(Section):
-    data: DataSection

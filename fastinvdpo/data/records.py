@@ -6,27 +6,24 @@ rows, and copy all images. Here a bad row is counted and images stay where they 
 
 from __future__ import annotations
 
-import codecs
 import errno
 import io
-import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo.data.broken import BrokenRow, broken
+from fastinvdpo.data.broken import BrokenRow, broken, caught
 from fastinvdpo.data.images import file_below, file_bytes
-from fastinvdpo.data.rows import IMAGES, SCORES, choices, in_schema, number
-from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.rows import IMAGES, SCORES, PairSource, choices, in_schema, number
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import decoded, read_bounded
+from fastinvdpo.io import UTF_16, decoded, read_bounded
 
 PAIRS_FILE = "pairs.jsonl"
-_LARGEST_LISTING, _LARGEST_TEXT, _MOST_MEMBERS = 2**30, 2**24, 2**20
+_LARGEST_LISTING, _LARGEST_TEXT, _MOST_MEMBERS = 2**30, 2**24, 2**20  # bytes, bytes, a number
 _RANKED = {"rank": -1.0, "human_preference": 1.0}  # and whether higher is better
 _IMAGE_LISTS = ("image_path", "file_path", "images")
 _KINDS = ("jpg", "jpeg", "png", "webp")
@@ -89,11 +86,13 @@ class RecordSource(PairSource):
         return file_bytes(file_below([self._root], place, where), where)
 
     def files(self) -> list[Path]:
+        if self._root is None:
+            return list(self._listed)
         images = set()
-        rows = [values for _, values in self._rows if self._root is not None and isinstance(values, dict)]
+        rows = [values for _, values in self._rows if isinstance(values, dict)]
         for named in {str(values.get(name)) for values in rows for name in IMAGES}:
             try:
-                image = file_below([self._root or Path()], named, self.path)
+                image = file_below([self._root], named, self.path)
                 images |= {image} if image.is_file() else set()
             except (BrokenRow, OSError):  # told where the row is read
                 continue
@@ -107,7 +106,7 @@ def folder_rows(listing: Path, names: Mapping[str, str]) -> Iterator[Row]:
     """Of a file with one JSON object a line; see :func:`fastinvdpo.data.rows.in_schema` for the keys."""
     for line, record in json_lines(listing):
         place = f"{listing.name}, line {line}"
-        yield place, _caught(in_schema, record, place, names)
+        yield place, caught(in_schema, record, place, names)
 
 
 def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Iterator[Row]:
@@ -117,9 +116,9 @@ def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Ite
     equal ranks tie) or ``human_preference`` (higher is better). ``rank_pairs``: ``all`` pairs of an entry, or its
     ``best`` image against each of the rest.
     """
-    for entry, record in json_records(listing):
+    for entry, record in _json_records(listing):
         place = f"{listing.name}, entry {entry}"
-        found = _caught(_ranked, record, place, names)
+        found = caught(_ranked, record, place, names)
         if isinstance(found, BrokenRow):
             yield place, found
             continue
@@ -148,7 +147,7 @@ def shard_rows(files: Sequence[Path], names: Mapping[str, str]) -> Iterator[Row]
     for file, shard in enumerate(files):
         for key, sample in _samples(shard).items():
             place = f"{shard.name}, {key}"
-            yield place, _caught(_shard_row, file, sample, place, names)
+            yield place, caught(_shard_row, file, sample, place, names)
 
 
 def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str]) -> dict[str, Any]:
@@ -186,12 +185,12 @@ def _samples(shard: Path) -> dict[str, _Sample]:
     end = 0
     try:
         with _Bounded(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for count in itertools.count():
+            for number_of_members in count():
                 member = tar.next()
                 if member is None:
                     break
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-                if count == _MOST_MEMBERS or member.size < 0:
+                if number_of_members == _MOST_MEMBERS or member.size < 0:
                     raise tarfile.TarError(f"more than {_MOST_MEMBERS:,} members, or one of a negative size")
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 folder, _, name = member.name.rpartition("/")
@@ -236,37 +235,15 @@ def json_lines(path: Path, argument: str = "data.path") -> Iterator[tuple[int, A
     """``(line, value)`` of a JSON Lines file, lines counted from 1; empty ones are skipped. A line that is not JSON
     gives the ``BrokenRow`` that says so.
     """
-    for line, text in enumerate(_lines(path, argument), start=1):
+    for line, text in enumerate(_content(path, argument).split(b"\n"), start=1):
         if text.strip():
-            yield line, _caught(parsed, text, f"{path.name}, line {line}")
+            yield line, caught(parsed, text, f"{path.name}, line {line}")
 
 
-def _lines(path: Path, argument: str) -> Iterator[bytes]:
-    try:
-        with io.BufferedReader(_Bounded(path)) as file:
-            if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                yield from _content(path).decode("utf-16").encode().split(b"\n")
-                return
-            while line := file.readline(_LARGEST_TEXT):
-                if len(line) == _LARGEST_TEXT:
-                    raise OSError(errno.EFBIG, f"a line has more than {_LARGEST_TEXT:,} bytes")
-                yield line
-    except (OSError, UnicodeError) as error:
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise invalid(argument, str(path), problem, "name a readable file") from None
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return read_bounded(path, _LARGEST_LISTING)
-    except OSError as error:
-        raise invalid("data.path", str(path), f"cannot be read ({error.strerror})", "name a readable file") from None
-
-
-def json_records(path: Path) -> Iterator[tuple[int, Any]]:
+def _json_records(path: Path) -> Iterator[tuple[int, Any]]:
     """The entries of a JSON list, or of JSON Lines, with their numbers counted from 1."""
     data = _content(path)
-    if not data[:4096].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"["):
+    if not data[:4096].lstrip(b"\xef\xbb\xbf\0 \t\r\n").startswith(b"["):
         yield from json_lines(path)
         return
     try:
@@ -276,9 +253,19 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(entries, start=1)
 
 
+def _content(path: Path, argument: str = "data.path") -> bytes:
+    """The bytes of a listing; UTF-16 as UTF-8."""
+    try:
+        data = read_bounded(path, _LARGEST_LISTING)
+        return data.decode("utf-16").encode() if data.startswith(UTF_16) else data
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise invalid(argument, str(path), problem, "name a readable file") from None
+
+
 def looks_ranked(path: Path) -> bool:
     """Whether the first entry of a .json or .jsonl file ranks several images."""
-    record = next(json_records(path), (0, None))[1]
+    record = next(_json_records(path), (0, None))[1]
     return isinstance(record, Mapping) and any(key in record for key in _RANKED)
 
 
@@ -299,22 +286,13 @@ def _ranked(record: Any, where: str, names: Mapping[str, str]) -> dict[str, Any]
     return {"images": images, "orders": orders, "caption": caption}
 
 
-def _caught(read: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``read`` returns, or the ``BrokenRow`` that it raises."""
-    try:
-        return read(*arguments)
-    except BrokenRow as error:
-        return error
-
-
 def parsed(data: bytes, where: str) -> Any:
     """The value of JSON text. Raises ``BrokenRow`` where it is not JSON, or an object has a key twice."""
     try:
         return json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise broken(
-            "malformed row", where, f"{len(data)} bytes", f"is not valid JSON ({error})", "write one object a line"
-        ) from None
+        problem = f"is not valid JSON ({error})"
+        raise broken("malformed row", where, f"{len(data)} bytes", problem, "write one object a line") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fastinvdpo.data.records import PAIRS_FILE, RecordSource, folder_rows, looks_ranked, ranked_rows, shard_rows
-from fastinvdpo.data.rows import SCHEMA
-from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.rows import SCHEMA, PairSource
 from fastinvdpo.data.tables import TableSource, parquet_locations
 from fastinvdpo.errors import invalid
 
@@ -104,19 +103,20 @@ def files_of(path: str | Path, suffix: str, split: str | None = None) -> list[Pa
         InvalidInput: nothing is there, or no such split.
     """
     root = Path(path)
-    if root.is_dir():
-        found = sorted(file for file in _visible(root, suffix) if file.is_file())
-        if not found:
-            problem = f"is a directory without *{suffix} files"
-            raise invalid("data.path", str(path), problem, "name a file, or a directory of shards")
-        return _of_split(found, split, str(path))
-    if not root.is_file():
+    found = [file for file in _visible(root, suffix) if file.is_file()] if root.is_dir() else [root]
+    if not found:
+        problem = f"is a directory without *{suffix} files"
+        raise invalid("data.path", str(path), problem, "name a file, or a directory of shards")
+    if found == [root] and not root.is_file():
         raise invalid("data.path", str(path), "does not exist", f"name a {suffix} file or a directory of them")
-    return _of_split([root], split, str(path))
+    return _of_split(found, split, str(path))
 
 
 def _of_split(files: list[Path], split: str | None, path: str) -> list[Path]:
-    splits = {file: _split_of(file) for file in files}
+    splits: dict[Path, str | None] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.stem.lower())
+        splits[file] = next((name for name, known in _SPLITS.items() if set(words) & set(known)), None)
     found = {name for name in splits.values() if name is not None}
     if files == [Path(path)] and split == "train":
         return files  # the default; a file that is named counts whatever its name
@@ -135,13 +135,10 @@ def _of_split(files: list[Path], split: str | None, path: str) -> list[Path]:
     return [file for file, name in splits.items() if name == wanted]
 
 
-def _split_of(file: Path) -> str | None:
-    words = re.split(r"[^a-z]+", file.stem.lower())
-    return next((name for name, known in _SPLITS.items() if any(word in known for word in words)), None)
-
-
 def _visible(root: Path, suffix: str) -> list[Path]:
-    return [file for file in root.iterdir() if file.name.lower().endswith(suffix) and not file.name.startswith(".")]
+    """The files of a directory that end in ``suffix``, in the order of their names; hidden ones are left out."""
+    files = (file for file in root.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in files if file.name.lower().endswith(suffix))
 
 
 def _directory_format(root: Path) -> str:

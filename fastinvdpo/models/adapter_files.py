@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,8 @@ _UNSUPPORTED = {
 }
 
 
-class Adapter(NamedTuple):
-    """An adapter file: by layer the two factors of the change, and what stands before their product."""
-
-    file: Path
-    layers: dict[str, tuple[Tensor, Tensor, float]]
+# By layer the two factors of the change, and what stands before their product.
+Adapter: TypeAlias = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def adapter_contents(network: nn.Module, origin: Origin | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -76,7 +73,7 @@ def adapter_contents(network: nn.Module, origin: Origin | None = None) -> tuple[
             settings[field.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
     settings |= {"peft_type": str(config.peft_type.value), "inference_mode": True, "lora_alpha": config.r}
     if origin is not None:
-        base = base_of(origin)
+        base = _base_of(origin)
         settings["base_model_name_or_path"] = base.get("unet_init", base["path"])
         settings |= {"revision": base["revision"]} if "revision" in base else {}
     tensors = {}
@@ -93,22 +90,21 @@ def save_adapter(network: nn.Module, directory: Path, origin: Origin | None = No
     safetensors = require("safetensors.torch", extra="train", purpose="saving a LoRA adapter")
     directory.mkdir(parents=True, exist_ok=True)
     tensors, settings = adapter_contents(network, origin)
-    _write_json(directory / _PEFT_SETTINGS, settings)
-    if origin is not None:
-        _write_json(directory / _BASE, base_of(origin))
+    for name, content in {_PEFT_SETTINGS: settings, **({} if origin is None else {_BASE: _base_of(origin)})}.items():
+        (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # PeftModel keeps the network below two wrappers, and its files carry that prefix.
     renamed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     safetensors.save_file(renamed, directory / _PEFT_FILE, metadata={"format": "pt"})
 
 
-def base_of(origin: Origin) -> dict[str, str]:
+def _base_of(origin: Origin) -> dict[str, str]:
     """What names the weights of a checkpoint: its entries that are given, directories as absolute paths."""
     given = {name: str(value) for name, value in origin._asdict().items() if value is not None}
     return {name: str(Path(value).resolve()) if Path(value).exists() else value for name, value in given.items()}
 
 
 def trained_on(file: Path) -> dict[str, str]:
-    """What :func:`base_of` gave for the weights that an adapter was trained on; empty where nothing says."""
+    """What names the weights that an adapter was trained on; empty where nothing does."""
     beside = file.with_name(_BASE)
     return read_object(beside, "aligned") if beside.is_file() else {}
 
@@ -124,7 +120,7 @@ def adapter_file(path: str | Path) -> Path | None:
     for name in (_PEFT_FILE, DIFFUSERS_FILE):
         if (place / name).is_file():
             return place / name
-    pickled = [place / name for name in ("adapter_model.bin", DIFFUSERS_FILE.replace(".safetensors", ".bin"))]
+    pickled = [(place / name).with_suffix(".bin") for name in (_PEFT_FILE, DIFFUSERS_FILE)]
     if (place.is_file() and place.suffix in (".bin", ".pt", ".ckpt", ".pth")) or any(f.is_file() for f in pickled):
         remedy = "convert it with safetensors.torch.save_file, and name that file or its directory"
         raise invalid("aligned", str(path), "is stored as pickles, which can execute code", remedy)
@@ -171,7 +167,7 @@ def read_adapter(
     check_names("aligned", file, [f"half of {layer}" for layer in incomplete], unknown, [])
     if not factors:
         raise invalid("aligned", str(file), "holds no tensors", "name the file of an adapter")
-    found_layers = {}
+    adapter: Adapter = {}
     for layer, parts in factors.items():
         down, up = parts["down"].float(), parts["up"].float()
         weight: Any = network.get_submodule(layer).weight
@@ -182,17 +178,17 @@ def read_adapter(
             raise invalid("aligned", str(file), problem, "name the model that it was trained on as base")
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         try:
-            found_layers[layer] = (down, up, _scale(layer, len(down), alpha, settings))
+            adapter[layer] = (down, up, _scale(layer, len(down), alpha, settings))
         except (TypeError, ValueError, AttributeError, re.error) as error:
             remedy = "write the adapter again, or correct them"
             raise invalid("aligned", str(file), f"has unusable settings of alpha ({error})", remedy) from error
-    return Adapter(file, found_layers)
+    return adapter
 
 
 @torch.no_grad()
 def merge_adapter(network: nn.Module, adapter: Adapter) -> None:
     """Add the change to the weights of ``network`` in place."""
-    for layer, (down, up, scale) in adapter.layers.items():
+    for layer, (down, up, scale) in adapter.items():
         weight: Any = network.get_submodule(layer).weight
         change = scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         weight.copy_(weight.float() + change.to(weight.device))
@@ -206,16 +202,13 @@ def _factors(
     unknown = []
     for stored, name in plain_names(tensors).items():
         match = _TENSOR.fullmatch(name)
-        layer = None
-        if match is not None:
-            raw = (match["layer"] or match["scaled"]).replace(".processor.", ".")
-            inside = next((raw.removeprefix(f"{part}.") for part in NETWORKS if raw.startswith(f"{part}.")), raw)
-            layer = layers.get(inside)
-        if layer is None or match is None:
+        raw = "" if match is None else (match["layer"] or match["scaled"]).replace(".processor.", ".")
+        inside = next((raw.removeprefix(f"{part}.") for part in NETWORKS if raw.startswith(f"{part}.")), raw)
+        if match is None or inside not in layers:
             unknown.append(stored)
         else:
             role = "down" if match["down"] else "up" if match["up"] else "alpha"
-            factors.setdefault(layer, {})[role] = tensors[stored]
+            factors.setdefault(layers[inside], {})[role] = tensors[stored]
     return factors, unknown
 
 
@@ -256,7 +249,3 @@ def _scale(layer: str, rank: int, alpha: float | None, settings: Mapping[str, An
 
 def _first(names: list[str]) -> str:
     return min(names) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -28,26 +28,21 @@ def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[s
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
             leaves = sorted({name.rsplit(".", 1)[-1] for name in names if name and not name[-1].isdigit()})
-            raise invalid(
-                "model.lora.target_modules", target, "names no module of the network", f"choose among {leaves}"
-            )
+            problem = "names no module of the network"
+            raise invalid("model.lora.target_modules", target, problem, f"choose among {leaves}")
     network.requires_grad_(False)
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     try:
         peft.inject_adapter_in_model(settings, network)
     except ValueError as error:
-        raise invalid(
-            "model.lora.target_modules",
-            targets,
-            f"cannot carry adapters ({error})",
-            "name linear or convolution layers",
-        ) from error
+        problem = f"cannot carry adapters ({error})"
+        raise invalid("model.lora.target_modules", targets, problem, "name linear or convolution layers") from error
 
 
 @contextmanager
 def adapters_disabled(network: nn.Module) -> Iterator[None]:
     """Inside, ``network`` computes what it did without adapters; afterwards they are back, also after an error."""
-    layers = _adapter_layers(network)
+    layers = [layer for _, layer in _adapter_layers(network)]
     # Not enable_adapters(), which also changes what is trainable: under FSDP2 of other tensors before than after.
     try:
         for layer in layers:
@@ -60,13 +55,11 @@ def adapters_disabled(network: nn.Module) -> Iterator[None]:
 
 def merged_copy(network: nn.Module) -> nn.Module:
     """A copy of a network with adapters, in which they are folded into ordinary weights."""
-    tuners = require("peft.tuners.tuners_utils", extra="train", purpose="merging LoRA")
     merged = copy.deepcopy(network)
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, tuners.BaseTunerLayer):
-            module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(merged.get_submodule(parent), child, module.get_base_layer())
+    for name, layer in _adapter_layers(merged):
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(merged.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     return merged.requires_grad_(False)
@@ -78,12 +71,10 @@ def merged_into(base: nn.Module, network: nn.Module) -> nn.Module:
 
     The layers of both have the same names, and may have other weights: those below the adapters may be quantized.
     """
-    tuners = require("peft.tuners.tuners_utils", extra="train", purpose="merging LoRA")
-    for name, layer in network.named_modules():
-        if isinstance(layer, tuners.BaseTunerLayer):
-            weight: Any = base.get_submodule(name).weight
-            for adapter in layer.active_adapters:
-                weight += layer.get_delta_weight(adapter).to(weight)
+    for name, layer in _adapter_layers(network):
+        weight: Any = base.get_submodule(name).weight
+        for adapter in layer.active_adapters:
+            weight += layer.get_delta_weight(adapter).to(weight)
     return base.requires_grad_(False)
 
 
@@ -91,22 +82,20 @@ def merged_into(base: nn.Module, network: nn.Module) -> nn.Module:
 def perturb(network: nn.Module, scale: float, seed: int) -> None:
     """Move the trainable weights by random amounts of relative size ``scale``, so that policy ≠ reference.
 
-    Full fine-tuning: every tensor W gains ``scale·rms(W)·z``. LoRA, whose product B·A starts at zero: B is drawn so
-    that the update it makes to its layer has ``scale`` times the root mean square of that layer's weight.
+    Full fine-tuning: every tensor W gains ``scale·rms(W)·z``. LoRA, whose product B·A starts at zero: B is random, and
+    so large that its update has ``scale`` times the root mean square of its layer's weight.
     """
     generator = torch.Generator().manual_seed(seed)
     if not any(".lora_" in name for name, _ in network.named_parameters()):
         for parameter in network.parameters():
             parameter.add_(_normal_like(parameter, generator), alpha=scale * _rms(parameter))
         return
-    for layer in _adapter_layers(network):
+    for _, layer in _adapter_layers(network):
         for name, up in layer.lora_B.items():
-            down = layer.lora_A[name].weight
             # Entries of B·A: rank·var(B)·mean(A²) is their variance.
-            size = layer.scaling[name] * math.sqrt(layer.r[name]) * _rms(down)
-            up.weight.add_(
-                _normal_like(up.weight, generator), alpha=scale * _rms(whole_weight(layer.get_base_layer())) / size
-            )
+            size = layer.scaling[name] * math.sqrt(layer.r[name]) * _rms(layer.lora_A[name].weight)
+            wanted = scale * _rms(whole_weight(layer.get_base_layer()))
+            up.weight.add_(_normal_like(up.weight, generator), alpha=wanted / size)
 
 
 def _normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,6 +106,7 @@ def _rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
-def _adapter_layers(network: nn.Module) -> list[Any]:
+def _adapter_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """``(name, layer)`` of every layer that carries adapters."""
     tuners = require("peft.tuners.tuners_utils", extra="train", purpose="training with LoRA")
-    return [module for module in network.modules() if isinstance(module, tuners.BaseTunerLayer)]
+    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, tuners.BaseTunerLayer)]

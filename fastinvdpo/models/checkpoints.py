@@ -14,24 +14,17 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_object
-from fastinvdpo.models.base import Origin, cast_weights, part_files
+from fastinvdpo.models.base import Origin, part_files
 from fastinvdpo.models.weights import NOT_FOUND, load_module, readable_errors, weight_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-# What training needs only to encode pictures and prompts.
+# What training needs only to encode images and prompts.
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _FROZEN_PARTS = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 # Configuration entries that must agree for one UNet or transformer to take the place of another.
 _INTERFACE = (
-    "in_channels",
-    "out_channels",
-    "cross_attention_dim",
-    "addition_embed_type",
-    "projection_class_embeddings_input_dim",
-    "class_embed_type",
-    "patch_size",
-    "joint_attention_dim",
-    "pooled_projection_dim",
+    *("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "class_embed_type"),
+    *("projection_class_embeddings_input_dim", "patch_size", "joint_attention_dim", "pooled_projection_dim"),
     "guidance_embeds",
 )
 
@@ -70,7 +63,6 @@ def load_pipeline(
         names: pipeline classes that belong to the family.
         denoiser: the part that is trained, ``"unet"`` or ``"transformer"``.
     """
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
     source = location("model.path", origin.path)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         remedy = f"{NOT_FOUND}; a model of the demo is of the family digits"
@@ -99,19 +91,26 @@ def load_pipeline(
         folder = root / part if other is None else part_folder(argument, other, part)
         variant = origin.variant if other is None else None
         module = load_module(_part_class(source, index, part), argument, folder, part, variant)
-        given[part] = cast_weights(module, torch.float32 if part == "vae" else dtype)
+        # The keyword that names a dtype while loading differs between versions of diffusers.
+        given[part] = module.to(torch.float32 if part == "vae" else dtype)
     if origin.unet_init is not None:
         with readable_errors("model.path", source):
             wanted = type(given[denoiser]).load_config(source, subfolder=denoiser, revision=origin.revision)
-        _check_interface(origin.unet_init, given[denoiser].config, wanted)
+        found = given[denoiser].config
+        for key in (key for key in _INTERFACE if key in wanted and found.get(key) != wanted[key]):
+            problem = f"its {key} is {found.get(key)}, that of the base model's own {wanted[key]}"
+            raise invalid("model.unet_init", str(origin.unet_init), problem, "use one of the same model generation")
     with readable_errors("model.path", source):
-        return getattr(diffusers, name).from_pretrained(root, trust_remote_code=False, **given)
+        return getattr(_diffusers(), name).from_pretrained(root, trust_remote_code=False, **given)
+
+
+def _diffusers() -> Any:
+    return require("diffusers", extra="train", purpose="loading a diffusion model")
 
 
 def _index(source: str, revision: str | None) -> dict[str, Any]:
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
     with readable_errors("model.path", source):
-        index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+        index: dict[str, Any] = _diffusers().DiffusionPipeline.load_config(source, revision=revision)
     return index
 
 
@@ -127,14 +126,12 @@ def _part_class(source: str, index: Mapping[str, Any], part: str) -> Any:
 
 def vae_config(origin: Origin) -> dict[str, Any]:
     """The configuration of a checkpoint's VAE, without its weights."""
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
     if origin.vae is not None:
-        file = part_folder("model.vae", origin.vae, "vae") / "config.json"
-        config = read_object(file, "model.vae")
+        config = read_object(part_folder("model.vae", origin.vae, "vae") / "config.json", "model.vae")
     else:
         source = location("model.path", origin.path)
         with readable_errors("model.path", source):
-            config = diffusers.AutoencoderKL.load_config(source, subfolder="vae", revision=origin.revision)
+            config = _diffusers().AutoencoderKL.load_config(source, subfolder="vae", revision=origin.revision)
     return {"latent_channels": 4, "block_out_channels": (64,), **config}
 
 
@@ -143,13 +140,9 @@ def local_folder(origin: Origin, without: Sequence[str] = ()) -> Path:
     source = location("model.path", origin.path)
     if Path(source).is_dir():
         return Path(source)
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
-    left_out: dict[str, Any] = dict.fromkeys(without)
+    options = {"revision": origin.revision, "variant": origin.variant, "use_safetensors": True}
     with readable_errors("model.path", source):
-        folder = diffusers.DiffusionPipeline.download(
-            source, revision=origin.revision, variant=origin.variant, use_safetensors=True, **left_out
-        )
-    return Path(folder)
+        return Path(_diffusers().DiffusionPipeline.download(source, **options, **dict.fromkeys(without)))
 
 
 def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
@@ -206,16 +199,8 @@ def part_folder(argument: str, path: str | Path, part: str) -> Path:
     root = Path(source)
     if not root.is_dir():
         hub = require("huggingface_hub", extra="train", purpose="loading a diffusion model")
-        kept = [
-            f"{folder}{name}" for folder in (f"{part}/", "") for name in ("config.json", "diffusion_*.safetensors*")
-        ]
+        names = ("config.json", "diffusion_*.safetensors*")
+        kept = [f"{folder}{name}" for folder in (f"{part}/", "") for name in names]
         with readable_errors(argument, source):
             root = Path(hub.snapshot_download(source, allow_patterns=kept))
     return root / part if (root / part).is_dir() else root
-
-
-def _check_interface(unet_init: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in _INTERFACE:
-        if found.get(name) != wanted.get(name) and name in wanted:
-            problem = f"its {name} is {found.get(name)}, that of the base model's own {wanted.get(name)}"
-            raise invalid("model.unet_init", str(unet_init), problem, "use one of the same model generation")

@@ -18,8 +18,8 @@ from fastinvdpo.models.checkpoints import pipeline_class
 _FAMILIES = {
     "digits": ("fastinvdpo.models.digits", "DigitsModel"),
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
-    "stable-diffusion-3": ("fastinvdpo.models.stable_diffusion_3", "StableDiffusion3Model"),
-    "flux": ("fastinvdpo.models.flux", "FluxModel"),
+    "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
+    "flux": ("fastinvdpo.models.flow", "FluxModel"),
 }
 # Pipeline class in a checkpoint's model_index.json -> family.
 _PIPELINES = {
@@ -99,9 +99,8 @@ def load_model(
     if dtype not in _DTYPES:
         raise invalid("dtype", dtype, "is not a floating-point type models are kept in", f"use one of {_DTYPES}")
     loader = family_class(family)
-    vae = {} if origin.vae is None else {"vae": origin.vae}
-    for name, value in {**vae, **given}.items():
-        if name not in ("vae", *loader.options) or family == "digits":
+    for name, value in {"vae": origin.vae, **given}.items():
+        if value is not None and name not in loader.options:
             problem, known = f"means nothing for a model of the family {family}", ", ".join(loader.options)
             raise invalid(f"model.{name}", value, problem, f"set it to null; options here: {known or 'none'}")
     model: DiffusionModel = loader.load(origin, dtype=dtype, frozen_parts=frozen_parts, **given)
@@ -121,22 +120,19 @@ def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> 
 
 def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
     """The guidance scale that a checkpoint's own pipeline samples with by default, by :func:`checkpoint_files`."""
-    kind, read = family_class(family), dict[str, Any]()
-    for part, name in (
-        ("model_index", "model_index"),
-        ("scheduler", "scheduler_config"),
-        (kind.network_folder, "config"),
-    ):
-        read[part] = next((read_object(f, "model.path") for f in files.get(part, ()) if f.name == f"{name}.json"), {})
-    pipeline = str(read["model_index"].get("_class_name"))
-    scale: float = kind.guidance_by_default(pipeline, read["scheduler"], read[kind.network_folder])
+    kind = family_class(family)
+
+    def read(part: str, name: str) -> dict[str, Any]:
+        return next((read_object(file, "model.path") for file in files.get(part, ()) if file.name == name), {})
+
+    pipeline = str(read("model_index", "model_index.json").get("_class_name"))
+    scheduler, network = read("scheduler", "scheduler_config.json"), read(kind.network_folder, "config.json")
+    scale: float = kind.guidance_by_default(pipeline, scheduler, network)
     return scale
 
 
 def _origin(path: str | Path | Origin, options: Mapping[str, Any]) -> tuple[Origin, dict[str, Any]]:
     """The checkpoint, and the options that do not belong to it."""
-    origin = Origin.of(path)
     given = {name: value for name, value in options.items() if value is not None}
-    return origin._replace(**{n: v for n, v in given.items() if n in Origin._fields}), {
-        n: v for n, v in given.items() if n not in Origin._fields
-    }
+    own = {name: given.pop(name) for name in Origin._fields if name in given}
+    return Origin.of(path)._replace(**own), given

@@ -235,7 +235,7 @@ def test_names_of_the_original_sdxl_code_are_read(tmp_path: Path) -> None:
     tensors = {f"{first}.{name}": tensor for name, tensor in factors.items()} | {f"{first}.alpha": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "own.safetensors")
     adapter = read_adapter(tmp_path / "own.safetensors", model.network, model.translated_lora)
-    assert list(adapter.layers) == [layer] and adapter.layers[layer][2] == 0.5
+    assert list(adapter) == [layer] and adapter[layer][2] == 0.5
 
 
 def test_alpha_counts_by_tensor_by_layer_and_by_the_root_of_the_rank(folder: Path, tmp_path: Path) -> None:
