@@ -301,7 +301,7 @@ def known_keys(path: tuple[str, ...]) -> list[str]:
 
 def takes_text(key: tuple[str, ...]) -> bool:
     """Whether the value of a key may be any text."""
-    section = _section_at(key[:-1])
+    section = _section_at(key[:-1]) if key else None
     field = None if section is None else section.model_fields.get(key[-1])
     return field is not None and _has_text(field.annotation)
 

@@ -165,7 +165,11 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str])
     stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
     row = in_schema(stored, f"{place}.json", names, images)
     if "txt" in texts and "caption" not in row:
-        row["caption"] = _text(texts["txt"], f"{place}.txt").strip()
+        try:
+            row["caption"] = decoded(texts["txt"]).strip()
+        except UnicodeDecodeError as error:
+            problem, start = f"is not UTF-8 ({error.reason})", texts["txt"][:40]
+            raise broken("malformed caption", f"{place}.txt", start, problem, "write it again as UTF-8") from None
     if any(named) and choices(names):
         row["members"] = 0
     return row
@@ -300,12 +304,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in one object")
     return found
-
-
-def _text(data: bytes, where: str) -> str:
-    """Text as UTF-8, or with the encoding that its byte order mark tells."""
-    try:
-        return decoded(data)
-    except UnicodeDecodeError as error:
-        remedy = "write it again as UTF-8"
-        raise broken("malformed caption", where, data[:40], f"is not UTF-8 ({error.reason})", remedy) from None

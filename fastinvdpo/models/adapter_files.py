@@ -21,7 +21,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_object
 from fastinvdpo.models.base import Origin
-from fastinvdpo.models.weights import NETWORKS, check_names, plain_names, tensor_shapes
+from fastinvdpo.models.weights import NETWORKS, check_names, listed, plain_names, tensor_shapes
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_FILE, _PEFT_SETTINGS, _BASE = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
@@ -154,14 +154,14 @@ def read_adapter(
         found = [name for name in tensors if names.match(name)]
         if found:
             remedy = "name the whole model with it merged, or an ordinary LoRA of UNet or transformer"
-            raise invalid("aligned", str(file), f"{problem} ({_first(found)}), which is not read", remedy)
+            raise invalid("aligned", str(file), f"{problem} ({listed(found)}), which is not read", remedy)
     layers = dict(_places(network))
     factors, unknown = _factors(tensors, layers)
     if unknown:
         try:
             factors, unknown = _factors(translated(tensors), layers)
         except (ValueError, KeyError, RuntimeError, AttributeError) as error:
-            problem = f"has tensors of no known format, {_first(unknown)} ({error})"
+            problem = f"has tensors of no known format, {listed(unknown)} ({error})"
             raise invalid("aligned", str(file), problem, "convert it to diffusers' or peft's format") from error
     incomplete = [layer for layer, parts in factors.items() if not {"down", "up"} <= parts.keys()]
     check_names("aligned", file, [f"half of {layer}" for layer in incomplete], unknown, [])
@@ -245,7 +245,3 @@ def _scale(layer: str, rank: int, alpha: float | None, settings: Mapping[str, An
     own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
     alpha = float(next(own, settings.get("lora_alpha", 8)))
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-
-
-def _first(names: list[str]) -> str:
-    return min(names) + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -55,7 +55,16 @@ def weight_files(argument: str, folder: Path, variant: str | None) -> tuple[list
 
 def tensor_shapes(argument: str, files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, of the headers alone. Raises ``InvalidInput`` for a damaged file."""
-    return {name: shape for file in files for name, shape in _header(argument, file).items()}
+    safetensors = require("safetensors", extra="train", purpose="reading weights")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            problem = f"is no whole safetensors file ({error})"
+            raise invalid(argument, str(file), problem, "download or write it again") from error
+    return shapes
 
 
 def plain_names(names: Iterable[str], part: str | None = None) -> dict[str, str]:
@@ -102,7 +111,7 @@ def check_names(
 ) -> None:
     """Raise ``InvalidInput`` with the file and the first names, unless all three are empty."""
     kinds = {"lacks": missing, "has unknown": unexpected, "has tensors of another shape:": mismatched}
-    told = [f"{verb} {_listed(names)}" for verb, names in kinds.items() if names]
+    told = [f"{verb} {listed(names)}" for verb, names in kinds.items() if names]
     if told:
         remedy = "use the weights that belong to this model's configuration, under their own names"
         raise invalid(argument, str(file), f"does not fit the model: it {'; it '.join(told)}", remedy)
@@ -141,17 +150,8 @@ def _readable(argument: str, files: Sequence[Path], folder: Path, part: str) -> 
         yield Path(temporary)
 
 
-def _header(argument: str, file: Path) -> Mapping[str, tuple[int, ...]]:
-    safetensors = require("safetensors", extra="train", purpose="reading weights")
-    try:
-        with safetensors.safe_open(file, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        problem = f"is no whole safetensors file ({error})"
-        raise invalid(argument, str(file), problem, "download or write it again") from error
-
-
-def _listed(names: Iterable[Any]) -> str:
+def listed(names: Iterable[Any]) -> str:
+    """The first names, in order."""
     shown = sorted(str(name[0] if isinstance(name, tuple) else name) for name in names)
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return ", ".join(shown[:_SHOWN]) + more
