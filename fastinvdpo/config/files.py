@@ -18,6 +18,7 @@ from fastinvdpo.config.train import TrainConfig
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_text
 
+_PRESETS = resources.files("fastinvdpo") / "presets"
 _LARGEST_FILE = 1 << 20
 _MOST_NODES = 20_000
 _TAG = "tag:yaml.org,2002:"
@@ -43,15 +44,13 @@ _FLOAT = re.compile(
     r"^(?:[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
-_INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
-_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _REPLACED = {f"{_TAG}{kind}" for kind in ("float", "int", "bool", "timestamp", "value")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if tag not in _REPLACED]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(f"{_TAG}bool", _BOOL, list("tTfF"))
-_Loader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 # YAML 1.1 would read 010 as eight.
 _Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(str(node.value)))
@@ -97,7 +96,7 @@ def load_data_section(path: str, overrides: Iterable[str]) -> DataSection:
 
 def presets() -> list[str]:
     """Names of the presets: published hyper-parameters per method and model."""
-    return sorted(name[: -len(".yaml")] for name in _preset_files())
+    return sorted(file.name[: -len(".yaml")] for file in _PRESETS.iterdir() if file.name.endswith(".yaml"))
 
 
 def parse_yaml(text: str, source: str, key: tuple[str, ...] = ()) -> Any:
@@ -146,18 +145,12 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _preset_files() -> dict[str, str]:
-    folder = resources.files("fastinvdpo") / "presets"
-    return {entry.name: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
-
-
 def _read_preset(name: str) -> dict[str, Any]:
-    files = _preset_files()
-    if f"{name}.yaml" not in files:
+    if name not in presets():
         close = difflib.get_close_matches(name, presets(), n=1)
         remedy = f"did you mean {close[0]}" if close else f"choose one of {', '.join(presets())}"
         raise invalid("preset", name, "is not a known preset", remedy)
-    return _mapping(files[f"{name}.yaml"], f"preset {name}")
+    return _mapping((_PRESETS / f"{name}.yaml").read_text("utf-8"), f"preset {name}")
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_object
 from fastinvdpo.models import base
 from fastinvdpo.models.base import DiffusionModel, Origin
-from fastinvdpo.models.weights import load_module
+from fastinvdpo.models.checkpoints import load_module
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,7 +15,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import invalid
 from fastinvdpo.models import base
-from fastinvdpo.models.adapter_files import adapter_contents
+from fastinvdpo.models.adapters import adapter_contents
 from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import ENCODERS, copy_other_parts, load_pipeline, pipeline_files, vae_config
 from fastinvdpo.ops import philox
