@@ -70,10 +70,8 @@ class PairEntry:
 class PairDataset:
     """Preference pairs of a source: parquet, a folder, ranked images, webdataset shards, a ``datasets`` repository.
 
-    In parquet the columns are ``jpg_0, jpg_1`` (encoded image bytes), ``label_0, label_1`` (1/0, 0/1, probabilities
-    that sum to 1, or 0.5/0.5 for a tie), ``caption``, and optionally ``score_0, score_1``; docs/data.md has the other
-    formats. Labels, captions, scores and (unless the source streams) image headers of all rows are checked when the set
-    is opened; the images themselves are decoded when a pair is read.
+    docs/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all rows are
+    checked when the set is opened; the images themselves are decoded when a pair is read.
 
     Args:
         source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``.
@@ -170,7 +168,6 @@ class PairDataset:
         return [pair.scores for pair in self._kept if pair.scores is not None] if self.has_scores else None
 
     def caption(self, i: int) -> str:
-        """Caption of pair ``i``."""
         return self._kept[i].caption
 
     def groups(self) -> list[list[int]] | None:

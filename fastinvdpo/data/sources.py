@@ -81,7 +81,20 @@ def detect_format(path: str | Path) -> str:
     """Which of :data:`FORMATS` a path holds. Raises ``InvalidInput`` saying why it cannot be inferred."""
     root = Path(path)
     if root.is_dir():
-        return _directory_format(root)
+        kinds = {"parquet": _visible(root, ".parquet"), "webdataset": _visible(root, ".tar")}
+        kinds["folder"] = [file for file in [root / PAIRS_FILE] if file.is_file()]
+        found = [kind for kind, files in kinds.items() if files]
+        nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
+        if not found and (nested or (root / "dataset_info.json").is_file()):
+            found = ["datasets"]  # the layout of a repository, or what Dataset.save_to_disk wrote
+        if len(found) > 1:
+            problem = f"holds what could be read as {' and as '.join(found)}"
+            raise invalid("data.path", str(root), problem, "set data.format to one of them")
+        if not found:
+            problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be inferred"
+            remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
+            raise invalid("data.path", str(root), problem, remedy)
+        return found[0]
     if not root.exists():
         remedy = "name a parquet file, a directory of pairs, or a .json, .jsonl or .tar file"
         if str(path).count("/") <= 1 and not root.suffix:
@@ -139,23 +152,3 @@ def _visible(root: Path, suffix: str) -> list[Path]:
     """The files of a directory that end in ``suffix``, in the order of their names; hidden ones are left out."""
     files = (file for file in root.iterdir() if not file.name.startswith("."))
     return sorted(file for file in files if file.name.lower().endswith(suffix))
-
-
-def _directory_format(root: Path) -> str:
-    kinds = {
-        "parquet": bool(_visible(root, ".parquet")),
-        "webdataset": bool(_visible(root, ".tar")),
-        "folder": (root / PAIRS_FILE).is_file(),
-    }
-    found = [kind for kind, there in kinds.items() if there]
-    nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
-    if not found and (nested or (root / "dataset_info.json").is_file()):
-        found = ["datasets"]  # the layout of a repository, or what Dataset.save_to_disk wrote
-    if len(found) > 1:
-        problem = f"holds what could be read as {' and as '.join(found)}"
-        raise invalid("data.path", str(root), problem, "set data.format to one of them")
-    if not found:
-        problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be inferred"
-        remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
-        raise invalid("data.path", str(root), problem, remedy)
-    return found[0]

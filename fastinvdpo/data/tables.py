@@ -180,23 +180,20 @@ class TableSource(PairSource):
 
     def _group(self, number: int) -> Any:
         """The images of a group."""
+        columns = list(dict.fromkeys(self._columns[name] for name in IMAGES))
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
-                self._loaded[number] = self._read_images(number)
+                if not self._locations:
+                    self._loaded[number] = self._repository_table().select(columns)
+                elif self.streaming:
+                    self._loaded[number] = _read(*self._groups[number][:2], columns)
+                else:
+                    self._loaded[number] = _open_table(self._locations, columns)
                 # Two windows: images of the next one may be read ahead of the last ones of this one.
                 while len(self._loaded) > 2 * self.groups_per_window:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(number)
             return self._loaded[number]
-
-    def _read_images(self, number: int) -> Any:
-        columns = list(dict.fromkeys(self._columns[name] for name in IMAGES))
-        if not self._locations:
-            return self._repository_table().select(columns)
-        if self.streaming:
-            location, group, _ = self._groups[number]
-            return _read(location, group, columns)
-        return _open_table(self._locations, columns)
 
     def _repository_table(self) -> Any:
         if self._dataset is None:

@@ -54,13 +54,15 @@ def location(argument: str, path: str | Path) -> str:
     return text
 
 
-def pipeline_class(path: str | Path, revision: str | None = None) -> str | None:
-    """The class that a checkpoint's model_index.json names; None for a directory that has none."""
+def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The content of a checkpoint's model_index.json. Raises ``InvalidInput`` where there is none."""
     source = location("model.path", path)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        return None
-    name = _index(source, revision).get("_class_name")
-    return None if name is None else str(name)
+        remedy = f"{NOT_FOUND}; a model of the demo is of the family digits"
+        raise invalid("model.path", source, "holds no model_index.json", remedy)
+    with readable_errors("model.path", source):
+        index: dict[str, Any] = _diffusers().DiffusionPipeline.load_config(source, revision=revision)
+    return index
 
 
 def load_pipeline(
@@ -75,11 +77,7 @@ def load_pipeline(
         names: pipeline classes that belong to the family.
         denoiser: the part that is trained, ``"unet"`` or ``"transformer"``.
     """
-    source = location("model.path", origin.path)
-    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        remedy = f"{NOT_FOUND}; a model of the demo is of the family digits"
-        raise invalid("model.path", source, "holds no model_index.json", remedy)
-    index = _index(source, origin.revision)
+    source, index = location("model.path", origin.path), model_index(origin.path, origin.revision)
     name = str(index.get("_class_name"))
     if name not in names:
         remedy = f"this family is for {' and '.join(names)}; model.family auto chooses by the checkpoint"
@@ -120,12 +118,6 @@ def _diffusers() -> Any:
     return require("diffusers", extra="train", purpose="loading a diffusion model")
 
 
-def _index(source: str, revision: str | None) -> dict[str, Any]:
-    with readable_errors("model.path", source):
-        index: dict[str, Any] = _diffusers().DiffusionPipeline.load_config(source, revision=revision)
-    return index
-
-
 def _part_class(source: str, index: Mapping[str, Any], part: str) -> Any:
     library, name = index.get(part) or (None, None)
     kind = None
@@ -161,17 +153,15 @@ def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
     """The files of every part of a pipeline; those of ``unet_init`` stand for the denoiser, and those of another VAE
     for the VAE, where they are given.
     """
+    model_index(origin.path, origin.revision)  # raises
     root = local_folder(origin)
-    index = root / "model_index.json"
-    if not index.is_file():
-        raise invalid("model.path", str(origin.path), "holds no model_index.json", NOT_FOUND)
     parts = [part for part in (*_FROZEN_PARTS, denoiser, "scheduler") if (root / part).is_dir()]
     files = {part: part_files(root / part) for part in parts}
     others = (("model.unet_init", denoiser, origin.unet_init), ("model.vae", "vae", origin.vae))
     for argument, part, other in others:
         if other is not None:
             files[part] = part_files(part_folder(argument, other, part))
-    return {**files, "model_index": [index]}
+    return {**files, "model_index": [root / "model_index.json"]}
 
 
 def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> bool:

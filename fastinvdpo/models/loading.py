@@ -12,7 +12,7 @@ import torch
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_object
 from fastinvdpo.models.base import DiffusionModel, Origin
-from fastinvdpo.models.checkpoints import pipeline_class
+from fastinvdpo.models.checkpoints import model_index
 
 # family name -> (module, class); modules are imported when needed, since they need diffusers.
 _FAMILIES = {
@@ -50,12 +50,10 @@ def resolve_family(family: str, path: str | Path, revision: str | None = None) -
             known = f"choose auto, or one of {', '.join(_FAMILIES)}"
             raise invalid("model.family", family, "is not a known model family", known)
         return family
-    name = pipeline_class(path, revision)
-    if name is None:
-        if (Path(path) / "scheduler" / "scheduler_config.json").is_file():
-            return "digits"
-        remedy = "give a directory in diffusers' format or the id of a hub repository that holds safetensors files"
-        raise invalid("model.path", str(path), "holds no model_index.json", remedy)
+    root = Path(path)
+    if (root / "scheduler" / "scheduler_config.json").is_file() and not (root / "model_index.json").is_file():
+        return "digits"
+    name = model_index(path, revision).get("_class_name")
     if name not in _PIPELINES:
         raise invalid("model.path", str(path), f"is a {name}", f"supported are {', '.join(_PIPELINES)}")
     return _PIPELINES[name]

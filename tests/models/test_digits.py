@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +97,6 @@ def test_a_saved_model_and_another_unet_load_with_the_given_weights(model: Diffu
     network.add_adapter(peft.LoraConfig(r=2, target_modules=list(model.default_lora_targets)))
     with pytest.raises(InvalidInput, match="LoRA layers that are not merged"):
         model.save(tmp_path, network=network)
-
-
-def test_schedule_is_the_checkpoints_in_double_precision(model: DiffusionModel, directory: Path) -> None:
-    config = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())
-    assert model.schedule.alphas_cumprod.dtype == torch.float64
-    betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
-    torch.testing.assert_close(model.schedule.alphas_cumprod, (1 - betas).cumprod(0), rtol=1e-12, atol=0)
-    assert (model.schedule.steps_offset, model.schedule.set_alpha_to_one) == (1, False)
 
 
 EIGHT = Image.new("L", (8, 8))

@@ -74,6 +74,10 @@ def test_shapes_and_schedule(models: dict[str, Any], name: str) -> None:
     frozen = [parameter for module in model.frozen_modules() for parameter in module.parameters()]
     assert frozen and not any(parameter.requires_grad for parameter in frozen)
     assert len(model.frozen_modules()) == (3 if name == "sdxl" else 2)
+    with pytest.raises(InvalidInput, match=r"images\[1\].size = \(32, 16\): differs"):
+        model.encode_images([picture(), picture((32, 16))])
+    with pytest.raises(InvalidInput, match="not a multiple of the VAE's factor 2"):
+        model.encode_images([picture((17, 16))])
 
 
 def test_encoded_images_are_the_scaled_posterior_mean_and_come_back(models: dict[str, Any]) -> None:
@@ -285,18 +289,6 @@ def test_paths_that_cannot_be_loaded(directories: dict[str, Path], tmp_path: Pat
                 load_model("stable-diffusion", directories["sd"], **{argument: path})
     with pytest.raises(InvalidInput, match=r"model\.max_sequence_length = 3: means nothing for a model of the family"):
         load_model("auto", directories["turbo"], max_sequence_length=3)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ([(16, 16), (32, 16)], r"images\[1\].size = \(32, 16\): differs"),
-        ([(17, 16)], "not a multiple of the VAE's factor 2"),
-    ],
-)
-def test_bad_image_sizes(models: dict[str, Any], sizes: list[tuple[int, int]], message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        models["sd"].encode_images([picture(size) for size in sizes])
 
 
 def test_turbo_trains_on_pure_noise(directories: dict[str, Path], models: dict[str, Any]) -> None:
