@@ -70,7 +70,7 @@ def read_bounded(path: Path, limit: int, offset: int = 0, size: int = -1) -> byt
 
 
 def read_text(path: Path, argument: str, limit: int, remedy: str) -> str:
-    """The text of a file: UTF-8, or what its byte order mark tells. Raises ``InvalidInput`` where there is none."""
+    """The text of a file: UTF-8, or by its byte order mark. Raises ``InvalidInput`` where there is none."""
     try:
         return decoded(read_bounded(path, limit))
     except (OSError, UnicodeError) as error:
@@ -91,7 +91,7 @@ def read_object(path: Path, argument: str) -> dict[str, Any]:
 
 
 def decoded(data: bytes) -> str:
-    """Text of UTF-8, or of what its byte order mark tells. Raises ``UnicodeDecodeError``."""
+    """Text of UTF-8, or by its byte order mark. Raises ``UnicodeDecodeError``."""
     return data.decode("utf-16" if data.startswith(UTF_16) else "utf-8-sig")
 
 

@@ -63,16 +63,10 @@ def load_config(
     preset: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """The validated configuration of a run.
+    """The validated configuration of a run. The later wins: ``defaults`` (sections), the preset of the name ``preset``,
+    the YAML file ``path``, the ``overrides`` (``section.key=value``).
 
-    Args:
-        path: YAML file; its keys win over the preset's.
-        overrides: ``section.key=value`` strings; they win over the file.
-        preset: name of a preset, see :func:`presets`.
-        defaults: sections that stand below all of these.
-
-    Raises:
-        InvalidInput: unreadable file, malformed override, unknown preset, or any mistake in a value.
+    Raises ``InvalidInput`` for an unreadable file, a malformed override, an unknown preset, or any mistake in a value.
     """
     merged: dict[str, Any] = dict(defaults or {})
     if preset is not None:
@@ -118,8 +112,8 @@ def parse_yaml(text: str, source: str, key: tuple[str, ...] = ()) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        told = problem or getattr(error, "reason", None) or "nested too deeply, or a number that is too long"
-        raise invalid(source, f"{len(text)} characters", f"is not valid YAML ({place}{told})", "correct it") from None
+        reason = problem or getattr(error, "reason", None) or "nested too deeply, or a number that is too long"
+        raise invalid(source, f"{len(text)} characters", f"is not valid YAML ({place}{reason})", "correct it") from None
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:

@@ -70,10 +70,10 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    """``family``: ``auto`` tells it from the checkpoint. ``unet_init``: other weights of the denoiser, UNet or
+    """``family``: ``auto`` infers it from the checkpoint. ``unet_init``: other weights of the denoiser, UNet or
     transformer, to start from; ``vae``: another VAE. ``zero_terminal_snr``: rescale the noise schedule so that its last
     level is pure noise; null: as the checkpoint says. ``max_sequence_length``: tokens of T5 (SD3, FLUX);
-    ``guidance_embedding``: the guidance that FLUX.1-dev is told; null: as diffusers' pipelines.
+    ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines.
 
     ``reference_dtype``: type of the frozen copy's weights in full fine-tuning; the policy's when null.
     ``reference_quantization``: its linear layers in 8 or 4 bits; convolutions, norms and biases stay in
@@ -247,8 +247,7 @@ class OutputSection(Section):
 def read_method(section: object) -> Method:
     """The method of the section ``method``: its ``name``, and its options. A method is returned as it is.
 
-    Raises:
-        InvalidInput: one line per mistake, by key.
+    Raises ``InvalidInput`` with one line per mistake, by key.
     """
     if isinstance(section, Method):
         return section

@@ -31,9 +31,8 @@ class TrainConfig(RunSections):
     def from_mapping(cls, mapping: Mapping[str, Any]) -> TrainConfig:
         """Validate a nested mapping, as a YAML file holds it.
 
-        Raises:
-            InvalidInput: one line per mistake: unknown key (with the closest known one), wrong type, value out of
-                range, missing key, or keys that cannot be combined.
+        Raises ``InvalidInput`` with one line per mistake: unknown key (with the closest known one), wrong type, value
+        out of range, missing key, or keys that cannot be combined.
         """
         try:
             config = cls.model_validate(dict(mapping))
@@ -98,7 +97,7 @@ def _model(config: TrainConfig) -> Iterator[InvalidInput]:
             problem = f"has no meaning with method {method.name}, which has no reference"
             yield invalid(f"model.{key}", value, problem, "set it to null")
         elif value not in (None, "fp32") and method.reference_follows:
-            problem = "stands still where weights are rounded, and method.reference asks that it follows the policy"
+            problem = "stands still where weights are rounded, and method.reference makes it follow the policy"
             yield invalid(f"model.{key}", value, problem, "set it to null, or method.reference to frozen")
         elif value is not None and model.lora is not None:
             problem = "has no meaning with LoRA, where the reference is the policy with its adapters off"
@@ -116,7 +115,7 @@ def _data(config: TrainConfig) -> Iterator[InvalidInput]:
     if ("score_0" in data.columns) != ("score_1" in data.columns):
         yield invalid("data.columns", data.columns, "names the score of one side only", "name both score_0 and score_1")
     if not data.center_crop and data.resolution is None:
-        problem = "asks for a random crop of unknown size"
+        problem = "means a random crop of unknown size"
         yield invalid("data.center_crop", False, problem, "set data.resolution as well")
     if data.caption_dropout == 1:
         yield invalid("data.caption_dropout", 1.0, "drops every caption", "choose a share below 1, such as 0.1")
@@ -186,18 +185,19 @@ def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
 
 
 def _performance(config: TrainConfig) -> Iterator[InvalidInput]:
-    asked = config.performance
+    switches = config.performance
     if not runs_on_cuda():
-        for key, value in (("attention", asked.attention), ("cuda_graphs", asked.cuda_graphs), ("tf32", asked.tf32)):
+        for key in ("attention", "cuda_graphs", "tf32"):
+            value = getattr(switches, key)
             if value not in (None, False, "sdpa"):
                 yield invalid(f"performance.{key}", value, "needs CUDA, which is not in use", "set it to null")
-    if asked.channels_last and config.optimizer.name == "adamw8bit":
+    if switches.channels_last and config.optimizer.name == "adamw8bit":
         problem = "is undone by optimizer adamw8bit, which makes the weights contiguous"
         yield invalid("performance.channels_last", True, problem, "set it to null, or optimizer.name to adamw")
-    if asked.compile and config.model.quantization is not None:
+    if switches.compile and config.model.quantization is not None:
         problem = f"is not built for layers in {config.model.quantization}"
         yield invalid("performance.compile", True, problem, "set it to null, or model.quantization to null")
-    for key, used in (("compile", asked.compile), ("cuda_graphs", asked.cuda_graphs)):
+    for key, used in (("compile", switches.compile), ("cuda_graphs", switches.cuda_graphs)):
         if used and not config.method.fixed_shapes:
             problem = "needs forward passes of few shapes, and those of an inversion shrink the further it gets"
             yield invalid(f"performance.{key}", True, problem, "set method.static_shapes to true")

@@ -57,8 +57,8 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for i in seen:
         pair = pairs.pair(i, draw=i)
-        told = (pair.caption, pair.winner_score, pair.loser_score, pair.tie, pair.winner.size, pair.loser.size)
-        digest.update(repr(told).encode() + pair.winner.tobytes() + pair.loser.tobytes())
+        known = (pair.caption, pair.winner_score, pair.loser_score, pair.tie, pair.winner.size, pair.loser.size)
+        digest.update(repr(known).encode() + pair.winner.tobytes() + pair.loser.tobytes())
     name = "data pairs" if len(seen) == total else f"data pairs, {len(seen)} of them"
     return {"data rows": total, name: DIGEST + digest.hexdigest()}
 

@@ -251,7 +251,7 @@ class PairDataset:
         return kept, size if square is None else (square, square)
 
     def _sizes(self, whole: bool, row: int) -> list[Size]:
-        """The sizes of both images of a row; ``whole`` decodes them, otherwise the header tells."""
+        """The sizes of both images of a row; ``whole`` decodes them, otherwise the headers are read."""
         images = [(self.source.image(row, side), self.source.where(row, name)) for side, name in enumerate(IMAGES)]
         sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
         if isinstance(self.resolution, int):

@@ -10,7 +10,7 @@ import errno
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, count
 from pathlib import Path
@@ -34,6 +34,7 @@ _ENDINGS = {
 Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
 
 
+@dataclass(eq=False)
 class RecordSource(PairSource):
     """Rows in memory, images where they lie: a path below ``root``, or ``(file, offset, size)``.
 
@@ -41,26 +42,20 @@ class RecordSource(PairSource):
         listed: the files that list the pairs.
     """
 
-    def __init__(
-        self,
-        path: str,
-        format: str,
-        names: Mapping[str, str],
-        rows: Iterable[Row],
-        listed: Sequence[Path],
-        *,
-        root: Path | None = None,
-        streaming: bool = False,
-    ) -> None:
-        self.path, self.format, self.names, self.streaming = path, format, dict(names), streaming
-        self._rows, self._listed, self._root = list(rows), list(listed), root
+    path: str
+    format: str
+    names: Mapping[str, str]
+    rows: list[Row]
+    listed: list[Path]
+    root: Path | None = None
+    streaming: bool = False
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def resolve(self, required: Sequence[str]) -> set[str]:
         # A row that lacks something is broken, not the whole set; scores are there when some row has them.
-        readable = [values for _, values in self._rows if isinstance(values, dict)]
+        readable = [values for _, values in self.rows if isinstance(values, dict)]
         scored = {name for name in SCORES if any(values.get(name) is not None for values in readable)}
         for name in SCORES:
             if name in required and name not in scored:
@@ -69,7 +64,7 @@ class RecordSource(PairSource):
         return {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} | scored
 
     def record(self, row: int) -> Mapping[str, Any]:
-        values = self._rows[row][1]
+        values = self.rows[row][1]
         if isinstance(values, BrokenRow):
             raise values
         return values
@@ -79,27 +74,27 @@ class RecordSource(PairSource):
         where, place = self.where(row, name), self.record(row).get(name)
         if isinstance(place, tuple):
             file, offset, size = place
-            return file_bytes(self._listed[file], where, offset, size)
-        if not isinstance(place, str) or not place or self._root is None:
+            return file_bytes(self.listed[file], where, offset, size)
+        if not isinstance(place, str) or not place or self.root is None:
             remedy = "add it, or name yours in data.columns"
             raise broken("missing image", where, place, "names no image", remedy)
-        return file_bytes(file_below([self._root], place, where), where)
+        return file_bytes(file_below([self.root], place, where), where)
 
     def files(self) -> list[Path]:
-        if self._root is None:
-            return list(self._listed)
+        if self.root is None:
+            return list(self.listed)
         images = set()
-        rows = [values for _, values in self._rows if isinstance(values, dict)]
+        rows = [values for _, values in self.rows if isinstance(values, dict)]
         for named in {str(values.get(name)) for values in rows for name in IMAGES}:
             try:
-                image = file_below([self._root], named, self.path)
+                image = file_below([self.root], named, self.path)
                 images |= {image} if image.is_file() else set()
-            except (BrokenRow, OSError):  # told where the row is read
+            except (BrokenRow, OSError):  # reported where the row is read
                 continue
-        return [*self._listed, *sorted(images)]
+        return [*self.listed, *sorted(images)]
 
     def place(self, row: int) -> str:
-        return f"row {row} ({self._rows[row][0]})"
+        return f"row {row} ({self.rows[row][0]})"
 
 
 def folder_rows(listing: Path, names: Mapping[str, str]) -> Iterator[Row]:

@@ -33,7 +33,7 @@ class PairSource(ABC):
 
     Attributes:
         path: what the user named; format: one of :data:`fastinvdpo.data.sources.FORMATS`; names: data.columns.
-        split: the part of a ``datasets`` repository; None for formats whose files tell the part.
+        split: the part of a ``datasets`` repository; None for other formats.
         streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
         remote: rows are read from another machine.
         groups_per_window: how many groups are mixed with one another.

@@ -50,15 +50,15 @@ def measured_range(source: PairSource) -> ScoreRange | None:
 
 
 def stored_range(source: PairSource, columns: tuple[str, str]) -> ScoreRange | None:
-    """The range of two columns that ``fastinvdpo score`` wrote, over all files; None where a file does not tell it."""
+    """The range of two columns that ``fastinvdpo score`` wrote, over all files; None where a file lacks it."""
     ends: list[float] = []
     for footer in source.footers():
         try:
             scores = json.loads(footer.get(METADATA, b'{"scores": []}'))["scores"]
-            told = next((score for score in scores if tuple(score["columns"]) == columns), None)
-            if told is None:
+            found = next((score for score in scores if tuple(score["columns"]) == columns), None)
+            if found is None:
                 return None
-            ends += [float(told["low"]), float(told["high"])]
+            ends += [float(found["low"]), float(found["high"])]
         except (ValueError, KeyError, TypeError) as error:
             problem = f"the metadata {METADATA.decode()!r} cannot be read ({type(error).__name__}: {error})"
             raise invalid("data.path", columns, problem, "score the pairs again with fastinvdpo score") from error

@@ -63,7 +63,7 @@ def open_source(
         return table(locations=parquet_locations(shown, options), image_root=image_root)
     if kind == "webdataset":
         files = files_of(path, ".tar", split)
-        return RecordSource(shown, kind, names, shard_rows(files, names), files, streaming=streaming)
+        return RecordSource(shown, kind, names, list(shard_rows(files, names)), files, None, streaming)
     if kind not in FORMATS:
         raise invalid("data.format", format, "is not a known format", f"use 'auto' or one of {FORMATS}")
     listing = Path(path) / PAIRS_FILE if kind == "folder" and Path(path).is_dir() else Path(path)
@@ -74,7 +74,7 @@ def open_source(
         raise invalid("data.image_root", str(root), "is not a directory", "name the directory of the images")
     _of_split([listing], split, shown)
     rows = folder_rows(listing, names) if kind == "folder" else ranked_rows(listing, names, rank_pairs)
-    return RecordSource(shown, kind, names, rows, [listing], root=root, streaming=streaming)
+    return RecordSource(shown, kind, names, list(rows), [listing], root, streaming)
 
 
 def detect_format(path: str | Path) -> str:

@@ -34,7 +34,7 @@ _ALWAYS = frozenset((
     "target_modules", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights",
     "rank_pattern", "alpha_pattern",
 ))  # fmt: skip
-# They tell who wrote the file and how it computed, not what the adapter is.
+# Who wrote the file and how it computed, not what the adapter is.
 _NEVER = frozenset(("peft_version", "runtime_config"))
 _TENSOR = re.compile(
     r"(?P<layer>.+?)[._]((?P<down>lora_A|lora_down|lora\.down|lora_linear_layer\.down)"
@@ -58,9 +58,7 @@ Adapter: TypeAlias = dict[str, tuple[Tensor, Tensor, float]]
 def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Put LoRA layers on the named modules of ``network`` in place; only they are trainable afterwards.
 
-    Raises:
-        InvalidInput: a target names no module, or one that cannot carry an adapter.
-        MissingExtra: peft is not installed.
+    Raises ``InvalidInput`` where a target names no module, or one that cannot carry an adapter.
     """
     peft = require("peft", extra="train", purpose="training with LoRA")
     names = [name for name, _ in network.named_modules()]
@@ -181,9 +179,7 @@ def adapter_contents(network: nn.Module, origin: Origin | None = None) -> tuple[
 
 
 def save_adapter(network: nn.Module, directory: Path, origin: Origin | None = None) -> None:
-    """Write the adapter in peft's own format, which ``peft.PeftModel.from_pretrained(unet, directory)`` reads, and
-    beside it the weights that it was trained on.
-    """
+    """Write the adapter as ``peft.PeftModel.from_pretrained(unet, directory)`` reads it, and what it was trained on."""
     safetensors = require("safetensors.torch", extra="train", purpose="saving a LoRA adapter")
     directory.mkdir(parents=True, exist_ok=True)
     tensors, settings = adapter_contents(network, origin)
@@ -207,10 +203,7 @@ def trained_on(file: Path) -> dict[str, str]:
 
 
 def adapter_file(path: str | Path) -> Path | None:
-    """The weights of the adapter at ``path``, a file or its directory; None where that is no adapter.
-
-    Raises ``InvalidInput`` for an adapter that is stored as pickles.
-    """
+    """The weights of the adapter at ``path``, a file or its directory; None where that is none. Pickles are refused."""
     place = Path(path)
     if place.is_file() and place.suffix == ".safetensors":
         return place
@@ -232,11 +225,8 @@ def read_adapter(
 ) -> Adapter:
     """The adapter in ``file``, by the layers of ``network``.
 
-    Args:
-        translated: gives the tensors under diffusers' names, where their own fit no layer.
-
-    Raises:
-        InvalidInput: a kind of adapter that is not known, or a tensor that fits no layer.
+    ``translated`` gives the tensors under diffusers' names, where their own fit no layer. Raises ``InvalidInput`` for a
+    kind of adapter that is not known, or a tensor that fits no layer.
     """
     safetensors = require("safetensors", extra="train", purpose="reading a LoRA adapter")
     tensor_shapes("aligned", [file])

@@ -111,14 +111,10 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Latents ``(n, C, h, w)``, float32, without gradient.
+        """Latents ``(n, C, h, w)``, float32, without gradient. Raises ``InvalidInput`` for unusable sizes.
 
-        Args:
-            posterior: number of the sample to take from each image's posterior, int64 ``(n,)`` on the host: equal
-                numbers take equal noise. None: its mean. No matter to families without a VAE.
-
-        Raises:
-            InvalidInput: unusable sizes.
+        ``posterior``: number of the sample to take from each image's posterior, int64 ``(n,)`` on the host: equal
+        numbers take equal noise. None: its mean. No matter to families without a VAE.
         """
 
     @abstractmethod

@@ -71,11 +71,8 @@ def load_pipeline(
     """The diffusers pipeline with every part but the safety checker, on the CPU.
 
     The VAE is read in float32 (SDXL's overflows in float16), everything else as ``dtype``. Without ``frozen_parts`` the
-    VAE, text encoders and tokenizers are None.
-
-    Args:
-        names: pipeline classes that belong to the family.
-        denoiser: the part that is trained, ``"unet"`` or ``"transformer"``.
+    VAE, text encoders and tokenizers are None. ``names``: pipeline classes that belong to the family. ``denoiser``: the
+    part that is trained, ``"unet"`` or ``"transformer"``.
     """
     source, index = location("model.path", origin.path), model_index(origin.path, origin.revision)
     name = str(index.get("_class_name"))
@@ -262,9 +259,7 @@ def load_module(kind: Any, argument: str, folder: Path, part: str, variant: str 
     """The model of class ``kind`` (diffusers, transformers) in ``folder``, a directory with its configuration.
 
     Names that wrappers changed are translated for UNet and transformer, which trainings save, and for no other part.
-
-    Raises:
-        InvalidInput: no weights, a damaged file, or weights that are not exactly those of the model.
+    Raises ``InvalidInput`` for no weights, a damaged file, or weights that are not exactly those of the model.
     """
     if not (folder / "config.json").is_file():
         raise invalid(argument, str(folder), "holds no config.json", NOT_FOUND)
@@ -277,7 +272,7 @@ def load_module(kind: Any, argument: str, folder: Path, part: str, variant: str 
 
 
 def check_loaded(argument: str, file: Path, info: Mapping[str, Any]) -> None:
-    """:func:`check_names` for what ``from_pretrained`` tells with ``output_loading_info``."""
+    """:func:`check_names` for what ``from_pretrained`` returns with ``output_loading_info``."""
     # Tables of positions, which versions of transformers stored and others make, are no weights.
     kinds = ("missing", "unexpected", "mismatched")
     found = [[n for n in info[f"{kind}_keys"] if not str(n).endswith("position_ids")] for kind in kinds]
@@ -293,10 +288,10 @@ def check_names(
 ) -> None:
     """Raise ``InvalidInput`` with the file and the first names, unless all three are empty."""
     kinds = {"lacks": missing, "has unknown": unexpected, "has tensors of another shape:": mismatched}
-    told = [f"{verb} {listed(names)}" for verb, names in kinds.items() if names]
-    if told:
+    problems = [f"{verb} {listed(names)}" for verb, names in kinds.items() if names]
+    if problems:
         remedy = "use the weights that belong to this model's configuration, under their own names"
-        raise invalid(argument, str(file), f"does not fit the model: it {'; it '.join(told)}", remedy)
+        raise invalid(argument, str(file), f"does not fit the model: it {'; it '.join(problems)}", remedy)
 
 
 @contextmanager

@@ -52,11 +52,9 @@ class DigitsModel(DiffusionModel):
 
     @classmethod
     def load(cls, origin: Origin, *, dtype: torch.dtype = torch.float32, frozen_parts: bool = True) -> DigitsModel:
-        """Load a directory. Weights stored in half precision are upcast to ``dtype``; ``frozen_parts`` means nothing,
-        since there are none.
+        """Load a directory; ``frozen_parts`` means nothing, since there are none.
 
-        Raises:
-            InvalidInput: a file is missing, the UNet has other channels, or a revision is given.
+        Raises ``InvalidInput`` where a file is missing, the UNet has other channels, or a revision is given.
         """
         if origin.revision is not None:
             raise invalid("model.revision", origin.revision, "means nothing for a local digits model", "leave it out")

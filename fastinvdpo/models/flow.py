@@ -134,7 +134,7 @@ class FluxModel(FlowModel):
         guidance = options.get("guidance_embedding")
         self.guidance_embedded = self.pipeline.transformer.config.guidance_embeds
         if guidance is not None and not self.guidance_embedded:
-            problem = "is not what this transformer asks for; only FLUX.1-dev and its kind are told a guidance"
+            problem = "is no input of this transformer; only FLUX.1-dev and its kind have one for guidance"
             raise invalid("model.guidance_embedding", guidance, problem, "set it to null")
         self._guidance = _GUIDANCE if guidance is None else guidance
 
@@ -147,7 +147,7 @@ class FluxModel(FlowModel):
         if self.guidance_embedded:
             return 1.0, check_guidance(self.own_guidance if scale is None else scale)
         if scale is not None and check_guidance(scale) > 1:
-            problem = "means nothing to this transformer, which is told no guidance"
+            problem = "means nothing to this transformer, which has no input for guidance"
             raise invalid("guidance_scale", scale, problem, "leave it out, or pass 1")
         return 1.0, None
 

@@ -38,10 +38,10 @@ def families() -> tuple[str, ...]:
 
 
 def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
-    """``family``, or for ``"auto"`` the one that the checkpoint is of, told from its model_index.json.
+    """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json.
 
     A directory without one, but with a UNet and a scheduler, is a model of the demo. Raises ``InvalidInput`` where
-    nothing can be told.
+    nothing can be inferred.
     """
     if not str(path or "").strip():
         raise invalid("model.path", path, "is empty", "name a directory or a hub id")
@@ -76,7 +76,7 @@ def load_model(
     """Load a model of the named family. Weights fit the configuration exactly, or the load fails.
 
     Args:
-        family: one of :func:`families`, or ``"auto"``: told from the checkpoint.
+        family: one of :func:`families`, or ``"auto"``: inferred from the checkpoint.
         path: directory of the model, or for all but ``digits`` also a Hugging Face hub id.
         dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
         frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode

@@ -67,8 +67,7 @@ class PipelineModel(DiffusionModel):
     ) -> PipelineModel:
         """Load a directory in diffusers' format or a hub id; safetensors only.
 
-        Raises:
-            InvalidInput: nothing loadable there, another kind of pipeline, or a denoiser that does not fit.
+        Raises ``InvalidInput`` for nothing loadable, another kind of pipeline, or a denoiser that does not fit.
         """
         pipeline = load_pipeline(origin, cls.pipelines, cls.network_folder, dtype=dtype, frozen_parts=frozen_parts)
         return cls(pipeline, origin, whole=frozen_parts, **options)
@@ -103,7 +102,7 @@ class PipelineModel(DiffusionModel):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Mean or sample of the VAE's posterior, shifted and scaled as the checkpoint asks, ``(n, C, h, w)`` float32.
+        """Mean or sample of the VAE's posterior, shifted and scaled as in the checkpoint, ``(n, C, h, w)`` float32.
 
         Images of one call share a size, whose sides are multiples of ``size_factor``.
         """

@@ -46,8 +46,7 @@ _KERNEL_DEVICES = ("cuda",)  # where a kernel of bitsandbytes is worth its check
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to multiples of its scale / 127, to nearest; as LLM.int8() has weights (arXiv 2208.07339).
 
-    Returns:
-        int8 of the shape of ``weight`` ``(out, in)``, and the largest magnitude of each row, float32 ``(out,)``.
+    Returns int8 of the shape of ``weight`` ``(out, in)``, and the largest magnitude of each row, float32 ``(out,)``.
     """
     weight = weight.float()
     scale = weight.abs().amax(1)
@@ -62,9 +61,8 @@ def dequantize_int8(quantized: Tensor, scale: Tensor) -> Tensor:
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Replace each weight by the nearest of ``NF4 · scale``, in blocks of 64 of the flat weight; the last may be short.
 
-    Returns:
-        uint8 ``(⌈numel / 2⌉, 1)``, two indices into ``NF4`` in each, the first in the upper half; and the largest
-        magnitude of each block, float32 ``(⌈numel / 64⌉,)``. bitsandbytes has the same format.
+    Returns uint8 ``(⌈numel / 2⌉, 1)``, two indices into ``NF4`` in each, the first in the upper half; and the largest
+    magnitude of each block, float32 ``(⌈numel / 64⌉,)``. bitsandbytes has the same format.
     """
     blocks = nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
@@ -131,12 +129,8 @@ class QuantizedLinear(nn.Linear):
     """``x·Wᵀ + b`` with ``W`` frozen in 8 or 4 bits, in the type of ``x``, or autocast's.
 
     The weight is made whole in that type for the product, and once more for the gradient of ``x``; between the two
-    nothing is kept. The sums are those of ``nn.Linear`` with the weight :meth:`dequantized`.
-
-    Args:
-        linear: the layer that it takes the place of, on the device where it is; its bias is taken over.
-        kind: ``"int8"``: :func:`quantize_int8`; ``"nf4"``: :func:`quantize_nf4`; they say what ``weight`` and ``scale``
-            hold.
+    nothing is kept. The sums are those of ``nn.Linear`` with the weight :meth:`dequantized`. ``linear``: the layer that
+    it takes the place of, on the device where it is; its bias is taken over.
     """
 
     def __init__(self, linear: nn.Linear, kind: Kind) -> None:
@@ -190,8 +184,7 @@ def quantize_linear_layers(network: nn.Module, kind: Kind) -> None:
 def quantize_network(model: DiffusionModel, kind: Kind, again: Callable[[], nn.Module] | None = None) -> None:
     """Quantize the linear layers of a model's network, and let ``model.unquantized()`` give the network as it was.
 
-    Args:
-        again: makes that network; None: a copy is kept on the host.
+    ``again`` makes that network; None: a copy is kept on the host.
     """
     if again is None:
         again = functools.partial(copy.deepcopy, _on_host(model.network))

@@ -187,6 +187,8 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no such column": ({}, {"columns": {"score_0": "a", "score_1": "b"}}, "has no column 'a'"),
     "no scores": ({}, {"relabel_by_score": True}, "has no column 'score_0'"),
     "one score": ({"score_0": 1.0}, {}, r"\['score_0'\]: has no other side"),
+    **{f"no {column}": ({column: ...}, {}, rf"has no column '{column}'; its columns are \[.*\].*data.columns")
+       for column in ("jpg_0", "jpg_1", "caption")},
     "ties alone": ({"label_0": 0.5, "label_1": 0.5}, {}, "all 1 pairs are ties"),
     **{f"{key} = {bad}": ({}, {key: bad}, f"data.{key} = {bad!r}") for key, bad in (
         ("ties", "ignore"), ("resolution", 0), ("resolution", 8.0), ("resolution", True), ("max_broken", -1),
@@ -197,15 +199,7 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "options", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
 def test_bad_tables_and_options(write: Write, changes: dict[str, Any], options: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        PairDataset(write(row(0, **changes)), **options)
-
-
-@pytest.mark.parametrize("column", ["jpg_0", "jpg_1", "caption"])
-def test_missing_column_lists_the_columns_and_the_remedy(write: Write, column: str) -> None:
-    incomplete = {name: value for name, value in row(0).items() if name != column}
-    found = ", ".join(repr(name) for name in incomplete)
-    with pytest.raises(InvalidInput, match=rf"has no column '{column}'; its columns are \[{found}\].*data.columns"):
-        PairDataset(write(incomplete))
+        PairDataset(write({name: value for name, value in row(0, **changes).items() if value is not ...}), **options)
 
 
 def test_paths_that_hold_no_pairs(tmp_path: Path) -> None:
