@@ -97,9 +97,8 @@ def load_pipeline(
         argument, other = replaced.get(part, ("model.path", None))
         folder = root / part if other is None else part_folder(argument, other, part)
         variant = origin.variant if other is None else None
-        module = load_module(_part_class(source, index, part), argument, folder, part, variant)
-        # The keyword that names a dtype while loading differs between versions of diffusers.
-        given[part] = module.to(torch.float32 if part == "vae" else dtype)
+        kept = torch.float32 if part == "vae" else dtype
+        given[part] = load_module(_part_class(source, index, part), argument, folder, part, variant, kept)
     if origin.unet_init is not None:
         with readable_errors("model.path", source):
             wanted = type(given[denoiser]).load_config(source, subfolder=denoiser, revision=origin.revision)
@@ -255,7 +254,9 @@ def plain_names(names: Iterable[str], part: str | None = None) -> dict[str, str]
     return plain
 
 
-def load_module(kind: Any, argument: str, folder: Path, part: str, variant: str | None = None) -> nn.Module:
+def load_module(
+    kind: Any, argument: str, folder: Path, part: str, variant: str | None, dtype: torch.dtype
+) -> nn.Module:
     """The model of class ``kind`` (diffusers, transformers) in ``folder``, a directory with its configuration.
 
     Names that wrappers changed are translated for UNet and transformer, which trainings save, and for no other part.
@@ -268,7 +269,9 @@ def load_module(kind: Any, argument: str, folder: Path, part: str, variant: str 
         module, info = kind.from_pretrained(place, variant=variant, use_safetensors=True, output_loading_info=True)
     check_loaded(argument, files[0], info)
     loaded: nn.Module = module.eval()
-    return loaded
+    # The keyword that names a dtype while loading differs between versions of diffusers; ``to`` warns for some models.
+    stored = {parameter.dtype for parameter in loaded.parameters() if parameter.is_floating_point()}
+    return loaded if stored <= {dtype} else loaded.to(dtype)
 
 
 def check_loaded(argument: str, file: Path, info: Mapping[str, Any]) -> None:

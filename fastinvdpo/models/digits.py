@@ -63,10 +63,10 @@ class DigitsModel(DiffusionModel):
             problem = "holds no scheduler/scheduler_config.json"
             raise invalid("model.path", str(origin.path), problem, _MODEL_REMEDY)
         if origin.unet_init is None:
-            network = _load_unet("model.path", Path(origin.path), origin.variant)
+            network = _load_unet("model.path", Path(origin.path), origin.variant, dtype)
         else:
-            network = _load_unet("model.unet_init", Path(origin.unet_init), None)
-        model = cls(network.to(dtype), read_object(config_file, "model.path"))
+            network = _load_unet("model.unet_init", Path(origin.unet_init), None, dtype)
+        model = cls(network, read_object(config_file, "model.path"))
         model.origin = origin
         return model
 
@@ -144,13 +144,13 @@ def embed_prompts(prompts: Sequence[str]) -> Tensor:
     return embeddings
 
 
-def _load_unet(argument: str, root: Path, variant: str | None) -> nn.Module:
+def _load_unet(argument: str, root: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """The UNet in ``root/unet``, or in ``root`` itself when that is a UNet directory."""
     diffusers = require("diffusers", extra="train", purpose="loading a digits model")
     folder = _unet_folder(root)
     if not (folder / "config.json").is_file():
         raise invalid(argument, str(root), "holds no unet/config.json", _MODEL_REMEDY)
-    network = load_module(diffusers.UNet2DConditionModel, argument, folder, "unet", variant)
+    network = load_module(diffusers.UNet2DConditionModel, argument, folder, "unet", variant, dtype)
     channels = network.config["in_channels"]  # type: ignore[index]
     if channels != 1:
         raise invalid(argument, str(folder), f"its UNet has {channels} input channels, digits have 1", _MODEL_REMEDY)
