@@ -234,7 +234,7 @@ def json_lines(path: Path, argument: str = "data.path") -> Iterator[tuple[int, A
     """``(line, value)`` of a JSON Lines file, lines counted from 1; empty ones are skipped. A line that is not JSON
     gives the ``BrokenRow`` that says so.
     """
-    for line, text in enumerate(_content(path, argument).split(b"\n"), start=1):
+    for line, text in enumerate(io.BytesIO(_content(path, argument)), start=1):
         if text.strip():
             yield line, caught(parsed, text, f"{path.name}, line {line}")
 

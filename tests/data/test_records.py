@@ -96,7 +96,7 @@ def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
         *("malformed row", "malformed label", "missing caption", "missing image", "malformed row", "missing image")
     ]
     assert dataset.broken.lines()[1]["place"] == "row 2 (pairs.jsonl, line 3)"
-    with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '9 bytes': is not valid JSON"):
+    with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '10 bytes': is not valid JSON"):
         PairDataset(path)
 
 
