@@ -18,6 +18,7 @@ from typing import Any
 from fastinvdpo.errors import InvalidInput, invalid
 
 DIGEST = "sha256:"
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SEAL = "digest of this file"
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{(\w+)\})")
 
@@ -50,14 +51,17 @@ def as_written(path: str) -> str:
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes. Raises ``OSError`` for everything else."""
+def read_bounded(path: Path, limit: int, offset: int = 0, size: int = -1) -> bytes:
+    """The content of a regular file, or ``size`` bytes from ``offset``, of at most ``limit`` bytes.
+
+    Raises ``OSError`` for everything else.
+    """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(path.stat().st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            file.seek(offset)
+            data = file.read(limit + 1 if size < 0 else min(size, limit + 1))
     except ValueError:
         raise OSError(errno.EINVAL, "holds NUL", str(path)) from None
     if len(data) > limit:
@@ -66,7 +70,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, argument: str, limit: int, remedy: str) -> str:
-    """The text of a file: UTF-8, or what its byte order mark tells. Raises ``InvalidInput`` where there is none."""
+    """The text of a file: UTF-8, or by its byte order mark. Raises ``InvalidInput`` where there is none."""
     try:
         return decoded(read_bounded(path, limit))
     except (OSError, UnicodeError) as error:
@@ -87,8 +91,8 @@ def read_object(path: Path, argument: str) -> dict[str, Any]:
 
 
 def decoded(data: bytes) -> str:
-    """Text of UTF-8, or of what its byte order mark tells. Raises ``UnicodeDecodeError``."""
-    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    """Text of UTF-8, or by its byte order mark. Raises ``UnicodeDecodeError``."""
+    return data.decode("utf-16" if data.startswith(UTF_16) else "utf-8-sig")
 
 
 def has_key(file: Path, key: str) -> bool:

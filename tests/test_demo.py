@@ -18,7 +18,7 @@ from fastinvdpo._examples.digits.judge import Judge
 from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
-from fastinvdpo.models.digits_text import embed_prompts, word_vector
+from fastinvdpo.models.digits import embed_prompts, word_vector
 from fastinvdpo.trainer import load_config, to_yaml
 
 Splits: TypeAlias = tuple[digits.Digits, digits.Digits]

@@ -12,7 +12,7 @@ import torch
 from fastinvdpo._examples.digits import digits
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.digits_text import EMBEDDING_DIM, embed_prompts
+from fastinvdpo.models.digits import EMBEDDING_DIM, embed_prompts
 
 WEIGHTS = Path(__file__).parent / "weights"
 # Share of the captions that name another digit: what separates the two base models.

@@ -37,9 +37,9 @@ def under(section: str, error: InvalidInput) -> InvalidInput:
 def _line(mistake: dict[str, Any], known_keys: KnownKeys, section: tuple[str, ...]) -> str:
     location = (*section, *(str(part) for part in mistake["loc"]))
     kind, value, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
-    key = ".".join(_without_tag(location))
+    key = _key(location)
     if isinstance(context.get("error"), InvalidInput):  # of a method's options, of a field, or of the whole
-        names = [section[0]] if section else [part for part in location if not part.isdigit()][:-1]
+        names = section[:1] if section[:1] == ("method",) else [part for part in location if not part.isdigit()][:-1]
         return ".".join([*names, str(context["error"])])
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return _unknown(location, value, known_keys)
@@ -47,23 +47,25 @@ def _line(mistake: dict[str, Any], known_keys: KnownKeys, section: tuple[str, ..
         return str(invalid(key, None, "is missing and has no default", f"add it, for example {key}=..."))
     if kind == "literal_error":
         return str(invalid(key, value, "is not a possible value", f"choose one of {context['expected']}"))
-    return str(invalid(key, value, _problem(mistake["msg"]), _TYPE_REMEDIES.get(kind, "choose a value in that range")))
+    problem = mistake["msg"].removeprefix("Value error, ").rstrip(".")
+    remedy = _TYPE_REMEDIES.get(kind, "choose a value in that range")
+    return str(invalid(key, value, problem[:1].lower() + problem[1:], remedy))
 
 
-def _without_tag(location: tuple[str, ...]) -> tuple[str, ...]:
-    """The method's name stands between "method" and the key; the user wrote "method.key"."""
-    return ("method", *location[2:]) if len(location) > 2 and location[0] == "method" else location
+def _key(location: tuple[str, ...]) -> str:
+    """The key as the user wrote it; the method's name stands between "method" and the key."""
+    return ".".join(("method", *location[2:]) if len(location) > 2 and location[0] == "method" else location)
 
 
 def _unknown(location: tuple[str, ...], value: Any, known_keys: KnownKeys) -> str:
     *section, name = location
     known = known_keys(tuple(section))
-    key = ".".join(_without_tag(location))
+    key = _key(location)
     if section[:1] == ["method"] and name in known_keys(("method",)):
         problem = f"is an option of another method, not of {section[1]!r}"
         return str(invalid(key, value, problem, f"remove it; options here: {', '.join(known)}"))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    prefix = ".".join(_without_tag(location)[:-1])
+    prefix = key.rpartition(".")[0]
     elsewhere = [top for top in known_keys(()) if name in known_keys((top,)) and top != prefix]
     if close:
         remedy = f"did you mean {prefix + '.' if prefix else ''}{close[0]}?"
@@ -73,8 +75,3 @@ def _unknown(location: tuple[str, ...], value: Any, known_keys: KnownKeys) -> st
         remedy = f"remove it; known keys here: {', '.join(known)}"
     shown = f"a {type(value).__name__}" if isinstance(value, dict | list) else value
     return str(invalid(key, shown, "is not a known key", remedy)).replace("?.", "?")
-
-
-def _problem(message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    return message[:1].lower() + message[1:].rstrip(".")

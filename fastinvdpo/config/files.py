@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from fastinvdpo.config.sections import DataSection, takes_text
+from fastinvdpo.config.explain import explain
+from fastinvdpo.config.sections import DataSection, known_keys, takes_text
 from fastinvdpo.config.train import TrainConfig
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_text
 
+_PRESETS = resources.files("fastinvdpo") / "presets"
 _LARGEST_FILE = 1 << 20
 _MOST_NODES = 20_000
 _TAG = "tag:yaml.org,2002:"
@@ -41,15 +44,13 @@ _FLOAT = re.compile(
     r"^(?:[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
-_INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
-_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _REPLACED = {f"{_TAG}{kind}" for kind in ("float", "int", "bool", "timestamp", "value")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if tag not in _REPLACED]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(f"{_TAG}bool", _BOOL, list("tTfF"))
-_Loader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 # YAML 1.1 would read 010 as eight.
 _Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(str(node.value)))
@@ -62,22 +63,17 @@ def load_config(
     preset: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """The validated configuration of a run.
+    """The validated configuration of a run. The later wins: ``defaults`` (sections), the preset of the name ``preset``,
+    the YAML file ``path``, the ``overrides`` (``section.key=value``).
 
-    Args:
-        path: YAML file; its keys win over the preset's.
-        overrides: ``section.key=value`` strings; they win over the file.
-        preset: name of a preset, see :func:`presets`.
-        defaults: sections that stand below all of these.
-
-    Raises:
-        InvalidInput: unreadable file, malformed override, unknown preset, or any mistake in a value.
+    Raises ``InvalidInput`` for an unreadable file, a malformed override, an unknown preset, or any mistake in a value.
     """
     merged: dict[str, Any] = dict(defaults or {})
     if preset is not None:
         merged = _merge(merged, _read_preset(preset))
     if path is not None:
-        merged = _merge(merged, _read_file(Path(path)))
+        text = read_text(Path(path), "config", _LARGEST_FILE, "name a YAML file")
+        merged = _merge(merged, _mapping(text, str(path)))
     _apply(merged, overrides)
     return TrainConfig.from_mapping(merged)
 
@@ -86,12 +82,15 @@ def load_data_section(path: str, overrides: Iterable[str]) -> DataSection:
     """The section ``data`` alone, from ``key=value`` strings. Raises ``InvalidInput`` as :func:`load_config` does."""
     merged: dict[str, Any] = {"data": {"path": path}}
     _apply(merged, (override if override.startswith("data.") else f"data.{override}" for override in overrides))
-    return TrainConfig.data_section(merged["data"])
+    try:
+        return DataSection.model_validate(merged["data"])
+    except ValidationError as error:
+        raise explain(error, known_keys, ("data",)) from None
 
 
 def presets() -> list[str]:
     """Names of the presets: published hyper-parameters per method and model."""
-    return sorted(name[: -len(".yaml")] for name in _preset_files())
+    return sorted(file.name[: -len(".yaml")] for file in _PRESETS.iterdir() if file.name.endswith(".yaml"))
 
 
 def parse_yaml(text: str, source: str, key: tuple[str, ...] = ()) -> Any:
@@ -113,8 +112,8 @@ def parse_yaml(text: str, source: str, key: tuple[str, ...] = ()) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        told = problem or getattr(error, "reason", None) or "nested too deeply, or a number that is too long"
-        raise invalid(source, f"{len(text)} characters", f"is not valid YAML ({place}{told})", "correct it") from None
+        reason = problem or getattr(error, "reason", None) or "nested too deeply, or a number that is too long"
+        raise invalid(source, f"{len(text)} characters", f"is not valid YAML ({place}{reason})", "correct it") from None
 
 
 def _nodes(node: yaml.Node, known: dict[int, int]) -> int:
@@ -140,26 +139,16 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _preset_files() -> dict[str, str]:
-    folder = resources.files("fastinvdpo") / "presets"
-    return {entry.name: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
-
-
 def _read_preset(name: str) -> dict[str, Any]:
-    files = _preset_files()
-    if f"{name}.yaml" not in files:
+    if name not in presets():
         close = difflib.get_close_matches(name, presets(), n=1)
         remedy = f"did you mean {close[0]}" if close else f"choose one of {', '.join(presets())}"
         raise invalid("preset", name, "is not a known preset", remedy)
-    return _mapping(parse_yaml(files[f"{name}.yaml"], f"preset {name}"), f"preset {name}")
+    return _mapping((_PRESETS / f"{name}.yaml").read_text("utf-8"), f"preset {name}")
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    text = read_text(path, "config", _LARGEST_FILE, "name a YAML file")
-    return _mapping(parse_yaml(text, str(path)), str(path))
-
-
-def _mapping(value: Any, source: str) -> dict[str, Any]:
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    value = parse_yaml(text, source)
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -26,8 +26,7 @@ from fastinvdpo.io import as_written, expand_path
 from fastinvdpo.methods import METHODS, Method, TimestepSampling
 
 
-def count_or_share(value: object) -> int | float:
-    """Validates a whole number from 0, or a share below 1."""
+def _count_or_share(value: object) -> int | float:
     count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if count or (isinstance(value, float) and 0 <= value < 1):
         return value  # type: ignore[return-value]
@@ -45,7 +44,7 @@ Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
 Place: TypeAlias = Annotated[NonEmpty, AfterValidator(_expanded), PlainSerializer(as_written)]
-CountOrShare: TypeAlias = Annotated[int | float, PlainValidator(count_or_share)]
+CountOrShare: TypeAlias = Annotated[int | float, PlainValidator(_count_or_share)]
 
 
 class Section(BaseModel):
@@ -71,10 +70,10 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    """``family``: ``auto`` tells it from the checkpoint. ``unet_init``: other weights of the denoiser, UNet or
+    """``family``: ``auto`` infers it from the checkpoint. ``unet_init``: other weights of the denoiser, UNet or
     transformer, to start from; ``vae``: another VAE. ``zero_terminal_snr``: rescale the noise schedule so that its last
     level is pure noise; null: as the checkpoint says. ``max_sequence_length``: tokens of T5 (SD3, FLUX);
-    ``guidance_embedding``: the guidance that FLUX.1-dev is told; null: as diffusers' pipelines.
+    ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines.
 
     ``reference_dtype``: type of the frozen copy's weights in full fine-tuning; the policy's when null.
     ``reference_quantization``: its linear layers in 8 or 4 bits; convolutions, norms and biases stay in
@@ -248,8 +247,7 @@ class OutputSection(Section):
 def read_method(section: object) -> Method:
     """The method of the section ``method``: its ``name``, and its options. A method is returned as it is.
 
-    Raises:
-        InvalidInput: one line per mistake, by key.
+    Raises ``InvalidInput`` with one line per mistake, by key.
     """
     if isinstance(section, Method):
         return section
@@ -284,19 +282,6 @@ class RunSections(Section):
     evaluation: EvaluationSection | None = None
     output: OutputSection
 
-    sections: ClassVar[dict[str, type[Section]]] = {
-        "model": ModelSection,
-        "model.lora": LoraSection,
-        "data": DataSection,
-        "data.buckets": BucketsSection,
-        "optimizer": OptimizerSection,
-        "training": TrainingSection,
-        "cache": CacheSection,
-        "performance": PerformanceSection,
-        "evaluation": EvaluationSection,
-        "output": OutputSection,
-    }
-
     def effective_batch(self, processes: int = 1) -> int:
         """Pairs per optimizer step over all processes."""
         return self.training.batch_size * self.training.gradient_accumulation_steps * processes
@@ -304,22 +289,29 @@ class RunSections(Section):
 
 def known_keys(path: tuple[str, ...]) -> list[str]:
     """Keys that may stand in the section ``path`` of a configuration; ``("method", NAME)`` for a method's options."""
-    if not path:
-        return list(RunSections.model_fields)
-    if path[0] == "method":
+    if path[:1] == ("method",):
         if path[2:] == ("timesteps",):
             return [field.name for field in dataclasses.fields(TimestepSampling)]
         methods = [METHODS[path[1]]] if len(path) > 1 else METHODS.values()
         return sorted({"name", *(field.name for method in methods for field in dataclasses.fields(method))})
-    section = RunSections.sections.get(".".join(path))
-    return list(section.model_fields) if section else []
+    section = _section_at(path)
+    return [] if section is None else list(section.model_fields)
 
 
 def takes_text(key: tuple[str, ...]) -> bool:
     """Whether the value of a key may be any text."""
-    section = RunSections.sections.get(".".join(key[:-1]))
-    field = section.model_fields.get(key[-1]) if section else None
+    section = _section_at(key[:-1]) if key else None
+    field = None if section is None else section.model_fields.get(key[-1])
     return field is not None and _has_text(field.annotation)
+
+
+def _section_at(path: tuple[str, ...]) -> type[Section] | None:
+    found: type[Section] | None = RunSections
+    for name in path:
+        field = None if found is None else found.model_fields.get(name)
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        found = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+    return found
 
 
 def _has_text(annotation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The training configuration.
+"""The training configuration, and combinations of its values that are valid one by one and cannot work together.
 
 Nothing is loaded here; ``TrainConfig.from_mapping`` raises :class:`fastinvdpo.errors.InvalidInput` that names key,
 value and remedy for every mistake at once.
@@ -6,14 +6,20 @@ value and remedy for every mistake at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
-from fastinvdpo.config.checks import check_combinations
 from fastinvdpo.config.explain import explain
-from fastinvdpo.config.sections import DataSection, RunSections, Section, known_keys, write_method
+from fastinvdpo.config.sections import RunSections, known_keys, write_method
+from fastinvdpo.data import Buckets
+from fastinvdpo.data.rows import SCHEMA
+from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import as_written
 from fastinvdpo.methods import Method
 
@@ -25,24 +31,15 @@ class TrainConfig(RunSections):
     def from_mapping(cls, mapping: Mapping[str, Any]) -> TrainConfig:
         """Validate a nested mapping, as a YAML file holds it.
 
-        Raises:
-            InvalidInput: one line per mistake: unknown key (with the closest known one), wrong type, value out of
-                range, missing key, or keys that cannot be combined.
+        Raises ``InvalidInput`` with one line per mistake: unknown key (with the closest known one), wrong type, value
+        out of range, missing key, or keys that cannot be combined.
         """
         try:
             config = cls.model_validate(dict(mapping))
         except ValidationError as error:
             raise explain(error, known_keys) from None
-        check_combinations(config)
+        _check_combinations(config)
         return config
-
-    @classmethod
-    def data_section(cls, mapping: Mapping[str, Any]) -> DataSection:
-        """The section ``data`` by itself, as :meth:`from_mapping` validates it."""
-        try:
-            return _DataOnly.model_validate({"data": mapping}).data
-        except ValidationError as error:
-            raise explain(error, known_keys) from None
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain numbers, strings, lists and dictionaries."""
@@ -62,5 +59,145 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
     return TrainConfig.from_mapping(given)
 
 
-class _DataOnly(Section):
-    data: DataSection
+def _check_combinations(config: TrainConfig) -> None:
+    """Raise one ``InvalidInput`` with a line for each impossible combination."""
+    checks = (_method, _model, _data, _optimizer, _training, _cache, _performance)
+    if problems := [problem for check in checks for problem in check(config)]:
+        raise InvalidInput("\n".join(str(problem) for problem in problems))
+
+
+def runs_on_cuda() -> bool:
+    """Whether accelerate will place a run on a CUDA device; looks for one without touching it."""
+    return not _forced_to_cpu() and torch.cuda.is_available()
+
+
+def _forced_to_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _method(config: TrainConfig) -> Iterator[InvalidInput]:
+    method = config.method
+    if method.zero_gradient_at_reference and config.model.init_perturbation == 0:
+        problem = f"starts policy = reference, where the gradient of {method.name} with these options is exactly zero"
+        remedy = "set it to 0.01, or choose a variant whose gradient has a determined direction (endpoint)"
+        yield invalid("model.init_perturbation", 0.0, problem, remedy)
+
+
+def _model(config: TrainConfig) -> Iterator[InvalidInput]:
+    model = config.model
+    if model.family == "digits" and model.revision is not None:
+        problem = "names a hub revision; digits models are directories"
+        yield invalid("model.revision", model.revision, problem, "set it to null")
+    if model.quantization is not None and model.lora is None:
+        remedy = "add model.lora; for full fine-tuning model.reference_quantization makes the frozen copy small"
+        yield invalid("model.quantization", model.quantization, "freezes what full fine-tuning trains", remedy)
+    for key in ("reference_dtype", "reference_quantization"):
+        value, method = getattr(model, key), config.method
+        if value is not None and not method.needs_reference:
+            problem = f"has no meaning with method {method.name}, which has no reference"
+            yield invalid(f"model.{key}", value, problem, "set it to null")
+        elif value not in (None, "fp32") and method.reference_follows:
+            problem = "stands still where weights are rounded, and method.reference makes it follow the policy"
+            yield invalid(f"model.{key}", value, problem, "set it to null, or method.reference to frozen")
+        elif value is not None and model.lora is not None:
+            problem = "has no meaning with LoRA, where the reference is the policy with its adapters off"
+            other = ", set model.quantization instead" if key == "reference_quantization" else ""
+            yield invalid(f"model.{key}", value, problem, f"set it to null{other}, or drop model.lora")
+
+
+def _data(config: TrainConfig) -> Iterator[InvalidInput]:
+    data = config.data
+    for name in data.columns:
+        if name not in SCHEMA:
+            remedy = f"use the names {', '.join(SCHEMA)} on the left, your file's names on the right"
+            problem = "does not translate a column that is read"
+            yield invalid(f"data.columns.{name}", data.columns[name], problem, remedy)
+    if ("score_0" in data.columns) != ("score_1" in data.columns):
+        yield invalid("data.columns", data.columns, "names the score of one side only", "name both score_0 and score_1")
+    if not data.center_crop and data.resolution is None:
+        problem = "means a random crop of unknown size"
+        yield invalid("data.center_crop", False, problem, "set data.resolution as well")
+    if data.caption_dropout == 1:
+        yield invalid("data.caption_dropout", 1.0, "drops every caption", "choose a share below 1, such as 0.1")
+    if data.buckets is None:
+        return
+    if data.resolution is None:
+        yield invalid("data.buckets", None, "have no area", "set data.resolution, the side of the square bucket")
+    else:
+        try:
+            Buckets(data.resolution, data.buckets.multiple, data.buckets.max_aspect)
+        except InvalidInput as error:
+            yield error
+    if data.streaming:
+        problem = "does not look at images before they are used, and data.buckets need all their sizes"
+        yield invalid("data.streaming", True, problem, "set it to false, or drop data.buckets")
+    if config.cache.path is not None:
+        problem = "stores latents of one size, and data.buckets give several"
+        yield invalid("cache.path", config.cache.path, problem, "set it to null, or drop data.buckets")
+
+
+def _optimizer(config: TrainConfig) -> Iterator[InvalidInput]:
+    optimizer, steps = config.optimizer, config.training.steps
+    if optimizer.name == "adafactor":
+        for key in ("beta1", "beta2", "epsilon"):
+            value = getattr(optimizer, key)
+            if value != type(optimizer).model_fields[key].default:
+                problem = "belongs to Adam and means nothing for optimizer adafactor"
+                yield invalid(f"optimizer.{key}", value, problem, "drop it, or set optimizer.name to adamw")
+    if optimizer.lr_scheduler == "constant":
+        if optimizer.warmup_steps > 0 and "warmup_steps" in optimizer.model_fields_set:
+            problem, remedy = "is ignored by lr_scheduler constant", "set it to 0, or choose constant_with_warmup"
+            yield invalid("optimizer.warmup_steps", optimizer.warmup_steps, problem, remedy)
+    elif optimizer.warmup_steps > steps:
+        problem = f"exceeds training.steps = {steps}"
+        yield invalid("optimizer.warmup_steps", optimizer.warmup_steps, problem, "lower it, or train longer")
+
+
+def _training(config: TrainConfig) -> Iterator[InvalidInput]:
+    training = config.training
+    on_cpu = not runs_on_cuda() and (_forced_to_cpu() or not torch.backends.mps.is_available())
+    if training.mixed_precision == "fp16" and on_cpu:
+        yield invalid("training.mixed_precision", "fp16", "needs a GPU, and none is in use", "choose no or bf16")
+    directory = Path(config.output.directory)
+    if directory.exists() and not directory.is_dir():
+        yield invalid("output.directory", str(directory), "is a file", "name a directory")
+    if not math.isfinite(config.optimizer.learning_rate * config.effective_batch()):
+        yield invalid("optimizer.learning_rate", config.optimizer.learning_rate, "overflows", "lower it")
+    if training.gradient_passes is not None and not config.method.whole_chain:
+        key, problem = "training.gradient_passes", f"means nothing for method {config.method.name!r}"
+        yield invalid(key, training.gradient_passes, problem, "set it to null")
+
+
+def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
+    data, path = config.data, config.cache.path
+    if path is None:
+        return
+    if Path(path).exists() and not Path(path).is_dir():
+        yield invalid("cache.path", path, "is a file", "name a directory")
+    moving = {"data.random_flip": data.random_flip, "data.center_crop = false": not data.center_crop}
+    for name, used in moving.items():
+        if used:
+            problem = f"needs the same latents at every visit, and {name} changes them"
+            yield invalid("cache.path", path, problem, f"drop {name}, or set cache.path to null")
+    if config.method.reference_chain and data.caption_dropout > 0:
+        problem = "holds trajectories, which follow the captions, and data.caption_dropout changes those"
+        yield invalid("cache.path", path, problem, "drop data.caption_dropout, or set cache.path to null")
+
+
+def _performance(config: TrainConfig) -> Iterator[InvalidInput]:
+    switches = config.performance
+    if not runs_on_cuda():
+        for key in ("attention", "cuda_graphs", "tf32"):
+            value = getattr(switches, key)
+            if value not in (None, False, "sdpa"):
+                yield invalid(f"performance.{key}", value, "needs CUDA, which is not in use", "set it to null")
+    if switches.channels_last and config.optimizer.name == "adamw8bit":
+        problem = "is undone by optimizer adamw8bit, which makes the weights contiguous"
+        yield invalid("performance.channels_last", True, problem, "set it to null, or optimizer.name to adamw")
+    if switches.compile and config.model.quantization is not None:
+        problem = f"is not built for layers in {config.model.quantization}"
+        yield invalid("performance.compile", True, problem, "set it to null, or model.quantization to null")
+    for key, used in (("compile", switches.compile), ("cuda_graphs", switches.cuda_graphs)):
+        if used and not config.method.fixed_shapes:
+            problem = "needs forward passes of few shapes, and those of an inversion shrink the further it gets"
+            yield invalid(f"performance.{key}", True, problem, "set method.static_shapes to true")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ LISTED, SUMMARY = "broken.jsonl", "data.json"
 REPORT = (SUMMARY, LISTED)
 _LINE = frozenset({"row", "place", "cause", "problem"})
 _SHOWN = 10
+_ROWS_AHEAD = 256
 
 
 class BrokenRow(InvalidInput):
@@ -38,6 +41,22 @@ class BrokenRow(InvalidInput):
 def broken(cause: str, argument: str, value: Any, problem: str, remedy: str) -> BrokenRow:
     """As :func:`fastinvdpo.errors.invalid`, with the cause that it counts under."""
     return BrokenRow(cause, str(invalid(argument, value, problem, remedy)))
+
+
+def caught(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``read`` returns, or the ``BrokenRow`` that it raises."""
+    try:
+        return read(*arguments)
+    except BrokenRow as error:
+        return error
+
+
+def read_ahead(read: Callable[[int], Any], rows: Iterable[int], threads: int = 4) -> Iterator[tuple[int, Any]]:
+    """``(row, what read returns or the BrokenRow that it raises)`` in order; reading in threads, some rows ahead."""
+    remaining = iter(rows)
+    with ThreadPoolExecutor(threads) as pool:  # decoding and hashing leave the interpreter lock
+        while some := list(islice(remaining, _ROWS_AHEAD)):
+            yield from zip(some, pool.map(lambda row: caught(read, row), some), strict=True)
 
 
 @dataclass(frozen=True)
@@ -59,12 +78,11 @@ class DataSummary:
     broken: dict[str, int]
 
     def __str__(self) -> str:
-        left_out = sum(self.broken.values())
         parts = [f"{self.rows} rows: {self.pairs} pairs"]
         if self.ties:
             parts.append(f"{self.ties} of them ties" if self.ties_kept else f"{self.ties} ties dropped")
-        if left_out:
-            parts.append(f"{left_out} broken rows left out ({by_cause(self.broken)})")
+        if self.broken:
+            parts.append(f"{sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})")
         return ", ".join(parts)
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from fastinvdpo.data.broken import BrokenRow
-from fastinvdpo.data.rows import IMAGES, caption_of, scores_of, winner_of
-from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.broken import BrokenRow, caught, read_ahead
+from fastinvdpo.data.rows import IMAGES, PairSource, caption_of, scores_of, winner_of
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import DIGEST, Digests, key_hash
 
-_THREADS, _ROWS_AHEAD = 4, 256
 # Of pairs that no source reads at most so many are looked at, evenly spaced: each may be made anew when it is read.
 _LOOKED_AT = 4096
+_ROWS_HASHED = 256  # at once; another number gives another digest
 
 
 def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> dict[str, Any]:
@@ -59,8 +57,8 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for i in seen:
         pair = pairs.pair(i, draw=i)
-        told = (pair.caption, pair.winner_score, pair.loser_score, pair.tie, pair.winner.size, pair.loser.size)
-        digest.update(repr(told).encode() + pair.winner.tobytes() + pair.loser.tobytes())
+        known = (pair.caption, pair.winner_score, pair.loser_score, pair.tie, pair.winner.size, pair.loser.size)
+        digest.update(repr(known).encode() + pair.winner.tobytes() + pair.loser.tobytes())
     name = "data pairs" if len(seen) == total else f"data pairs, {len(seen)} of them"
     return {"data rows": total, name: DIGEST + digest.hexdigest()}
 
@@ -84,14 +82,15 @@ def columns_of(source: PairSource, digests: Digests) -> str:
 
 
 def _of_images(source: PairSource, digests: Digests, places: str) -> str:
-    def image(row: int) -> list[str]:
-        return [_or_cause(lambda side: hashlib.sha256(source.image(row, side)).hexdigest(), side) for side in (0, 1)]
+    def one(row: int, side: int) -> str:
+        return hashlib.sha256(source.image(row, side)).hexdigest()
 
     def make() -> str:
-        digest, rows = hashlib.sha256(), iter(range(len(source)))
-        with ThreadPoolExecutor(_THREADS) as threads:  # hashing leaves the interpreter lock
-            while some := list(islice(rows, _ROWS_AHEAD)):
-                digest.update(repr(list(threads.map(image, some))).encode())
+        digest = hashlib.sha256()
+        found = read_ahead(lambda row: [_or_cause(one, row, side) for side in (0, 1)], range(len(source)))
+        hashes = (both for _, both in found)
+        while some := list(islice(hashes, _ROWS_HASHED)):
+            digest.update(repr(some).encode())
         return DIGEST + digest.hexdigest()
 
     columns = [source.shown(name) for name in IMAGES]
@@ -109,7 +108,5 @@ def _once(source: PairSource, digests: Digests, name: dict[str, Any], make: Call
 
 def _or_cause(read: Callable[..., Any], *arguments: Any) -> Any:
     """What ``read`` returns, or why the row is broken."""
-    try:
-        return read(*arguments)
-    except BrokenRow as error:
-        return error.cause
+    found = caught(read, *arguments)
+    return found.cause if isinstance(found, BrokenRow) else found

@@ -6,25 +6,23 @@ through their profile, transparency composited on white, of several frames the f
 
 from __future__ import annotations
 
-import errno
 import io
 import re
-import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastinvdpo._extras import require
+import pyarrow as arrow
+from PIL import Image, ImageCms, ImageOps
+
 from fastinvdpo.data.broken import BrokenRow, broken
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from fastinvdpo.io import read_bounded
 
 # What PIL may open: no format that starts another program or reads other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MOST_PIXELS = 2**26  # of one image, as stored and as scaled
-_MOST_BYTES = 2**28
+_MOST_BYTES = 2**28  # of one file
 _HEIC = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -34,7 +32,8 @@ _TURN_MARKS = (b"eXIf", b"exif", b"Orientation")  # in a PNG, before or after th
 _TIFF_STARTS = (b"II*\0", b"MM\0*")  # some versions of PIL turn these when they state the size, others do not
 _BACKGROUND = (255, 255, 255, 255)
 _REMEDY = "re-encode or remove the row, or allow some broken rows with data.max_broken"
-_PURPOSE = "decoding images"
+# All that PIL's parsers and decoders raise for damaged data; UnidentifiedImageError is an OSError.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Image.DecompressionBombError)
 
 
 def image_bytes(cell: Any, where: str, roots: Sequence[Path] | None = None) -> memoryview:
@@ -43,7 +42,6 @@ def image_bytes(cell: Any, where: str, roots: Sequence[Path] | None = None) -> m
     ``cell`` is a pyarrow scalar; ``where`` names row and column in errors. With ``roots`` the file at ``path`` is read
     where ``bytes`` is null, as in data sets made from image folders, if it lies below one of them.
     """
-    arrow = require("pyarrow", extra="train", purpose="reading preference pairs")
     shown = cell
     if isinstance(cell, arrow.StructScalar) and "bytes" in cell:
         path = cell["path"].as_py() if "path" in cell else None
@@ -78,49 +76,40 @@ def file_below(roots: Sequence[Path], place: str, where: str) -> Path:
 def file_bytes(path: Path, where: str, offset: int = 0, size: int = -1) -> memoryview:
     """The content of an image file, or ``size`` bytes of it. Raises ``BrokenRow`` where there is none."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(errno.EINVAL, "is no regular file")
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(_MOST_BYTES + 1 if size < 0 else min(size, _MOST_BYTES + 1))
-    except (OSError, ValueError, OverflowError) as error:  # a path may hold NUL
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise broken("missing image", where, str(path), problem, "restore the file, " + _REMEDY) from None
-    if not data or len(data) > _MOST_BYTES:
-        problem = f"holds more than {_MOST_BYTES:,} bytes" if data else "is an empty file"
+        data = read_bounded(path, _MOST_BYTES, offset, size)
+        problem = "is an empty file"
+    except (OSError, OverflowError) as error:
+        data, problem = b"", f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    if not data:
         raise broken("missing image", where, str(path), problem, "restore the file, " + _REMEDY)
     return memoryview(data)
 
 
-def decode(data: memoryview, where: str) -> Image:
+def decode(data: memoryview, where: str) -> Image.Image:
     """The whole image, as RGB or 8-bit gray. Raises ``BrokenRow`` for bytes that are not an intact image."""
-    module = require("PIL.Image", extra="train", purpose=_PURPOSE)
     try:
         if bytes(data[: len(_PNG_START)]) == _PNG_START:
             # PIL decodes PNGs with damaged or missing data without complaint; only verify() looks at their checksums.
-            with _open(module, data) as opened:
+            with _open(data) as opened:
                 opened.verify()
-        with _open(module, data) as opened:
+        with _open(data) as opened:
             _check_pixels(opened.height, opened.width)
             opened.load()
-            return as_seen(opened)
-    except _broken_image_errors(module) as error:
+            return _as_seen(opened)
+    except _DAMAGED as error:
         raise _broken(data, where, error) from error
 
 
-def as_seen(image: Image) -> Image:
+def _as_seen(image: Any) -> Image.Image:
     """A copy of a loaded image as a viewer shows it, in the mode RGB or L.
 
-    Raises:
-        ValueError: its pixels have no known black and white, or its inks no known colors.
+    Raises ``ValueError`` where its pixels have no known black and white, or its inks no known colors.
     """
-    module = require("PIL.Image", extra="train", purpose=_PURPOSE)
-    ops = require("PIL.ImageOps", extra="train", purpose=_PURPOSE)
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     tags = getattr(image, "tag_v2", {})  # of a TIFF, which may have 12 bits, or 0 for white
     scale = 255 / (2 ** tags.get(_BITS, (16,))[0] - 1)
     scale, offset = (-scale, 255.5) if tags.get(_PHOTOMETRIC) == 0 else (scale, 0.5)
-    profile, image = image.info.get("icc_profile"), ops.exif_transpose(image)
+    profile, image = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
     if deep:
         image = image.convert("I").point(lambda value: value * scale + offset).convert("L")
     if image.mode in ("I", "F", "LAB", "HSV"):
@@ -137,22 +126,19 @@ def as_seen(image: Image) -> Image:
         return image.convert("RGB") if image.mode == "CMYK" else image.copy()
     image.putalpha(alpha)
     image = image.convert("RGBA")
-    return module.alpha_composite(module.new("RGBA", image.size, _BACKGROUND), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image).convert("RGB")
 
 
-def _through_profile(image: Image, data: bytes) -> Image:
+def _through_profile(image: Image.Image, data: bytes) -> Image.Image:
     """The image in sRGB. One of three colors or of gray whose profile cannot be used stays as it is."""
-    cms = require("PIL.ImageCms", extra="train", purpose="the colors of images")
     spaces = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
     try:
-        profile = cms.ImageCmsProfile(io.BytesIO(data))
-        if (
-            profile.profile.xcolor_space == spaces[image.mode]
-            and "srgb" in (profile.profile.profile_description or "").lower()
-        ):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        name = (profile.profile.profile_description or "").lower()
+        if profile.profile.xcolor_space == spaces[image.mode] and "srgb" in name:
             return image
-        converted: Image = cms.profileToProfile(image, profile, cms.createProfile("sRGB"), outputMode="RGB")
-    except (cms.PyCMSError, OSError, ValueError) as error:
+        converted: Any = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
         if image.mode == "CMYK":
             raise ValueError(f"its color profile cannot be used ({error})") from error
         return image
@@ -164,7 +150,6 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
 
     Reads the ends of ``data`` only, so that opening a large memory-mapped set does not read all of it.
     """
-    module = require("PIL.Image", extra="train", purpose=_PURPOSE)
     head, tail = bytes(data[:_HEADER_BYTES]), bytes(data[-_HEADER_BYTES:])
     is_png = head.startswith(_PNG_START)
     cut_off = (is_png and _PNG_END not in tail[-16:]) or (head.startswith(_JPEG_START) and _JPEG_END not in tail[-16:])
@@ -173,39 +158,34 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
         image = decode(data, where)
         return image.height, image.width
     try:
-        return _stated_size(module, head)
-    except _broken_image_errors(module) as header_error:
-        if len(data) <= _HEADER_BYTES:
-            raise _broken(data, where, header_error) from header_error
-    try:
-        return _stated_size(module, data)  # a long preamble, or a format that states its size at the end
-    except _broken_image_errors(module) as error:
+        try:
+            return _stated_size(head)
+        except _DAMAGED:
+            if len(data) <= _HEADER_BYTES:
+                raise
+            return _stated_size(data)  # a long preamble, or a format that states its size at the end
+    except _DAMAGED as error:
         raise _broken(data, where, error) from error
 
 
-def _stated_size(module: Any, data: bytes | memoryview) -> tuple[int, int]:
-    with _open(module, data) as opened:
+def _stated_size(data: bytes | memoryview) -> tuple[int, int]:
+    with _open(data) as opened:
         size = int(opened.height), int(opened.width)
         _check_pixels(*size)
         lies = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return size[::-1] if lies else size
 
 
-def _open(module: Any, data: bytes | memoryview) -> Any:
-    module.init()
+def _open(data: bytes | memoryview) -> Any:
+    Image.init()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", module.DecompressionBombWarning)  # _check_pixels is stricter
-        return module.open(io.BytesIO(data), formats=[name for name in FORMATS if name in module.OPEN])
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_pixels is stricter
+        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _check_pixels(height: int, width: int) -> None:
     if height * width > MOST_PIXELS:
         raise ValueError(f"{width:,} x {height:,} pixels are more than {MOST_PIXELS:,}")
-
-
-def _broken_image_errors(module: Any) -> tuple[type[BaseException], ...]:
-    # All that PIL's parsers and decoders raise for damaged data; UnidentifiedImageError is an OSError.
-    return (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, module.DecompressionBombError)
 
 
 def _broken(data: memoryview, where: str, error: BaseException) -> BrokenRow:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
-from fastinvdpo._extras import require
+from PIL import Image, ImageDraw, ImageOps
+
 from fastinvdpo.data.broken import by_cause, write_report
 from fastinvdpo.data.pairs import Pair, PairDataset
 from fastinvdpo.data.rows import SCORES
@@ -52,19 +52,16 @@ def _scores(dataset: PairDataset) -> str:
     return f"{columns}: winners {won:.4g}, losers {lost:.4g} on average; the winner's is higher in {higher:.1%}"
 
 
-def sheet(pairs: list[Pair]) -> Any:
-    """One line a pair: winner (green), loser (red; both gray for a tie), row, caption, scores. A PIL image."""
-    pil = require("PIL.Image", extra="train", purpose="drawing pairs")
-    ops = require("PIL.ImageOps", extra="train", purpose="drawing pairs")
-    drawing = require("PIL.ImageDraw", extra="train", purpose="drawing pairs")
+def sheet(pairs: list[Pair]) -> Image.Image:
+    """One line a pair: winner (green), loser (red; both gray for a tie), row, caption, scores."""
     cell = _SIDE + 2 * _GAP
-    page = pil.new("RGB", (2 * cell + _TEXT, max(1, len(pairs)) * cell), "white")
-    draw = drawing.Draw(page)
+    page = Image.new("RGB", (2 * cell + _TEXT, max(1, len(pairs)) * cell), "white")
+    draw = ImageDraw.Draw(page)
     for line, pair in enumerate(pairs):
         frames = (_TIED, _TIED) if pair.tie else (_WON, _LOST)
         for column, (image, frame) in enumerate(zip((pair.winner, pair.loser), frames, strict=True)):
-            way = pil.Resampling.NEAREST if max(image.size) * 4 < _SIDE else pil.Resampling.BICUBIC
-            small = ops.expand(ops.contain(image.convert("RGB"), (_SIDE, _SIDE), way), 3, frame)
+            way = Image.Resampling.NEAREST if max(image.size) * 4 < _SIDE else Image.Resampling.BICUBIC
+            small = ImageOps.expand(ImageOps.contain(image.convert("RGB"), (_SIDE, _SIDE), way), 3, frame)
             place = (column * cell + (cell - small.width) // 2, line * cell + (cell - small.height) // 2)
             page.paste(small, place)
         draw.multiline_text((2 * cell, line * cell + _GAP), _label(pair), fill="black")

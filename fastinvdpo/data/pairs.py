@@ -6,27 +6,21 @@ import hashlib
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary
-from fastinvdpo.data.buckets import Buckets, Size
+from PIL import Image
+
+from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, read_ahead
 from fastinvdpo.data.images import decode, probe
-from fastinvdpo.data.rows import IMAGES, SCORES, TIE, caption_of, scores_of, winner_of
-from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.rows import IMAGES, SCORES, TIE, PairSource, caption_of, scores_of, winner_of
 from fastinvdpo.data.sources import open_source
-from fastinvdpo.data.transforms import Decisions, ImageGeometry, decide, scaled, transform
+from fastinvdpo.data.transforms import Buckets, Decisions, ImageGeometry, Size, decide, scaled, transform
 from fastinvdpo.errors import InvalidInput, invalid
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-_THREADS, _ROWS_AHEAD = 4, 256
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,8 @@ class Pair:
         tie: neither won; the first image stands for the winner.
     """
 
-    winner: Image
-    loser: Image
+    winner: Image.Image
+    loser: Image.Image
     caption: str
     winner_score: float | None
     loser_score: float | None
@@ -54,42 +48,30 @@ class Pair:
     tie: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairEntry:
     """What is known of a pair without decoding its images.
 
     Attributes:
-        winner_key, loser_key: SHA-256 of encoded bytes and caption; equal for equal images of one caption.
+        winner: the side that won, or stands for the winner of a tie.
         scores: those of winner and loser, where the file has them.
-        tie: neither won; the first image stands for the winner.
+        winner_key, loser_key: SHA-256 of encoded bytes and caption; equal for equal images of one caption.
     """
-
-    row: int
-    caption: str
-    winner_key: str
-    loser_key: str
-    scores: tuple[float, float] | None
-    tie: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A row that is used. ``winner``: the side that stands for it; ``scores``: of winner and loser."""
 
     row: int
     winner: int
     tie: bool
     caption: str
     scores: tuple[float, float] | None
+    winner_key: str = ""
+    loser_key: str = ""
 
 
 class PairDataset:
     """Preference pairs of a source: parquet, a folder, ranked images, webdataset shards, a ``datasets`` repository.
 
-    In parquet the columns are ``jpg_0, jpg_1`` (encoded image bytes), ``label_0, label_1`` (1/0, 0/1, probabilities
-    that sum to 1, or 0.5/0.5 for a tie), ``caption``, and optionally ``score_0, score_1``; docs/data.md has the other
-    formats. Labels, captions, scores and (unless the source streams) image headers of all rows are checked when the set
-    is opened; the images themselves are decoded when a pair is read.
+    docs/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all rows are
+    checked when the set is opened; the images themselves are decoded when a pair is read.
 
     Args:
         source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``.
@@ -136,9 +118,9 @@ class PairDataset:
         if len(scored) == 1:
             raise invalid("data.columns", scored, "has no other side beside it", "store both scores or neither")
         self.has_scores = bool(scored)
-        total = len(self.source)
+        path, total = self.source.path, len(self.source)
         if not total:
-            raise invalid("data.path", self.source.path, "holds no rows", "write at least one pair")
+            raise invalid("data.path", path, "holds no rows", "write at least one pair")
         self.broken = BrokenRows(max_broken, total)
         self.bucket_sizes: list[Size] = resolution.sizes if isinstance(resolution, Buckets) else []
         self.bucket_of: list[int] = []
@@ -146,8 +128,7 @@ class PairDataset:
         kept, self.dropped_ties = self._read_rows(relabel_by_score, ties)
         self._kept, self.image_size = self._check_images(kept)
         found = self.dropped_ties + sum(pair.tie for pair in self._kept), ties == "keep"
-        path, kind = self.source.path, self.source.format
-        self.summary = DataSummary(path, kind, total, len(self), *found, self.broken.counts())
+        self.summary = DataSummary(path, self.source.format, total, len(self), *found, self.broken.counts())
         if self.broken.found:
             left_out = f"left out {len(self.broken.found)} broken rows {self.broken.shown()}"
             warnings.warn(f"{path}: {left_out}", stacklevel=2)
@@ -159,10 +140,10 @@ class PairDataset:
         return self.pair(i, draw=i)
 
     def pair(self, i: int, draw: int) -> Pair:
-        """Pair ``i`` at sample index ``draw``: flip and crop follow from ``(seed, draw)``, equal on both sides.
+        """Pair ``i`` at the sample index ``draw``: flip and crop follow from ``(seed, draw)``, equal on both sides.
 
         Raises:
-            InvalidInput: ``i`` out of range, or image data that turns out to be broken.
+            IndexError: ``i`` out of range. InvalidInput: image data that turns out to be broken.
         """
         if not 0 <= i < len(self._kept):
             raise IndexError(f"pair {i} of a set of {len(self._kept)} pairs")
@@ -180,14 +161,13 @@ class PairDataset:
         kept = self._kept[i]
         images = [self.source.image(kept.row, side) for side in (kept.winner, 1 - kept.winner)]
         won, lost = (_content_key(image, kept.caption).hexdigest() for image in images)
-        return PairEntry(kept.row, kept.caption, won, lost, kept.scores, kept.tie)
+        return replace(kept, winner_key=won, loser_key=lost)
 
     def scores(self) -> list[tuple[float, float]] | None:
         """Scores of winner and loser of all pairs, None where the data has none."""
         return [pair.scores for pair in self._kept if pair.scores is not None] if self.has_scores else None
 
     def caption(self, i: int) -> str:
-        """Caption of pair ``i``."""
         return self._kept[i].caption
 
     def groups(self) -> list[list[int]] | None:
@@ -202,8 +182,8 @@ class PairDataset:
         return [group for group in found if group]
 
     def _side(
-        self, kept: _Kept, side: int, target: int | Size | None, decisions: Decisions
-    ) -> tuple[Image, ImageGeometry, str]:
+        self, kept: PairEntry, side: int, target: int | Size | None, decisions: Decisions
+    ) -> tuple[Image.Image, ImageGeometry, str]:
         data = self.source.image(kept.row, side)
         where = self.source.where(kept.row, IMAGES[side])
         image, geometry = transform(decode(data, where), target, decisions, where)
@@ -214,9 +194,9 @@ class PairDataset:
             key.update(repr((target, decisions.flip, geometry)).encode())
         return image, geometry, key.hexdigest()
 
-    def _read_rows(self, by_score: bool, ties: str) -> tuple[list[_Kept], int]:
+    def _read_rows(self, by_score: bool, ties: str) -> tuple[list[PairEntry], int]:
         """The rows whose images are wanted, and how many ties were dropped."""
-        kept: list[_Kept] = []
+        kept: list[PairEntry] = []
         dropped: list[int] = []
         for row in range(len(self.source)):
             where = partial(self.source.where, row)
@@ -232,7 +212,7 @@ class PairDataset:
                     dropped.append(row)
                     continue
                 ordered = (scores[1], scores[0]) if scores is not None and winner == 1 else scores
-                kept.append(_Kept(row, max(winner, 0), winner == TIE, caption_of(stored, where), ordered))
+                kept.append(PairEntry(row, max(winner, 0), winner == TIE, caption_of(stored, where), ordered))
             except BrokenRow as error:
                 self.broken.add(row, self.source.place(row), error)
         if dropped and ties == "error":
@@ -243,16 +223,17 @@ class PairDataset:
             raise invalid("data.path", self.source.path, problem, "provide pairs with a winner")
         return kept, len(dropped)
 
-    def _check_images(self, pairs: list[_Kept]) -> tuple[list[_Kept], Size | None]:
+    def _check_images(self, pairs: list[PairEntry]) -> tuple[list[PairEntry], Size | None]:
         """The pairs whose images are there, and the size of all images; assigns the buckets."""
         whole, square = self.broken.allowed != 0, self.resolution
         if pairs and self.source.streaming and not whole and not isinstance(square, Buckets):
-            return pairs, self._sizes_of(True, pairs[0].row)[0] if square is None else (square, square)
-        kept: list[_Kept] = []
+            return pairs, self._sizes(True, pairs[0].row)[0] if square is None else (square, square)
+        kept: list[PairEntry] = []
         size: Size | None = None
-        for pair, sizes in self._sizes(pairs, whole):
+        found = read_ahead(partial(self._sizes, whole), [pair.row for pair in pairs], 4 if whole else 1)
+        for pair, (row, sizes) in zip(pairs, found, strict=True):
             if isinstance(sizes, BrokenRow):
-                self.broken.add(pair.row, self.source.place(pair.row), sizes)
+                self.broken.add(row, self.source.place(row), sizes)
                 continue
             kept.append(pair)
             size = size or sizes[0]
@@ -261,7 +242,7 @@ class PairDataset:
                 self.bucket_of.append(square.choose(*sizes))
             elif square is None and sizes != [size, size]:
                 side = int(sizes[0] == size)
-                raise _another_size(self.source.where(pair.row, IMAGES[side]), sizes[side], size)
+                raise _another_size(self.source.where(row, IMAGES[side]), sizes[side], size)
         if not kept:
             problem = f"every row that is no tie is broken: {self.broken.shown()}"
             raise invalid("data.path", self.source.path, problem, "repair the file")
@@ -269,20 +250,8 @@ class PairDataset:
             return kept, None
         return kept, size if square is None else (square, square)
 
-    def _sizes(self, pairs: Sequence[_Kept], whole: bool) -> Iterator[tuple[_Kept, list[Size] | BrokenRow]]:
-        def sizes(pair: _Kept) -> list[Size] | BrokenRow:
-            try:
-                return self._sizes_of(whole, pair.row)
-            except BrokenRow as error:
-                return error
-
-        remaining = iter(pairs)
-        with ThreadPoolExecutor(_THREADS if whole else 1) as threads:  # decoding leaves the interpreter lock
-            while some := list(islice(remaining, _ROWS_AHEAD)):
-                yield from zip(some, threads.map(sizes, some), strict=True)
-
-    def _sizes_of(self, whole: bool, row: int) -> list[Size]:
-        """``(height, width)`` of both images; ``whole`` decodes them, otherwise the header tells."""
+    def _sizes(self, whole: bool, row: int) -> list[Size]:
+        """The sizes of both images of a row; ``whole`` decodes them, otherwise the headers are read."""
         images = [(self.source.image(row, side), self.source.where(row, name)) for side, name in enumerate(IMAGES)]
         sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
         if isinstance(self.resolution, int):

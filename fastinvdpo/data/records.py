@@ -6,27 +6,24 @@ rows, and copy all images. Here a bad row is counted and images stay where they 
 
 from __future__ import annotations
 
-import codecs
 import errno
 import io
-import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo.data.broken import BrokenRow, broken
+from fastinvdpo.data.broken import BrokenRow, broken, caught
 from fastinvdpo.data.images import file_below, file_bytes
-from fastinvdpo.data.rows import IMAGES, SCORES, choices, in_schema, number
-from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.rows import IMAGES, SCORES, PairSource, choices, in_schema, number
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import decoded, read_bounded
+from fastinvdpo.io import UTF_16, decoded, read_bounded
 
 PAIRS_FILE = "pairs.jsonl"
-_LARGEST_LISTING, _LARGEST_TEXT, _MOST_MEMBERS = 2**30, 2**24, 2**20
+_LARGEST_LISTING, _LARGEST_TEXT, _MOST_MEMBERS = 2**30, 2**24, 2**20  # bytes, bytes, a number
 _RANKED = {"rank": -1.0, "human_preference": 1.0}  # and whether higher is better
 _IMAGE_LISTS = ("image_path", "file_path", "images")
 _KINDS = ("jpg", "jpeg", "png", "webp")
@@ -37,6 +34,7 @@ _ENDINGS = {
 Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
 
 
+@dataclass(eq=False)
 class RecordSource(PairSource):
     """Rows in memory, images where they lie: a path below ``root``, or ``(file, offset, size)``.
 
@@ -44,26 +42,20 @@ class RecordSource(PairSource):
         listed: the files that list the pairs.
     """
 
-    def __init__(
-        self,
-        path: str,
-        format: str,
-        names: Mapping[str, str],
-        rows: Iterable[Row],
-        listed: Sequence[Path],
-        *,
-        root: Path | None = None,
-        streaming: bool = False,
-    ) -> None:
-        self.path, self.format, self.names, self.streaming = path, format, dict(names), streaming
-        self._rows, self._listed, self._root = list(rows), list(listed), root
+    path: str
+    format: str
+    names: Mapping[str, str]
+    rows: list[Row]
+    listed: list[Path]
+    root: Path | None = None
+    streaming: bool = False
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def resolve(self, required: Sequence[str]) -> set[str]:
         # A row that lacks something is broken, not the whole set; scores are there when some row has them.
-        readable = [values for _, values in self._rows if isinstance(values, dict)]
+        readable = [values for _, values in self.rows if isinstance(values, dict)]
         scored = {name for name in SCORES if any(values.get(name) is not None for values in readable)}
         for name in SCORES:
             if name in required and name not in scored:
@@ -72,7 +64,7 @@ class RecordSource(PairSource):
         return {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} | scored
 
     def record(self, row: int) -> Mapping[str, Any]:
-        values = self._rows[row][1]
+        values = self.rows[row][1]
         if isinstance(values, BrokenRow):
             raise values
         return values
@@ -82,32 +74,34 @@ class RecordSource(PairSource):
         where, place = self.where(row, name), self.record(row).get(name)
         if isinstance(place, tuple):
             file, offset, size = place
-            return file_bytes(self._listed[file], where, offset, size)
-        if not isinstance(place, str) or not place or self._root is None:
+            return file_bytes(self.listed[file], where, offset, size)
+        if not isinstance(place, str) or not place or self.root is None:
             remedy = "add it, or name yours in data.columns"
             raise broken("missing image", where, place, "names no image", remedy)
-        return file_bytes(file_below([self._root], place, where), where)
+        return file_bytes(file_below([self.root], place, where), where)
 
     def files(self) -> list[Path]:
+        if self.root is None:
+            return list(self.listed)
         images = set()
-        rows = [values for _, values in self._rows if self._root is not None and isinstance(values, dict)]
+        rows = [values for _, values in self.rows if isinstance(values, dict)]
         for named in {str(values.get(name)) for values in rows for name in IMAGES}:
             try:
-                image = file_below([self._root or Path()], named, self.path)
+                image = file_below([self.root], named, self.path)
                 images |= {image} if image.is_file() else set()
-            except (BrokenRow, OSError):  # told where the row is read
+            except (BrokenRow, OSError):  # reported where the row is read
                 continue
-        return [*self._listed, *sorted(images)]
+        return [*self.listed, *sorted(images)]
 
     def place(self, row: int) -> str:
-        return f"row {row} ({self._rows[row][0]})"
+        return f"row {row} ({self.rows[row][0]})"
 
 
 def folder_rows(listing: Path, names: Mapping[str, str]) -> Iterator[Row]:
     """Of a file with one JSON object a line; see :func:`fastinvdpo.data.rows.in_schema` for the keys."""
     for line, record in json_lines(listing):
         place = f"{listing.name}, line {line}"
-        yield place, _caught(in_schema, record, place, names)
+        yield place, caught(in_schema, record, place, names)
 
 
 def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Iterator[Row]:
@@ -117,9 +111,9 @@ def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Ite
     equal ranks tie) or ``human_preference`` (higher is better). ``rank_pairs``: ``all`` pairs of an entry, or its
     ``best`` image against each of the rest.
     """
-    for entry, record in json_records(listing):
+    for entry, record in _json_records(listing):
         place = f"{listing.name}, entry {entry}"
-        found = _caught(_ranked, record, place, names)
+        found = caught(_ranked, record, place, names)
         if isinstance(found, BrokenRow):
             yield place, found
             continue
@@ -148,7 +142,7 @@ def shard_rows(files: Sequence[Path], names: Mapping[str, str]) -> Iterator[Row]
     for file, shard in enumerate(files):
         for key, sample in _samples(shard).items():
             place = f"{shard.name}, {key}"
-            yield place, _caught(_shard_row, file, sample, place, names)
+            yield place, caught(_shard_row, file, sample, place, names)
 
 
 def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str]) -> dict[str, Any]:
@@ -166,7 +160,11 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str])
     stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
     row = in_schema(stored, f"{place}.json", names, images)
     if "txt" in texts and "caption" not in row:
-        row["caption"] = _text(texts["txt"], f"{place}.txt").strip()
+        try:
+            row["caption"] = decoded(texts["txt"]).strip()
+        except UnicodeDecodeError as error:
+            problem, start = f"is not UTF-8 ({error.reason})", texts["txt"][:40]
+            raise broken("malformed caption", f"{place}.txt", start, problem, "write it again as UTF-8") from None
     if any(named) and choices(names):
         row["members"] = 0
     return row
@@ -186,12 +184,12 @@ def _samples(shard: Path) -> dict[str, _Sample]:
     end = 0
     try:
         with _Bounded(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for count in itertools.count():
+            for number_of_members in count():
                 member = tar.next()
                 if member is None:
                     break
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-                if count == _MOST_MEMBERS or member.size < 0:
+                if number_of_members == _MOST_MEMBERS or member.size < 0:
                     raise tarfile.TarError(f"more than {_MOST_MEMBERS:,} members, or one of a negative size")
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 folder, _, name = member.name.rpartition("/")
@@ -236,37 +234,15 @@ def json_lines(path: Path, argument: str = "data.path") -> Iterator[tuple[int, A
     """``(line, value)`` of a JSON Lines file, lines counted from 1; empty ones are skipped. A line that is not JSON
     gives the ``BrokenRow`` that says so.
     """
-    for line, text in enumerate(_lines(path, argument), start=1):
+    for line, text in enumerate(io.BytesIO(_content(path, argument)), start=1):
         if text.strip():
-            yield line, _caught(parsed, text, f"{path.name}, line {line}")
+            yield line, caught(parsed, text, f"{path.name}, line {line}")
 
 
-def _lines(path: Path, argument: str) -> Iterator[bytes]:
-    try:
-        with io.BufferedReader(_Bounded(path)) as file:
-            if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                yield from _content(path).decode("utf-16").encode().split(b"\n")
-                return
-            while line := file.readline(_LARGEST_TEXT):
-                if len(line) == _LARGEST_TEXT:
-                    raise OSError(errno.EFBIG, f"a line has more than {_LARGEST_TEXT:,} bytes")
-                yield line
-    except (OSError, UnicodeError) as error:
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise invalid(argument, str(path), problem, "name a readable file") from None
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return read_bounded(path, _LARGEST_LISTING)
-    except OSError as error:
-        raise invalid("data.path", str(path), f"cannot be read ({error.strerror})", "name a readable file") from None
-
-
-def json_records(path: Path) -> Iterator[tuple[int, Any]]:
+def _json_records(path: Path) -> Iterator[tuple[int, Any]]:
     """The entries of a JSON list, or of JSON Lines, with their numbers counted from 1."""
     data = _content(path)
-    if not data[:4096].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"["):
+    if not data[:4096].lstrip(b"\xef\xbb\xbf\0 \t\r\n").startswith(b"["):
         yield from json_lines(path)
         return
     try:
@@ -276,9 +252,19 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(entries, start=1)
 
 
+def _content(path: Path, argument: str = "data.path") -> bytes:
+    """The bytes of a listing; UTF-16 as UTF-8."""
+    try:
+        data = read_bounded(path, _LARGEST_LISTING)
+        return data.decode("utf-16").encode() if data.startswith(UTF_16) else data
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise invalid(argument, str(path), problem, "name a readable file") from None
+
+
 def looks_ranked(path: Path) -> bool:
     """Whether the first entry of a .json or .jsonl file ranks several images."""
-    record = next(json_records(path), (0, None))[1]
+    record = next(_json_records(path), (0, None))[1]
     return isinstance(record, Mapping) and any(key in record for key in _RANKED)
 
 
@@ -299,22 +285,13 @@ def _ranked(record: Any, where: str, names: Mapping[str, str]) -> dict[str, Any]
     return {"images": images, "orders": orders, "caption": caption}
 
 
-def _caught(read: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``read`` returns, or the ``BrokenRow`` that it raises."""
-    try:
-        return read(*arguments)
-    except BrokenRow as error:
-        return error
-
-
 def parsed(data: bytes, where: str) -> Any:
     """The value of JSON text. Raises ``BrokenRow`` where it is not JSON, or an object has a key twice."""
     try:
         return json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise broken(
-            "malformed row", where, f"{len(data)} bytes", f"is not valid JSON ({error})", "write one object a line"
-        ) from None
+        problem = f"is not valid JSON ({error})"
+        raise broken("malformed row", where, f"{len(data)} bytes", problem, "write one object a line") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -322,12 +299,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in one object")
     return found
-
-
-def _text(data: bytes, where: str) -> str:
-    """Text as UTF-8, or with the encoding that its byte order mark tells."""
-    try:
-        return decoded(data)
-    except UnicodeDecodeError as error:
-        remedy = "write it again as UTF-8"
-        raise broken("malformed caption", where, data[:40], f"is not UTF-8 ({error.reason})", remedy) from None

@@ -1,9 +1,15 @@
-"""The column normalizer: what a stored row says of winner, caption and scores, read by value or refused as broken."""
+"""Where pairs come from, and what a stored row says of winner, caption and scores: read by value, or refused as broken.
+
+A source is a numbered list of rows. Labels, captions and scores of all rows are in memory, since they are small; the
+encoded bytes of an image are read when they are needed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken
@@ -20,6 +26,83 @@ _SUM_TOLERANCE = 1e-6
 _LABEL_REMEDY = "store 1/0 or 0/1 for a winner, 0.5/0.5 for a tie"
 
 Where = Callable[..., str]  # names of the schema -> row and columns, for messages
+
+
+class PairSource(ABC):
+    """Rows of pairs, addressed by number.
+
+    Attributes:
+        path: what the user named; format: one of :data:`fastinvdpo.data.sources.FORMATS`; names: data.columns.
+        split: the part of a ``datasets`` repository; None for other formats.
+        streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
+        remote: rows are read from another machine.
+        groups_per_window: how many groups are mixed with one another.
+    """
+
+    path: str
+    format: str
+    names: Mapping[str, str]
+    split: str | None = None
+    streaming: bool = False
+    remote: bool = False
+    groups_per_window: int = 1
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def resolve(self, required: Sequence[str]) -> set[str]:
+        """Names of the schema that are stored. Raises ``InvalidInput`` where a required one is not.
+
+        ``label_0`` stands for every way to name the winner.
+        """
+
+    @abstractmethod
+    def record(self, row: int) -> Mapping[str, Any]:
+        """Labels, caption and scores as they are stored, by the names of the schema. After :meth:`resolve`.
+
+        Raises ``BrokenRow`` where the row could not even be read.
+        """
+
+    @abstractmethod
+    def image(self, row: int, side: int) -> memoryview:
+        """The encoded bytes of image 0 or 1. Raises ``BrokenRow`` where there are none."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Every local file that the pairs follow from. Raises ``InvalidInput`` where they are not all local."""
+
+    def shown(self, name: str) -> str:
+        """The name under which a part of the schema is stored, for messages."""
+        return self.names.get(name, name)
+
+    def place(self, row: int) -> str:
+        """File and line of a row, for the list of broken rows."""
+        return f"row {row}"
+
+    def where(self, row: int, *names: str) -> str:
+        """Row and columns, as errors name them."""
+        shown = " and ".join(repr(self.shown(name)) for name in names)
+        return f"{self.place(row)}, column{'s' if len(names) > 1 else ''} {shown}"
+
+    def groups(self) -> list[int] | None:
+        """Sizes of consecutive groups of rows that are read together; None where rows are read one by one."""
+        return None
+
+    def column_names(self) -> list[str]:
+        """All stored columns, those that are no part of the schema too; empty where rows are no table.
+
+        Raises ``InvalidInput`` where the files of a table have different ones.
+        """
+        return []
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[Any]:
+        """All rows, with all columns or some, as pieces of a ``pyarrow.Table``; nothing where rows are no table."""
+        return iter(())
+
+    def footers(self) -> list[Mapping[bytes, bytes]]:
+        """The metadata of every parquet file; empty for other formats."""
+        return []
 
 
 def stored_under(name: str, names: Mapping[str, str]) -> tuple[str, ...]:
@@ -81,12 +164,10 @@ def winner_of(row: Mapping[str, Any], where: Where, names: Mapping[str, str]) ->
 
 def _by_labels(row: Mapping[str, Any], where: Where) -> int:
     for name in LABELS:
-        if name in row:
-            value = number(row[name])
-            if value is None:
-                raise broken("malformed label", where(name), row[name], "is not a finite number", _LABEL_REMEDY)
-            if not 0.0 <= value <= 1.0:
-                raise broken("malformed label", where(name), row[name], "is not in [0, 1]", _LABEL_REMEDY)
+        value = number(row.get(name))
+        if name in row and (value is None or not 0.0 <= value <= 1.0):
+            problem = "is not a finite number" if value is None else "is not in [0, 1]"
+            raise broken("malformed label", where(name), row[name], problem, _LABEL_REMEDY)
     first, second = labels_of(row)
     assert first is not None and second is not None  # looked at above
     if abs(first + second - 1.0) > _SUM_TOLERANCE:
@@ -121,14 +202,12 @@ def _by_choice(key: str, row: Mapping[str, Any], where: Where, names: Mapping[st
 
 def scores_of(row: Mapping[str, Any], where: Where) -> tuple[float, float]:
     """The scores of image 0 and 1. Raises ``BrokenRow`` where one is no finite number."""
-    found = []
-    for name in SCORES:
-        value = number(row.get(name))
-        if value is None:
-            remedy = "store a number in every row"
-            raise broken("malformed score", where(name), row.get(name), "is not a finite number", remedy)
-        found.append(value)
-    return found[0], found[1]
+    first, second = (number(row.get(name)) for name in SCORES)
+    if first is None or second is None:
+        name = SCORES[0 if first is None else 1]
+        remedy = "store a number in every row"
+        raise broken("malformed score", where(name), row.get(name), "is not a finite number", remedy)
+    return first, second
 
 
 def caption_of(row: Mapping[str, Any], where: Where) -> str:

@@ -11,11 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow
-from fastinvdpo.data.rows import SCORES, scores_of
-from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.rows import SCORES, PairSource, scores_of
 from fastinvdpo.errors import invalid
 
 METADATA = b"fastinvdpo.scores"
@@ -52,23 +50,16 @@ def measured_range(source: PairSource) -> ScoreRange | None:
 
 
 def stored_range(source: PairSource, columns: tuple[str, str]) -> ScoreRange | None:
-    """The range of two columns that ``fastinvdpo score`` wrote, over all files; None where a file does not tell it."""
-    found = [_range_in(footer.get(METADATA), columns) for footer in source.footers()]
-    ranges = [one for one in found if one is not None]
-    if not ranges or len(ranges) < len(found):
-        return None
-    return ScoreRange(min(one.low for one in ranges), max(one.high for one in ranges))
-
-
-def _range_in(entry: bytes | None, columns: tuple[str, str]) -> ScoreRange | None:
-    if entry is None:
-        return None
-    try:
-        scores: list[dict[str, Any]] = json.loads(entry)["scores"]
-        for score in scores:
-            if tuple(score["columns"]) == columns:
-                return ScoreRange(float(score["low"]), float(score["high"]))
-    except (ValueError, KeyError, TypeError) as error:
-        problem = f"the metadata {METADATA.decode()!r} cannot be read ({type(error).__name__}: {error})"
-        raise invalid("data.path", columns, problem, "score the pairs again with fastinvdpo score") from error
-    return None
+    """The range of two columns that ``fastinvdpo score`` wrote, over all files; None where a file lacks it."""
+    ends: list[float] = []
+    for footer in source.footers():
+        try:
+            scores = json.loads(footer.get(METADATA, b'{"scores": []}'))["scores"]
+            found = next((score for score in scores if tuple(score["columns"]) == columns), None)
+            if found is None:
+                return None
+            ends += [float(found["low"]), float(found["high"])]
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"the metadata {METADATA.decode()!r} cannot be read ({type(error).__name__}: {error})"
+            raise invalid("data.path", columns, problem, "score the pairs again with fastinvdpo score") from error
+    return ScoreRange.of(ends) if ends else None

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fastinvdpo.data.records import PAIRS_FILE, RecordSource, folder_rows, looks_ranked, ranked_rows, shard_rows
-from fastinvdpo.data.rows import SCHEMA
-from fastinvdpo.data.source import PairSource
+from fastinvdpo.data.rows import SCHEMA, PairSource
 from fastinvdpo.data.tables import TableSource, parquet_locations
 from fastinvdpo.errors import invalid
 
@@ -64,7 +63,7 @@ def open_source(
         return table(locations=parquet_locations(shown, options), image_root=image_root)
     if kind == "webdataset":
         files = files_of(path, ".tar", split)
-        return RecordSource(shown, kind, names, shard_rows(files, names), files, streaming=streaming)
+        return RecordSource(shown, kind, names, list(shard_rows(files, names)), files, None, streaming)
     if kind not in FORMATS:
         raise invalid("data.format", format, "is not a known format", f"use 'auto' or one of {FORMATS}")
     listing = Path(path) / PAIRS_FILE if kind == "folder" and Path(path).is_dir() else Path(path)
@@ -75,14 +74,27 @@ def open_source(
         raise invalid("data.image_root", str(root), "is not a directory", "name the directory of the images")
     _of_split([listing], split, shown)
     rows = folder_rows(listing, names) if kind == "folder" else ranked_rows(listing, names, rank_pairs)
-    return RecordSource(shown, kind, names, rows, [listing], root=root, streaming=streaming)
+    return RecordSource(shown, kind, names, list(rows), [listing], root, streaming)
 
 
 def detect_format(path: str | Path) -> str:
     """Which of :data:`FORMATS` a path holds. Raises ``InvalidInput`` saying why it cannot be inferred."""
     root = Path(path)
     if root.is_dir():
-        return _directory_format(root)
+        kinds = {"parquet": _visible(root, ".parquet"), "webdataset": _visible(root, ".tar")}
+        kinds["folder"] = [file for file in [root / PAIRS_FILE] if file.is_file()]
+        found = [kind for kind, files in kinds.items() if files]
+        nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
+        if not found and (nested or (root / "dataset_info.json").is_file()):
+            found = ["datasets"]  # the layout of a repository, or what Dataset.save_to_disk wrote
+        if len(found) > 1:
+            problem = f"holds what could be read as {' and as '.join(found)}"
+            raise invalid("data.path", str(root), problem, "set data.format to one of them")
+        if not found:
+            problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be inferred"
+            remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
+            raise invalid("data.path", str(root), problem, remedy)
+        return found[0]
     if not root.exists():
         remedy = "name a parquet file, a directory of pairs, or a .json, .jsonl or .tar file"
         if str(path).count("/") <= 1 and not root.suffix:
@@ -104,19 +116,20 @@ def files_of(path: str | Path, suffix: str, split: str | None = None) -> list[Pa
         InvalidInput: nothing is there, or no such split.
     """
     root = Path(path)
-    if root.is_dir():
-        found = sorted(file for file in _visible(root, suffix) if file.is_file())
-        if not found:
-            problem = f"is a directory without *{suffix} files"
-            raise invalid("data.path", str(path), problem, "name a file, or a directory of shards")
-        return _of_split(found, split, str(path))
-    if not root.is_file():
+    found = [file for file in _visible(root, suffix) if file.is_file()] if root.is_dir() else [root]
+    if not found:
+        problem = f"is a directory without *{suffix} files"
+        raise invalid("data.path", str(path), problem, "name a file, or a directory of shards")
+    if found == [root] and not root.is_file():
         raise invalid("data.path", str(path), "does not exist", f"name a {suffix} file or a directory of them")
-    return _of_split([root], split, str(path))
+    return _of_split(found, split, str(path))
 
 
 def _of_split(files: list[Path], split: str | None, path: str) -> list[Path]:
-    splits = {file: _split_of(file) for file in files}
+    splits: dict[Path, str | None] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.stem.lower())
+        splits[file] = next((name for name, known in _SPLITS.items() if set(words) & set(known)), None)
     found = {name for name in splits.values() if name is not None}
     if files == [Path(path)] and split == "train":
         return files  # the default; a file that is named counts whatever its name
@@ -135,30 +148,7 @@ def _of_split(files: list[Path], split: str | None, path: str) -> list[Path]:
     return [file for file, name in splits.items() if name == wanted]
 
 
-def _split_of(file: Path) -> str | None:
-    words = re.split(r"[^a-z]+", file.stem.lower())
-    return next((name for name, known in _SPLITS.items() if any(word in known for word in words)), None)
-
-
 def _visible(root: Path, suffix: str) -> list[Path]:
-    return [file for file in root.iterdir() if file.name.lower().endswith(suffix) and not file.name.startswith(".")]
-
-
-def _directory_format(root: Path) -> str:
-    kinds = {
-        "parquet": bool(_visible(root, ".parquet")),
-        "webdataset": bool(_visible(root, ".tar")),
-        "folder": (root / PAIRS_FILE).is_file(),
-    }
-    found = [kind for kind, there in kinds.items() if there]
-    nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
-    if not found and (nested or (root / "dataset_info.json").is_file()):
-        found = ["datasets"]  # the layout of a repository, or what Dataset.save_to_disk wrote
-    if len(found) > 1:
-        problem = f"holds what could be read as {' and as '.join(found)}"
-        raise invalid("data.path", str(root), problem, "set data.format to one of them")
-    if not found:
-        problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be inferred"
-        remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
-        raise invalid("data.path", str(root), problem, remedy)
-    return found[0]
+    """The files of a directory that end in ``suffix``, in the order of their names; hidden ones are left out."""
+    files = (file for file in root.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in files if file.name.lower().endswith(suffix))

@@ -16,18 +16,19 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
+from pyarrow import compute, parquet, types
+
 from fastinvdpo._extras import require
 from fastinvdpo.data.images import image_bytes
-from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, SCHEMA, choices, stored_under
+from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, SCHEMA, PairSource, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
-from fastinvdpo.data.source import PairSource
 from fastinvdpo.errors import InvalidInput, invalid
 
 # Larger sets are converted once to memory-mapped Arrow files by `datasets` (its cache directory, HF_DATASETS_CACHE):
 # parquet cannot read a single row, and every process of a run would otherwise hold its own copy.
 IN_MEMORY_BYTES = 2 * 1024**3
 _ROWS_PER_PIECE = 256
-_PURPOSE = "reading preference pairs"
 
 
 class TableSource(PairSource):
@@ -56,21 +57,21 @@ class TableSource(PairSource):
         self._locations, self._repository = list(locations), repository
         self.remote = any("://" in location for location in self._locations)
         self.split = None if repository is None else repository["split"]
-        self._image_root = None if image_root is None else Path(image_root)
+        self._image_root = Path(path if image_root is None else image_root)
         self._columns: dict[str, str] = {}
         self._values: dict[str, list[Any]] = {}
         self._dataset: Any = None
         self._loaded: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        metadata = []
-        for location in self._locations:
-            with _readable(location) as opened:
-                metadata.append((location, opened.metadata))
-        self._footers = [found.metadata or {} for _, found in metadata]
-        self._schemas = [(file, found.schema.to_arrow_schema()) for file, found in metadata]
-        self._groups = [
-            (file, n, found.row_group(n).num_rows) for file, found in metadata for n in range(found.num_row_groups)
-        ]
+        self._footers: list[Mapping[bytes, bytes]] = []
+        self._schemas: list[tuple[str, Any]] = []
+        self._groups: list[tuple[str, int, int]] = []  # file, number of the row group in it, rows
+        for file in self._locations:
+            with _readable(file) as opened:
+                found = opened.metadata
+            self._footers.append(found.metadata or {})
+            self._schemas.append((file, found.schema.to_arrow_schema()))
+            self._groups += [(file, n, found.row_group(n).num_rows) for n in range(found.num_row_groups)]
         if repository is not None:
             table = self._repository_table()
             self._schemas, self._groups = [(path, table.schema)], [(path, 0, table.num_rows)]
@@ -108,15 +109,12 @@ class TableSource(PairSource):
         number = bisect_right(self._starts, row) - 1
         name = f"jpg_{side}"
         cell = self._group(number).column(self._columns[name])[row - self._starts[number]]
-        return image_bytes(cell, self.where(row, name), self._roots())
-
-    def _roots(self) -> list[Path] | None:
-        """Where image files may lie that a repository names: below it, or where ``datasets`` keeps what it loaded."""
-        if self.format != "datasets":
-            return None
-        config = require("datasets", extra="train", purpose=_PURPOSE).config
-        own = [Path(self.path)] if self._image_root is None else [self._image_root]
-        return [*own, Path(config.HF_CACHE_HOME), Path(config.HF_DATASETS_CACHE), Path(config.DOWNLOADED_DATASETS_PATH)]
+        roots = None
+        if self.format == "datasets":  # which may name images below its place, or where `datasets` keeps what it loaded
+            config = require("datasets", extra="train", purpose="reading preference pairs").config
+            caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
+            roots = [self._image_root, *map(Path, caches)]
+        return image_bytes(cell, self.where(row, name), roots)
 
     def groups(self) -> list[int] | None:
         return [rows for *_, rows in self._groups] if self.streaming else None
@@ -127,23 +125,16 @@ class TableSource(PairSource):
             raise invalid("data.streaming", True, problem, "set data.streaming to false, or cache.path to null")
         if self._locations:
             return [Path(location) for location in self._locations]
-        self._repository_table()
+        table, images = self._repository_table(), set[str]()
         if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        return [*(Path(entry["filename"]) for entry in self._dataset.cache_files), *self._image_files()]
-
-    def _image_files(self) -> list[Path]:
-        """The files of images that are stored by their paths alone."""
-        compute = require("pyarrow.compute", extra="train", purpose=_PURPOSE)
-        types = require("pyarrow", extra="train", purpose=_PURPOSE).types
-        found: set[str] = set()
-        for name in IMAGES:
-            column = self._repository_table().column(self.shown(name))
+        for column in (table.column(self.shown(name)) for name in IMAGES):
             if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
-                bare = compute.is_null(compute.struct_field(column, "bytes"))
-                found.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
-        return [Path(path) for path in sorted(found) if Path(path).is_file()]
+                bare = compute.is_null(compute.struct_field(column, "bytes"))  # stored by their paths alone
+                images.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
+        own = [Path(entry["filename"]) for entry in self._dataset.cache_files]
+        return [*own, *(Path(path) for path in sorted(images) if Path(path).is_file())]
 
     def shown(self, name: str) -> str:
         return self._columns.get(name, self.names.get(name, name))
@@ -170,7 +161,6 @@ class TableSource(PairSource):
 
     def _found(self, file: str, schema: Any, required: Sequence[str]) -> dict[str, str]:
         """Which column of a file serves each part of the schema."""
-        types = require("pyarrow", extra="train", purpose=_PURPOSE).types
         found = {
             name: key for name in SCHEMA for key in reversed(stored_under(name, self.names)) if key in schema.names
         }
@@ -189,23 +179,21 @@ class TableSource(PairSource):
         return found
 
     def _group(self, number: int) -> Any:
+        """The images of a group."""
+        columns = list(dict.fromkeys(self._columns[name] for name in IMAGES))
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
-                self._loaded[number] = self._read_images(number)
+                if not self._locations:
+                    self._loaded[number] = self._repository_table().select(columns)
+                elif self.streaming:
+                    self._loaded[number] = _read(*self._groups[number][:2], columns)
+                else:
+                    self._loaded[number] = _open_table(self._locations, columns)
                 # Two windows: images of the next one may be read ahead of the last ones of this one.
                 while len(self._loaded) > 2 * self.groups_per_window:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(number)
             return self._loaded[number]
-
-    def _read_images(self, number: int) -> Any:
-        columns = list(dict.fromkeys(self._columns[name] for name in IMAGES))
-        if not self._locations:
-            return self._repository_table().select(columns)
-        if self.streaming:
-            location, group, _ = self._groups[number]
-            return _read(location, group, columns)
-        return open_table(self._locations, columns)
 
     def _repository_table(self) -> Any:
         if self._dataset is None:
@@ -222,9 +210,22 @@ class TableSource(PairSource):
         self._lock = threading.Lock()
 
 
-def open_table(files: Sequence[str], stored: list[str]) -> Any:
+def parquet_locations(path: str, options: Mapping[str, str | None]) -> list[str]:
+    """The parquet files of a repository, where they lie. Raises ``InvalidInput`` where it stores anything else."""
+    splits = _datasets(path, "load_dataset_builder", options).config.data_files or {}
+    if options["split"] not in splits:
+        remedy = f"choose one of {', '.join(map(str, splits)) or 'none'}"
+        raise invalid("data.split", options["split"], f"{path} has no such split", remedy)
+    locations = [str(location) for location in splits[options["split"]]]
+    other = next((location for location in locations if not location.endswith(".parquet")), None)
+    if other is not None:
+        problem = f"{path} stores {other}, and only parquet can be read by row groups"
+        raise invalid("data.streaming", True, problem, "set data.streaming to false")
+    return locations
+
+
+def _open_table(files: Sequence[str], stored: list[str]) -> Any:
     """One ``pyarrow.Table`` of the columns ``stored``; memory-mapped when the files exceed :data:`IN_MEMORY_BYTES`."""
-    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
     try:
         if sum(Path(file).stat().st_size for file in files) > IN_MEMORY_BYTES:
             datasets = require("datasets", extra="train", purpose="reading large sets of preference pairs")
@@ -234,20 +235,6 @@ def open_table(files: Sequence[str], stored: list[str]) -> Any:
     except (arrow.ArrowInvalid, arrow.ArrowTypeError, OSError) as error:
         problem = f"cannot be read as one table ({error})"
         raise invalid("data.path", list(files), problem, "write the files again") from error
-
-
-def parquet_locations(path: str, options: Mapping[str, str | None]) -> list[str]:
-    """The parquet files of a repository, where they lie. Raises ``InvalidInput`` where it stores anything else."""
-    splits = _datasets(path, "load_dataset_builder", options).config.data_files or {}
-    if options["split"] not in splits:
-        remedy = f"choose one of {', '.join(map(str, splits)) or 'none'}"
-        raise invalid("data.split", options["split"], f"{path} has no such split", remedy)
-    locations = [str(location) for location in splits[options["split"]]]
-    other = [location for location in locations if not location.endswith(".parquet")]
-    if other:
-        problem = f"{path} stores {other[0]}, and only parquet can be read by row groups"
-        raise invalid("data.streaming", True, problem, "set data.streaming to false")
-    return locations
 
 
 def _load(path: str, options: Mapping[str, str | None]) -> Any:
@@ -261,21 +248,6 @@ def _load(path: str, options: Mapping[str, str | None]) -> Any:
         found = _datasets(path, "load_dataset", options, split=options["split"])
     _validated(found.data.table, path)
     return found if found._indices is None else found.flatten_indices()
-
-
-def _validated(table: Any, path: str) -> Any:
-    """The table. Raises ``InvalidInput`` where reading it would fail, or end the process: damaged text or offsets."""
-    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
-    try:
-        table.validate(full=True)
-    except arrow.ArrowException as error:
-        raise invalid("data.path", path, f"is damaged ({_short(error)})", "write it again as UTF-8") from error
-    return table
-
-
-def _short(error: Exception) -> str:
-    text = str(error).partition("\n")[0]
-    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _datasets(path: str, function: str, options: Mapping[str, str | None] | None, **more: Any) -> Any:
@@ -293,25 +265,37 @@ def _datasets(path: str, function: str, options: Mapping[str, str | None] | None
         raise invalid("data.path", path, problem, remedy) from error
 
 
-@contextmanager
-def _readable(location: str) -> Iterator[Any]:
-    """A parquet file. Raises ``InvalidInput`` for a damaged one, whether its footer or its data are."""
-    arrow = require("pyarrow", extra="train", purpose=_PURPOSE)
-    parquet = require("pyarrow.parquet", extra="train", purpose=_PURPOSE)
+def _validated(table: Any, path: str) -> Any:
+    """The table. Raises ``InvalidInput`` where reading it would fail, or end the process: damaged text or offsets."""
     try:
-        with _open(location) as file:
-            yield parquet.ParquetFile(file)
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        problem = f"is not a readable parquet file ({_short(error)})"
-        raise invalid("data.path", location, problem, "write it again") from error
+        table.validate(full=True)
+    except arrow.ArrowException as error:
+        raise invalid("data.path", path, f"is damaged ({_short(error)})", "write it again as UTF-8") from error
+    return table
+
+
+def _short(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _read(location: str, group: int | None, columns: list[str] | None = None) -> Any:
     """A row group, or the whole file."""
     with _readable(location) as opened:
         return opened.read(columns=columns) if group is None else opened.read_row_group(group, columns=columns)
+
+
+@contextmanager
+def _readable(location: str) -> Iterator[Any]:
+    """A parquet file. Raises ``InvalidInput`` for a damaged one, whether its footer or its data are."""
+    try:
+        with _open(location) as file:
+            yield parquet.ParquetFile(file)
+    except InvalidInput:
+        raise
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        problem = f"is not a readable parquet file ({_short(error)})"
+        raise invalid("data.path", location, problem, "write it again") from error
 
 
 def _open(location: str) -> Any:

@@ -8,7 +8,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo._extras import require
+import pyarrow as arrow
+from pyarrow import parquet
+
 from fastinvdpo.atomic import atomic_file
 from fastinvdpo.data.rows import IMAGES, SCHEMA, SCORES, number
 from fastinvdpo.errors import invalid
@@ -32,8 +34,6 @@ def write_pairs(
     Raises:
         InvalidInput: a missing or unknown key, or a value of the wrong kind, naming row and column; no rows at all.
     """
-    arrow = require("pyarrow", extra="train", purpose="writing preference pairs")
-    parquet = require("pyarrow.parquet", extra="train", purpose="writing preference pairs")
     remaining = iter(rows)
     first = next(remaining, None)
     if first is None:

@@ -11,10 +11,9 @@ import torch
 from fastinvdpo._extras import require
 from fastinvdpo.io import Digests, read_object
 from fastinvdpo.models import checkpoint_files, load_model
-from fastinvdpo.models.adapter_files import adapter_file, merge_adapter, read_adapter, trained_on
+from fastinvdpo.models.adapters import adapter_file, merge_adapter, read_adapter, trained_on
 from fastinvdpo.models.base import Origin, part_files
-from fastinvdpo.models.checkpoints import ENCODERS
-from fastinvdpo.models.weights import NETWORKS, weight_files
+from fastinvdpo.models.checkpoints import ENCODERS, NETWORKS, weight_files
 
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
@@ -28,7 +27,7 @@ def open_aligned(
     """The aligned model, on the host.
 
     ``aligned`` is a directory or hub id of a whole model, a directory with the network alone, or an adapter for
-    ``base``, as :func:`~fastinvdpo.models.adapter_files.read_adapter` reads it, which is merged into the network's
+    ``base``, as :func:`~fastinvdpo.models.adapters.read_adapter` reads it, which is merged into the network's
     weights: into those that it was trained on, where it says that they are not ``base``'s own.
 
     Raises:

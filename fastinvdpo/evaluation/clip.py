@@ -12,7 +12,7 @@ from torch import Tensor
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import Digests
-from fastinvdpo.models.weights import check_loaded
+from fastinvdpo.models.checkpoints import check_loaded
 
 if TYPE_CHECKING:
     from PIL.Image import Image

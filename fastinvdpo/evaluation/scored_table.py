@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo._extras import require
+from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, TIE, caption_of, labels_of, winner_of
-from fastinvdpo.data.source import PairSource
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_PIECE = 256

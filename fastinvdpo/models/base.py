@@ -6,11 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import NoiseSchedule, inversion_levels
 from fastinvdpo.errors import invalid
 
@@ -41,23 +42,24 @@ class DiffusionModel(ABC):
     """A trainable denoising network with the frozen parts that surround it.
 
     Attributes:
-        family: name that :func:`load_model` knows.
+        family: name that :func:`load_model` knows. options: its further arguments that the family has.
         network: the denoiser; the only part that training changes.
+        network_folder: its name in a checkpoint, ``unet`` or ``transformer``.
         schedule: the noise schedule of the checkpoint, float64.
+        sampling_schedule: the one that the checkpoint is sampled by, whatever it is trained with.
         scheduler_config: the checkpoint's scheduler configuration, as saved again by :meth:`save`.
         default_lora_targets: module names LoRA adapts when the configuration names none.
         latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
         image_size: ``(height, width)`` in pixels at the model's own resolution.
-        network_folder: the name of the network in a checkpoint, ``unet`` or ``transformer``.
-        sampling_schedule: the noise schedule that the checkpoint is sampled by, whatever it is trained with.
         own_guidance: the guidance scale that the checkpoint's own pipeline samples with by default.
-        guidance_embedded: whether the network is told its guidance scale, in the place of a second call.
+        guidance_embedded: whether the guidance scale is an input of the network, in the place of a second call.
         refines: whether it starts from images alone, never from pure noise.
         origin: the checkpoint that it was loaded from; None for a network at hand.
         unquantized: makes the network as it was before its weights were quantized; None where they are not.
     """
 
     family: str
+    options: ClassVar[tuple[str, ...]] = ()
     network_folder: str = "unet"
     network: nn.Module
     schedule: NoiseSchedule
@@ -96,7 +98,7 @@ class DiffusionModel(ABC):
         return cls.own_guidance
 
     def guidance(self, scale: float | None) -> tuple[float, float | None]:
-        """``(classifier-free guidance, guidance that the network is told)`` for a ``guidance_scale`` as the
+        """``(scale of classifier-free guidance, guidance as an input of the network)`` for a ``guidance_scale`` as the
         checkpoint's own pipeline takes it: up to 1 there is none. Raises ``InvalidInput`` for one that means nothing.
         """
         return max(check_guidance(self.own_guidance if scale is None else scale), 1.0), None
@@ -109,19 +111,15 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Latents ``(n, C, h, w)``, float32, without gradient.
+        """Latents ``(n, C, h, w)``, float32, without gradient. Raises ``InvalidInput`` for unusable sizes.
 
-        Args:
-            posterior: number of the sample to take from each image's posterior, int64 ``(n,)`` on the host: equal
-                numbers take equal noise. None: its mean. No matter to families without a VAE.
-
-        Raises:
-            InvalidInput: unusable sizes.
+        ``posterior``: number of the sample to take from each image's posterior, int64 ``(n,)`` on the host: equal
+        numbers take equal noise. None: its mean. No matter to families without a VAE.
         """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> list[Image]:
-        """Pictures of latents ``(n, C, h, w)``. Raises ``InvalidInput`` for another shape or non-finite values."""
+        """Images of latents ``(n, C, h, w)``. Raises ``InvalidInput`` for another shape or non-finite values."""
 
     @abstractmethod
     def encode_prompts(
@@ -206,33 +204,38 @@ def check_latents(latents: Tensor, channels: int) -> None:
         raise invalid("latents", f"{tuple(latents.shape)}", "holds NaN or infinity", "look at how they were made")
 
 
+def pixels_of(images: Sequence[Image], mode: str) -> Tensor:
+    """``(n, C, height, width)`` float32 in [-1, 1] of images of one size, in PIL's mode ``L`` or ``RGB``."""
+
+    def pixels(image: Image) -> Tensor:
+        flat = torch.frombuffer(bytearray(image.convert(mode).tobytes()), dtype=torch.uint8)
+        return flat.reshape(image.height, image.width, len(mode)).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0
+
+    return torch.stack([pixels(image) for image in images])
+
+
+def images_of(pixels: Tensor) -> list[Image]:
+    """Images of uint8 ``(n, C, height, width)``, gray with one channel."""
+    pil = require("PIL.Image", extra="train", purpose="writing images")
+    mode, size = "L" if pixels.shape[1] == 1 else "RGB", (pixels.shape[3], pixels.shape[2])
+    return [pil.frombytes(mode, size, one.permute(1, 2, 0).numpy().tobytes()) for one in pixels.cpu()]
+
+
 def cast_inputs(
-    network: nn.Module, latents: Tensor, conditioning: Mapping[str, Tensor]
+    network: nn.Module, latents: Tensor, conditioning: Mapping[str, Tensor], names: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Latents and conditioning in the storage type of the network.
 
-    Objectives keep latents in float32; a network kept in bf16 does not accept them as they are.
+    Objectives keep latents in float32; a network kept in bf16 does not accept them as they are. Raises ``InvalidInput``
+    where the conditioning lacks one of the named tensors.
     """
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), latents.dtype)
-    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
-    return latents.to(dtype), cast
-
-
-def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``module`` with its weights as ``dtype``.
-
-    Used after loading, because the keyword that asks for a dtype while loading differs between versions of diffusers.
-    """
-    stored = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-    return module if stored <= {dtype} else module.to(dtype)
-
-
-def check_conditioning(conditioning: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise ``InvalidInput`` when the conditioning lacks one of the named tensors."""
     for name in names:
         if name not in conditioning:
             found = sorted(conditioning)
             raise invalid("conditioning", found, f"lacks {name!r}", "build it with the model's encode_prompts")
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), latents.dtype)
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
+    return latents.to(dtype), cast
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -249,11 +252,11 @@ def saveable_network(network: nn.Module) -> nn.Module:
     written could not be loaded.
     """
     plain = unwrap(network)
+    problem, remedy = "", ""
     if any(".lora_" in name for name, _ in plain.named_parameters()):
-        raise invalid(
-            "network", type(plain).__name__, "holds LoRA layers that are not merged", "merge the adapter, then save"
-        )
-    if not all(parameter.is_floating_point() for parameter in plain.parameters()):
-        remedy = "save what unquantized() gives, with the adapter merged"
-        raise invalid("network", type(plain).__name__, "holds quantized weights", remedy)
+        problem, remedy = "holds LoRA layers that are not merged", "merge the adapter, then save"
+    elif not all(parameter.is_floating_point() for parameter in plain.parameters()):
+        problem, remedy = "holds quantized weights", "save what unquantized() gives, with the adapter merged"
+    if problem:
+        raise invalid("network", type(plain).__name__, problem, remedy)
     return plain

@@ -1,37 +1,42 @@
-"""Where a checkpoint comes from: a diffusers directory or a hub id, always as safetensors."""
+"""Checkpoints: where they come from, a diffusers directory or a hub id, and their weights, always as safetensors.
+
+Every tensor of a part finds its place, or loading fails with the file and the names.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import read_object
-from fastinvdpo.models.base import Origin, cast_weights, part_files
-from fastinvdpo.models.weights import NOT_FOUND, load_module, readable_errors, weight_files
+from fastinvdpo.models.base import Origin, part_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-# What training needs only to encode pictures and prompts.
+NOT_FOUND = "give a directory in diffusers' format or the id of a hub repository that holds safetensors files"
+_FILE = re.compile(r"(?P<stem>[^.]+?)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
+# What torch.compile, FSDP and activation checkpointing put into names, and what stands before all names of a network
+# that was saved inside of something.
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = ("module.", "base_model.model.", "state_dict.", "model.", "ema_model.", "ema.")
+NETWORKS = ("unet", "transformer")
+# What training needs only to encode images and prompts.
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _FROZEN_PARTS = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
 # Configuration entries that must agree for one UNet or transformer to take the place of another.
 _INTERFACE = (
-    "in_channels",
-    "out_channels",
-    "cross_attention_dim",
-    "addition_embed_type",
-    "projection_class_embeddings_input_dim",
-    "class_embed_type",
-    "patch_size",
-    "joint_attention_dim",
-    "pooled_projection_dim",
+    *("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "class_embed_type"),
+    *("projection_class_embeddings_input_dim", "patch_size", "joint_attention_dim", "pooled_projection_dim"),
     "guidance_embeds",
 )
 
@@ -49,13 +54,15 @@ def location(argument: str, path: str | Path) -> str:
     return text
 
 
-def pipeline_class(path: str | Path, revision: str | None = None) -> str | None:
-    """The class that a checkpoint's model_index.json names; None for a directory that has none."""
+def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The content of a checkpoint's model_index.json. Raises ``InvalidInput`` where there is none."""
     source = location("model.path", path)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        return None
-    name = _index(source, revision).get("_class_name")
-    return None if name is None else str(name)
+        remedy = f"{NOT_FOUND}; a model of the demo is of the family digits"
+        raise invalid("model.path", source, "holds no model_index.json", remedy)
+    with readable_errors("model.path", source):
+        index: dict[str, Any] = _diffusers().DiffusionPipeline.load_config(source, revision=revision)
+    return index
 
 
 def load_pipeline(
@@ -64,18 +71,10 @@ def load_pipeline(
     """The diffusers pipeline with every part but the safety checker, on the CPU.
 
     The VAE is read in float32 (SDXL's overflows in float16), everything else as ``dtype``. Without ``frozen_parts`` the
-    VAE, text encoders and tokenizers are None.
-
-    Args:
-        names: pipeline classes that belong to the family.
-        denoiser: the part that is trained, ``"unet"`` or ``"transformer"``.
+    VAE, text encoders and tokenizers are None. ``names``: pipeline classes that belong to the family. ``denoiser``: the
+    part that is trained, ``"unet"`` or ``"transformer"``.
     """
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
-    source = location("model.path", origin.path)
-    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        remedy = f"{NOT_FOUND}; a model of the demo is of the family digits"
-        raise invalid("model.path", source, "holds no model_index.json", remedy)
-    index = _index(source, origin.revision)
+    source, index = location("model.path", origin.path), model_index(origin.path, origin.revision)
     name = str(index.get("_class_name"))
     if name not in names:
         remedy = f"this family is for {' and '.join(names)}; model.family auto chooses by the checkpoint"
@@ -98,21 +97,21 @@ def load_pipeline(
         argument, other = replaced.get(part, ("model.path", None))
         folder = root / part if other is None else part_folder(argument, other, part)
         variant = origin.variant if other is None else None
-        module = load_module(_part_class(source, index, part), argument, folder, part, variant)
-        given[part] = cast_weights(module, torch.float32 if part == "vae" else dtype)
+        kept = torch.float32 if part == "vae" else dtype
+        given[part] = load_module(_part_class(source, index, part), argument, folder, part, variant, kept)
     if origin.unet_init is not None:
         with readable_errors("model.path", source):
             wanted = type(given[denoiser]).load_config(source, subfolder=denoiser, revision=origin.revision)
-        _check_interface(origin.unet_init, given[denoiser].config, wanted)
+        found = given[denoiser].config
+        for key in (key for key in _INTERFACE if key in wanted and found.get(key) != wanted[key]):
+            problem = f"its {key} is {found.get(key)}, that of the base model's own {wanted[key]}"
+            raise invalid("model.unet_init", str(origin.unet_init), problem, "use one of the same model generation")
     with readable_errors("model.path", source):
-        return getattr(diffusers, name).from_pretrained(root, trust_remote_code=False, **given)
+        return getattr(_diffusers(), name).from_pretrained(root, trust_remote_code=False, **given)
 
 
-def _index(source: str, revision: str | None) -> dict[str, Any]:
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
-    with readable_errors("model.path", source):
-        index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(source, revision=revision)
-    return index
+def _diffusers() -> Any:
+    return require("diffusers", extra="train", purpose="loading a diffusion model")
 
 
 def _part_class(source: str, index: Mapping[str, Any], part: str) -> Any:
@@ -127,14 +126,12 @@ def _part_class(source: str, index: Mapping[str, Any], part: str) -> Any:
 
 def vae_config(origin: Origin) -> dict[str, Any]:
     """The configuration of a checkpoint's VAE, without its weights."""
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
     if origin.vae is not None:
-        file = part_folder("model.vae", origin.vae, "vae") / "config.json"
-        config = read_object(file, "model.vae")
+        config = read_object(part_folder("model.vae", origin.vae, "vae") / "config.json", "model.vae")
     else:
         source = location("model.path", origin.path)
         with readable_errors("model.path", source):
-            config = diffusers.AutoencoderKL.load_config(source, subfolder="vae", revision=origin.revision)
+            config = _diffusers().AutoencoderKL.load_config(source, subfolder="vae", revision=origin.revision)
     return {"latent_channels": 4, "block_out_channels": (64,), **config}
 
 
@@ -143,30 +140,24 @@ def local_folder(origin: Origin, without: Sequence[str] = ()) -> Path:
     source = location("model.path", origin.path)
     if Path(source).is_dir():
         return Path(source)
-    diffusers = require("diffusers", extra="train", purpose="loading a diffusion model")
-    left_out: dict[str, Any] = dict.fromkeys(without)
+    options = {"revision": origin.revision, "variant": origin.variant, "use_safetensors": True}
     with readable_errors("model.path", source):
-        folder = diffusers.DiffusionPipeline.download(
-            source, revision=origin.revision, variant=origin.variant, use_safetensors=True, **left_out
-        )
-    return Path(folder)
+        return Path(_diffusers().DiffusionPipeline.download(source, **options, **dict.fromkeys(without)))
 
 
 def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
     """The files of every part of a pipeline; those of ``unet_init`` stand for the denoiser, and those of another VAE
     for the VAE, where they are given.
     """
+    model_index(origin.path, origin.revision)  # raises
     root = local_folder(origin)
-    index = root / "model_index.json"
-    if not index.is_file():
-        raise invalid("model.path", str(origin.path), "holds no model_index.json", NOT_FOUND)
     parts = [part for part in (*_FROZEN_PARTS, denoiser, "scheduler") if (root / part).is_dir()]
     files = {part: part_files(root / part) for part in parts}
     others = (("model.unet_init", denoiser, origin.unet_init), ("model.vae", "vae", origin.vae))
     for argument, part, other in others:
         if other is not None:
             files[part] = part_files(part_folder(argument, other, part))
-    return {**files, "model_index": [index]}
+    return {**files, "model_index": [root / "model_index.json"]}
 
 
 def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> bool:
@@ -206,16 +197,140 @@ def part_folder(argument: str, path: str | Path, part: str) -> Path:
     root = Path(source)
     if not root.is_dir():
         hub = require("huggingface_hub", extra="train", purpose="loading a diffusion model")
-        kept = [
-            f"{folder}{name}" for folder in (f"{part}/", "") for name in ("config.json", "diffusion_*.safetensors*")
-        ]
+        names = ("config.json", "diffusion_*.safetensors*")
+        kept = [f"{folder}{name}" for folder in (f"{part}/", "") for name in names]
         with readable_errors(argument, source):
             root = Path(hub.snapshot_download(source, allow_patterns=kept))
     return root / part if (root / part).is_dir() else root
 
 
-def _check_interface(unet_init: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in _INTERFACE:
-        if found.get(name) != wanted.get(name) and name in wanted:
-            problem = f"its {name} is {found.get(name)}, that of the base model's own {wanted.get(name)}"
-            raise invalid("model.unet_init", str(unet_init), problem, "use one of the same model generation")
+def weight_files(argument: str, folder: Path, variant: str | None) -> tuple[list[Path], str | None]:
+    """The safetensors files of a part, and the variant they are.
+
+    Those of ``variant`` where the part has it, else the plain ones, as diffusers' pipelines choose; without a named
+    variant the only one that there is. Raises ``InvalidInput`` where there are none, or several variants to choose
+    from.
+    """
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        match = _FILE.fullmatch(file.name)
+        if match is not None and match["stem"].split("-")[0] in ("diffusion_pytorch_model", "model"):
+            found.setdefault(match["variant"], []).append(file)
+    chosen = variant if variant in found else None if None in found else variant
+    if variant is None and None not in found and len(found) == 1:
+        (chosen,) = found
+    if chosen in found:
+        return found[chosen], chosen
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".ckpt", ".pt", ".msgpack"))
+    problem = f"cannot be loaded ({folder} holds no safetensors weights{f', only {others}' if others else ''})"
+    if not found:
+        raise invalid(argument, str(folder), problem, NOT_FOUND)
+    names = ", ".join(str(name) for name in found)
+    problem = f"cannot be loaded ({folder} holds weights as the variants {names}, not {variant or 'plain ones'})"
+    raise invalid(argument, str(folder), problem, "name one of them: model.variant, or --variant of a command")
+
+
+def tensor_shapes(argument: str, files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, of the headers alone. Raises ``InvalidInput`` for a damaged file."""
+    safetensors = require("safetensors", extra="train", purpose="reading weights")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            problem = f"is no whole safetensors file ({error})"
+            raise invalid(argument, str(file), problem, "download or write it again") from error
+    return shapes
+
+
+def plain_names(names: Iterable[str], part: str | None = None) -> dict[str, str]:
+    """Stored name -> name without what wrappers add; of the tensors of a whole pipeline those of ``part`` alone."""
+    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    while prefix := next((p for p in _OUTER if plain and all(name.startswith(p) for name in plain.values())), None):
+        plain = {stored: name.removeprefix(prefix) for stored, name in plain.items()}
+    if part in {name.split(".")[0] for name in plain.values()} <= {*NETWORKS, *ENCODERS}:
+        return {n: name.removeprefix(f"{part}.") for n, name in plain.items() if name.startswith(f"{part}.")}
+    return plain
+
+
+def load_module(
+    kind: Any, argument: str, folder: Path, part: str, variant: str | None, dtype: torch.dtype
+) -> nn.Module:
+    """The model of class ``kind`` (diffusers, transformers) in ``folder``, a directory with its configuration.
+
+    Names that wrappers changed are translated for UNet and transformer, which trainings save, and for no other part.
+    Raises ``InvalidInput`` for no weights, a damaged file, or weights that are not exactly those of the model.
+    """
+    if not (folder / "config.json").is_file():
+        raise invalid(argument, str(folder), "holds no config.json", NOT_FOUND)
+    files, variant = weight_files(argument, folder, variant)
+    with _readable(argument, files, folder, part) as place, readable_errors(argument, str(folder)):
+        module, info = kind.from_pretrained(place, variant=variant, use_safetensors=True, output_loading_info=True)
+    check_loaded(argument, files[0], info)
+    loaded: nn.Module = module.eval()
+    # The keyword that names a dtype while loading differs between versions of diffusers; ``to`` warns for some models.
+    stored = {parameter.dtype for parameter in loaded.parameters() if parameter.is_floating_point()}
+    return loaded if stored <= {dtype} else loaded.to(dtype)
+
+
+def check_loaded(argument: str, file: Path, info: Mapping[str, Any]) -> None:
+    """:func:`check_names` for what ``from_pretrained`` returns with ``output_loading_info``."""
+    # Tables of positions, which versions of transformers stored and others make, are no weights.
+    kinds = ("missing", "unexpected", "mismatched")
+    found = [[n for n in info[f"{kind}_keys"] if not str(n).endswith("position_ids")] for kind in kinds]
+    check_names(argument, file, *found)
+
+
+def check_names(
+    argument: str,
+    file: Path,
+    missing: Iterable[Any] = (),
+    unexpected: Iterable[Any] = (),
+    mismatched: Iterable[Any] = (),
+) -> None:
+    """Raise ``InvalidInput`` with the file and the first names, unless all three are empty."""
+    kinds = {"lacks": missing, "has unknown": unexpected, "has tensors of another shape:": mismatched}
+    problems = [f"{verb} {listed(names)}" for verb, names in kinds.items() if names]
+    if problems:
+        remedy = "use the weights that belong to this model's configuration, under their own names"
+        raise invalid(argument, str(file), f"does not fit the model: it {'; it '.join(problems)}", remedy)
+
+
+@contextmanager
+def readable_errors(argument: str, source: str) -> Iterator[None]:
+    """Turn what diffusers, transformers and the hub client raise for unusable repositories into ``InvalidInput``."""
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except (OSError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise invalid(argument, source, f"cannot be loaded ({error})", NOT_FOUND) from error
+
+
+@contextmanager
+def _readable(argument: str, files: Sequence[Path], folder: Path, part: str) -> Iterator[Path]:
+    """The folder, or for as long as it takes a copy of it with plain names."""
+    stored = tensor_shapes(argument, files)
+    plain = plain_names(stored, part)
+    if part not in NETWORKS or all(name == plain.get(name) for name in stored):
+        yield folder
+        return
+    safetensors = require("safetensors.torch", extra="train", purpose="loading a diffusion model")
+    with tempfile.TemporaryDirectory() as temporary:
+        shutil.copyfile(folder / "config.json", Path(temporary, "config.json"))
+        weights: dict[str, Tensor] = {}
+        for file in files:
+            weights |= {plain[n]: tensor for n, tensor in safetensors.load_file(file).items() if n in plain}
+        name = _FILE.fullmatch(files[0].name)
+        assert name is not None
+        ending = "" if name["variant"] is None else f".{name['variant']}"
+        target = Path(temporary, f"{name['stem'].split('-')[0]}{ending}.safetensors")
+        safetensors.save_file(weights, target, metadata={"format": "pt"})
+        yield Path(temporary)
+
+
+def listed(names: Iterable[Any]) -> str:
+    """The first names, in order."""
+    shown = sorted(str(name[0] if isinstance(name, tuple) else name) for name in names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

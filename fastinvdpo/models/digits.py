@@ -1,4 +1,4 @@
-"""The model family of the demo: 8x8 gray pictures of digits, an identity "VAE" and a hash text encoder.
+"""The model family of the demo: 8x8 gray images of digits, an identity "VAE" and a hash text encoder.
 
 A model is a directory::
 
@@ -8,10 +8,13 @@ A model is a directory::
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +23,9 @@ from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_object
-from fastinvdpo.models.base import (
-    DiffusionModel,
-    Origin,
-    cast_inputs,
-    cast_weights,
-    check_conditioning,
-    check_images,
-    check_latents,
-    check_prompts,
-    part_files,
-    saveable_network,
-)
-from fastinvdpo.models.digits_text import embed_prompts
-from fastinvdpo.models.weights import load_module
+from fastinvdpo.models import base
+from fastinvdpo.models.base import DiffusionModel, Origin
+from fastinvdpo.models.checkpoints import load_module
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,14 +33,15 @@ if TYPE_CHECKING:
     from fastinvdpo.data.transforms import ImageGeometry
 
 SIDE = 8
-_HALF_RANGE = 127.5  # pixel p of 0..255 <-> latent p / 127.5 - 1
+WORDS_PER_PROMPT = 4
+EMBEDDING_DIM = 32
+_MODEL_REMEDY = "name a directory with unet/ and scheduler/, such as one the demo or a training run wrote"
 
 
 class DigitsModel(DiffusionModel):
-    """A UNet on 8x8 one-channel pictures; the latent is the picture itself, scaled to [-1, 1]."""
+    """A UNet on 8x8 one-channel images; the latent is the image itself, scaled to [-1, 1]."""
 
     family = "digits"
-    options: ClassVar[tuple[str, ...]] = ()
     latent_shape = (1, SIDE, SIDE)
     image_size = (SIDE, SIDE)
 
@@ -59,11 +52,9 @@ class DigitsModel(DiffusionModel):
 
     @classmethod
     def load(cls, origin: Origin, *, dtype: torch.dtype = torch.float32, frozen_parts: bool = True) -> DigitsModel:
-        """Load a directory. Weights stored in half precision are upcast to ``dtype``; ``frozen_parts`` means nothing,
-        since there are none.
+        """Load a directory; ``frozen_parts`` means nothing, since there are none.
 
-        Raises:
-            InvalidInput: a file is missing, the UNet has other channels, or a revision is given.
+        Raises ``InvalidInput`` where a file is missing, the UNet has other channels, or a revision is given.
         """
         if origin.revision is not None:
             raise invalid("model.revision", origin.revision, "means nothing for a local digits model", "leave it out")
@@ -83,56 +74,74 @@ class DigitsModel(DiffusionModel):
     def files(cls, origin: Origin) -> dict[str, list[Path]]:
         network = Path(origin.path if origin.unet_init is None else origin.unet_init)
         folders = {"unet": _unet_folder(network), "scheduler": Path(origin.path) / "scheduler"}
-        found = {part: part_files(folder) for part, folder in folders.items()}
+        found = {part: base.part_files(folder) for part, folder in folders.items()}
         for part, files in found.items():
             if not files:
                 raise invalid("model.path", str(origin.path), f"holds no {part}", _MODEL_REMEDY)
         return found
 
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Latents ``(n, 1, 8, 8)`` of 8x8 pictures, which are their pixels; colors become gray."""
-        check_images(images)
+        """Latents ``(n, 1, 8, 8)`` of 8x8 images, which are their pixels; colors become gray."""
+        base.check_images(images)
         for i, image in enumerate(images):
             if image.size != (SIDE, SIDE):
                 remedy = f"resize it, or set data.resolution to {SIDE}"
                 raise invalid(f"images[{i}].size", image.size, f"digit models need {SIDE}x{SIDE} pixels", remedy)
-        pixels = torch.stack([_gray_pixels(image) for image in images])
-        return (pixels.to(torch.float32) / _HALF_RANGE - 1.0).to(self.device)
+        return base.pixels_of(images, "L").to(self.device)
 
     def decode_latents(self, latents: Tensor) -> list[Image]:
-        """8-bit gray pictures; values outside [-1, 1] are clipped."""
-        image_module = require("PIL.Image", extra="train", purpose="writing pictures")
-        check_latents(latents, channels=1)
-        pixels = ((latents.detach().to("cpu", torch.float64) + 1.0) * _HALF_RANGE).round().clamp(0, 255)
-        rows = pixels[:, 0].to(torch.uint8)
-        size = (rows.shape[2], rows.shape[1])
-        return [image_module.frombytes("L", size, bytes(row.flatten().tolist())) for row in rows]
+        """8-bit gray images; values outside [-1, 1] are clipped."""
+        base.check_latents(latents, channels=1)
+        pixels = ((latents.detach().to("cpu", torch.float64) + 1.0) * 127.5).round().clamp(0, 255)
+        return base.images_of(pixels.to(torch.uint8))
 
     def encode_prompts(
         self, prompts: Sequence[str], *, geometry: Sequence[ImageGeometry] | None = None
     ) -> dict[str, Tensor]:
         """``encoder_hidden_states`` ``(n, 4, 32)`` float32 from the hash text encoder; ``""`` gives zeros."""
-        return {"encoder_hidden_states": embed_prompts(check_prompts(prompts)).to(self.device)}
+        return {"encoder_hidden_states": embed_prompts(prompts).to(self.device)}
 
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        check_conditioning(conditioning, ("encoder_hidden_states",))
-        sample, cast = cast_inputs(network, latents, conditioning)
+        sample, cast = base.cast_inputs(network, latents, conditioning, ("encoder_hidden_states",))
         output: Tensor = network(
             sample, timesteps, encoder_hidden_states=cast["encoder_hidden_states"], return_dict=False
         )[0]
         return output
 
     def save(self, directory: str | Path, network: nn.Module | None = None) -> None:
-        plain: Any = saveable_network(self.network if network is None else network)
-        root = Path(directory)
-        plain.save_pretrained(root / "unet", safe_serialization=True)
-        (root / "scheduler").mkdir(parents=True, exist_ok=True)
-        (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler_config, indent=2) + "\n")
+        self.save_network(directory, self.network if network is None else network)
+        config_file = Path(directory) / "scheduler" / "scheduler_config.json"
+        config_file.parent.mkdir(parents=True, exist_ok=True)
+        config_file.write_text(json.dumps(self.scheduler_config, indent=2) + "\n")
 
 
-_MODEL_REMEDY = "name a directory with unet/ and scheduler/, such as one the demo or a training run wrote"
+@functools.lru_cache(maxsize=4096)
+def word_vector(word: str) -> tuple[float, ...]:
+    """``EMBEDDING_DIM`` nearly normal numbers (mean 0, variance 1) that depend on the word alone.
+
+    Each number is the centered sum of twelve 16-bit uniform integers taken from one SHA-256 digest (Irwin-Hall). A
+    logarithm or cosine, as in Box-Muller, could differ in the last bit from one C library to another; sums of integers
+    cannot, and nothing has to be shipped.
+    """
+    return tuple(
+        (sum(struct.unpack_from("<12H", hashlib.sha256(f"{word}:{index}".encode()).digest())) - 6 * 65535) / 65536
+        for index in range(EMBEDDING_DIM)
+    )
+
+
+def embed_prompts(prompts: Sequence[str]) -> Tensor:
+    """Embed prompts as float32 ``(n, 4, 32)``: one row a word, zero rows behind the last one, longer prompts cut.
+
+    Words are split at white space, upper and lower case are one. The empty prompt, all zeros, is the unconditional one.
+    """
+    texts = base.check_prompts(prompts)
+    embeddings = torch.zeros(len(texts), WORDS_PER_PROMPT, EMBEDDING_DIM)
+    for row, text in enumerate(texts):
+        for place, word in enumerate(text.lower().split()[:WORDS_PER_PROMPT]):
+            embeddings[row, place] = torch.tensor(word_vector(word))
+    return embeddings
 
 
 def _load_unet(argument: str, root: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
@@ -141,17 +150,12 @@ def _load_unet(argument: str, root: Path, variant: str | None, dtype: torch.dtyp
     folder = _unet_folder(root)
     if not (folder / "config.json").is_file():
         raise invalid(argument, str(root), "holds no unet/config.json", _MODEL_REMEDY)
-    network = load_module(diffusers.UNet2DConditionModel, argument, folder, "unet", variant)
+    network = load_module(diffusers.UNet2DConditionModel, argument, folder, "unet", variant, dtype)
     channels = network.config["in_channels"]  # type: ignore[index]
     if channels != 1:
         raise invalid(argument, str(folder), f"its UNet has {channels} input channels, digits have 1", _MODEL_REMEDY)
-    return cast_weights(network, dtype)
+    return network
 
 
 def _unet_folder(root: Path) -> Path:
     return root / "unet" if (root / "unet").is_dir() else root
-
-
-def _gray_pixels(image: Image) -> Tensor:
-    gray = image.convert("L")
-    return torch.frombuffer(bytearray(gray.tobytes()), dtype=torch.uint8).reshape(1, gray.height, gray.width)

@@ -12,14 +12,14 @@ import torch
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_object
 from fastinvdpo.models.base import DiffusionModel, Origin
-from fastinvdpo.models.checkpoints import pipeline_class
+from fastinvdpo.models.checkpoints import model_index
 
 # family name -> (module, class); modules are imported when needed, since they need diffusers.
 _FAMILIES = {
     "digits": ("fastinvdpo.models.digits", "DigitsModel"),
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
-    "stable-diffusion-3": ("fastinvdpo.models.stable_diffusion_3", "StableDiffusion3Model"),
-    "flux": ("fastinvdpo.models.flux", "FluxModel"),
+    "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
+    "flux": ("fastinvdpo.models.flow", "FluxModel"),
 }
 # Pipeline class in a checkpoint's model_index.json -> family.
 _PIPELINES = {
@@ -38,10 +38,10 @@ def families() -> tuple[str, ...]:
 
 
 def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
-    """``family``, or for ``"auto"`` the one that the checkpoint is of, told from its model_index.json.
+    """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json.
 
     A directory without one, but with a UNet and a scheduler, is a model of the demo. Raises ``InvalidInput`` where
-    nothing can be told.
+    nothing can be inferred.
     """
     if not str(path or "").strip():
         raise invalid("model.path", path, "is empty", "name a directory or a hub id")
@@ -50,12 +50,10 @@ def resolve_family(family: str, path: str | Path, revision: str | None = None) -
             known = f"choose auto, or one of {', '.join(_FAMILIES)}"
             raise invalid("model.family", family, "is not a known model family", known)
         return family
-    name = pipeline_class(path, revision)
-    if name is None:
-        if (Path(path) / "scheduler" / "scheduler_config.json").is_file():
-            return "digits"
-        remedy = "give a directory in diffusers' format or the id of a hub repository that holds safetensors files"
-        raise invalid("model.path", str(path), "holds no model_index.json", remedy)
+    root = Path(path)
+    if (root / "scheduler" / "scheduler_config.json").is_file() and not (root / "model_index.json").is_file():
+        return "digits"
+    name = model_index(path, revision).get("_class_name")
     if name not in _PIPELINES:
         raise invalid("model.path", str(path), f"is a {name}", f"supported are {', '.join(_PIPELINES)}")
     return _PIPELINES[name]
@@ -78,7 +76,7 @@ def load_model(
     """Load a model of the named family. Weights fit the configuration exactly, or the load fails.
 
     Args:
-        family: one of :func:`families`, or ``"auto"``: told from the checkpoint.
+        family: one of :func:`families`, or ``"auto"``: inferred from the checkpoint.
         path: directory of the model, or for all but ``digits`` also a Hugging Face hub id.
         dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
         frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode
@@ -99,9 +97,8 @@ def load_model(
     if dtype not in _DTYPES:
         raise invalid("dtype", dtype, "is not a floating-point type models are kept in", f"use one of {_DTYPES}")
     loader = family_class(family)
-    vae = {} if origin.vae is None else {"vae": origin.vae}
-    for name, value in {**vae, **given}.items():
-        if name not in ("vae", *loader.options) or family == "digits":
+    for name, value in {"vae": origin.vae, **given}.items():
+        if value is not None and name not in loader.options:
             problem, known = f"means nothing for a model of the family {family}", ", ".join(loader.options)
             raise invalid(f"model.{name}", value, problem, f"set it to null; options here: {known or 'none'}")
     model: DiffusionModel = loader.load(origin, dtype=dtype, frozen_parts=frozen_parts, **given)
@@ -121,22 +118,19 @@ def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> 
 
 def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
     """The guidance scale that a checkpoint's own pipeline samples with by default, by :func:`checkpoint_files`."""
-    kind, read = family_class(family), dict[str, Any]()
-    for part, name in (
-        ("model_index", "model_index"),
-        ("scheduler", "scheduler_config"),
-        (kind.network_folder, "config"),
-    ):
-        read[part] = next((read_object(f, "model.path") for f in files.get(part, ()) if f.name == f"{name}.json"), {})
-    pipeline = str(read["model_index"].get("_class_name"))
-    scale: float = kind.guidance_by_default(pipeline, read["scheduler"], read[kind.network_folder])
+    kind = family_class(family)
+
+    def read(part: str, name: str) -> dict[str, Any]:
+        return next((read_object(file, "model.path") for file in files.get(part, ()) if file.name == name), {})
+
+    pipeline = str(read("model_index", "model_index.json").get("_class_name"))
+    scheduler, network = read("scheduler", "scheduler_config.json"), read(kind.network_folder, "config.json")
+    scale: float = kind.guidance_by_default(pipeline, scheduler, network)
     return scale
 
 
 def _origin(path: str | Path | Origin, options: Mapping[str, Any]) -> tuple[Origin, dict[str, Any]]:
     """The checkpoint, and the options that do not belong to it."""
-    origin = Origin.of(path)
     given = {name: value for name, value in options.items() if value is not None}
-    return origin._replace(**{n: v for n, v in given.items() if n in Origin._fields}), {
-        n: v for n, v in given.items() if n not in Origin._fields
-    }
+    own = {name: given.pop(name) for name in Origin._fields if name in given}
+    return Origin.of(path)._replace(**own), given

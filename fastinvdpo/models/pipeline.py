@@ -14,23 +14,10 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.adapter_files import adapter_contents
-from fastinvdpo.models.base import (
-    DiffusionModel,
-    Origin,
-    check_images,
-    check_latents,
-    check_prompts,
-    saveable_network,
-    unwrap,
-)
-from fastinvdpo.models.checkpoints import (
-    ENCODERS,
-    copy_other_parts,
-    load_pipeline,
-    pipeline_files,
-    vae_config,
-)
+from fastinvdpo.models import base
+from fastinvdpo.models.adapters import adapter_contents
+from fastinvdpo.models.base import DiffusionModel, Origin
+from fastinvdpo.models.checkpoints import ENCODERS, copy_other_parts, load_pipeline, pipeline_files, vae_config
 from fastinvdpo.ops import philox
 
 if TYPE_CHECKING:
@@ -48,24 +35,21 @@ class PipelineModel(DiffusionModel):
 
     Attributes:
         pipelines: the pipeline classes of the family.
-        options: further arguments of :func:`~fastinvdpo.models.load_model` that mean something here.
-        origin: the checkpoint; None for a pipeline at hand.
         whole: whether text encoders and VAE were loaded.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
-    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any, origin: Origin | None = None, *, whole: bool = True, **options: Any) -> None:
         self.pipeline, self.origin, self.whole = pipeline, origin, whole
-        self.network: nn.Module = getattr(pipeline, self.network_folder)
-        kind = type(pipeline.scheduler).__name__
-        self.scheduler_config = {"_class_name": kind, **dict(pipeline.scheduler.config)}
+        network: Any = getattr(pipeline, self.network_folder)
+        self.network: nn.Module = network
+        self.scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **dict(pipeline.scheduler.config)}
         self._vae = pipeline.vae.config if whole or origin is None else vae_config(origin)
         self._vae_factor = 2 ** (len(self._vae["block_out_channels"]) - 1)
         self._set_up(**options)
-        name, config = type(pipeline).__name__, dict(getattr(pipeline, self.network_folder).config)
-        self.own_guidance = self.guidance_by_default(name, self.scheduler_config, config)
+        name = type(pipeline).__name__
+        self.own_guidance = self.guidance_by_default(name, self.scheduler_config, dict(network.config))
         for module in self.frozen_modules():
             module.requires_grad_(False).eval()
 
@@ -73,14 +57,17 @@ class PipelineModel(DiffusionModel):
     def _set_up(self, **options: Any) -> None:
         """Check the parts, and set ``schedule``, ``latent_shape`` and ``image_size``; ``options``: the class's."""
 
+    def _set_sizes(self, side: tuple[int, int]) -> None:
+        self.latent_shape = (self._vae["latent_channels"], *side)
+        self.image_size = (side[0] * self._vae_factor, side[1] * self._vae_factor)
+
     @classmethod
     def load(
         cls, origin: Origin, *, dtype: torch.dtype = torch.float32, frozen_parts: bool = True, **options: Any
     ) -> PipelineModel:
         """Load a directory in diffusers' format or a hub id; safetensors only.
 
-        Raises:
-            InvalidInput: nothing loadable there, another kind of pipeline, or a denoiser that does not fit.
+        Raises ``InvalidInput`` for nothing loadable, another kind of pipeline, or a denoiser that does not fit.
         """
         pipeline = load_pipeline(origin, cls.pipelines, cls.network_folder, dtype=dtype, frozen_parts=frozen_parts)
         return cls(pipeline, origin, whole=frozen_parts, **options)
@@ -115,19 +102,18 @@ class PipelineModel(DiffusionModel):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Mean or sample of the VAE's posterior, shifted and scaled as the checkpoint asks, ``(n, C, h, w)`` float32.
+        """Mean or sample of the VAE's posterior, shifted and scaled as in the checkpoint, ``(n, C, h, w)`` float32.
 
         Images of one call share a size, whose sides are multiples of ``size_factor``.
         """
         self._need_frozen_parts()
-        check_images(images)
+        base.check_images(images)
         self._check_sizes(images)
         vae = self.pipeline.vae
         latents = []
         for start in range(0, len(images), _VAE_BATCH):
             chunk = slice(start, start + _VAE_BATCH)
-            pixels = torch.stack([_color_pixels(image) for image in images[chunk]]).to(vae.device, vae.dtype)
-            distribution = vae.encode(pixels).latent_dist
+            distribution = vae.encode(base.pixels_of(images[chunk], "RGB").to(vae.device, vae.dtype)).latent_dist
             latents.append(distribution.mode().to(torch.float32))
             if posterior is not None:
                 index, shape = posterior[chunk].to(vae.device), tuple(latents[-1].shape[1:])
@@ -138,18 +124,15 @@ class PipelineModel(DiffusionModel):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image]:
-        """Pictures, by the operations of diffusers' pipelines in their order: the same bytes from the same latents."""
+        """Images, by the operations of diffusers' pipelines in their order: the same bytes from the same latents."""
         self._need_frozen_parts()
-        check_latents(latents, channels=self.latent_shape[0])
-        image_module = require("PIL.Image", extra="train", purpose="writing pictures")
+        base.check_latents(latents, channels=self.latent_shape[0])
         vae = self.pipeline.vae
         shift, scale = self._latent_affine()
         images = []
         for chunk in latents.detach().to(vae.device, torch.float32).split(_VAE_BATCH):
             decoded = vae.decode((chunk / scale + shift).to(vae.dtype), return_dict=False)[0]
-            pixels = ((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to("cpu", torch.uint8)
-            size = (pixels.shape[3], pixels.shape[2])
-            images += [image_module.frombytes("RGB", size, p.permute(1, 2, 0).numpy().tobytes()) for p in pixels]
+            images += base.images_of(((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8))
         return images
 
     def save(self, directory: str | Path, network: nn.Module | None = None) -> None:
@@ -158,24 +141,25 @@ class PipelineModel(DiffusionModel):
         Frozen parts that were not loaded are copied from the checkpoint, or where it has them as a variant, loaded for
         this.
         """
-        plain: Any = saveable_network(self.network if network is None else network)
-        if self.whole or self.origin is None or not copy_other_parts(self.origin, Path(directory), self.network_folder):
-            pipeline = self.pipeline if self.whole or self.origin is None else self.load(self.origin).pipeline
-            own = getattr(pipeline, self.network_folder)
-            setattr(pipeline, self.network_folder, plain)
-            try:
-                pipeline.save_pretrained(directory, safe_serialization=True)
-            finally:
-                setattr(pipeline, self.network_folder, own)
+        network = self.network if network is None else network
+        plain, left_out = base.saveable_network(network), None if self.whole else self.origin
+        if left_out is not None and copy_other_parts(left_out, Path(directory), self.network_folder):
+            self.save_network(directory, plain)
             return
-        plain.save_pretrained(Path(directory) / self.network_folder, safe_serialization=True)
+        pipeline = self.pipeline if left_out is None else self.load(left_out).pipeline
+        own = getattr(pipeline, self.network_folder)
+        setattr(pipeline, self.network_folder, plain)
+        try:
+            pipeline.save_pretrained(directory, safe_serialization=True)
+        finally:
+            setattr(pipeline, self.network_folder, own)
 
     def save_lora(self, directory: str | Path, network: nn.Module) -> None:
         """Write ``pytorch_lora_weights.safetensors``, which the pipeline's ``load_lora_weights`` reads."""
-        tensors, settings = adapter_contents(unwrap(network), self.origin)
+        tensors, settings = adapter_contents(base.unwrap(network), self.origin)
         kind = self.network_folder
-        told = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": settings}
-        self.pipeline.save_lora_weights(str(directory), **told)
+        parts = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": settings}
+        self.pipeline.save_lora_weights(str(directory), **parts)
 
     def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         config: Any = {"unet_config": self.pipeline.unet.config} if self.network_folder == "unet" else {}
@@ -186,7 +170,7 @@ class PipelineModel(DiffusionModel):
     def _texts(self, prompts: Sequence[str], geometry: Sequence[ImageGeometry] | None) -> list[str]:
         """The prompts, when they can be encoded."""
         self._need_frozen_parts()
-        texts = check_prompts(prompts)
+        texts = base.check_prompts(prompts)
         if geometry is not None and len(geometry) != len(texts):
             problem = f"has not one entry for each of {len(texts)} prompts"
             raise invalid("geometry", len(geometry), problem, "pass one ImageGeometry a prompt")
@@ -232,10 +216,3 @@ class PipelineModel(DiffusionModel):
 def sides(sample_size: Any) -> tuple[int, int]:
     """``(height, width)`` of a configuration's ``sample_size``."""
     return (sample_size, sample_size) if isinstance(sample_size, int) else (sample_size[0], sample_size[1])
-
-
-def _color_pixels(image: Image) -> Tensor:
-    """``(3, height, width)`` float32 in [-1, 1]."""
-    color = image.convert("RGB")
-    flat = torch.frombuffer(bytearray(color.tobytes()), dtype=torch.uint8)
-    return flat.reshape(color.height, color.width, 3).permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0

@@ -3,10 +3,10 @@
 The numbers are those of the plain formulas here. On a GPU bitsandbytes' kernel makes nf4 whole, for shapes where it has
 given the bits of :func:`dequantize_nf4`. Its one for AVX-512 (0.50.2) is wrong where a row is no multiple of a block.
 
-The products are not those of bitsandbytes' own layers either. Its ``Linear8bitLt`` rounds the input to 8 bits as well,
-that of the policy and that of the reference each for itself: where the two differ by 0.1 %, that is several times their
-difference. It also keeps every input until the backward pass, past gradient checkpointing. Its ``Linear4bit`` fixes its
-type at the first call, and turns, on CPUs with bf16 instructions, to a product that autograd does not know.
+The layers are not those of bitsandbytes. Its ``Linear8bitLt`` rounds the inputs to 8 bits as well, of policy and
+reference separately: where the two differ by 0.1 %, that is several times their difference. It also keeps every input
+until the backward pass, past gradient checkpointing. Its ``Linear4bit`` fixes its type at the first call, and turns, on
+CPUs with bf16 instructions, to a product that autograd does not know.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
 
 Kind: TypeAlias = Literal["int8", "nf4"]
+Dequantize: TypeAlias = Callable[[Tensor, Tensor, torch.Size], Tensor]
 
-BLOCK = 64
-"""Weights that share a scale in nf4."""
-
+BLOCK = 64  # weights that share a scale in nf4
 # The 16 values of 4-bit NormalFloat: QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -41,17 +40,13 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
-_KERNEL_DEVICES = ("cuda",)
-"""Where a kernel of bitsandbytes is worth its check."""
-
-Dequantize: TypeAlias = Callable[[Tensor, Tensor, torch.Size], Tensor]
+_KERNEL_DEVICES = ("cuda",)  # where a kernel of bitsandbytes is worth its check
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to multiples of its scale / 127, to nearest; as LLM.int8() has weights (arXiv 2208.07339).
 
-    Returns:
-        int8 of the shape of ``weight`` ``(out, in)``, and the largest magnitude of each row, float32 ``(out,)``.
+    Returns int8 of the shape of ``weight`` ``(out, in)``, and the largest magnitude of each row, float32 ``(out,)``.
     """
     weight = weight.float()
     scale = weight.abs().amax(1)
@@ -66,9 +61,8 @@ def dequantize_int8(quantized: Tensor, scale: Tensor) -> Tensor:
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Replace each weight by the nearest of ``NF4 · scale``, in blocks of 64 of the flat weight; the last may be short.
 
-    Returns:
-        uint8 ``(⌈numel / 2⌉, 1)``, two indices into ``NF4`` in each, the first in the upper half; and the largest
-        magnitude of each block, float32 ``(⌈numel / 64⌉,)``. bitsandbytes has the same format.
+    Returns uint8 ``(⌈numel / 2⌉, 1)``, two indices into ``NF4`` in each, the first in the upper half; and the largest
+    magnitude of each block, float32 ``(⌈numel / 64⌉,)``. bitsandbytes has the same format.
     """
     blocks = nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
@@ -106,7 +100,7 @@ def nf4_dequantizer(device: torch.device, shape: torch.Size) -> Dequantize:
     if device.type not in _KERNEL_DEVICES:
         return dequantize_nf4
     try:
-        _functional()
+        _bitsandbytes()
     except MissingExtra as missing:
         warnings.warn(f"plain PyTorch makes weights in nf4 whole: {missing}", stacklevel=2)
         return dequantize_nf4
@@ -116,18 +110,18 @@ def nf4_dequantizer(device: torch.device, shape: torch.Size) -> Dequantize:
     probes = ((packed, scale, shape) for packed in (indices, torch.full_like(indices, 255)))
     if all(torch.equal(_by_bitsandbytes(*probe), dequantize_nf4(*probe)) for probe in probes):
         return _by_bitsandbytes
-    told = f"bitsandbytes gives wrong nf4 weights of shape {tuple(shape)} on {device}: plain PyTorch takes its place"
-    warnings.warn(told, stacklevel=2)
+    problem = f"bitsandbytes gives wrong nf4 weights of shape {tuple(shape)} on {device}"
+    warnings.warn(f"{problem}: plain PyTorch takes its place", stacklevel=2)
     return dequantize_nf4
 
 
 def _by_bitsandbytes(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
-    state = _functional().QuantState(scale, shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=torch.float32)
-    whole: Tensor = _functional().dequantize_4bit(packed, state)
+    state = _bitsandbytes().QuantState(scale, shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=torch.float32)
+    whole: Tensor = _bitsandbytes().dequantize_4bit(packed, state)
     return whole
 
 
-def _functional() -> Any:
+def _bitsandbytes() -> Any:
     return require("bitsandbytes.functional", extra="bnb", purpose="bitsandbytes' kernel for weights in nf4")
 
 
@@ -135,12 +129,8 @@ class QuantizedLinear(nn.Linear):
     """``x·Wᵀ + b`` with ``W`` frozen in 8 or 4 bits, in the type of ``x``, or autocast's.
 
     The weight is made whole in that type for the product, and once more for the gradient of ``x``; between the two
-    nothing is kept. The sums are those of ``nn.Linear`` with the weight :meth:`dequantized`.
-
-    Args:
-        linear: the layer that it takes the place of, on the device where it is; its bias is taken over.
-        kind: ``"int8"``: :func:`quantize_int8`; ``"nf4"``: :func:`quantize_nf4`; they say what ``weight`` and ``scale``
-            hold.
+    nothing is kept. The sums are those of ``nn.Linear`` with the weight :meth:`dequantized`. ``linear``: the layer that
+    it takes the place of, on the device where it is; its bias is taken over.
     """
 
     def __init__(self, linear: nn.Linear, kind: Kind) -> None:
@@ -194,8 +184,7 @@ def quantize_linear_layers(network: nn.Module, kind: Kind) -> None:
 def quantize_network(model: DiffusionModel, kind: Kind, again: Callable[[], nn.Module] | None = None) -> None:
     """Quantize the linear layers of a model's network, and let ``model.unquantized()`` give the network as it was.
 
-    Args:
-        again: makes that network; None: a copy is kept on the host.
+    ``again`` makes that network; None: a copy is kept on the host.
     """
     if again is None:
         again = functools.partial(copy.deepcopy, _on_host(model.network))

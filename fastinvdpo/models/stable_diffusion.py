@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.diffusion.schedule import NoiseSchedule
-from fastinvdpo.models.base import cast_inputs, check_conditioning
+from fastinvdpo.models.base import cast_inputs
 from fastinvdpo.models.pipeline import PipelineModel, sides
 
 if TYPE_CHECKING:
     from fastinvdpo.data.transforms import ImageGeometry
 
-# What diffusers' pipeline tells the refiner to aim at.
-_AESTHETIC_SCORE = 6.0
+_AESTHETIC_SCORE = 6.0  # of the refiner, as in diffusers' pipeline
 _REFINED = 200  # the levels that SDXL's refiner was trained on, the lowest
 
 
@@ -31,18 +30,16 @@ class StableDiffusionModel(PipelineModel):
 
     family = "stable-diffusion"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-    options = ("zero_terminal_snr",)
+    options = ("vae", "zero_terminal_snr")
 
     def _set_up(self, **options: Any) -> None:
-        zero_terminal_snr = options.get("zero_terminal_snr")
+        rescaled = options.get("zero_terminal_snr")
         self.is_sdxl = hasattr(self.pipeline, "text_encoder_2")
         self.refines = bool(self.pipeline.config.get("requires_aesthetics_score"))
-        changed = {} if zero_terminal_snr is None else {"rescale_betas_zero_snr": zero_terminal_snr}
+        changed = {} if rescaled is None else {"rescale_betas_zero_snr": rescaled}
         self.schedule = NoiseSchedule.from_config({**self.scheduler_config, **changed})
         self._check_unet()
-        side = sides(self.pipeline.unet.config.sample_size)
-        self.latent_shape = (self._vae["latent_channels"], *side)
-        self.image_size = (side[0] * self._vae_factor, side[1] * self._vae_factor)
+        self._set_sizes(sides(self.pipeline.unet.config.sample_size))
 
     @functools.cached_property
     def sampling_schedule(self) -> NoiseSchedule:
@@ -82,10 +79,8 @@ class StableDiffusionModel(PipelineModel):
         conditioning = {"encoder_hidden_states": encoded[0], "text_embeds": encoded[2]}
         if self.pipeline.config.force_zeros_for_empty_prompt:
             empty = torch.tensor([text == "" for text in texts], device=self.device)
-            conditioning = {
-                name: value.masked_fill(empty.reshape(-1, *[1] * (value.ndim - 1)), 0.0)
-                for name, value in conditioning.items()
-            }
+            for value in conditioning.values():
+                value[empty] = 0.0
         return {**conditioning, "time_ids": self._time_ids(len(texts), geometry)}
 
     def encode_geometry(self, geometry: Sequence[ImageGeometry]) -> dict[str, Tensor]:
@@ -95,8 +90,7 @@ class StableDiffusionModel(PipelineModel):
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
         added = ("text_embeds", "time_ids") if self.is_sdxl else ()
-        check_conditioning(conditioning, ("encoder_hidden_states", *added))
-        sample, cast = cast_inputs(network, latents, conditioning)
+        sample, cast = cast_inputs(network, latents, conditioning, ("encoder_hidden_states", *added))
         if self.is_sdxl:
             # Sizes such as 1023 are not bf16 numbers; the UNet embeds them in float32 before it casts.
             cast["time_ids"] = conditioning["time_ids"]
@@ -110,30 +104,25 @@ class StableDiffusionModel(PipelineModel):
         return output
 
     def _time_ids(self, count: int, geometry: Sequence[ImageGeometry] | None) -> Tensor:
-        own = (self.image_size, (0, 0), self.image_size)
-        shapes = [own] * count
+        shapes = [(self.image_size, (0, 0), self.image_size)] * count
         if geometry is not None:
             shapes = [(g.original_size, g.crop_top_left, g.target_size) for g in geometry]
-        rows = [
-            (*size, *crop, _AESTHETIC_SCORE) if self.refines else (*size, *crop, *target)
-            for size, crop, target in shapes
-        ]
-        width = 5 if self.refines else 6
-        return torch.tensor(rows, dtype=torch.float32, device=self.device).reshape(count, width)
+        rows = [(*size, *crop, *((_AESTHETIC_SCORE,) if self.refines else target)) for size, crop, target in shapes]
+        return torch.tensor(rows, dtype=torch.float32, device=self.device).reshape(count, 5 if self.refines else 6)
 
     def _check_unet(self) -> None:
         """Raise ``InvalidInput`` for relatives that want other inputs: inpainting, depth, consistency."""
         pipeline: Any = self.pipeline
-        config, remedy = pipeline.unet.config, "use a text-to-image checkpoint of SD 1.x, 2.x or SDXL"
-        channels = self._vae["latent_channels"]
+        config, channels = pipeline.unet.config, self._vae["latent_channels"]
+        needed = ("text_encoder_2",) if self.refines else ("text_encoder", "text_encoder_2")
+        problem = None
         if config.in_channels != channels:
             problem = f"the UNet takes {config.in_channels} channels, the VAE gives {channels}"
-            raise self._refuse(problem, remedy)
-        if config.time_cond_proj_dim is not None or config.class_embed_type is not None:
-            raise self._refuse("the UNet wants extra conditioning", remedy)
-        if (config.addition_embed_type == "text_time") != self.is_sdxl:
+        elif config.time_cond_proj_dim is not None or config.class_embed_type is not None:
+            problem = "the UNet wants extra conditioning"
+        elif (config.addition_embed_type == "text_time") != self.is_sdxl:
             problem = f"addition_embed_type {config.addition_embed_type!r} does not belong to this kind of pipeline"
-            raise self._refuse(problem, remedy)
-        needed = ("text_encoder_2",) if self.refines else ("text_encoder", "text_encoder_2")
-        if self.whole and self.is_sdxl and any(getattr(pipeline, part) is None for part in needed):
-            raise self._refuse("one of the two text encoders is missing", remedy)
+        elif self.whole and self.is_sdxl and any(getattr(pipeline, part) is None for part in needed):
+            problem = "one of the two text encoders is missing"
+        if problem is not None:
+            raise self._refuse(problem, "use a text-to-image checkpoint of SD 1.x, 2.x or SDXL")

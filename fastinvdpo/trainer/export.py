@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from fastinvdpo.models.adapter_files import save_adapter
-from fastinvdpo.models.adapters import merged_copy, merged_into
+from fastinvdpo.models.adapters import merged_copy, merged_into, save_adapter
 from fastinvdpo.trainer.ema import EMA
 from fastinvdpo.trainer.networks import Networks
 

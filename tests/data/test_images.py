@@ -54,19 +54,13 @@ def test_gray_of_16_bits_is_scaled_to_8(kind: str) -> None:
     assert np.array_equal(found, np.round(values / 257).astype(np.uint8))
 
 
-@pytest.mark.parametrize(
-    ("bits", "white", "data"),
-    [(16, 1, "0000 ffff 0180"), (16, 0, "ffff 0000 fe7f"), (12, 1, "000fff801000")],
-)
-def test_deep_gray_of_a_tiff_is_as_bright_as_its_tags_tell(bits: int, white: int, data: str) -> None:
-    pixels = bytes.fromhex(data)
-    tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: white, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 1, 279: len(pixels)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
-    assert np.asarray(decode(memoryview(file), "row 0")).tolist() == [[0, 255, 128]]
-
-
-def test_pixels_without_a_known_white_are_broken() -> None:
+def test_deep_gray_of_a_tiff_is_as_bright_as_its_tags_tell() -> None:
+    for bits, white, data in ((16, 1, "0000 ffff 0180"), (16, 0, "ffff 0000 fe7f"), (12, 1, "000fff801000")):
+        pixels = bytes.fromhex(data)
+        tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: white, 273: 122, 277: 1, 278: 1, 279: len(pixels)}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels  # the pixels begin at 122
+        assert np.asarray(decode(memoryview(file), "row 0")).tolist() == [[0, 255, 128]]
     for values in (np.float32([[0.0, 1.0]]), np.int32([[0, 70000]])):
         with pytest.raises(BrokenRow, match="without a known black and white"):
             seen(Image.fromarray(values), "TIFF")
@@ -89,15 +83,12 @@ def test_colors_below_transparency_are_not_seen(mode: str) -> None:
     assert (found[4:12, 4:12] < 200).any(-1).all()
 
 
-def test_half_transparent_pixels_are_composited() -> None:
+def test_half_transparent_pixels_are_composited_and_opaque_ones_stay() -> None:
     found = seen(Image.new("RGBA", (4, 4), (200, 0, 100, 51)))
     expected = [value * 0.2 + 255 * 0.8 for value in (200, 0, 100)]
     assert all(abs(a - b) <= 1 for a, b in zip(found.getpixel((0, 0)), expected, strict=True))  # rounding of 8 bits
     keyed = seen(Image.new("RGB", (4, 4), (9, 9, 9)), transparency=(9, 9, 9))
     assert keyed.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_opaque_pixels_stay_as_they_are() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     opaque = Image.fromarray(pixels)
     assert np.array_equal(np.asarray(seen(opaque)), pixels)
@@ -115,12 +106,8 @@ def test_cmyk_goes_through_its_profile() -> None:
 def profile_of_display_p3() -> bytes:
     """The profile of sRGB with other primaries and another name."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    primaries = {
-        "rXYZ": (0.51512, 0.2412, -0.00105),
-        "gXYZ": (0.29198, 0.69225, 0.04189),
-        "bXYZ": (0.1571, 0.06657, 0.78407),
-    }
-    for tag, values in primaries.items():
+    primaries = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+    for tag, values in zip(("rXYZ", "gXYZ", "bXYZ"), primaries, strict=True):
         entry = data.index(tag.encode(), 128)
         place = int.from_bytes(data[entry + 4 : entry + 8], "big") + 8
         for i, value in enumerate(values):
@@ -159,11 +146,8 @@ def test_bombs_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPat
         scaled((512000, 1000), (512, 512), "row 0")
 
 
-def test_heic_is_named() -> None:
+def test_heic_is_named_and_formats_that_start_other_programs_are_not_opened() -> None:
     with pytest.raises(BrokenRow, match="it is HEIC, which is not read"):
         decode(memoryview(b"\0\0\0\x18ftypheic" + bytes(50)), "row 0")
-
-
-def test_formats_that_start_other_programs_are_not_opened() -> None:
     with pytest.raises(BrokenRow, match="is not an intact image"):
         seen(half_white(), "EPS")

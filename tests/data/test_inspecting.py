@@ -27,11 +27,8 @@ def test_the_summary_counts_what_is_there(tmp_path: Path, capsys: pytest.Capture
     assert shown["captions"] == "3 distinct, 1 empty, 0 to 9 characters, median 9"
     assert "winners 0.4167, losers 0.3333" in shown["scores"] and "66.7%" in shown["scores"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "broken.jsonl").read_text().splitlines()]
-    assert [(line["row"], line["cause"]) for line in lines] == [
-        (4, "corrupt image"),
-        (5, "missing caption"),
-        (6, "missing image"),
-    ]
+    broken = [(4, "corrupt image"), (5, "missing caption"), (6, "missing image")]
+    assert [(line["row"], line["cause"]) for line in lines] == broken
     with Image.open(tmp_path / "out" / "pairs.png") as drawn:
         assert drawn.size == (2 * 176 + 360, 2 * 176)
 
@@ -48,10 +45,8 @@ def test_options_are_those_of_the_section(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_sheet_frames_winners_green_and_losers_red(tmp_path: Path) -> None:
     wide = {"jpg_0": encoded(image(200, (32, 8))), "jpg_1": encoded(image(30, (8, 32)))}
-    dataset = PairDataset(
-        store(tmp_path / "p.parquet", [row(0), row(1, 0.5), row(2, **wide)]), resolution=8, ties="keep"
-    )
-    page = sheet(list(dataset))
+    path = store(tmp_path / "p.parquet", [row(0), row(1, 0.5), row(2, **wide)])
+    page = sheet(list(PairDataset(path, resolution=8, ties="keep")))
     assert page.size == (2 * 176 + 360, 3 * 176)
     assert [page.getpixel((6, 88)), page.getpixel((182, 88))] == [(46, 125, 50), (198, 40, 40)]
     assert [page.getpixel((6, 264)), page.getpixel((182, 264))] == [(117, 117, 117)] * 2

@@ -8,8 +8,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as arrow
-import pyarrow.parquet as parquet
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fastinvdpo.data import PairDataset, open_source
@@ -21,28 +21,22 @@ from tests.data.test_sources import captions, write_images, write_lines, write_t
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "set").mkdir()
+    """A folder with images."""
+    write_images(tmp_path / "set")
     return tmp_path / "set"
 
 
-def write_more(path: Path, text: str) -> Path:
-    path.write_bytes(path.read_bytes() + b"\n" + text.encode())
-    return path
+PNGS = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1))}
 
 
-def test_a_folder_names_winner_and_loser(root: Path) -> None:
-    write_images(root)
+def test_a_folder_names_winner_and_loser_or_has_other_names_and_images_elsewhere(root: Path, tmp_path: Path) -> None:
     write_lines(root / "pairs.jsonl", [{"winner": "images/1-1.png", "loser": "images/1-0.png", "prompt": "one"}])
     pair = PairDataset(root)[0]
     assert (pair.winner.getpixel((0, 0)), pair.loser.getpixel((0, 0)), pair.caption) == (101, 1, "one")
-
-
-def test_a_folder_with_other_names_and_images_elsewhere(root: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "elsewhere")
     record = {"left": "2-0.png", "right": "2-1.png", "label": 1, "text": "two"}
-    path = write_lines(root / "mine.jsonl", [record])
+    path = write_lines(tmp_path / "mine.jsonl", [record])
     names = {"jpg_0": "left", "jpg_1": "right", "caption": "text"}
-    dataset = PairDataset(open_source(path, columns=names, image_root=tmp_path / "elsewhere" / "images"))
+    dataset = PairDataset(open_source(path, columns=names, image_root=root / "images"))
     assert (dataset[0].winner.getpixel((0, 0)), dataset[0].caption) == (102, "two")
 
 
@@ -62,7 +56,6 @@ RANKED = {"prompt": "p", "image_path": ["images/0-0.png", "images/1-0.png", "ima
 def test_ranked_images_become_pairs(
     root: Path, entry: dict[str, Any], choice: str, expected: list[Any], lines: bool
 ) -> None:
-    write_images(root)
     path = root / ("ranked.jsonl" if lines else "ranked.json")
     write_lines(path, [RANKED | entry]) if lines else path.write_text(json.dumps([RANKED | entry]))
     assert detect_format(path) == "hpd"
@@ -73,9 +66,7 @@ def test_ranked_images_become_pairs(
 
 @pytest.mark.parametrize("text", ["un café noir".encode("utf-8-sig"), "un café noir".encode("utf-16")])
 def test_encodings_that_tell_themselves_are_read(root: Path, text: bytes) -> None:
-    write_images(root)
-    sample = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": text}
-    assert captions(write_tar(root / "s.tar", [sample])) == ["un café noir"]
+    assert captions(write_tar(root / "s.tar", [{**PNGS, "txt": text}])) == ["un café noir"]
     line = json.dumps({"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "un café noir"}) + "\n"
     encoding = "utf-16" if text.startswith(b"\xff\xfe") else "utf-8-sig"
     (root / "pairs.jsonl").write_bytes((2 * line.replace("\\u00e9", "é")).encode(encoding))
@@ -83,39 +74,26 @@ def test_encodings_that_tell_themselves_are_read(root: Path, text: bytes) -> Non
 
 
 def test_encodings_that_cannot_be_told_are_broken_rows(root: Path) -> None:
-    write_images(root)
-    sample = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1))}
     texts = ("café".encode("latin-1"), "cafe".encode("utf-16-le"), b"a")
-    path = write_tar(root / "s.tar", [{**sample, "txt": text} for text in texts])
+    path = write_tar(root / "s.tar", [{**PNGS, "txt": text} for text in texts])
     with pytest.warns(UserWarning, match=r"left out 2 broken rows \[0, 1\] \(2 malformed caption\)"):
         assert len(PairDataset(path, max_broken=2)) == 1
     line = '{"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "%s"}\n'
-    (root / "pairs.jsonl").write_bytes((line % "café").encode("latin-1") + (line % "a \\ud83d").encode() + b"[" * 10**5)
+    lines = [(line % "café").encode("latin-1"), (line % "a \\ud83d").encode(), b"[" * 10**5, (line % "a").encode()]
+    (root / "pairs.jsonl").write_bytes(b"\n".join(lines))
     with pytest.warns(UserWarning, match=r"\(2 malformed row, 1 malformed caption\)"):
-        PairDataset(write_more(root / "pairs.jsonl", line % "a"), max_broken=3)
+        PairDataset(root / "pairs.jsonl", max_broken=3)
 
 
 def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
-    write_images(root)
     good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
-    records = [
-        good,
-        "{not json",
-        good | {"label": 2},
-        good | {"caption": None},
-        good | {"image_1": "images/no.png"},
-        [],
-    ]
+    changes = ({"label": 2}, {"caption": None}, {"image_1": "images/no.png"})
+    records = [good, "{not json", *(good | change for change in changes), []]
     path = write_lines(root / "pairs.jsonl", [*records, {k: v for k, v in good.items() if k != "image_0"}])
     with pytest.warns(UserWarning, match=r"left out 6 broken rows"):
         dataset = PairDataset(path, max_broken=6)
     assert [line["cause"] for line in dataset.broken.lines()] == [
-        "malformed row",
-        "malformed label",
-        "missing caption",
-        "missing image",
-        "malformed row",
-        "missing image",
+        *("malformed row", "malformed label", "missing caption", "missing image", "malformed row", "missing image")
     ]
     assert dataset.broken.lines()[1]["place"] == "row 2 (pairs.jsonl, line 3)"
     with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '10 bytes': is not valid JSON"):
@@ -123,7 +101,6 @@ def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
 
 
 def test_broken_entries_of_ranked_images(root: Path) -> None:
-    write_images(root)
     entries = [RANKED | {"rank": [1, 2]}, RANKED | {"rank": [1, 2, 3]}, {"prompt": "p", "rank": [1]}, 7]
     (root / "r.json").write_text(json.dumps(entries))
     with pytest.warns(UserWarning, match=r"left out 3 broken rows"):
@@ -133,7 +110,7 @@ def test_broken_entries_of_ranked_images(root: Path) -> None:
 
 
 def test_broken_members_of_shards(root: Path) -> None:
-    whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
+    whole = {**PNGS, "txt": b"text\n"}
     missing = {"winner.png": encoded(image(0)), "txt": b"t"}
     other = {**whole, "json": b'{"label": 1}'}
     twice = {**whole, "0.jpg": encoded(image(5))}
@@ -153,7 +130,6 @@ def test_broken_members_of_shards(root: Path) -> None:
 @pytest.fixture
 def outside(root: Path, tmp_path: Path) -> Path:
     """An image outside the folder of the data, and what is none."""
-    write_images(root)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.png").write_bytes(encoded(image(7)))
     (root / "link").symlink_to(tmp_path / "other")
@@ -180,7 +156,7 @@ def test_images_of_a_repository_lie_in_it_or_where_the_user_says(root: Path, out
     near, far = ({"bytes": None, "path": str(path)} for path in (root / "images" / "0-0.png", outside))
     rows = [{"jpg_0": near, "jpg_1": other, "label_0": 0.0, "caption": "a"} for other in (near, far)]
     (root / "data").mkdir()
-    parquet.write_table(arrow.Table.from_pylist(rows), root / "data" / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), root / "data" / "train.parquet")
     with pytest.raises(InvalidInput, match=r"row 1.* lies outside the folder.*data\.image_root"):
         PairDataset(open_source(root, format="datasets"))
     dataset = PairDataset(open_source(root, format="datasets", image_root=root.parent))
@@ -207,7 +183,7 @@ def test_members_that_are_no_files_or_lie_about_their_size(root: Path) -> None:
 
 
 def test_shards_that_end_early_are_refused(root: Path) -> None:
-    whole = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1)), "txt": b"text\n"}
+    whole = {**PNGS, "txt": b"text\n"}
     data = write_tar(root / "s.tar", [whole, whole]).read_bytes()
     end = max(i for i in range(0, len(data), 512) if any(data[i : i + 512])) + 512
     for kept in (*range(512, end, 512), 700, end):

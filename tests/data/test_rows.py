@@ -11,7 +11,7 @@ from fastinvdpo.data import PairDataset
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.rows import TIE, caption_of, in_schema, labels_of, scores_of, winner_of
 from fastinvdpo.errors import InvalidInput
-from tests.data.test_pairs import row, store
+from tests.data.test_pairs import row, shades, store
 
 IMAGES = {"image_0": "a.png", "image_1": "b.png"}
 
@@ -62,24 +62,20 @@ def test_what_names_no_winner_or_two_is_a_malformed_label(fields: dict[str, Any]
     assert caught.value.cause == "malformed label"
 
 
-def test_equal_images_cannot_be_told_apart_by_their_path() -> None:
-    with pytest.raises(BrokenRow, match="names neither image"):
-        side({"image_0": "a.png", "image_1": "a.png", "winner": "a.png"})
-    with pytest.raises(BrokenRow, match="names both images"):
-        side({"image_0": "1", "image_1": "0", "winner": "1"})
-
-
-def test_winner_and_loser_alone_are_the_images() -> None:
+def test_what_stands_for_the_images_and_what_counts_beside_it() -> None:
     found = in_schema({"winner": "b.png", "loser": "a.png", "prompt": "p"}, "line 1", {})
     assert (found["jpg_0"], found["jpg_1"], found["caption"]) == ("b.png", "a.png", "p")
     assert winner_of(found, where, {}) == 0
-    with pytest.raises(BrokenRow, match="contradict one another"):
-        side({"winner": "b.png", "loser": "a.png", "label": 1})
-
-
-def test_labels_that_are_mapped_count_alone() -> None:
+    refused = {
+        "contradict one another": {"winner": "b.png", "loser": "a.png", "label": 1},
+        "names neither image": {"image_0": "a.png", "image_1": "a.png", "winner": "a.png"},
+        "names both images": {"image_0": "1", "image_1": "0", "winner": "1"},
+    }
+    for problem, fields in refused.items():
+        with pytest.raises(BrokenRow, match=problem):
+            side(fields)
     names = {"label_0": "mine", "jpg_0": "left", "jpg_1": "right"}
-    assert side({"left": "a", "right": "b", "mine": 0, "winner": "left", "label_0": 1}, names) == 1
+    assert side({"left": "a", "right": "b", "mine": 0, "winner": "left", "label_0": 1}, names) == 1, "mapped ones alone"
     assert side({"left": "a", "right": "b", "winner": "right"}, {"jpg_0": "left", "jpg_1": "right"}) == 1
 
 
@@ -89,42 +85,23 @@ def test_the_other_label_follows() -> None:
     assert labels_of({"label_0": None, "label_1": 1}) == (None, 1.0)
 
 
-@pytest.mark.parametrize("caption", ["a cat \ud83d", "c\0a\0t\0", "\x1b$BG-\x1b(B", None, 7])
-def test_damaged_captions_are_broken_rows(caption: Any) -> None:
-    with pytest.raises(BrokenRow) as caught:
-        caption_of({"caption": caption}, where)
-    assert caught.value.cause == ("malformed caption" if isinstance(caption, str) else "missing caption")
-
-
-def test_a_byte_order_mark_is_no_part_of_a_caption() -> None:
-    assert caption_of({"caption": "\ufeffun café 🐈"}, where) == "un café 🐈"
-
-
-def test_scores_are_finite_numbers_on_both_sides() -> None:
+def test_captions_are_text_and_scores_are_finite_numbers() -> None:
+    assert caption_of({"caption": "\ufeffun café 🐈"}, where) == "un café 🐈", "without the byte order mark"
+    for caption in ("a cat \ud83d", "c\0a\0t\0", "\x1b$BG-\x1b(B", None, 7):
+        with pytest.raises(BrokenRow) as caught:
+            caption_of({"caption": caption}, where)
+        assert caught.value.cause == ("malformed caption" if isinstance(caption, str) else "missing caption")
     assert scores_of({"score_0": 1, "score_1": -2.5}, where) == (1.0, -2.5)
     for bad in ({"score_0": 1.0}, {"score_0": 1.0, "score_1": float("inf")}, {"score_0": "1", "score_1": 1}):
         with pytest.raises(BrokenRow, match="is not a finite number"):
             scores_of(bad, where)
 
 
-@pytest.mark.parametrize(
-    ("fields", "shade"),
-    [
-        ({"label": 1}, 100),
-        ({"winner": "jpg_1"}, 100),
-        ({"label_0": 0.0}, 100),
-        ({"label_1": 0}, 0),
-        ({"loser": 1.0}, 0),
-    ],
-)
-def test_tables_name_the_winner_in_the_same_ways(tmp_path: Path, fields: dict[str, Any], shade: int) -> None:
+def test_tables_name_the_winner_in_the_same_ways(tmp_path: Path) -> None:
     stored = {name: value for name, value in row().items() if not name.startswith("label")}
-    assert PairDataset(store(tmp_path / "p.parquet", [stored | fields]))[0].winner.getpixel((0, 0)) == shade
-
-
-def test_a_table_whose_columns_disagree_or_say_nothing_is_refused(tmp_path: Path) -> None:
+    for fields in ({"label": 1}, {"winner": "jpg_1"}, {"label_0": 0.0}, {"label_1": 1}, {"loser": 0.0}):
+        assert shades(PairDataset(store(tmp_path / "p.parquet", [stored | fields]))) == [(100, 0)]
     with pytest.raises(InvalidInput, match=r"row 0, columns 'label_0' and 'label_1' = .*contradict one another"):
         PairDataset(store(tmp_path / "p.parquet", [row(winner=1)]))
-    stored = {name: value for name, value in row().items() if not name.startswith("label")}
     with pytest.raises(InvalidInput, match=r"has no column 'label_0'; .*data.columns, as in \{label_0: YOUR_COLUMN\}"):
         PairDataset(store(tmp_path / "p.parquet", [stored]))

@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as arrow
-import pyarrow.parquet as parquet_format
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fastinvdpo.data import PairDataset, open_source
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput
-from tests.data.test_pairs import encoded, image, row, store
+from tests.data.test_pairs import encoded, image, row, shades, store
 
 COUNT = 6
 LABELS = (1.0, 0.0, 0.5, 1.0, 0.0, 1.0)  # of image 0
 
 
+def scores(i: int) -> dict[str, float]:
+    return {"score_0": float(i), "score_1": 2.5}
+
+
 def rows() -> list[dict[str, Any]]:
-    return [row(i, LABELS[i], score_0=float(i), score_1=2.5) for i in range(COUNT)]
+    return [row(i, LABELS[i], **scores(i)) for i in range(COUNT)]
 
 
 def write_images(root: Path) -> None:
@@ -41,10 +45,6 @@ def write_lines(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def scores(i: int) -> dict[str, float]:
-    return {"score_0": float(i), "score_1": 2.5}
-
-
 def parquet(root: Path) -> Path:
     return store(root / "pairs.parquet", rows())
 
@@ -57,12 +57,12 @@ def parquet_shards(root: Path) -> Path:
 
 def folder_with_labels(root: Path) -> Path:
     write_images(root)
-    label = {1.0: 0, 0.0: 1, 0.5: "tie"}
-    records = [
-        {"image_0": f"images/{i}-0.png", "image_1": f"images/{i}-1.png", "label": label[LABELS[i]]}
-        for i in range(COUNT)
-    ]
-    write_lines(root / "pairs.jsonl", [{**r, "caption": f"caption {i}", **scores(i)} for i, r in enumerate(records)])
+    records = []
+    for i, label in enumerate(LABELS):
+        images = {f"image_{side}": f"images/{i}-{side}.png" for side in (0, 1)}
+        told = {"label": {1.0: 0, 0.0: 1, 0.5: "tie"}[label], "caption": f"caption {i}"}
+        records.append({**images, **told, **scores(i)})
+    write_lines(root / "pairs.jsonl", records)
     return root
 
 
@@ -126,8 +126,7 @@ def test_every_format_gives_the_same_pairs(root: Path, name: str, streaming: boo
     source = open_source(path, streaming=streaming, shuffle_buffer=2)
     assert (source.format, source.streaming) == (kind, streaming)
     dataset = PairDataset(source)
-    shades = [(pair.winner.getpixel((0, 0)), pair.loser.getpixel((0, 0))) for pair in dataset]
-    assert shades == [(0, 100), (101, 1), (3, 103), (104, 4), (5, 105)]
+    assert shades(dataset) == [(0, 100), (101, 1), (3, 103), (104, 4), (5, 105)]
     assert [pair.caption for pair in dataset] == [f"caption {i}" for i in (0, 1, 3, 4, 5)]
     assert [pair.winner_score for pair in dataset] == [0.0, 2.5, 3.0, 2.5, 5.0]
     assert [pair.row for pair in dataset] == [0, 1, 3, 4, 5]
@@ -139,8 +138,6 @@ def test_every_format_gives_the_same_pairs(root: Path, name: str, streaming: boo
 
 
 def test_a_repository_has_splits_and_can_be_saved_to_disk(root: Path, tmp_path: Path) -> None:
-    import datasets
-
     repository(root)
     assert len(PairDataset(open_source(root, format="datasets", split="validation"))) == 1
     for streaming in (False, True):
@@ -151,10 +148,7 @@ def test_a_repository_has_splits_and_can_be_saved_to_disk(root: Path, tmp_path: 
     assert len(PairDataset(tmp_path / "saved")) == COUNT - 1
 
 
-def test_streamed_parquet_keeps_few_groups(root: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_streamed_parquet_keeps_few_groups_and_looks_at_no_image(root: Path) -> None:
     pq.write_table(pa.Table.from_pylist([row(i) for i in range(20)]), root / "p.parquet", row_group_size=2)
     source = open_source(root / "p.parquet", streaming=True, shuffle_buffer=4)
     dataset = PairDataset(source)
@@ -162,9 +156,6 @@ def test_streamed_parquet_keeps_few_groups(root: Path) -> None:
     assert dataset.groups() == [[2 * i, 2 * i + 1] for i in range(10)]
     assert [pair.caption for pair in dataset] == [f"caption {i}" for i in range(20)]
     assert len(source._loaded) == 4  # type: ignore[attr-defined]  # two windows of two groups
-
-
-def test_streaming_does_not_look_at_images_before_they_are_needed(root: Path) -> None:
     path = store(root / "p.parquet", [row(0), row(1, jpg_0=b"text")])
     dataset = PairDataset(open_source(path, streaming=True), resolution=8)
     assert len(dataset) == 2 and dataset[0].row == 0
@@ -172,9 +163,6 @@ def test_streaming_does_not_look_at_images_before_they_are_needed(root: Path) ->
         dataset[1]
     with pytest.warns(UserWarning, match=r"left out 1 broken rows"):
         assert len(PairDataset(open_source(path, streaming=True), max_broken=1)) == 1
-
-
-# Splits, names and places
 
 
 def captions(path: Path, **options: Any) -> list[str]:
@@ -201,14 +189,10 @@ def test_a_split_that_file_names_tell_is_read_alone(root: Path, suffix: str) -> 
         open_source(root)
 
 
-def test_a_split_that_nothing_tells_is_refused(root: Path) -> None:
-    write_images(root)
-    write_lines(root / "pairs.jsonl", [{"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "a"}])
-    store(root / "p.parquet", [row(0)])
-    for path in (root / "pairs.jsonl", root / "p.parquet"):
-        assert len(captions(path)) == 1
-        with pytest.raises(InvalidInput, match=r"data.split = 'test': is not a split of"):
-            open_source(path, split="test")
+@pytest.mark.parametrize("write", [parquet, folder_with_labels])
+def test_a_split_that_nothing_tells_is_refused(root: Path, write: Callable[[Path], Path]) -> None:
+    with pytest.raises(InvalidInput, match=r"data.split = 'test': is not a split of"):
+        open_source(write(root), split="test")
 
 
 @pytest.mark.parametrize("way", ["memory", "mapped", "streaming"])
@@ -242,13 +226,10 @@ def test_hidden_files_and_companions_of_a_mac_are_no_pairs(root: Path) -> None:
     assert captions(write_tar(root / "s.tar", [sample], companions)) == ["a"]
 
 
-# What cannot be told or read
-
-
 def test_a_scored_file_beside_its_input_is_not_read_twice(root: Path) -> None:
     store(root / "pairs.parquet", rows())
-    table = parquet_format.read_table(root / "pairs.parquet")
-    parquet_format.write_table(table.replace_schema_metadata({METADATA: b"{}"}), root / "scored.parquet")
+    table = pq.read_table(root / "pairs.parquet")
+    pq.write_table(table.replace_schema_metadata({METADATA: b"{}"}), root / "scored.parquet")
     with pytest.raises(InvalidInput, match=r"scored\.parquet.*was written by fastinvdpo score, and others were not"):
         PairDataset(root)
 
@@ -266,41 +247,37 @@ def test_loading_scripts_and_pickles_are_not_run(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["caption", "arrow"])
 def test_damaged_text_and_offsets_are_refused(root: Path, name: str) -> None:
-    damaged = arrow.StringArray.from_buffers(1, arrow.py_buffer(b"\0\0\0\0\x02\0\0\0"), arrow.py_buffer(b"\xe9!"))
-    table = arrow.Table.from_pylist([row(0)]).drop_columns(["caption"]).append_column("caption", damaged)
+    damaged = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\x02\0\0\0"), pa.py_buffer(b"\xe9!"))
+    table = pa.Table.from_pylist([row(0)]).drop_columns(["caption"]).append_column("caption", damaged)
     if name == "caption":
-        parquet_format.write_table(table, root / "a.parquet")
+        pq.write_table(table, root / "a.parquet")
     else:
         datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(root)
     with pytest.raises(InvalidInput, match=r"is damaged .*UTF-8|UTF8"):
         PairDataset(root)
 
 
-def test_formats_that_cannot_be_told(root: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"so its format cannot be inferred"):
-        open_source(root)
-    parquet(root)
-    shards(root)
-    with pytest.raises(InvalidInput, match=r"could be read as parquet and as webdataset.*set data.format"):
-        open_source(root)
-    assert open_source(root, format="webdataset").format == "webdataset"
+def test_formats_that_cannot_be_told_and_files_that_cannot_be_read(root: Path) -> None:
+    for name in ("empty", "several"):
+        (root / name).mkdir()
+    parquet(root / "several")
+    shards(root / "several")
+    (root / "bad.tar").write_bytes(b"x" * 2000)
+    (root / "bad.json").write_text('[{"rank": ')
+    write_lines(root / "pairs.jsonl", [{}])
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("empty", {}, "so its format cannot be inferred"),
+        ("several", {}, "could be read as parquet and as webdataset.*set data.format"),
+        ("empty", {"format": "zip"}, "data.format = 'zip'"),
+        ("bad.tar", {}, "bad.tar.*cannot be read as an uncompressed tar file"),
+        ("bad.json", {}, "bad.json.*is not valid JSON"),
+        ("empty", {"format": "folder"}, "holds no pairs.jsonl"),
+        ("nowhere", {"format": "datasets"}, "cannot be loaded by datasets"),
+        ("pairs.jsonl", {"image_root": root / "nowhere"}, "data.image_root"),
+    ]
+    for name, options, problem in refused:
+        with pytest.raises(InvalidInput, match=problem):
+            open_source(root / name, **options)
+    assert open_source(root / "several", format="webdataset").format == "webdataset"
     with pytest.raises(InvalidInput, match=r"for a data set of the hub set data.format to datasets"):
         open_source("someone/pairs")
-    with pytest.raises(InvalidInput, match=r"data.format = 'zip'"):
-        open_source(root, format="zip")
-
-
-def test_files_that_cannot_be_read(root: Path) -> None:
-    (root / "bad.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(InvalidInput, match=r"bad.tar.*cannot be read as an uncompressed tar file"):
-        open_source(root / "bad.tar")
-    (root / "bad.json").write_text('[{"rank": ')
-    with pytest.raises(InvalidInput, match=r"bad.json.*is not valid JSON"):
-        open_source(root / "bad.json")
-    with pytest.raises(InvalidInput, match=r"holds no pairs.jsonl"):
-        open_source(root, format="folder")
-    with pytest.raises(InvalidInput, match=r"cannot be loaded by datasets"):
-        PairDataset(open_source(str(root / "nowhere"), format="datasets"))
-    write_lines(root / "pairs.jsonl", [{}])
-    with pytest.raises(InvalidInput, match=r"data.image_root"):
-        open_source(root / "pairs.jsonl", image_root=root / "nowhere")

@@ -1,59 +1,44 @@
-"""Flip and crop: one decision for both images of a pair, made by seed and sample index alone."""
+"""Flip, crop and buckets: one decision for both images of a pair, made by seed and sample index alone."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageOps
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ImageOps
 
-from fastinvdpo.data import PairDataset
-from fastinvdpo.data.transforms import Decisions, decide, transform
+from fastinvdpo.data import Buckets, PairDataset
+from fastinvdpo.data.transforms import Decisions, transform
+from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import encoded, image, row, store
 
 
-def test_without_options_images_stay_as_they_are(tmp_path: Path) -> None:
-    pairs = PairDataset(store(tmp_path / "p.parquet", [row(0)]))
-    for draw in range(5):
-        assert pairs.pair(0, draw).winner.tobytes() == image(0).tobytes()
-
-
 def test_both_sides_are_mirrored_together(tmp_path: Path) -> None:
-    pairs = PairDataset(store(tmp_path / "p.parquet", [row(0)]), random_flip=True, seed=4)
-    flips = []
-    for draw in range(200):
-        pair = pairs.pair(0, draw)
-        looks = [
-            side.tobytes() == ImageOps.mirror(image(shade)).tobytes()
-            for side, shade in ((pair.winner, 0), (pair.loser, 100))
-        ]
-        assert looks[0] == looks[1]
-        flips.append(looks[0])
-    assert 70 < sum(flips) < 130
-    again = [pairs.pair(0, draw).winner.tobytes() for draw in range(200)]
-    assert [look == ImageOps.mirror(image(0)).tobytes() for look in again] == flips
+    path = store(tmp_path / "p.parquet", [row(0)])
+    assert {PairDataset(path).pair(0, index).winner.tobytes() for index in range(5)} == {image(0).tobytes()}
+    mirrored = [ImageOps.mirror(image(shade)).tobytes() for shade in (0, 100)]
 
+    def flips(seed: int) -> list[list[bool]]:
+        pairs = PairDataset(path, random_flip=True, seed=seed)
+        read = (pairs.pair(0, index) for index in range(200))
+        return [[pair.winner.tobytes() == mirrored[0], pair.loser.tobytes() == mirrored[1]] for pair in read]
 
-def test_decisions_depend_on_seed_and_draw_only() -> None:
-    def choices(seed: int, draw: int) -> Decisions:
-        return decide(seed, draw, random_flip=True, center_crop=False)
-
-    assert choices(1, 2) == choices(1, 2)
-    assert len({choices(seed, draw) for seed in range(10) for draw in range(10)}) == 100
-    assert decide(1, 2, random_flip=False, center_crop=True) == Decisions()
-    shares = [share for draw in range(300) for share in (choices(0, draw).vertical, choices(0, draw).horizontal)]
-    assert all(0 <= share < 1 for share in shares)
-    assert abs(sum(shares) / len(shares) - 0.5) < 0.05
+    found = flips(4)
+    assert all(won == lost for won, lost in found)
+    assert 70 < sum(won for won, _ in found) < 130
+    assert flips(4) == found != flips(5)
 
 
 def test_crops_of_equal_sizes_are_the_same_window(tmp_path: Path) -> None:
     wide = {"jpg_0": encoded(image(0, (20, 8))), "jpg_1": encoded(image(100, (20, 8)))}
-    pairs = PairDataset(
-        store(tmp_path / "p.parquet", [row(0, **wide)]), resolution=8, center_crop=False, random_flip=True
-    )
+    path = store(tmp_path / "p.parquet", [row(0, **wide)])
+    pairs = PairDataset(path, resolution=8, center_crop=False, random_flip=True)
     lefts = set()
-    for draw in range(100):
-        pair = pairs.pair(0, draw)
+    for index in range(100):
+        pair = pairs.pair(0, index)
         assert pair.winner.size == pair.loser.size == (8, 8)
         assert pair.winner_geometry == pair.loser_geometry
         assert pair.winner_geometry.original_size == (8, 20)
@@ -66,11 +51,8 @@ def test_crops_of_equal_sizes_are_the_same_window(tmp_path: Path) -> None:
             assert side.tobytes() == whole.crop((left, top, left + 8, top + 8)).tobytes()
         lefts.add(left)
     assert lefts == set(range(13)), "every place of the window occurs"
-
-
-def test_center_crop_takes_the_middle() -> None:
     cropped, geometry = transform(image(0, (20, 8)), 8, Decisions())
-    assert geometry.crop_top_left == (0, 6)
+    assert geometry.crop_top_left == (0, 6), "the middle"
     assert cropped.tobytes() == image(0, (20, 8)).crop((6, 0, 14, 8)).tobytes()
 
 
@@ -83,9 +65,46 @@ def test_any_size_comes_out_square(size: tuple[int, int]) -> None:
         assert min(geometry.crop_top_left) >= 0
 
 
-def test_sizes_may_differ_when_a_resolution_is_set(tmp_path: Path) -> None:
-    sizes = {"jpg_0": encoded(Image.new("RGB", (40, 30))), "jpg_1": encoded(Image.new("RGB", (16, 24)))}
-    pair = PairDataset(store(tmp_path / "p.parquet", [row(0, **sizes)]), resolution=8)[0]
-    assert pair.winner.size == pair.loser.size == (8, 8)
-    assert pair.winner_geometry.original_size == (30, 40)
-    assert pair.loser_geometry.original_size == (24, 16)
+@given(st.integers(2, 16), st.sampled_from([8, 32, 64]), st.floats(1.0, 4.0))
+def test_buckets_have_the_area_of_the_square_and_sides_of_multiples(
+    units: int, multiple: int, max_aspect: float
+) -> None:
+    side = units * multiple
+    sizes = Buckets(side, multiple, max_aspect).sizes
+    assert (side, side) in sizes
+    assert len(set(sizes)) == len(sizes) and {(w, h) for h, w in sizes} == set(sizes)
+    for height, width in sizes:
+        assert height % multiple == 0 == width % multiple
+        # The longer side is rounded down to a multiple: less than one multiple of it is missing.
+        assert side**2 - multiple * min(height, width) < height * width <= side**2
+        assert max(height, width) <= min(height, width) * max_aspect
+
+
+@given(st.tuples(*[st.integers(10, 4000)] * 4))
+def test_a_pair_takes_the_nearest_bucket_whatever_the_order(sides: tuple[int, int, int, int]) -> None:
+    buckets = Buckets(512)
+    first, second = sides[:2], sides[2:]
+    chosen = buckets.choose(first, second)
+    assert chosen == buckets.choose(second, first)
+    wanted = math.log(first[0] / first[1]) / 2 + math.log(second[0] / second[1]) / 2
+    distance = [abs(math.log(h / w) - wanted) for h, w in buckets.sizes]
+    assert distance[chosen] <= min(distance) + 1e-12
+
+
+def test_winner_and_loser_share_a_bucket(tmp_path: Path) -> None:
+    sizes = [((32, 16), (32, 16)), ((16, 32), (18, 30)), ((16, 16), (17, 16)), ((32, 16), (16, 32))]
+    rows = [row(i, jpg_0=encoded(image(i, a)), jpg_1=encoded(image(i, b))) for i, (a, b) in enumerate(sizes)]
+    dataset = PairDataset(store(tmp_path / "p.parquet", rows), resolution=Buckets(16, 4), center_crop=False)
+    for pair in dataset:
+        assert pair.winner.size == pair.loser.size
+        assert pair.winner_geometry.target_size == pair.loser_geometry.target_size == pair.winner.size[::-1]
+    assert [pair.winner.size for pair in dataset] == [(20, 12), (12, 20), (16, 16), (16, 16)]
+    assert dataset[0].winner_geometry.original_size == (16, 32)
+
+
+def test_the_buckets_of_sdxl_and_bad_ones() -> None:
+    assert {(1024, 1024), (832, 1216), (1152, 896)} <= set(Buckets(1024).sizes)
+    with pytest.raises(InvalidInput, match=r"data.resolution = 500: is not a multiple"):
+        Buckets(500)
+    with pytest.raises(InvalidInput, match=r"data.buckets.max_aspect = 0.5"):
+        Buckets(512, max_aspect=0.5)

@@ -14,20 +14,14 @@ import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.models import adapters as files
 from fastinvdpo.models import load_model
-from fastinvdpo.models.adapter_files import (
-    adapter_contents,
-    adapter_file,
-    merge_adapter,
-    read_adapter,
-    save_adapter,
-    trained_on,
-)
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.trainer.networks import Networks
 from tests.models import tiny
@@ -67,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model: Any = load_model("stable-diffusion", folder / "base")
     networks = Networks(model, lora=LoraSection(rank=2, alpha=8.0), gradient_checkpointing=False)
     perturb(networks.policy_module, 0.5, seed=0)
-    save_adapter(networks.policy_module, folder / "adapter", model.origin)
+    files.save_adapter(networks.policy_module, folder / "adapter", model.origin)
     model.save_lora(folder / "adapter", networks.policy_module)
     torch.save(predict(networks.policy_module), folder / "prediction.pt")
     return folder
@@ -81,25 +75,16 @@ def predict(unet: Any) -> torch.Tensor:
     return prediction
 
 
-def settings_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """The settings in the file of each format."""
+def test_both_files_say_the_same_in_words_of_peft_0_18(folder: Path) -> None:
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     with safe_open(folder / "adapter" / "pytorch_lora_weights.safetensors", "pt") as file:
         described = json.loads(file.metadata()["lora_adapter_metadata"])
-    theirs = {name.removeprefix("unet."): value for name, value in described.items()}
-    return {"peft": json.loads((folder / "adapter" / "adapter_config.json").read_text()), "diffusers": theirs}
-
-
-def test_both_files_say_the_same_in_words_of_peft_0_18(folder: Path) -> None:
-    settings = settings_in(folder)
-    assert settings["peft"] == settings["diffusers"]
-    assert settings["peft"].keys() <= PEFT_0_18 - {"peft_version", "runtime_config"}
-    told = {name: settings["peft"][name] for name in ("peft_type", "r", "lora_alpha", "bias", "inference_mode")}
+    assert settings == {name.removeprefix("unet."): value for name, value in described.items()}
+    assert settings.keys() <= PEFT_0_18 - {"peft_version", "runtime_config"}
+    told = {name: settings[name] for name in ("peft_type", "r", "lora_alpha", "bias", "inference_mode")}
     assert told == {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none", "inference_mode": True}
-    assert settings["peft"]["target_modules"] == ["to_k", "to_out.0", "to_q", "to_v"]
-
-
-def test_a_reader_at_its_own_defaults_has_the_adapter_that_was_trained(folder: Path) -> None:
-    read = peft.LoraConfig(**settings_in(folder)["peft"])
+    assert settings["target_modules"] == ["to_k", "to_out.0", "to_q", "to_v"]
+    read = peft.LoraConfig(**settings)  # by a reader at its own defaults
     trained = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     trained.inference_mode = True
     trained.base_model_name_or_path = str(folder / "base")
@@ -110,28 +95,22 @@ def test_a_field_that_only_the_newest_knows_is_written_where_it_matters() -> Non
     network = torch.nn.Sequential(torch.nn.Linear(2, 2))
     config = peft.LoraConfig(r=2, target_modules=["0"], exclude_modules=["1"])
     peft.inject_adapter_in_model(config, network)
-    _, settings = adapter_contents(network)
+    _, settings = files.adapter_contents(network)
     assert settings["exclude_modules"] == ["1"]
     assert "layers_pattern" not in settings
 
 
-def test_peft_0_18_reads_the_adapter(folder: Path, old_peft: None) -> None:
+def test_peft_0_18_reads_the_adapter_and_diffusers_on_it(folder: Path, old_peft: None) -> None:
     unet = StableDiffusionPipeline.from_pretrained(folder / "base").unet
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Unexpected keyword")
         adapted = peft.PeftModel.from_pretrained(unet, str(folder / "adapter"))
     assert type(adapted.peft_config["default"]) is OldLoraConfig
     torch.testing.assert_close(predict(adapted), torch.load(folder / "prediction.pt"), rtol=0, atol=0)
-
-
-def test_diffusers_on_peft_0_18_reads_the_adapter(folder: Path, old_peft: None) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "base")
     pipeline.load_lora_weights(folder / "adapter", weight_name="pytorch_lora_weights.safetensors")
     assert type(pipeline.unet.peft_config["default_0"]) is OldLoraConfig
     torch.testing.assert_close(predict(pipeline.unet), torch.load(folder / "prediction.pt"), rtol=0, atol=0)
-
-
-# --- readers that know the tensors alone ---
 
 
 def trained_change(folder: Path) -> dict[str, torch.Tensor]:
@@ -144,32 +123,25 @@ def trained_change(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_tensors_alone_give_the_trained_change(folder: Path) -> None:
     """A dictionary without settings, for diffusers; and kohya's names, by diffusers' own key map."""
-    from diffusers.utils import convert_state_dict_to_kohya
-
     tensors = load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "base")
-    pipeline.load_lora_weights(dict(tensors))
-    expected = torch.load(folder / "prediction.pt")
-    torch.testing.assert_close(predict(pipeline.unet), expected, rtol=0, atol=0)
     kohya = convert_state_dict_to_kohya(dict(tensors))
     assert {float(tensor) for name, tensor in kohya.items() if name.endswith(".alpha")} <= {2.0}
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "base")
-    pipeline.load_lora_weights(kohya)
-    torch.testing.assert_close(predict(pipeline.unet), expected, rtol=0, atol=1e-6)
+    for stored, tolerance in ((tensors, 0), (kohya, 1e-6)):
+        pipeline = StableDiffusionPipeline.from_pretrained(folder / "base")
+        pipeline.load_lora_weights(dict(stored))
+        expected = torch.load(folder / "prediction.pt")
+        torch.testing.assert_close(predict(pipeline.unet), expected, rtol=0, atol=tolerance)
 
 
 def test_an_adapter_names_the_weights_that_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
-    assert trained_on(folder / "adapter" / "adapter_model.safetensors") == {"path": str(folder / "base")}
+    assert files.trained_on(folder / "adapter" / "adapter_model.safetensors") == {"path": str(folder / "base")}
     tiny.unet().save_pretrained(tmp_path / "tuned" / "unet")
     model: Any = load_model("auto", folder / "base", unet_init=tmp_path / "tuned", frozen_parts=False)
     networks = Networks(model, lora=LoraSection(rank=2), gradient_checkpointing=False)
-    save_adapter(networks.policy_module, tmp_path / "adapter", model.origin)
+    files.save_adapter(networks.policy_module, tmp_path / "adapter", model.origin)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "tuned")
-    assert trained_on(tmp_path / "adapter" / "adapter_model.safetensors")["unet_init"] == str(tmp_path / "tuned")
-
-
-# --- reading ---
+    assert files.trained_on(tmp_path / "adapter" / "adapter_model.safetensors")["unet_init"] == str(tmp_path / "tuned")
 
 
 def peft_names(name: str) -> str:
@@ -201,7 +173,10 @@ NAMES: dict[str, Callable[[str], str]] = {
 }
 
 
-def stored(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+Tensors = dict[str, torch.Tensor]
+
+
+def stored(folder: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     plain = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     save_file({n: t.contiguous() for n, t in change(plain).items()}, target, metadata={"format": "pt"})
@@ -212,7 +187,7 @@ def merged(folder: Path, file: Path) -> dict[str, torch.Tensor]:
     """Layer -> what reading and merging ``file`` adds to its weight."""
     model = load_model("auto", folder / "base", frozen_parts=False)
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    merge_adapter(model.network, read_adapter(file, model.network, model.translated_lora))
+    files.merge_adapter(model.network, files.read_adapter(file, model.network, model.translated_lora))
     after = model.network.state_dict()
     return {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
 
@@ -220,13 +195,12 @@ def merged(folder: Path, file: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_every_known_way_of_naming_is_read(folder: Path, tmp_path: Path, name: Callable[[str], str]) -> None:
     file = stored(folder, tmp_path / "own.safetensors", lambda tensors: {name(n): t for n, t in tensors.items()})
-    assert adapter_file(tmp_path) == adapter_file(file) == file
+    assert files.adapter_file(tmp_path) == files.adapter_file(file) == file
     torch.testing.assert_close(merged(folder, file), trained_change(folder), rtol=1e-4, atol=1e-6)
 
 
 def test_names_of_the_original_sdxl_code_are_read(tmp_path: Path) -> None:
-    pipeline = tiny.sdxl_pipeline()
-    pipeline.save_pretrained(tmp_path / "base")
+    tiny.sdxl_pipeline().save_pretrained(tmp_path / "base")
     model = load_model("auto", tmp_path / "base", frozen_parts=False)
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     first = f"lora_unet_{layer.replace('.', '_').replace('down_blocks_1_attentions_0', 'input_blocks_3_1')}"
@@ -234,21 +208,15 @@ def test_names_of_the_original_sdxl_code_are_read(tmp_path: Path) -> None:
     factors = {"lora_down.weight": torch.randn(2, width), "lora_up.weight": torch.randn(width, 2)}
     tensors = {f"{first}.{name}": tensor for name, tensor in factors.items()} | {f"{first}.alpha": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "own.safetensors")
-    adapter = read_adapter(tmp_path / "own.safetensors", model.network, model.translated_lora)
-    assert list(adapter.layers) == [layer] and adapter.layers[layer][2] == 0.5
+    adapter = files.read_adapter(tmp_path / "own.safetensors", model.network, model.translated_lora)
+    assert list(adapter) == [layer] and adapter[layer][2] == 0.5
 
 
 def test_alpha_counts_by_tensor_by_layer_and_by_the_root_of_the_rank(folder: Path, tmp_path: Path) -> None:
     whole = trained_change(folder)
     alphas = [f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.alpha" for name in whole]
-    file = stored(
-        folder,
-        tmp_path / "own.safetensors",
-        lambda tensors: {
-            **{kohya_names(n): t for n, t in tensors.items()},
-            **{n: torch.tensor(1.0) for n in alphas},
-        },
-    )
+    ones = {name: torch.tensor(1.0) for name in alphas}
+    file = stored(folder, tmp_path / "own.safetensors", lambda t: {kohya_names(n): v for n, v in t.items()} | ones)
     halved = {name: change / 2 for name, change in whole.items()}
     torch.testing.assert_close(merged(folder, file), halved, rtol=1e-4, atol=1e-6)
     target = tmp_path / "adapter"
@@ -262,28 +230,19 @@ def test_alpha_counts_by_tensor_by_layer_and_by_the_root_of_the_rank(folder: Pat
     torch.testing.assert_close(merged(folder, target / "adapter_model.safetensors"), expected, rtol=1e-4, atol=1e-6)
 
 
-def without_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return dict(sorted(tensors.items())[1:])
-
-
-def with_another(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+def with_another(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {**tensors, name: torch.zeros(2, 16)}
 
 
-MISFITS = {
-    "unknown layer": (
-        with_another("unet.no.such.layer.lora_A.weight"),
-        "has unknown unet.no.such.layer|no known format",
-    ),
-    "half a layer": (without_one, "lacks half of down_blocks"),
+UNKNOWN = "unet.no.such.layer"
+MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "unknown layer": (with_another(f"{UNKNOWN}.lora_A.weight"), f"has unknown {UNKNOWN}|no known format"),
+    "half a layer": (lambda tensors: dict(sorted(tensors.items())[1:]), "lacks half of down_blocks"),
     "text encoder": (with_another("text_encoder.layers.0.q_proj.lora_A.weight"), "changes text encoders .*q_proj"),
     "kohya's text encoder": (with_another("lora_te1_q_proj.lora_down.weight"), "changes text encoders"),
     "DoRA": (with_another("unet.conv_in.lora_magnitude_vector"), "is a DoRA"),
     "LoHa": (with_another("lora_unet_conv_in.hada_w1_a"), "is a LoHa"),
-    "another model": (
-        lambda tensors: {n: torch.zeros(2, 2) for n in tensors},
-        "does not fit the base model: .*the layer",
-    ),
+    "another model": (lambda tensors: {n: torch.zeros(2, 2) for n in tensors}, "does not fit the base model: .*layer"),
     "nothing": (lambda tensors: {}, "holds no tensors"),
 }
 
@@ -319,4 +278,4 @@ def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"pickle")
     for path in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):
         with pytest.raises(InvalidInput, match="is stored as pickles"):
-            adapter_file(path)
+            files.adapter_file(path)

@@ -40,19 +40,10 @@ TOKENS = 12  # length that prompts are padded to
 def digits_unet(**changes: Any) -> UNet2DConditionModel:
     """The demo's UNet, narrower."""
     torch.manual_seed(0)
-    config: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "attention_head_dim": 2,
-        "cross_attention_dim": 32,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DConditionModel(**{**config, **changes})
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1, "norm_num_groups": 8}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (16, 32)}
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "attention_head_dim": 2, "cross_attention_dim": 32}
+    return UNet2DConditionModel(**{**blocks, **sizes, **changes})
 
 
 def write_digits(directory: Path, *, half: bool = False, **unet: Any) -> Path:
@@ -72,33 +63,17 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def text_encoder(width: int, projected: bool = False) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": TOKENS}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPTextConfig(vocab_size=len(tokenizer()), **sizes, **ids)
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
 def vae(**changes: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        **{
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "latent_channels": 4,
-            "norm_num_groups": 4,
-            "sample_size": 16,
-            **changes,
-        }
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16}
+    return AutoencoderKL(**{**blocks, **sizes, **changes})
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
@@ -119,22 +94,21 @@ def sd_pipeline(*, prediction_type: str = "epsilon", **parts: Any) -> StableDiff
     return StableDiffusionPipeline(**{**own, **parts}, **none)
 
 
+def sdxl_unet(*, cross_attention_dim: int, time_ids: int) -> UNet2DConditionModel:
+    sizes = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 24 + time_ids * 4}
+    return unet(cross_attention_dim=cross_attention_dim, addition_embed_type="text_time", **sizes)
+
+
 def sdxl_pipeline(*, force_zeros: bool = True, **parts: Any) -> StableDiffusionXLPipeline:
     """SDXL at 16 x 16 pixels: two text encoders (16 + 24 wide), pooled 24, six time ids of 4 numbers each."""
     torch.manual_seed(2)
-    added = {
-        "cross_attention_dim": 40,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 24 + 6 * 4,
-    }
     own = {
         "vae": vae(force_upcast=True),
         "text_encoder": text_encoder(16),
         "text_encoder_2": text_encoder(24, projected=True),
         "tokenizer": tokenizer(),
         "tokenizer_2": tokenizer(),
-        "unet": unet(**added),
+        "unet": sdxl_unet(cross_attention_dim=40, time_ids=6),
         "scheduler": EulerDiscreteScheduler.from_config(SD_SCHEDULER),
     }
     return StableDiffusionXLPipeline(**{**own, **parts}, force_zeros_for_empty_prompt=force_zeros)
@@ -149,19 +123,13 @@ def turbo_pipeline() -> StableDiffusionXLPipeline:
 def refiner_pipeline(**parts: Any) -> StableDiffusionXLImg2ImgPipeline:
     """SDXL's refiner: the second text encoder alone, and an aesthetic score in the place of the target size."""
     torch.manual_seed(3)
-    added = {
-        "cross_attention_dim": 24,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 24 + 5 * 4,
-    }
     own = {
         "vae": vae(force_upcast=True),
         "text_encoder": None,
         "text_encoder_2": text_encoder(24, projected=True),
         "tokenizer": None,
         "tokenizer_2": tokenizer(),
-        "unet": unet(**added),
+        "unet": sdxl_unet(cross_attention_dim=24, time_ids=5),
         "scheduler": EulerDiscreteScheduler.from_config(SD_SCHEDULER),
     }
     settings = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
@@ -186,23 +154,11 @@ def flow_vae() -> AutoencoderKL:
 def sd3_pipeline(*, t5: bool = True, **parts: Any) -> StableDiffusion3Pipeline:
     """SD3.5 at 16 x 16 pixels: CLIP 16 and 24 wide, T5 40 wide, one block of two with attention of its own."""
     torch.manual_seed(4)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=40,
-        caption_projection_dim=16,
-        pooled_projection_dim=40,
-        out_channels=4,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
+    sizes |= {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 40}
+    sizes |= {"caption_projection_dim": 16, "pooled_projection_dim": 40}
     own = {
-        "transformer": transformer,
+        "transformer": SD3Transformer2DModel(**sizes, dual_attention_layers=(0,), qk_norm="rms_norm"),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "vae": flow_vae(),
         "text_encoder": text_encoder(16, projected=True),
@@ -218,21 +174,11 @@ def sd3_pipeline(*, t5: bool = True, **parts: Any) -> StableDiffusion3Pipeline:
 def flux_pipeline(*, distilled: bool = True, **parts: Any) -> FluxPipeline:
     """FLUX.1-dev, or -schnell where not ``distilled``: 4 latent channels packed to 16, CLIP 16 wide, T5 24 wide."""
     torch.manual_seed(5)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=16,
-        guidance_embeds=distilled,
-        axes_dims_rope=(2, 2, 4),
-    )
+    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 16}
     shift = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
     own = {
-        "transformer": transformer,
+        "transformer": FluxTransformer2DModel(**sizes, guidance_embeds=distilled, axes_dims_rope=(2, 2, 4)),
         "scheduler": FlowMatchEulerDiscreteScheduler(**shift if distilled else {"shift": 1.0}),
         "vae": flow_vae(),
         "text_encoder": text_encoder(16),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.config import checks as config_checks
+from fastinvdpo.config import train as config_checks
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.errors import InvalidInput, MissingExtra
 from fastinvdpo.models import load_model
