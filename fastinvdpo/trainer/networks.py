@@ -8,7 +8,7 @@ dropout would put noise into that difference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from fastinvdpo.config.sections import LoraSection
     from fastinvdpo.models import DiffusionModel
-    from fastinvdpo.trainer.graphs import GraphedCalls
 
 
 class Networks:
@@ -41,13 +40,14 @@ class Networks:
         reference_quantization: of its linear layers, see :func:`quantize_linear_layers`.
 
     Attributes:
-        policy_module: the trained network, with adapters inside when ``lora`` is given.
-        lora: whether it has adapters.
+        policy_module: the trained network, with adapters inside where ``lora`` is True.
+        wrapped: that as accelerate wrapped it; gradients of several processes meet there.
         reference_module: the copy, or None when there is no reference or it is the policy with other adapter weights.
         reference_adapters: these weights by name, where the reference moves.
         shards: of the policy, with FSDP2; None otherwise.
         evaluations: counts of network evaluations (one sample through one network), with and without gradient.
-        graphs: replays calls without gradient, where given.
+        accelerator: predictions are made in its mixed precision, where given.
+        graphs: replays calls without gradient, where given (:class:`fastinvdpo.trainer.performance.GraphedCalls`).
     """
 
     def __init__(
@@ -62,15 +62,19 @@ class Networks:
     ) -> None:
         self._model, self._reference = model, reference
         network = model.network.eval()
-        self.lora = lora is not None
+        self.lora, self.reference_quantization = lora is not None, reference_quantization
+        self.policy_module = self.wrapped = network
+        self.shards: Shards | None = None
+        self.accelerator: Accelerator | None = None
+        self.graphs: Callable[..., Tensor] | None = None
+        self.evaluations = {"with_gradient": 0, "without_gradient": 0}
         self.reference_module: nn.Module | None = None
         self.reference_adapters: dict[str, Tensor] = {}
         if lora is not None:
             targets = lora.target_modules or model.default_lora_targets
             add_lora(network, rank=lora.rank, alpha=lora.alpha, targets=targets)
             if reference == "moving":
-                trained = ((name, p) for name, p in network.named_parameters() if p.requires_grad)
-                self.reference_adapters = {name: p.detach().clone() for name, p in trained}
+                self.reference_adapters = {name: p.detach().clone() for name, p in self.trainable().items()}
         elif reference == "self":
             self.reference_module = network.requires_grad_(False)
             if reference_dtype is not None:
@@ -79,39 +83,27 @@ class Networks:
             if reference != "none":
                 self.reference_module = frozen_copy(network, reference_dtype)
             network.requires_grad_(True)
-        self.reference_quantization = reference_quantization
         if reference_quantization is not None and self.reference_module is not None:
             quantize_linear_layers(self.reference_module, reference_quantization)
         if gradient_checkpointing:
-            _checkpoint_activations(network)
-        self.policy_module = network
-        self._wrapped: nn.Module = network
-        self.shards: Shards | None = None
-        self._accelerator: Accelerator | None = None
-        self.graphs: GraphedCalls | None = None
-        self.evaluations = {"with_gradient": 0, "without_gradient": 0}
+            enable: Any = getattr(network, "enable_gradient_checkpointing", None)
+            if enable is None:
+                problem = f"{type(network).__name__} does not support it"
+                remedy = "set training.gradient_checkpointing to false"
+                raise invalid("training.gradient_checkpointing", True, problem, remedy)
+            enable()
 
     def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Any:
         """Let accelerate wrap the policy for its device, process group and precision, and its optimizer; returns that.
-
         With FSDP2 the trained weights are others afterwards: see :meth:`trainable`.
         """
-        self.use_precision(accelerator)
+        self.accelerator = accelerator
         if accelerator.distributed_type.value == "FSDP":
             self.shards = Shards(self.policy_module, optimizer, accelerator)
-            self._wrapped = self.policy_module = self.shards.module
+            self.wrapped = self.policy_module = self.shards.module
             return self.shards.optimizer
-        self._wrapped = accelerator.prepare_model(self.policy_module)
+        self.wrapped = accelerator.prepare_model(self.policy_module)
         return accelerator.prepare_optimizer(optimizer)
-
-    def use_precision(self, accelerator: Accelerator) -> None:
-        """Predict in the accelerator's mixed precision."""
-        self._accelerator = accelerator
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """The policy as accelerate wrapped it; gradients of several processes meet there."""
-        return self._wrapped
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters of the policy by name; with FSDP2 this process's shards of them."""
@@ -124,7 +116,7 @@ class Networks:
         if torch.is_grad_enabled():
             if self.shards is not None:
                 self.shards.release()
-            return self._predict("with_gradient", self._wrapped, latents, timesteps, conditioning)
+            return self._predict("with_gradient", self.wrapped, latents, timesteps, conditioning)
         if self.shards is not None:
             self.shards.keep()
         # An inversion needs no gradient, so it must not enter a wrapper that prepares to exchange gradients.
@@ -134,13 +126,11 @@ class Networks:
         """As :meth:`policy`, for a measurement: it does not count, and no gradients are exchanged. With FSDP2 all
         processes must call it, without gradient.
         """
-        before = dict(self.evaluations)
         if self.shards is not None:
             self.shards.keep()
-        prediction = self._predict("with_gradient", self.policy_module, latents, timesteps, conditioning)
+        prediction = self._compute(self.policy_module, latents, timesteps, conditioning)
         if self.shards is not None:
             self.shards.release()  # a checkpoint that is read next goes into the shards
-        self.evaluations = before
         return prediction
 
     @torch.no_grad()
@@ -148,14 +138,13 @@ class Networks:
         """Prediction of the reference, never with gradient."""
         if self._reference == "none":
             raise RuntimeError("a prediction of the reference is needed, and this run keeps none")
-        told = (latents, timesteps, conditioning)
+        given = (latents, timesteps, conditioning)
         if self.reference_module is not None:
-            return self._predict("without_gradient", self.reference_module, *told, caller="reference")
+            return self._predict("without_gradient", self.reference_module, *given, caller="reference")
         if self.shards is not None:
             self.shards.keep()
-        other = self._exchanged() if self.reference_adapters else adapters_disabled(self.policy_module)
-        with other:
-            return self._predict("without_gradient", self.policy_module, *told, caller="reference")
+        with self._exchanged() if self.reference_adapters else adapters_disabled(self.policy_module):
+            return self._predict("without_gradient", self.policy_module, *given, caller="reference")
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
@@ -190,8 +179,9 @@ class Networks:
     def _compute(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        mixed = self._accelerator is not None and self._accelerator.mixed_precision != "no"
-        with self._accelerator.autocast() if mixed and self._accelerator else nullcontext():
+        accelerator = self.accelerator
+        mixed = accelerator is not None and accelerator.mixed_precision != "no"
+        with accelerator.autocast() if mixed else nullcontext():  # type: ignore[union-attr]
             prediction = self._model.predict(network, latents, timesteps, conditioning)
         # The objective's own arithmetic stays in the latents' type (float32), and in their layout.
         return prediction.to(latents.dtype).contiguous()
@@ -205,11 +195,3 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
             cast = tensor.detach().to(dtype, copy=True)
             memo[id(tensor)] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
     return copy.deepcopy(network, memo).requires_grad_(False)
-
-
-def _checkpoint_activations(network: nn.Module) -> None:
-    enable: Any = getattr(network, "enable_gradient_checkpointing", None)
-    if enable is None:
-        remedy = "set training.gradient_checkpointing to false"
-        raise invalid("training.gradient_checkpointing", True, f"{type(network).__name__} does not support it", remedy)
-    enable()

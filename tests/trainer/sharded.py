@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer.checkpoint import load_checkpoint
-from fastinvdpo.trainer.launch import check_launch
+from fastinvdpo.trainer.opening import check_launch
 from tests.trainer import ranks, tiny
 from tests.trainer.forked import Server
 from tests.trainer.shared_gradients import MOVING, PAIRS, STEPS, check_equal, mapping

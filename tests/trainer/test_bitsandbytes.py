@@ -17,9 +17,9 @@ from fastinvdpo.errors import InvalidInput, MissingExtra
 from fastinvdpo.models import load_model
 from fastinvdpo.models.quantization import quantize_linear_layers
 from fastinvdpo.trainer import train
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from fastinvdpo.trainer.checkpoint import load_checkpoint
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.step import _check_kernel, build_optimizer
+from fastinvdpo.trainer.state import _check_kernel, build_optimizer
 from tests.trainer import tiny
 
 try:
@@ -117,7 +117,7 @@ def test_adamw8bit_resumes_bit_for_bit(workspace: Path) -> None:
         return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
     resumed, whole = weights("resumed", 4, 6), weights("whole", 6)
-    stored = load_checkpoint(complete_checkpoints(workspace / "whole" / "checkpoints")[-1])
+    stored = load_checkpoint(tiny.complete_checkpoints(workspace / "whole" / "checkpoints")[-1])
     # bitsandbytes wraps what it quantized once more, and leaves tensors below 4096 elements alone.
     states = stored.state["optimizer"]["state"].values()
     moments = [

@@ -26,9 +26,8 @@ from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import TrainConfig, TrainResult, cache, cache_writing, precompute, train
-from fastinvdpo.trainer.batches import BatchBuilder
+from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder
 from fastinvdpo.trainer.cache import PairCache
-from fastinvdpo.trainer.draws import DrawOrder
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_data_source
 from tests.trainer import tiny

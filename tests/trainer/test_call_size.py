@@ -14,8 +14,8 @@ from torch import nn
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import PairBatch, build_objective
 from fastinvdpo.models import load_model
-from fastinvdpo.trainer import TrainResult, call_size, train
-from fastinvdpo.trainer.call_size import gradient_passes, saved_bytes
+from fastinvdpo.trainer import TrainResult, accounting, train
+from fastinvdpo.trainer.accounting import gradient_passes, saved_bytes
 from fastinvdpo.trainer.networks import Networks
 from tests.trainer import tiny
 
@@ -113,12 +113,11 @@ def test_no_number_counts_the_bytes_of_one_sample(
     workspace: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half the budget, half the call; the measurement itself is no evaluation."""
-    monkeypatch.setattr(call_size, "HOST_BUDGET", 0)
+    monkeypatch.setattr(accounting, "HOST_BUDGET", 0)
     smallest = _train(workspace, "smallest", {})
-    # Beside it one call that counts FLOPs.
-    assert max(calls) == 1 and len(calls) == 2 + smallest.network_evaluations
+    assert max(calls) == 1 and len(calls) == smallest.network_evaluations
     calls.clear()
-    monkeypatch.setattr(call_size, "HOST_BUDGET", 2**40)
+    monkeypatch.setattr(accounting, "HOST_BUDGET", 2**40)
     whole = _train(workspace, "whole", {})
     assert max(calls) == EVALUATIONS // STEPS
     assert whole.history[-1]["network_evaluations_with_gradient"] == EVALUATIONS
@@ -145,7 +144,7 @@ def test_saved_bytes_are_those_of_the_graph() -> None:
         assert saved_bytes(lambda inputs=inputs: network(inputs), network) == samples * 4 * (8 + 16)
 
 
-@pytest.mark.parametrize(("limit", "found"), [(10**9, call_size.LARGEST), (100, 64), (8, 8), (0, 1)])
+@pytest.mark.parametrize(("limit", "found"), [(10**9, accounting.LARGEST), (100, 64), (8, 8), (0, 1)])
 def test_the_largest_call_that_does_not_run_out_of_memory(limit: int, found: int) -> None:
     tried: list[int] = []
 
@@ -154,14 +153,14 @@ def test_the_largest_call_that_does_not_run_out_of_memory(limit: int, found: int
         if samples > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    assert call_size.largest_that_fits(attempt) == found
-    assert tried == sorted(tried, reverse=True) and tried[0] == call_size.LARGEST
+    assert accounting.largest_that_fits(attempt) == found
+    assert tried == sorted(tried, reverse=True) and tried[0] == accounting.LARGEST
 
     def broken(samples: int) -> None:
         raise RuntimeError("another fault")
 
     with pytest.raises(RuntimeError, match="another fault"):
-        call_size.largest_that_fits(broken)
+        accounting.largest_that_fits(broken)
 
 
 def test_passes(workspace: Path) -> None:
@@ -187,9 +186,9 @@ def test_the_probe_leaves_nothing_behind(workspace: Path) -> None:
     told = model.encode_prompts(["a one"] * 2)
     batch = PairBatch(torch.randn(2, 1, 8, 8), told, torch.arange(1), told)
     accelerator = accelerate.Accelerator(cpu=True)
-    size = call_size.choose_max_batch(networks, objective, batch, accelerator, passes=1)
+    size = accounting.choose_max_batch(networks, objective, batch, accelerator, passes=1)
     one = batch.latents[:1].clone(), torch.tensor([500]), {name: value[:1].clone() for name, value in told.items()}
     expected = saved_bytes(lambda: networks.probe(*one), networks.policy_module)
-    assert size == min(call_size.LARGEST, call_size.HOST_BUDGET // expected)
+    assert size == min(accounting.LARGEST, accounting.HOST_BUDGET // expected)
     assert networks.evaluations == {"with_gradient": 0, "without_gradient": 0}
     assert all(parameter.grad is None for parameter in networks.policy_module.parameters())

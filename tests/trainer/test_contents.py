@@ -17,7 +17,7 @@ from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import TrainConfig, train
-from fastinvdpo.trainer.contents import compared, frozen_contents
+from fastinvdpo.trainer.checkpoint import compared, frozen_contents
 from tests.models import tiny as models
 from tests.trainer import tiny
 from tests.trainer.test_resume import _assert_same

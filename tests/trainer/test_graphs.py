@@ -12,9 +12,9 @@ from torch import Tensor
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import adapters_disabled
-from fastinvdpo.trainer import graphs
-from fastinvdpo.trainer.graphs import GraphedCalls
+from fastinvdpo.trainer import performance
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.performance import GraphedCalls
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 
@@ -104,7 +104,7 @@ def test_an_answer_outlives_the_next_replay_and_expanded_inputs_are_read(record:
 def test_beyond_the_largest_number_calls_go_without_a_graph(
     record: Recorder, recorded: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "LARGEST_NUMBER", 2)
+    monkeypatch.setattr(performance, "LARGEST_NUMBER", 2)
     calls = GraphedCalls(record)
     for rows in (1, 2):
         calls("policy", lambda latents, *_: 2 * latents, torch.ones(rows), torch.ones(rows), {})

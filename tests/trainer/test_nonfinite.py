@@ -16,15 +16,15 @@ from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
-from fastinvdpo.trainer.draws import DrawOrder, permutation
+from fastinvdpo.trainer.batches import DrawOrder
+from fastinvdpo.trainer.checkpoint import load_checkpoint
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.nonfinite import FiniteGuard
+from fastinvdpo.trainer.step import FiniteGuard
 from tests.trainer import tiny
 
 # The pair of draw 5, so that two good steps of two pairs come before it.
 BAD_DRAW, BAD_STEP, SEED = 5, 3, 0
-BAD_ROW = int(permutation(SEED, 0, 10)[BAD_DRAW])
+BAD_ROW = DrawOrder(10, SEED, 2, 1).pair_index(BAD_DRAW)
 
 
 class Broken(DigitsModel):
@@ -125,7 +125,7 @@ def test_the_last_good_checkpoint_stays_and_no_bad_update_is_made(
     )
     with pytest.raises(NonFiniteLoss, match=rf"The last good checkpoint is .*step-{BAD_STEP - 1:08d}\."):
         tiny.train_model(config, *broken, progress=False)
-    (checkpoint,) = complete_checkpoints(workspace / "run" / "checkpoints")
+    (checkpoint,) = tiny.complete_checkpoints(workspace / "run" / "checkpoints")
     good = load_checkpoint(checkpoint).trainable
     assert all(torch.isfinite(value).all() for value in good.values())
     with pytest.raises(NonFiniteLoss, match=f"The loss of step {BAD_STEP} is not finite"):

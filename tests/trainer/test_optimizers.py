@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastinvdpo.config.sections import OptimizerSection
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
-from fastinvdpo.trainer.step import build_optimizer
+from fastinvdpo.trainer.checkpoint import load_checkpoint
+from fastinvdpo.trainer.state import build_optimizer
 from tests.trainer import tiny
 from tests.trainer.test_resume import _assert_same
 
@@ -85,7 +85,7 @@ def test_adafactor_resumes_bit_for_bit(workspace: Path, sections: dict[str, Any]
     sections = {"optimizer": {"name": "adafactor"}, **sections}
     resumed = tiny.trained_in_attempts(workspace / "resumed", 3, 6, **sections)
     whole = tiny.trained_in_attempts(workspace / "whole", 6, **sections)
-    stored = [load_checkpoint(complete_checkpoints(root / "checkpoints")[-1]) for root in (resumed, whole)]
+    stored = [load_checkpoint(tiny.complete_checkpoints(root / "checkpoints")[-1]) for root in (resumed, whole)]
     _assert_same(stored[0].trainable, stored[1].trainable)
     _assert_same(stored[0].state, stored[1].state)
     weights = [tiny.weights(root) for root in (resumed, whole)]

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.config import checks as config_checks
-from fastinvdpo.config.sections import LoraSection
+from fastinvdpo.config.sections import LoraSection, PerformanceSection
 from fastinvdpo.errors import InvalidInput, MissingExtra
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import performance, train
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from fastinvdpo.trainer.checkpoint import load_checkpoint
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.performance import Performance, arrange, decide, match_layout, speed_up
+from fastinvdpo.trainer.performance import arrange, decide, match_layout, speed_up
 from tests.trainer import tiny
 
-OFF = Performance(channels_last=False, attention=None, compile=False, cuda_graphs=False, tf32=False)
+OFF = PerformanceSection(channels_last=False, attention=None, compile=False, cuda_graphs=False, tf32=False)
 LORA = LoraSection(rank=2, alpha=4.0, target_modules=["to_q", "to_v", "conv1"])
 
 
@@ -60,11 +60,11 @@ def _accelerator(device: str, distributed_type: str = "NO") -> Any:
 )
 def test_defaults_by_device(workspace: Path, device: str, precision: str, optimizer: str, on: set[str]) -> None:
     config = tiny.config(workspace, training={"mixed_precision": precision}, optimizer={"name": optimizer})
-    decided = decide(config, nn.Linear(1, 1), _accelerator(device)).as_dict()
+    decided = decide(config, nn.Linear(1, 1), _accelerator(device)).model_dump()
     assert {name for name, value in decided.items() if value} == on
     asked = {name: name not in on for name in ("channels_last", "compile", "cuda_graphs", "tf32")}
     config.performance.__dict__.update(asked, attention="sdpa")
-    assert decide(config, nn.Linear(1, 1), _accelerator(device)).as_dict() == {**asked, "attention": "sdpa"}
+    assert decide(config, nn.Linear(1, 1), _accelerator(device)).model_dump() == {**asked, "attention": "sdpa"}
 
 
 def test_weights_in_half_precision_count_as_half_precision(workspace: Path) -> None:
@@ -129,14 +129,14 @@ def test_attention_is_chosen_for_policy_and_reference(
         name = f"{verb}_xformers_memory_efficient_attention"
         assert callable(getattr(network, name))  # diffusers has it
         monkeypatch.setattr(network, name, lambda network=network: chosen.append(network))
-    arrange(networks, Performance(**{**OFF.as_dict(), "attention": attention}))
+    arrange(networks, OFF.model_copy(update={"attention": attention}))
     assert chosen == [networks.policy_module, networks.reference_module]
 
 
 @pytest.mark.parametrize(("key", "value"), [("attention", "sdpa"), ("compile", True)])
 def test_a_network_that_offers_no_choice(key: str, value: Any) -> None:
     networks: Any = SimpleNamespace(policy_module=nn.Linear(2, 2), reference_module=None, reference_quantization=None)
-    switches = Performance(**{**OFF.as_dict(), key: value})
+    switches = OFF.model_copy(update={key: value})
     with pytest.raises(InvalidInput, match=rf"performance\.{key} = {value!r}: .*Linear"):
         arrange(networks, switches)
         speed_up(networks, switches)
@@ -149,13 +149,13 @@ def test_a_network_without_repeated_blocks_is_not_compiled(workspace: Path) -> N
             module.transformer_blocks = nn.ModuleList()
     networks = Networks(model, lora=None, gradient_checkpointing=False)
     with pytest.raises(InvalidInput, match=r"performance\.compile = True: diffusers refuses .*BasicTransformerBlock"):
-        speed_up(networks, Performance(**{**OFF.as_dict(), "compile": True}))
+        speed_up(networks, OFF.model_copy(update={"compile": True}))
 
 
 Answers = dict[str, Tensor]
 
 
-def _answers(workspace: Path, switches: Performance, lora: LoraSection | None, dtype: torch.dtype) -> Answers:
+def _answers(workspace: Path, switches: PerformanceSection, lora: LoraSection | None, dtype: torch.dtype) -> Answers:
     """Predictions of policy and reference, and the policy's gradient, with trained weights that no longer agree."""
     model = load_model("digits", workspace / "model", dtype=dtype)
     torch.manual_seed(0)
@@ -201,7 +201,7 @@ def test_a_switch_changes_rounding_alone(
     """The float32 error of predictions and gradients, against float64, is at most twice that without the switch."""
     exact = _answers(workspace, OFF, lora, torch.float64)
     plain = _answers(workspace, OFF, lora, torch.float32)
-    switched = _answers(workspace, Performance(**{**OFF.as_dict(), switch: True}), lora, torch.float32)
+    switched = _answers(workspace, OFF.model_copy(update={switch: True}), lora, torch.float32)
     assert _error(exact["policy"], exact["reference"]) > 1e-3
     for name, value in exact.items():
         rounding = _error(plain[name], value)
@@ -211,7 +211,7 @@ def test_a_switch_changes_rounding_alone(
 
 def test_channels_last_is_the_layout_of_every_convolution(workspace: Path) -> None:
     networks = Networks(load_model("digits", workspace / "model"), lora=None, gradient_checkpointing=False)
-    arrange(networks, Performance(**{**OFF.as_dict(), "channels_last": True}))
+    arrange(networks, OFF.model_copy(update={"channels_last": True}))
     for network in (networks.policy_module, networks.reference_module):
         assert network is not None
         weights = [parameter for parameter in network.parameters() if parameter.ndim == 4]
@@ -222,7 +222,7 @@ def test_channels_last_is_the_layout_of_every_convolution(workspace: Path) -> No
 def test_compiled_blocks_keep_their_names(workspace: Path, compiler: None) -> None:
     networks = Networks(load_model("digits", workspace / "model"), lora=LORA, gradient_checkpointing=False)
     names = list(networks.policy_module.state_dict())
-    speed_up(networks, Performance(**{**OFF.as_dict(), "compile": True}))
+    speed_up(networks, OFF.model_copy(update={"compile": True}))
     assert list(networks.policy_module.state_dict()) == names
     compiled = [module for module in networks.policy_module.modules() if module._compiled_call_impl is not None]
     assert {type(module).__name__ for module in compiled} == {"BasicTransformerBlock"}
@@ -273,8 +273,8 @@ def test_another_switch_continues_a_run_and_is_told(workspace: Path, caplog: pyt
         return tiny.config(workspace, training={"steps": steps}, performance=switches, output=output)
 
     train(config("changed", 2, channels_last=True), progress=False)
-    stored = load_checkpoint(complete_checkpoints(workspace / "changed" / "checkpoints")[-1])
-    assert stored.meta["performance"] == {**OFF.as_dict(), "channels_last": True}
+    stored = load_checkpoint(tiny.complete_checkpoints(workspace / "changed" / "checkpoints")[-1])
+    assert stored.meta["performance"] == {**OFF.model_dump(), "channels_last": True}
     with caplog.at_level(logging.INFO, logger="fastinvdpo.trainer"):
         train(config("changed", 6), progress=False)
     assert "Performance: attention the family's, channels_last off, compile off" in caplog.text

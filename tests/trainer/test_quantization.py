@@ -20,7 +20,7 @@ from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import merged_into, perturb
 from fastinvdpo.models.quantization import Kind, QuantizedLinear, quantize_network
 from fastinvdpo.trainer import train
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from fastinvdpo.trainer.checkpoint import load_checkpoint
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.evaluation.test_in_training import SECTION, Planned, run
@@ -203,7 +203,8 @@ def test_a_run_resumes_bit_for_bit_and_leaves_the_original_weights_with_the_adap
     result = train(_config(workspace, kind, "whole", training={"ema_decay": 0.5}), progress=False)
     assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and result.history[0]["margin"] == 0
     one, other = (
-        load_checkpoint(complete_checkpoints(workspace / name / "checkpoints")[-1]) for name in ("resumed", "whole")
+        load_checkpoint(tiny.complete_checkpoints(workspace / name / "checkpoints")[-1])
+        for name in ("resumed", "whole")
     )
     for part in ("trainable", "ema", "state"):
         _assert_same(getattr(one, part), getattr(other, part))

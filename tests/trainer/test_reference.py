@@ -16,12 +16,12 @@ from fastinvdpo.methods import Follows
 from fastinvdpo.models import load_model
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, train
+from fastinvdpo.trainer.averages import MovingReference
 from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.checkpoint import Checkpoint, load_checkpoint
 from fastinvdpo.trainer.dry_run import count_evaluations
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_dataset, open_model
-from fastinvdpo.trainer.reference import MovingReference
 from tests.trainer import tiny
 from tests.trainer.test_resume import _assert_same as assert_same
 

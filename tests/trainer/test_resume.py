@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, train
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
+from fastinvdpo.trainer.checkpoint import load_checkpoint
 from tests.trainer import tiny
 from tests.trainer.forked import Server
 from tests.trainer.test_files import flip
@@ -42,7 +42,7 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path, forks: Server,
 
     # Two predictions per micro-batch: number 19 is the policy's in the second micro-batch of step 5.
     assert forks.call(train_counted, [run("killed")], 19).status == -signal.SIGKILL
-    assert [path.name for path in complete_checkpoints(workspace / "killed" / "checkpoints")] == [
+    assert [path.name for path in tiny.complete_checkpoints(workspace / "killed" / "checkpoints")] == [
         "step-00000002",
         "step-00000004",
     ]

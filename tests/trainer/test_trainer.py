@@ -23,8 +23,7 @@ from fastinvdpo.methods.pairs import STREAM_NOISE, STREAM_TIMESTEP
 from fastinvdpo.models import load_model
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import Callback, PreferenceTrainer, TrainResult
-from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
-from fastinvdpo.trainer.draws import DrawOrder
+from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, PairEncoder
 from tests.layout import ROOT
 from tests.trainer import tiny
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastinvdpo.data import write_pairs
+from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, TrainResult, train
+from fastinvdpo.trainer.checkpoint import load_checkpoint
 from tests.cases import SD_SCHEDULER
 
 WORDS = ("zero", "one", "two", "three")
@@ -98,6 +101,16 @@ def weights(run: TrainResult | Path) -> dict[str, torch.Tensor]:
     """Of the model that a run wrote; of a run by its directory."""
     directory = run if isinstance(run, Path) else run.directory
     return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The undamaged checkpoints of a run, oldest first."""
+    found = []
+    for path in sorted(folder.glob("step-????????")):
+        with suppress(InvalidInput):
+            load_checkpoint(path)
+            found.append(path)
+    return found
 
 
 def trained_in_attempts(directory: Path, *attempts: int, **sections: Any) -> Path:
