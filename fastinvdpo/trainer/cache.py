@@ -159,7 +159,7 @@ class PairCache:
     Attributes:
         unconditional: the conditioning of the empty prompt, ``(1, …)``, without geometry.
         contents: digests of the pairs, and of what encoded them.
-        image_tensors, caption_tensors: names of what is stored for each.
+        stored: names of the tensors of an ``"image"`` and of a ``"caption"``.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
         network_evaluations: what the whole cache cost.
     """
@@ -177,10 +177,9 @@ class PairCache:
         self.summary, self.index = read_summary(directory), PairIndex(directory)
         self.unconditional: dict[str, Tensor] = safetensors.torch.load_file(directory / UNCONDITIONAL)
         self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
-        names = list(self._shard(0)[0].keys())
-        self.image_tensors = [name.removeprefix("image.") for name in names if name.startswith("image.")]
-        self.caption_tensors = [name.removeprefix("caption.") for name in names if name.startswith("caption.")]
-        self.has_scores, self.has_reference = self.index.scores is not None, "reference_pred" in self.image_tensors
+        names = [name.split(".", 1) for name in list(self._shard(0)[0].keys())]
+        self.stored = {kind: [name for of, name in names if of == kind] for kind in ("image", "caption")}
+        self.has_scores, self.has_reference = self.index.scores is not None, "reference_pred" in self.stored["image"]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -201,7 +200,7 @@ class PairCache:
         first = self.index.first[kind]
         number_of_shard = bisect_right(first, number) - 1
         place, (shard, checksums) = number - first[number_of_shard], self._shard(number_of_shard)
-        names = self.image_tensors if kind == "image" else self.caption_tensors
+        names = self.stored[kind]
         if not {f"{kind}.{name}" for name in names} <= set(shard.keys()):
             raise self._damaged(number_of_shard)
         tensors: Tensors = {name: shard.get_slice(f"{kind}.{name}")[place] for name in names}

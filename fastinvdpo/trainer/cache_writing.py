@@ -81,11 +81,19 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
     key = _key(config, digests)
     if manifest is not None:
         check_same("cache.path", directory, manifest.key, key)
-        if manifest.complete(directory):
-            return _opened(config, directory, manifest)
-    known = manifest is not None or "hash" in stored_metadata(directory / INDEX)
-    manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
-    manifest = replace(manifest, sizes=None, files=digests.remembered)
+    if manifest is None or not manifest.complete(directory):
+        known = manifest is not None or "hash" in stored_metadata(directory / INDEX)
+        manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
+        _complete(config, directory, replace(manifest, sizes=None, files=digests.remembered), known, progress)
+        manifest = Manifest.read(directory)
+        assert manifest is not None
+    cache = PairCache(directory, manifest)
+    opening.check_scores(config, cache.has_scores)
+    return cache
+
+
+def _complete(config: TrainConfig, directory: Path, manifest: Manifest, known: bool, progress: bool) -> None:
+    """Write what is missing; ``known``: the directory is a cache, also without the mark of one."""
     accelerator = opening.open_accelerator(config)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     reads, main = [config.model.path, config.data.path], accelerator.is_main_process
@@ -112,15 +120,6 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
                 frozen=frozen,
             ).write(directory)
     accelerator.wait_for_everyone()
-    finished = Manifest.read(directory)
-    assert finished is not None
-    return _opened(config, directory, finished)
-
-
-def _opened(config: TrainConfig, directory: Path, manifest: Manifest) -> PairCache:
-    cache = PairCache(directory, manifest)
-    opening.check_scores(config, cache.has_scores)
-    return cache
 
 
 def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from fastinvdpo.models import DiffusionModel
 from fastinvdpo.models.adapter_files import save_adapter
 from fastinvdpo.models.adapters import merged_copy, merged_into
 from fastinvdpo.models.checkpoints import part_folder
-from fastinvdpo.trainer.averages import EMA
 from fastinvdpo.trainer.callbacks import Callback, Place, Run, TrainResult
 from fastinvdpo.trainer.checkpoint import versions
-from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.networks import EMA, Networks
 
 
 def export_model(

@@ -65,8 +65,6 @@ def require_extras(config: TrainConfig) -> None:
         require("xformers.ops", extra="xformers", purpose="performance.attention = xformers")
     if config.optimizer.name == "adamw8bit":
         require("bitsandbytes", extra="bnb", purpose="optimizer.name = adamw8bit")
-    if config.optimizer.name == "adafactor":
-        require("transformers.optimization", extra="train", purpose="optimizer.name = adafactor")
 
 
 def set_tf32(switches: PerformanceSection, device: torch.device) -> None:

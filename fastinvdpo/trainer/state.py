@@ -15,9 +15,8 @@ from fastinvdpo.config import TrainConfig
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.quantization import quantize_network
-from fastinvdpo.trainer.averages import EMA, MovingReference
 from fastinvdpo.trainer.checkpoint import Checkpoint
-from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.networks import EMA, MovingReference, Networks
 from fastinvdpo.trainer.opening import reference_dtype
 from fastinvdpo.trainer.performance import arrange, match_layout
 from fastinvdpo.trainer.sharding import like, sharded_state, whole
@@ -160,8 +159,7 @@ def build_optimizer(
         options |= {"betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
         if settings.name == "adamw8bit":
             make = require("bitsandbytes", extra="bnb", purpose="optimizer.name = adamw8bit").optim.AdamW8bit
-            _check_kernel(parameters[0].device.type)
-            _check_updates(make, parameters[0].device)
+            check_8bit(make, parameters[0].device)
         else:
             # One pass over the weights, and it can hold an update back without asking the device (step.py).
             make, options = torch.optim.AdamW, {**options, "fused": True}
@@ -173,22 +171,17 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def _check_kernel(device_type: str) -> None:
-    """Raise ``InvalidInput`` where bitsandbytes, which must have been imported, cannot update weights on a device."""
-    name = "bitsandbytes::optimizer_update_8bit_blockwise"
-    keys = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
-    key = keys.get(device_type)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
-        problem = f"has no kernels for {device_type} in the installed bitsandbytes"
-        raise invalid("optimizer.name", "adamw8bit", problem, "choose adamw, or install a newer bitsandbytes")
-
-
-def _check_updates(optimizer: type[torch.optim.Optimizer], device: torch.device) -> None:
-    """Raise ``InvalidInput`` where an AdamW with 8-bit moments does not make the updates of AdamW on a device.
+def check_8bit(optimizer: type[torch.optim.Optimizer], device: torch.device) -> None:
+    """Raise ``InvalidInput`` where bitsandbytes has no kernel for a device, or not one that makes the updates of AdamW.
 
     Gradients that are one positive number in each block of 256 have moments that 8 bits hold exactly: their block's
     largest. What a kernel may then lose is the rounding of 1 - β2 to float32, 2^-24 / (1 - β2), and of the weights.
     """
+    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}.get(device.type)
+    kernel = "bitsandbytes::optimizer_update_8bit_blockwise"
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, key):
+        problem = f"has no kernels for {device.type} in the installed bitsandbytes"
+        raise invalid("optimizer.name", "adamw8bit", problem, "choose adamw, or install a newer bitsandbytes")
     generator, size, rate, steps = torch.Generator().manual_seed(0), 5000, 0.01, 3
     start = torch.randn(size, generator=generator)
     blocks = 0.1 + torch.rand(steps, math.ceil(size / 256), generator=generator)

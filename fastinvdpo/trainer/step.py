@@ -24,8 +24,7 @@ from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.methods import Objective, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.statistics import AutoBeta
 from fastinvdpo.ops import PreferenceLoss
-from fastinvdpo.trainer.averages import EMA, MovingReference
-from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.networks import EMA, MovingReference, Networks
 from fastinvdpo.trainer.sharding import full
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ class MetricSums:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        self._gradient_norm = torch.zeros((), dtype=torch.float64, device=device)
-        self._micro_batches = self._steps = 0
+        self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        self.gradient_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.micro_batches = self.steps = 0
 
     @torch.no_grad()
     def add(self, out: PreferenceLoss) -> None:
@@ -55,37 +54,31 @@ class MetricSums:
         scalars = torch.stack([out.loss.detach(), out.margin.detach().mean(), out.implicit_accuracy])
         errors = torch.stack([out.policy_mse.detach(), out.reference_mse])
         per_side = errors.unflatten(1, (2, -1)).flatten(2).mean(2)  # policy, reference by winner, loser
-        self._sums += torch.cat([scalars, per_side.flatten()])
-        self._micro_batches += 1
+        self.sums += torch.cat([scalars, per_side.flatten()])
+        self.micro_batches += 1
 
     def add_step(self, gradient_norm: Tensor) -> None:
         """Add one optimizer step. One that fp16's gradient scaler skips, for an overflow, counts as zero."""
         norm = gradient_norm.detach()
-        self._gradient_norm += torch.where(torch.isfinite(norm), norm, 0.0)
-        self._steps += 1
+        self.gradient_norm += torch.where(torch.isfinite(norm), norm, 0.0)
+        self.steps += 1
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes; the next interval starts."""
-        norm = self._gradient_norm.view(1) / max(self._steps, 1)
-        means = accelerator.reduce(torch.cat([self._sums / max(self._micro_batches, 1), norm]), "mean")
-        self._sums.zero_()
-        self._gradient_norm.zero_()
-        self._micro_batches = self._steps = 0
+        norm = self.gradient_norm.view(1) / max(self.steps, 1)
+        means = accelerator.reduce(torch.cat([self.sums / max(self.micro_batches, 1), norm]), "mean")
+        self.sums.zero_()
+        self.gradient_norm.zero_()
+        self.micro_batches = self.steps = 0
         return dict(zip((*METRICS, "gradient_norm"), means.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """Everything, so that the averages of a resumed run are those of an uninterrupted one."""
-        return {
-            "sums": self._sums.cpu(),
-            "gradient_norm": self._gradient_norm.cpu(),
-            "micro_batches": self._micro_batches,
-            "steps": self._steps,
-        }
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        self._sums.copy_(torch.as_tensor(state["sums"]))
-        self._gradient_norm.copy_(torch.as_tensor(state["gradient_norm"]))
-        self._micro_batches, self._steps = int(state["micro_batches"]), int(state["steps"])
+        for name, value in state.items():
+            setattr(self, name, value.to(self.sums.device) if isinstance(value, Tensor) else value)
 
 
 class FiniteGuard:

@@ -63,12 +63,8 @@ class PreferenceTrainer:
         output: ``output.directory`` where it has been opened already; the caller closes it.
 
     Attributes:
-        config, model, objective, directory: of the run.
-        accelerator: accelerate's, made for this run.
-        order: which pair is drawn when. builder: makes batches of them.
-        state: what training changes, once :meth:`train` has begun.
-        first_step: the step that the run continues after; 0 for a new one.
-        reporting: the log.
+        order: which pair is drawn when. builder: makes batches of them. objective: of the method.
+        others: those of :class:`fastinvdpo.trainer.callbacks.Run`.
 
     Raises:
         InvalidInput: arguments, launch and checkpoint do not fit together; nothing was computed or written.
@@ -91,6 +87,7 @@ class PreferenceTrainer:
         config = opening.with_launcher(complete(config, method, model, pairs))
         config = opening.with_score_range(config, getattr(pairs, "source", None))
         self.config, self.model, self.directory = config, model, Path(config.output.directory)
+        self._checkpoints = self.directory / "checkpoints"
         if self.cache is None and config.cache.path is not None:
             problem = "belongs to the files that the configuration names, not to pairs at hand"
             raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
@@ -124,10 +121,8 @@ class PreferenceTrainer:
         self.output, self._opened = output, ExitStack()
 
     def train(self) -> TrainResult:
-        """Train from the first step that is missing, and write the model.
-
-        Raises:
-            NonFiniteLoss: a loss or gradient was not finite; the last good checkpoint is kept.
+        """Train from the first step that is missing, and write the model. Raises ``NonFiniteLoss`` where a loss or
+        gradient is not finite; the last good checkpoint is kept.
         """
         try:
             self.start()
@@ -210,10 +205,6 @@ class PreferenceTrainer:
         """Show a line above the progress bar, or where there is none, log it."""
         self.reporting.say(message)
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
-
     def _load(self, path: Path | None) -> Checkpoint | None:
         """The checkpoint to continue from, and what the run had done until then."""
         stored = None if path is None else load_checkpoint(path)
@@ -265,10 +256,8 @@ class PreferenceTrainer:
             return
         if self.state.networks.shards is not None:
             self.state.networks.shards.gather()  # together, since what follows only the process that found it does
-        kept = "No checkpoint was due yet."
-        if self._last_checkpoint is not None:
-            kept = f"The last good checkpoint is {self._last_checkpoint}."
-        raised = guard.raised()
+        last, raised = self._last_checkpoint, guard.raised()
+        kept = "No checkpoint was due yet." if last is None else f"The last good checkpoint is {last}."
         if raised is None:
             raise NonFiniteLoss(f"Another process met a loss that is not finite, up to step {step}. {kept}")
         kind, draw = raised
@@ -315,8 +304,7 @@ class PreferenceTrainer:
             "network_evaluations": self._evaluations(),
             "seconds": self._seconds(),
         }
-        checkpoint = as_checkpoint(self.state, self.accelerator, meta)
-        if checkpoint is not None:
+        if (checkpoint := as_checkpoint(self.state, self.accelerator, meta)) is not None:
             keep = self.config.output.keep_checkpoints
             self._last_checkpoint = save_checkpoint(self._checkpoints, step, checkpoint, keep)
         self.accelerator.wait_for_everyone()
@@ -344,16 +332,15 @@ class PreferenceTrainer:
 
     def export(self, place: Place | None, step: int, *, raw: bool = False) -> None:
         """Write the model of now with its card; ``raw``: with EMA also, as ``…-raw``, the network that was averaged."""
-        ema, networks, card = self.state.ema, self.state.networks, "" if place is None else self._card(step)
+        ema, networks, card = self.state.ema, self.state.networks, ""
+        if place is not None:
+            sections = [section for callback in self._callbacks for section in callback.card(step)]
+            rows = [row for row in self.reporting.rows if row["step"] <= step]
+            seen = [attempt for attempt in self._attempts if attempt["after"] < max(step, 1)]
+            card = model_card(self.config, self.model, rows, sections, step, self.order.pairs, seen)
         export_model(self.model, networks, ema, place, pipeline=self.config.output.pipeline, card=card)
         if raw and ema is not None:
             export_model(self.model, networks, None, place, pipeline=False, suffix="-raw", card=card)
-
-    def _card(self, step: int) -> str:
-        sections = [section for callback in self._callbacks for section in callback.card(step)]
-        rows = [row for row in self.reporting.rows if row["step"] <= step]
-        seen = [attempt for attempt in self._attempts if attempt["after"] < max(step, 1)]
-        return model_card(self.config, self.model, rows, sections, step, self.order.pairs, seen)
 
     def _evaluations(self) -> dict[str, int]:
         """Network evaluations with and without gradient, over all attempts of the run and all processes."""
