@@ -88,7 +88,7 @@ def run_kept(run: dict[str, Any], family: type[DigitsModel] = DoubleModel) -> Ke
         mock.patch.object(Networks, "policy", counted),
     ):
         try:
-            kept.result = train_model(config, model, PairDataset(config.data.path), progress=False)
+            kept.result = train_model(config, model, PairDataset(config.data.path))
         except NonFiniteLoss as error:
             kept.error = str(error)
     return kept
