@@ -146,7 +146,6 @@ class PairIndex:
         self.scores = tensors.get("scores")
         self.ties = tensors.get("ties", torch.zeros(self.rows.shape[0], dtype=torch.bool))
         self.first = {kind: tensors[f"first_{kind}"].tolist() for kind in ("image", "caption")}
-
         self.shards = len(self.first["image"]) - 1
 
     def __len__(self) -> int:

@@ -197,7 +197,7 @@ def training_step(
 def _update(state: TrainingState, accelerator: Accelerator, norm: Tensor, first_draw: int) -> None:
     """Apply the gradient unless something was not finite."""
     inner = state.optimizer.optimizer
-    if accelerator.scaler is None:  # which skips a step that overflows, and lowers its scale
+    if accelerator.scaler is None:  # where there is one, it skips a step that overflows, and lowers its scale
         state.guard.watch_gradient(norm, first_draw)
         if inner.defaults.get("fused"):
             inner.found_inf = state.guard.found
