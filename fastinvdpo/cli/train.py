@@ -48,7 +48,7 @@ def train(
     config = read_config(arguments, preset, defaults={"data": {"path": NO_DATA}} if dry_run and preset else None)
     if dry_run:
         from fastinvdpo.trainer.dry_run import described
-        from fastinvdpo.trainer.launch import with_launcher
+        from fastinvdpo.trainer.opening import with_launcher
 
         config = with_launcher(config)
         typer.echo(configuration.to_yaml(config), nl=False)

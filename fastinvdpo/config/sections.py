@@ -159,7 +159,7 @@ class TrainingSection(Section):
 
     ``max_batch``: network evaluations in one call at most. It also sets the memory of a step that scores a whole
     trajectory, whose gradient is streamed in calls of that size; null: as many as memory has room for
-    (``trainer/call_size.py``), and no limit for other methods. ``gradient_passes``: how such a gradient is
+    (``trainer/accounting.py``), and no limit for other methods. ``gradient_passes``: how such a gradient is
     streamed, 2 with a first pass that has no gradient, 1 with a second gradient buffer; null: 1 with adapters or with
     one pair per step and process, else 2.
     """

@@ -30,7 +30,7 @@ from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, ope
 from fastinvdpo.io import key_hash, sealed, unsealed
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.opening import EVALUATION_FILES
-from fastinvdpo.trainer.random_state import random_state, set_random_state
+from fastinvdpo.trainer.state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from fastinvdpo.config.sections import EvaluationSection

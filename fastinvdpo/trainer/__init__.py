@@ -2,7 +2,7 @@
 
 from fastinvdpo._extras import require
 
-for _package in ("numpy", "pydantic", "yaml"):
+for _package in ("numpy", "pydantic", "safetensors", "yaml"):
     require(_package, extra="train", purpose="training")
 
 from fastinvdpo.config import TrainConfig, load_config, presets, to_yaml

@@ -2,8 +2,8 @@
 
 A directory with::
 
-    manifest.json              what it was computed from (cache_key.py), and when complete the size of every shard, and
-                               digests of the other files but those
+    manifest.json              what it was computed from, and when complete the size of every shard, and digests of the
+                               other files but those
     index.safetensors          which images and which caption belong to each pair, its row in the data and its scores
     data.json, broken.jsonl    what became of the rows of the data, and the ones that were left out
     unconditional.safetensors  the embedding of the empty prompt
@@ -33,10 +33,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file
 from fastinvdpo.data.broken import read_summary
 from fastinvdpo.errors import InvalidInput, invalid
@@ -47,7 +47,6 @@ PAIRS_PER_SHARD = 32
 MANIFEST, INDEX, UNCONDITIONAL = "manifest.json", "index.safetensors", "unconditional.safetensors"
 _METADATA = "fastinvdpo"
 _OPEN_SHARDS = 64
-_REMEDY = "name another directory, or delete that file and run fastinvdpo precompute again"
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ class Manifest:
             return cls(**unsealed(path))
         except (OSError, ValueError, TypeError) as error:
             problem = f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
-            raise invalid("cache.path", str(directory), problem, _REMEDY) from None
+            remedy = "name another directory, or delete that file and run fastinvdpo precompute again"
+            raise invalid("cache.path", str(directory), problem, remedy) from None
 
     def write(self, directory: Path) -> None:
         with atomic_file(directory / MANIFEST) as temporary:
@@ -102,10 +102,9 @@ def shard_path(directory: Path, shard: int) -> Path:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
     """Write a file that is there completely or not at all, and has the same bytes each time it is written."""
-    safetensors = require("safetensors.torch", extra="train", purpose="writing a cache")
     with atomic_file(path) as temporary:
         # In one entry: safetensors writes several in any order.
-        safetensors.save_file(dict(tensors), temporary, metadata={_METADATA: json.dumps(metadata)})
+        safetensors.torch.save_file(dict(tensors), temporary, metadata={_METADATA: json.dumps(metadata)})
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
@@ -120,7 +119,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
 
 def stored_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a file; empty where it is missing, damaged or not ours."""
-    safetensors = require("safetensors", extra="train", purpose="reading a cache")
     if not path.is_file():
         return {}
     try:
@@ -136,45 +134,36 @@ class PairIndex:
 
     Attributes:
         images: int64 ``(pairs, 2)``, the numbers of winner and loser.
-        captions: int64 ``(pairs,)``, the number of the caption.
-        rows: int64 ``(pairs,)``, row in the data file.
+        captions, rows: int64 ``(pairs,)``, the number of the caption, and the row in the data.
         scores: float64 ``(pairs, 2)``, or None.
         ties: bool ``(pairs,)``, pairs without a winner.
         first: for ``"image"`` and ``"caption"`` the number of the first one of every shard, and the count at the end.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, directory: Path) -> None:
+        tensors: Tensors = safetensors.torch.load_file(directory / INDEX)
         self.images, self.captions, self.rows = tensors["images"], tensors["captions"], tensors["rows"]
         self.scores = tensors.get("scores")
         self.ties = tensors.get("ties", torch.zeros(self.rows.shape[0], dtype=torch.bool))
         self.first = {kind: tensors[f"first_{kind}"].tolist() for kind in ("image", "caption")}
-
-    @classmethod
-    def read(cls, directory: Path) -> PairIndex:
-        safetensors = require("safetensors.torch", extra="train", purpose="reading a cache")
-        return cls(safetensors.load_file(directory / INDEX))
+        self.shards = len(self.first["image"]) - 1
 
     def __len__(self) -> int:
         return self.images.shape[0]
-
-    @property
-    def shards(self) -> int:
-        return len(self.first["image"]) - 1
 
 
 class PairCache:
     """A complete cache as a data set of encoded pairs: files are mapped, and only the rows that are drawn are read.
 
     Attributes:
-        index: which images and captions belong to the pairs.
         unconditional: the conditioning of the empty prompt, ``(1, …)``, without geometry.
         contents: digests of the pairs, and of what encoded them.
-        image_tensors, caption_tensors: names of what is stored for each.
+        stored: names of the tensors of an ``"image"`` and of a ``"caption"``.
+        has_reference: whether the reference's predictions are stored, so that training needs no reference.
         network_evaluations: what the whole cache cost.
     """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        safetensors = require("safetensors.torch", extra="train", purpose="reading a cache")
         self.directory, self.network_evaluations = directory, manifest.network_evaluations
         self._hash = manifest.hash
         self.contents = {name: value for name, value in manifest.key.items() if name.startswith("data ")}
@@ -182,31 +171,17 @@ class PairCache:
         for name, digest in manifest.digests.items():
             if not (directory / name).is_file() or Digests().one(directory / name) != digest:
                 problem = f"its {name} is missing, or no longer what was written"
-                raise invalid(
-                    "cache.path",
-                    str(directory),
-                    problem,
-                    f"delete {MANIFEST} and {name} there, and run fastinvdpo precompute",
-                )
-        self.summary = read_summary(directory)
-        self.index = PairIndex.read(directory)
-        self.unconditional: dict[str, Tensor] = safetensors.load_file(directory / UNCONDITIONAL)
+                remedy = f"delete {MANIFEST} and {name} there, and run fastinvdpo precompute"
+                raise invalid("cache.path", str(directory), problem, remedy)
+        self.summary, self.index = read_summary(directory), PairIndex(directory)
+        self.unconditional: dict[str, Tensor] = safetensors.torch.load_file(directory / UNCONDITIONAL)
         self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
-        names = list(self._shard(0)[0].keys())
-        self.image_tensors = [name.removeprefix("image.") for name in names if name.startswith("image.")]
-        self.caption_tensors = [name.removeprefix("caption.") for name in names if name.startswith("caption.")]
+        names = [name.split(".", 1) for name in list(self._shard(0)[0].keys())]
+        self.stored = {kind: [name for of, name in names if of == kind] for kind in ("image", "caption")}
+        self.has_scores, self.has_reference = self.index.scores is not None, "reference_pred" in self.stored["image"]
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def has_scores(self) -> bool:
-        return self.index.scores is not None
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the reference's predictions are stored, so that training needs no reference."""
-        return "reference_pred" in self.image_tensors
 
     def fetch(self, index: int, draw: int) -> EncodedPair:
         """A pair, in the stored types. Raises ``InvalidInput`` for a shard that is damaged or not ours."""
@@ -224,7 +199,7 @@ class PairCache:
         first = self.index.first[kind]
         number_of_shard = bisect_right(first, number) - 1
         place, (shard, checksums) = number - first[number_of_shard], self._shard(number_of_shard)
-        names = self.image_tensors if kind == "image" else self.caption_tensors
+        names = self.stored[kind]
         if not {f"{kind}.{name}" for name in names} <= set(shard.keys()):
             raise self._damaged(number_of_shard)
         tensors: Tensors = {name: shard.get_slice(f"{kind}.{name}")[place] for name in names}
@@ -234,7 +209,6 @@ class PairCache:
 
     def _open(self, shard: int) -> tuple[Any, dict[str, list[int]]]:
         """The file of a shard, and the checksums of its images and captions."""
-        safetensors = require("safetensors", extra="train", purpose="reading a cache")
         path = shard_path(self.directory, shard)
         metadata = stored_metadata(path)
         counts = {kind: first[shard + 1] - first[shard] for kind, first in self.index.first.items()}

@@ -3,6 +3,10 @@
 For every pair latents and embeddings; for Inversion-DPO also the reference's trajectories, targets and predictions.
 InPO and SmPO invert with the policy, which changes at every step, so there is nothing more of them to store.
 
+A cache serves a run exactly when all entries of its key agree. The pairs enter with digests of what they hold, files of
+the model with the SHA-256 of their content. For caches of a method that does not invert with the reference, neither
+UNet nor noise schedule enters: they change nothing that is stored.
+
 Shards are computed in fixed batches of their own, so their content does not depend on which process makes them, nor on
 how often the work was interrupted.
 """
@@ -10,6 +14,7 @@ how often the work was interrupted.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -22,13 +27,18 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
+from fastinvdpo.data import PairDataset
 from fastinvdpo.data.broken import REPORT, write_report
+from fastinvdpo.data.content import content_of
+from fastinvdpo.data.rows import IMAGES
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
-from fastinvdpo.io import Digests, check_same, key_hash
+from fastinvdpo.io import Digests, check_same, key_hash, plain, read_object
 from fastinvdpo.methods import ChainObjective
+from fastinvdpo.models import DiffusionModel, checkpoint_files, resolve_family
 from fastinvdpo.output import OutputDirectory
-from fastinvdpo.trainer.batches import Tensors, embed, encode
+from fastinvdpo.trainer import opening
+from fastinvdpo.trainer.batches import Tensors, embed, encode_images, geometry_of
 from fastinvdpo.trainer.cache import (
     INDEX,
     MANIFEST,
@@ -42,19 +52,14 @@ from fastinvdpo.trainer.cache import (
     stored_metadata,
     write_tensors,
 )
-from fastinvdpo.trainer.cache_key import cache_key
-from fastinvdpo.trainer.contents import frozen_contents
-from fastinvdpo.trainer.launch import with_launcher
+from fastinvdpo.trainer.checkpoint import frozen_contents
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.opening import DTYPES, check_dataset, open_accelerator, open_dataset, open_model
 from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.data import PairDataset
-    from fastinvdpo.models import DiffusionModel
-
+FORMAT = 3  # 1: images as they are stored, not as a viewer shows them; 2: without checksums
 _LOGGER = logging.getLogger("fastinvdpo.trainer")
 
 
@@ -66,32 +71,37 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
         InvalidInput: no ``cache.path``; the directory holds what was computed from something else, naming what differs;
             another process is writing there; or data, model and configuration do not fit together.
     """
-    config = with_launcher(config)
+    config = opening.with_launcher(config)
     if config.cache.path is None:
         raise invalid("cache.path", None, "names no directory to store into", "set it, as in cache.path=runs/cache")
     require_extras(config)
     directory = Path(config.cache.path)
     manifest = Manifest.read(directory)
     digests = Digests(manifest.files if manifest else None)
-    key = cache_key(config, digests)
+    key = _key(config, digests)
     if manifest is not None:
         check_same("cache.path", directory, manifest.key, key)
-        if manifest.complete(directory):
-            return _opened(config, directory, manifest)
-    known = manifest is not None or "hash" in stored_metadata(directory / INDEX)
-    manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
-    manifest = replace(manifest, sizes=None, files=digests.remembered)
-    accelerator = open_accelerator(config)
+    if manifest is None or not manifest.complete(directory):
+        known = manifest is not None or "hash" in stored_metadata(directory / INDEX)
+        manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
+        _complete(config, directory, replace(manifest, sizes=None, files=digests.remembered), known, progress)
+        manifest = Manifest.read(directory)
+        assert manifest is not None
+    cache = PairCache(directory, manifest)
+    opening.check_scores(config, cache.has_scores)
+    return cache
+
+
+def _complete(config: TrainConfig, directory: Path, manifest: Manifest, known: bool, progress: bool) -> None:
+    """Write what is missing; ``known``: the directory is a cache, also without the mark of one."""
+    accelerator = opening.open_accelerator(config)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     reads, main = [config.model.path, config.data.path], accelerator.is_main_process
-    with (
-        OutputDirectory(directory, "cache.path", earlier=lambda _: known, reads=reads)
-        if main
-        else nullcontext() as output
-    ):
+    opened = OutputDirectory(directory, "cache.path", earlier=lambda _: known, reads=reads) if main else nullcontext()
+    with opened as output:
         if output is not None:
             output.claim(*REPORT, files=(MANIFEST, INDEX, UNCONDITIONAL, "pairs-??????.safetensors", ".lock"))
-        dataset = open_dataset(config)
+        dataset = opening.open_dataset(config)
         if output is not None:
             manifest.write(directory)
             write_report(dataset.summary, dataset.broken, output)
@@ -100,26 +110,61 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
         accelerator.wait_for_everyone()
         frozen = _fill(config, manifest, dataset, accelerator, progress=progress)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _completed(replace(manifest, frozen=frozen), directory).write(directory)
+        if main:
+            files = [shard_path(directory, shard) for shard in range(PairIndex(directory).shards)]
+            replace(
+                manifest,
+                sizes=[file.stat().st_size for file in files],
+                network_evaluations=sum(stored_metadata(file)["network_evaluations"] for file in files),
+                digests={name: Digests().one(directory / name) for name in (INDEX, UNCONDITIONAL, *REPORT)},
+                frozen=frozen,
+            ).write(directory)
     accelerator.wait_for_everyone()
-    finished = Manifest.read(directory)
-    assert finished is not None
-    return _opened(config, directory, finished)
 
 
-def _opened(config: TrainConfig, directory: Path, manifest: Manifest) -> PairCache:
-    cache = PairCache(directory, manifest)
-    check_dataset(config, cache)
-    return cache
+def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
+    """Everything that changes what is stored for ``config``, as plain types by the name of the configuration's key; of
+    ``data.path`` and ``model.path`` the content found there. Raises ``InvalidInput`` where there is none.
+    """
+    model, data, chain = config.model, config.data, config.method.reference_chain
+    encoding = ("ties", "resolution", "relabel_by_score", "max_broken", "latents")
 
+    def given(*names: str) -> dict[str, Any]:
+        """Settings that are not null, so that caches from before there were these settings still serve."""
+        return {f"model.{name}": value for name in names if (value := getattr(model, name)) is not None}
 
-def _completed(manifest: Manifest, directory: Path) -> Manifest:
-    files = [shard_path(directory, shard) for shard in range(PairIndex.read(directory).shards)]
-    evaluations = sum(stored_metadata(file)["network_evaluations"] for file in files)
-    digests = {name: Digests().one(directory / name) for name in (INDEX, UNCONDITIONAL, *REPORT)}
-    sizes = [file.stat().st_size for file in files]
-    return replace(manifest, sizes=sizes, network_evaluations=evaluations, digests=digests)
+    source = opening.open_data_source(data)
+    source.resolve((*IMAGES, "caption"))
+    if source.remote:
+        source.files()  # raises
+    family = resolve_family(model.family, model.path, model.revision)
+    replaced = {name: getattr(model, name) for name in ("unet_init", "vae", "revision", "variant")}
+    files = checkpoint_files(family, model.path, **replaced)
+    network = "unet" if "unet" in files else "transformer"
+    key: dict[str, Any] = {
+        "format": FORMAT,
+        "contents": "latents, embeddings" + (", trajectories, reference predictions" if chain is not None else ""),
+        "cache.dtype": config.cache.dtype,
+        **content_of(source, digests),
+        **{f"data.{name}": getattr(data, name) for name in encoding},
+        "model.family": family,
+        "model.variant": model.variant,
+        **{f"model {part}": digests.of(paths) for part, paths in files.items() if part not in (network, "scheduler")},
+        **given("max_sequence_length"),
+    }
+    if chain is not None:
+        (schedule,) = [file for file in files["scheduler"] if file.name == "scheduler_config.json"]
+        settings = read_object(schedule, "model.path")
+        key |= {
+            f"model {network}": digests.of(files[network]),
+            **given("zero_terminal_snr", "guidance_embedding"),
+            **{f"scheduler {name}": value for name, value in settings.items() if not name.startswith("_")},
+            **{f"method.{name}": value for name, value in chain.items()},
+            "training.mixed_precision": config.training.mixed_precision,
+            "model.reference_dtype": model.reference_dtype,
+            **given("quantization", "reference_quantization"),
+        }
+    return plain(key)
 
 
 def _index(dataset: PairDataset, pairs_per_shard: int) -> Tensors:
@@ -152,20 +197,18 @@ def _index(dataset: PairDataset, pairs_per_shard: int) -> Tensors:
 def _fill(
     config: TrainConfig, manifest: Manifest, dataset: PairDataset, accelerator: Accelerator, *, progress: bool
 ) -> dict[str, Any]:
-    """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``.
-
-    Returns:
-        digests of the model's frozen parts.
+    """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``. Digests
+    of the model's frozen parts.
     """
     directory = Path(str(config.cache.path))
-    index = PairIndex.read(directory)
+    index = PairIndex(directory)
     paths = {shard: shard_path(directory, shard) for shard in range(index.shards)}
     missing = [shard for shard in paths if stored_metadata(paths[shard]).get("hash") != manifest.hash]
     own = [shard for shard in missing if shard % accelerator.num_processes == accelerator.process_index]
     _LOGGER.info("%s: computing %d of %d shards (%d pairs)", directory, len(missing), len(paths), len(index))
-    model = open_model(config)
+    model = opening.open_model(config)
     frozen = frozen_contents(model) if accelerator.is_main_process else {}
-    maker = _ShardMaker(config, model, dataset, index, manifest.pairs_per_shard, accelerator)
+    maker = _ShardMaker(config, manifest, model, dataset, index, accelerator)
     if accelerator.is_main_process and stored_metadata(directory / UNCONDITIONAL).get("hash") != manifest.hash:
         write_tensors(directory / UNCONDITIONAL, maker.unconditional, hash=manifest.hash)
     tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
@@ -192,91 +235,77 @@ class _ShardMaker:
     def __init__(
         self,
         config: TrainConfig,
+        manifest: Manifest,
         model: DiffusionModel,
         dataset: PairDataset,
         index: PairIndex,
-        pairs_per_shard: int,
         accelerator: Accelerator,
     ) -> None:
-        self._model, self._dataset, self._index, self._pairs_per_shard = model, dataset, index, pairs_per_shard
-        self._dtype, self._sampled = DTYPES[config.cache.dtype], config.data.latents == "sampled"
-        self._chunk = 2 * (config.cache.batch_size or config.training.batch_size)
-        self._workers, self._max_batch = config.training.num_workers, config.training.max_batch
-        performance = decide(config, model.network, accelerator)
-        set_tf32(performance, accelerator.device)
+        self._config, self._model, self._dataset, self._index = config, model, dataset, index
+        self._pairs_per_shard, self._dtype = manifest.pairs_per_shard, opening.DTYPES[config.cache.dtype]
+        switches = decide(config, model.network, accelerator)
+        set_tf32(switches, accelerator.device)
         model.to(accelerator.device)
-        self._objective: ChainObjective | None = None
-        if config.method.reference_chain is not None:
-            objective = config.method.objective(model.schedule)
-            assert isinstance(objective, ChainObjective)
-            self._objective = objective
-        dtype = None if config.model.reference_dtype is None else DTYPES[config.model.reference_dtype]
         self.networks = Networks(
             model,
             lora=None,
             gradient_checkpointing=False,
             reference="self",
-            reference_dtype=dtype,
+            reference_dtype=opening.reference_dtype(config),
             reference_quantization=config.model.reference_quantization,
         )
-        arrange(self.networks, performance)
-        speed_up(self.networks, performance)
-        self.networks.use_precision(accelerator)
+        arrange(self.networks, switches)
+        speed_up(self.networks, switches)
+        self.networks.accelerator = accelerator
         self.unconditional = self._embed([""])
 
     def make(self, shard: int) -> Tensors:
         sides, captions = self._new(shard)
-        parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(captions), self._chunk):
-            for name, tensor in self._embed(captions[start : start + self._chunk]).items():
-                parts.setdefault(f"caption.{name}", []).append(tensor)
-        for start in range(0, len(sides), self._chunk):
-            for name, tensor in self._images(sides[start : start + self._chunk]).items():
-                parts.setdefault(f"image.{name}", []).append(tensor.cpu())
+        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        size = 2 * (self._config.cache.batch_size or self._config.training.batch_size)
+        for start in range(0, len(captions), size):
+            for name, tensor in self._embed(captions[start : start + size]).items():
+                parts[f"caption.{name}"].append(tensor)
+        for start in range(0, len(sides), size):
+            for name, tensor in self._images(sides[start : start + size]).items():
+                parts[f"image.{name}"].append(tensor.cpu())
         return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
 
     def _new(self, shard: int) -> tuple[list[tuple[int, int]], list[str]]:
-        """The (pair, side) of every image that occurs first in this shard, in the order of their numbers; the captions
-        likewise.
-        """
+        """The (pair, side) of every image that occurs first in this shard, and the captions likewise, by number."""
         index, start = self._index, shard * self._pairs_per_shard
         pairs = range(start, min(start + self._pairs_per_shard, len(index)))
-        sides: dict[int, tuple[int, int]] = {}
-        captions: dict[int, str] = {}
-        for pair in pairs:
-            for side in (0, 1):
-                sides.setdefault(int(index.images[pair, side]), (pair, side))
-            captions.setdefault(int(index.captions[pair]), self._dataset.caption(pair))
-        new_image, new_caption = index.first["image"][shard], index.first["caption"][shard]
-        return (
-            [sides[number] for number in sorted(sides) if number >= new_image],
-            [captions[number] for number in sorted(captions) if number >= new_caption],
-        )
+        sides = {int(index.images[pair, side]): (pair, side) for pair in reversed(pairs) for side in (1, 0)}
+        captions = {int(index.captions[pair]): self._dataset.caption(pair) for pair in pairs}
+        new = {kind: range(*first[shard : shard + 2]) for kind, first in index.first.items()}
+        return [sides[number] for number in new["image"]], [captions[number] for number in new["caption"]]
 
     def _images(self, sides: Sequence[tuple[int, int]]) -> Tensors:
-        numbers = sorted({pair for pair, _ in sides})
-        with ThreadPoolExecutor(max(1, self._workers)) as threads:  # decoding leaves the interpreter lock
+        config, numbers = self._config, sorted({pair for pair, _ in sides})
+        with ThreadPoolExecutor(max(1, config.training.num_workers)) as threads:  # decoding leaves the interpreter lock
             pairs = dict(zip(numbers, threads.map(lambda i: self._dataset.pair(i, draw=i), numbers), strict=True))
-        pictures = [pairs[i].loser if side else pairs[i].winner for i, side in sides]
+        images = [pairs[i].loser if side else pairs[i].winner for i, side in sides]
         shapes = [pairs[i].loser_geometry if side else pairs[i].winner_geometry for i, side in sides]
         keys = [pairs[i].loser_key if side else pairs[i].winner_key for i, side in sides]
-        latents = encode(self._model, pictures, keys if self._sampled else None)
-        geometry = self._model.encode_geometry(shapes)
-        stored = {"latents": latents, **{f"geometry.{name}": tensor for name, tensor in geometry.items()}}
-        if self._objective is None:
+        stored = encode_images(self._model, images, shapes, keys if config.data.latents == "sampled" else None)
+        if config.method.reference_chain is None:
             return stored
+        objective = config.method.objective(self._model.schedule)
+        assert isinstance(objective, ChainObjective)
         captions = [pairs[i].caption for i, _ in sides]
         distinct = list(dict.fromkeys(captions))
-        embedded, device = self._embed(distinct), latents.device
         which = torch.tensor([distinct.index(caption) for caption in captions])
         # What is stored is rounded before it is used, so that training sees exactly what the reference saw.
-        conditional = {name: t[which].to(device, torch.float32) for name, t in embedded.items()} | geometry
-        empty = {
-            name: t.to(device, torch.float32).expand(len(sides), *t.shape[1:]) for name, t in self.unconditional.items()
-        } | geometry
-        reference = chunked(self.networks.reference, self._max_batch)
-        chain = self._objective.reference_trajectory(reference, latents, conditional, empty).to(self._dtype)
-        predictions = self._objective.reference_predictions(reference, chain.to(latents.dtype), conditional, empty)
+        given = {name: tensor[which] for name, tensor in self._embed(distinct).items()}
+        empty = {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self.unconditional.items()}
+        latents = stored["latents"]
+        prompts = [
+            {name: tensor.to(latents.device, torch.float32) for name, tensor in part.items()} | geometry_of(stored)
+            for part in (given, empty)
+        ]
+        reference = chunked(self.networks.reference, config.training.max_batch)
+        chain = objective.reference_trajectory(reference, latents, *prompts).to(self._dtype)
+        predictions = objective.reference_predictions(reference, chain.to(latents.dtype), *prompts)
         return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}
 
     def _embed(self, captions: list[str]) -> Tensors:

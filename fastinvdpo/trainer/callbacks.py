@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
     from fastinvdpo.data.broken import DataSummary
     from fastinvdpo.models import DiffusionModel
     from fastinvdpo.output import OutputDirectory
-    from fastinvdpo.trainer.export import Place
     from fastinvdpo.trainer.step import TrainingState
 
-HISTORY = "history.jsonl"
 _LOGGER = logging.getLogger("fastinvdpo.trainer")
+
+Place: TypeAlias = Callable[[str], AbstractContextManager[Path]]
+"""Opens a directory of a name to write into."""
 
 
 @dataclass
 class TrainResult:
-    """What a run left behind.
+    """What a run left behind, over all its attempts.
 
     Attributes:
         directory: the output directory; model_directory: the trained model, for ``load_model``.
-        steps: optimizer steps made, over all attempts of the run.
-        network_evaluations: samples sent through a network, over all attempts and processes, with what the cache cost
-            whenever it was computed.
-        seconds: wall time of all attempts, without the part of a killed one after its last checkpoint.
+        network_evaluations: samples sent through a network, in all processes, with what the cache cost whenever it was
+            computed.
+        seconds: wall time, without the part of a killed attempt after its last checkpoint.
         history: the rows of history.jsonl.
         data: what became of every row of the data, where the data set tells.
         evaluation: the rows of evaluation/history.jsonl.
@@ -111,13 +112,9 @@ class Callback:
 
 
 class Reporting(Callback):
-    """``history.jsonl``, accelerate's trackers (TensorBoard, Weights & Biases, …) and the progress bar.
+    """``history.jsonl``, accelerate's trackers (TensorBoard, Weights & Biases, …) and a progress bar on standard error.
 
-    Args:
-        progress: show a bar on standard error.
-
-    Attributes:
-        rows: the logged rows; those of earlier attempts first.
+    ``rows``: the logged rows; those of earlier attempts first.
     """
 
     def __init__(self, progress: bool = True) -> None:
@@ -127,9 +124,9 @@ class Reporting(Callback):
 
     def on_start(self, trainer: Run) -> None:
         accelerator, first = trainer.accelerator, trainer.first_step
-        self._accelerator, self._path = accelerator, trainer.directory / HISTORY
+        self._accelerator, self._path = accelerator, trainer.directory / "history.jsonl"
         if accelerator.is_main_process:
-            self.rows = [row for row in read_history(trainer.directory) if row["step"] <= first]
+            self.rows = [row for row in read_history(self._path) if row["step"] <= first]
             with atomic_file(self._path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         if accelerator.log_with:
@@ -138,14 +135,12 @@ class Reporting(Callback):
             options = {"tensorboard": {"purge_step": first + 1}, "wandb": wandb}
             accelerator.init_trackers("fastinvdpo", init_kwargs=options)
             self._trackers = True
-        if self._progress:
-            tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
-            hidden = not accelerator.is_local_main_process
-            self._bar = tqdm(total=trainer.config.training.steps, initial=first, desc="training", disable=hidden)
+        tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
+        hidden = not self._progress or not accelerator.is_local_main_process
+        self._bar = tqdm(total=trainer.config.training.steps, initial=first, desc="training", disable=hidden)
 
     def on_step(self, trainer: Run, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def on_log(self, trainer: Run, row: Mapping[str, Any]) -> None:
         self.scalars("train", row)
@@ -156,19 +151,17 @@ class Reporting(Callback):
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if self._bar is not None:
-            shown = {"loss": row["loss"], "accuracy": row["implicit_accuracy"], "pairs/s": row["pairs_per_second"]}
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        shown = {"loss": row["loss"], "accuracy": row["implicit_accuracy"], "pairs/s": row["pairs_per_second"]}
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
     def scalars(self, group: str, row: Mapping[str, Any]) -> None:
         """Numbers for the trackers alone, below ``group``; ``row["step"]`` is the step they belong to."""
-        if self._trackers:
-            values = {f"{group}/{name}": value for name, value in row.items() if name != "step"}
-            self._accelerator.log(values, step=row["step"])
+        values = {f"{group}/{name}": value for name, value in row.items() if name != "step"}
+        self._accelerator.log(values, step=row["step"])
 
     def say(self, message: str) -> None:
         """Show a line above the bar, or where there is none, log it."""
-        if self._bar is not None and not self._bar.disable:
+        if not self._bar.disable:
             self._bar.write(message, file=sys.stderr)
         elif self._accelerator.is_main_process:
             _LOGGER.info(message)
@@ -180,13 +173,11 @@ class Reporting(Callback):
             self._accelerator.end_training()
 
 
-def read_history(directory: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[dict[str, Any]]:
     """Rows of a run's history.jsonl; a last line cut off by a kill is left out, and with a warning a damaged one."""
-    path = directory / HISTORY
-    if not path.is_file():
-        return []
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
             if line.endswith(b"\n"):
                 rows.append(json.loads(line) | {})

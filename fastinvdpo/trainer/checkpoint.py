@@ -7,58 +7,66 @@ Layout of ``checkpoints/step-00000500/``::
     reference.safetensors   the reference, where it follows the policy (its adapter alone with LoRA)
     state.pt                torch.save of plain types: optimizer, schedule, scaler, random generators, metric sums
     meta.json               step, configuration, digests of data and base model, versions, size and digest of every file
+
+A run is what it was made of: pairs and base model are compared by content, whatever their paths.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_directory, discard
 from fastinvdpo.config.explain import explain
 from fastinvdpo.config.sections import RunSections, known_keys
+from fastinvdpo.data.content import content_at_hand, content_of
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.io import Digests, differences, sealed, unsealed
+from fastinvdpo.io import DIGEST, Digests, differences, key_hash, sealed, unsealed
 from fastinvdpo.methods import METHODS
-from fastinvdpo.trainer.contents import compared
+from fastinvdpo.trainer.cache import PairCache
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fastinvdpo.config import TrainConfig
+    from fastinvdpo.models import DiffusionModel
 
 _NAME = re.compile(r"step-\d{8,}")  # and not a copy that somebody made
 _META = "meta.json"
 _WEIGHTS = ("trainable", "ema", "reference")
 FILES = (*(f"{name}.safetensors" for name in _WEIGHTS), "state.pt", _META)
-_LIBRARIES = ("torch", "numpy", "accelerate", "diffusers", "transformers", "peft", "safetensors")
+_LIBRARIES = ("fastinvdpo", "torch", "numpy", "accelerate", "diffusers", "transformers", "peft", "safetensors")
 _VERIFIED = Digests()  # files that this process has written or read
 _VERIFIED.settled_ns = 0  # nobody writes into a checkpoint
 # Keys that may differ between a checkpoint and the run that continues it. Batch size and accumulation are compared by
 # their product.
 _FREE = (
-    "training.steps",
-    "training.num_workers",
-    "training.gradient_checkpointing",
-    "training.batch_size",
-    "training.gradient_accumulation_steps",
-    "training.max_batch",
-    "training.gradient_passes",
-    "data.cache_gib",
-    "cache.path",
-    "cache.batch_size",
-    "performance.",
-    "evaluation",
-    "output.",
+    *("training.steps", "training.num_workers", "training.gradient_checkpointing", "training.batch_size"),
+    *("training.gradient_accumulation_steps", "training.max_batch", "training.gradient_passes"),
+    *("data.cache_gib", "cache.path", "cache.batch_size", "performance.", "evaluation", "output."),
 )
+# Keys of the configuration that say where something is, and what is there; they count where that is not known.
+_PLACES = {
+    "data ": ("path", "format", "columns", "split", "revision", "subset", "image_root", "rank_pairs"),
+    "model ": ("path", "family", "unet_init", "vae", "revision", "variant"),
+}
+# Settings of a VAE that its latents depend on besides its weights.
+_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,12 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     """Write ``folder/step-N`` atomically, and delete what is older than the newest ``keep`` undamaged ones up to it."""
-    safetensors = require("safetensors.torch", extra="train", purpose="writing checkpoints")
     target = folder / f"step-{step:08d}"
     with atomic_directory(target, FILES.__contains__) as temporary:
         for name in _WEIGHTS:
             if (tensors := getattr(checkpoint, name)) is not None:
-                safetensors.save_file(_on_host(tensors), temporary / f"{name}.safetensors")
+                on_host = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+                safetensors.torch.save_file(on_host, temporary / f"{name}.safetensors")
         with (temporary / "state.pt").open("wb") as file:  # a failed write keeps its cause
             torch.save(checkpoint.state, file)
         paths = sorted(temporary.iterdir())
@@ -95,20 +103,14 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
     return target
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The undamaged checkpoints of a run, oldest first."""
-    return [path for path in _checkpoints(folder) if _damage(path) is None]
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint to the host. Raises ``InvalidInput`` when it is missing, incomplete or damaged."""
-    safetensors = require("safetensors.torch", extra="train", purpose="reading checkpoints")
     problem = _damage(path)
     if problem is not None:
         raise invalid("resume", str(path), problem, "name another checkpoints/step-N directory of the run")
     meta = unsealed(path / _META)
     files = {name: path / f"{name}.safetensors" for name in _WEIGHTS if f"{name}.safetensors" in meta["files"]}
-    weights = {name: safetensors.load_file(file) for name, file in files.items()}
+    weights = {name: safetensors.torch.load_file(file) for name, file in files.items()}
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     return Checkpoint(weights["trainable"], weights.get("ema"), state, meta, weights.get("reference"))
 
@@ -116,13 +118,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def find_checkpoint(resume: str | Path, folder: Path) -> Path | None:
     """The checkpoint to continue from, or None to start.
 
-    Args:
-        resume: ``"auto"`` takes the newest undamaged one of ``folder``, with a warning for every newer one, ``"never"``
-            none, anything else is the path of one.
-
-    Raises:
-        InvalidInput: ``"never"`` although the folder has checkpoints, which a new run would mix with its own; only
-            damaged ones.
+    ``resume``: ``"auto"`` takes the newest undamaged one of ``folder``, with a warning for every newer one, ``"never"``
+    none, anything else is the path of one. Raises ``InvalidInput`` for ``"never"`` although the folder has checkpoints,
+    which a new run would mix with its own, and where all are damaged.
     """
     if resume not in ("auto", "never"):
         return Path(resume)
@@ -148,42 +146,37 @@ def check_same_run(
     about contents that cannot be compared.
 
     Args:
-        meta: the checkpoint's meta.json.
-        config: the resolved configuration now.
+        meta: the checkpoint's meta.json. config: the resolved configuration now.
         run: derived quantities that must agree as well, such as the effective batch and the number of pairs.
         contents: digests of what the run is made of; paths need not agree where these do.
     """
-    there, here, unknown, free = compared(meta.get("contents", {}), contents)
-    if "contents" not in meta:  # of an earlier version
-        there, here, unknown, free = {}, {}, list(contents), []
+    earlier = "contents" not in meta
+    there, here, unknown, free = ({}, {}, list(contents), []) if earlier else compared(meta["contents"], contents)
     before, now = _with_defaults(meta["config"]), _flat(config)
     # A rate that falls towards the last step would have been another one from the start.
     constant = str(now.get("optimizer.lr_scheduler", "constant")).startswith("constant")
     free += [key for key in _FREE if constant or key != "training.steps"]
     bound = ({key: value for key, value in flat.items() if not key.startswith(tuple(free))} for flat in (before, now))
-    told = {key: meta["run"].get(key) for key in run}
-    different = [*differences(there, here), *sorted(differences(*bound)), *differences(told, run)]
+    derived = {key: meta["run"].get(key) for key in run}
+    different = [*differences(there, here), *sorted(differences(*bound)), *differences(derived, run)]
     if different:
         raise InvalidInput(
             f"resume: the checkpoint of step {meta['step']} belongs to another run; different are "
             f"{', '.join(different)}. Remedy: restore those, or choose another output.directory."
         )
     if unknown:
-        why = "the checkpoint is of an earlier version" if "contents" not in meta else "one of the two has no digest"
-        listed = ", ".join(unknown)
-        warnings.warn(f"resume: could not be compared with the checkpoint ({why}): {listed}", stacklevel=2)
+        why = "the checkpoint is of an earlier version" if earlier else "one of the two has no digest"
+        problem = f"could not be compared with the checkpoint ({why}): {', '.join(unknown)}"
+        warnings.warn(f"resume: {problem}", stacklevel=2)
 
 
-def check_versions(meta: Mapping[str, Any], tell: Callable[[str], None]) -> None:
-    """Tell about libraries that changed since the checkpoint: the run continues, its last bits may differ."""
-    now = versions()
-    changed = [f"{name} {old} → {now.get(name)}" for name, old in meta["versions"].items() if now.get(name) != old]
-    if changed:
-        tell(f"Other versions than the checkpoint's: {', '.join(changed)}; results may differ in the last bits.")
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """``name old → new`` for every entry that changed since the checkpoint; empty where none did."""
+    return ", ".join(f"{name} {old} → {now.get(name)}" for name, old in before.items() if now.get(name) != old)
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the libraries that take part in training; None where one is not installed."""
+    """Versions of Python and of what takes part in training; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -227,17 +220,12 @@ def _with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     for name, section in known.items():
         if isinstance(section, Mapping):
             own = (str(section["name"]),) if name == "method" and section.get("name") in METHODS else ()
-            keys = known_keys((name, *own))
-            known[name] = {key: value for key, value in section.items() if key in keys}
+            known[name] = {key: section[key] for key in section if key in known_keys((name, *own))}
     try:
         return _flat(stored) | _flat(RunSections.model_validate(known).model_dump(mode="python"))
     except ValidationError as error:
         problem = f"resume: the configuration in the checkpoint is of another version: {explain(error, known_keys)}"
         raise InvalidInput(problem) from None
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -248,3 +236,95 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def contents_of(
+    config: TrainConfig, model: DiffusionModel, pairs: Any, accelerator: Accelerator, remembered: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Digests of pairs and model, made by the first process for all; and what need not be read again the next time,
+    which is then ``remembered``. Images are left out without ``output.data_hash``.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        digests, source = Digests(remembered), getattr(pairs, "source", None)
+        if isinstance(pairs, PairCache):
+            of_pairs = pairs.contents
+        elif source is None:
+            of_pairs = content_at_hand(pairs)
+        else:
+            of_pairs = content_of(source, digests, images=config.output.data_hash)
+        found = [{**of_pairs, **_of_model(model)}, digests.remembered]
+    broadcast_object_list(found)
+    return found[0], found[1]
+
+
+def attempts(meta: Mapping[str, Any], config: TrainConfig, contents: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each part of a run saw, as the checkpoint tells and for the steps ``after`` it; ``meta`` of a new run is
+    empty.
+    """
+    before: list[dict[str, Any]] = meta.get("attempts", [{"after": 0}] if meta else [])
+    now = {"data.path": config.data.path, "model.path": config.model.path, **contents}
+    same = bool(before) and {**before[-1], "after": 0} == {**now, "after": 0}
+    return before if same else [*before, {"after": meta.get("step", 0), **now}]
+
+
+def _of_model(model: DiffusionModel) -> dict[str, Any]:
+    """Digests of the network as it is now, of the noise schedule, and of the frozen parts that are loaded."""
+    schedule = model.schedule
+    levels = {"alphas": schedule.alphas_cumprod, "sigmas": schedule.sigmas}
+    kinds = [schedule.prediction_type, schedule.steps_offset, schedule.set_alpha_to_one]
+    found = {"model family": model.family, "model network": _of_tensors(model.network.state_dict())}
+    return found | {"model schedule": _of_tensors(levels, kinds)} | frozen_contents(model)
+
+
+def frozen_contents(model: DiffusionModel) -> dict[str, Any]:
+    """Digests of text encoders, tokenizers and VAE, by their classes."""
+    found: dict[str, Any] = {}
+    seen: Counter[str] = Counter()
+    components: Mapping[str, Any] = getattr(getattr(model, "pipeline", None), "components", {})
+    tokenizers = [part for part in components.values() if hasattr(part, "get_vocab")]
+    for part in (*model.frozen_modules(), *tokenizers):
+        name = type(part).__name__
+        seen[name] += 1
+        if isinstance(part, nn.Module):
+            config: Any = getattr(part, "config", None) or {}
+            digest = _of_tensors(part.state_dict(), [getattr(config, key, None) for key in _SETTINGS])
+        else:
+            digest = DIGEST + key_hash(part.get_vocab())
+        found[f"model {name}{'' if seen[name] == 1 else f' {seen[name]}'}"] = digest
+    return found
+
+
+def compared(
+    stored: Mapping[str, Any], now: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], list[str], list[str]]:
+    """Of two contents both sides' comparable entries; what cannot be compared; and the keys of the configuration that
+    need not agree, since what they lead to has been compared.
+    """
+    names = dict.fromkeys([*stored, *now])
+    unknown = [name for name in names if any(str(side.get(name)).startswith("not hashed") for side in (stored, now))]
+    there, here = ({name: value for name, value in side.items() if name not in unknown} for side in (stored, now))
+    free = []
+    for kind, keys in _PLACES.items():
+        own = [name for name in names if name.startswith(kind)]
+        if own and all(name not in unknown and stored.get(name) == now.get(name) for name in own):
+            free += [f"{kind.strip()}.{key}" for key in keys]
+    return there, here, unknown, free
+
+
+def _of_tensors(tensors: Mapping[str, Any], settings: Sequence[Any] = ()) -> str:
+    """Of names, types, shapes and values."""
+
+    def one(name: str) -> str:
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor):
+            return f"{name} {tensor!r}"
+        plain = tensor.detach().to("cpu").contiguous()
+        digest = hashlib.sha256(plain.flatten().view(torch.uint8).numpy().data).hexdigest()
+        return f"{name} {plain.dtype} {tuple(plain.shape)} {digest}"
+
+    with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter lock
+        lines = [*threads.map(one, tensors), repr(list(settings))]
+    return DIGEST + hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """What ``fastinvdpo train --dry-run`` tells of a run beside its configuration: how often networks will be evaluated.
 
-The objective itself counts, on networks that only count and latents of one element, with the draws of the run's first
+The objective itself counts, on a network that only counts and latents of one element, with the draws of the run's first
 steps: nothing is loaded or measured, and there is no second copy of a method's arithmetic to keep true.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,15 @@ from fastinvdpo.config import TrainConfig
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.io import read_object
 from fastinvdpo.methods import ChainObjective, Objective, PairBatch
-from fastinvdpo.trainer.call_size import gradient_passes
-from fastinvdpo.trainer.draws import DrawOrder
+from fastinvdpo.trainer.accounting import gradient_passes
+from fastinvdpo.trainer.batches import DrawOrder
 from fastinvdpo.trainer.opening import FLOW_FAMILIES
 
 _PAIRS = 256  # counted at least, in whole micro-batches
 _USUAL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-@dataclass(frozen=True)
-class Evaluations:
+class Evaluations(NamedTuple):
     """Network evaluations (one sample through one network) a pair, mean over the ``pairs`` pairs counted."""
 
     with_gradient: float
@@ -37,43 +35,34 @@ class Evaluations:
     pairs: int
 
 
-class _Counter:
-    """A network that answers zero."""
-
-    def __init__(self) -> None:
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.counts = {True: 0, False: 0}
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        self.counts[torch.is_grad_enabled()] += len(latents)
-        return latents * self.weight
-
-
 def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
-    """Count the network evaluations of the first pairs of a run on the first of ``processes`` processes.
-
-    Raises ``InvalidInput`` where method and schedule do not fit.
+    """Count the network evaluations of the first pairs of a run on the first of ``processes`` processes. Raises
+    ``InvalidInput`` where method and schedule do not fit.
     """
     training, method = config.training, config.method
     if method.awaits_score_range:
         method = method.with_score_range(1.0)  # a weight, and no forward pass, follows from it
     objective = method.objective(_schedule(config))
-    policy, reference = _Counter(), _Counter()
     order = DrawOrder(1, training.seed, training.batch_size, training.gradient_accumulation_steps, processes)
     micro_batches = math.ceil(_PAIRS / training.batch_size)
+    weight, counts = nn.Parameter(torch.zeros(1)), {True: 0, False: 0}
+
+    def network(latents: Tensor, *others: Any) -> Tensor:
+        counts[torch.is_grad_enabled()] += len(latents)
+        return latents * weight
+
     for number in range(micro_batches):
-        step, micro = divmod(number, training.gradient_accumulation_steps)
         objective.backward(
-            policy,
-            torch.no_grad()(reference),
-            _batch(config, objective, order.micro_batch(step, micro)),
+            network,
+            torch.no_grad()(network),
+            _batch(config, objective, order.micro_batch(*divmod(number, training.gradient_accumulation_steps))),
             seed=training.seed,
             max_batch=training.max_batch,
             passes=gradient_passes(config, "NO"),
-            parameters=[policy.weight],
+            parameters=[weight],
         )
     pairs = micro_batches * training.batch_size
-    return Evaluations(policy.counts[True] / pairs, (policy.counts[False] + reference.counts[False]) / pairs, pairs)
+    return Evaluations(counts[True] / pairs, counts[False] / pairs, pairs)
 
 
 def described(config: TrainConfig) -> str:
@@ -104,12 +93,11 @@ def _batch(config: TrainConfig, objective: Objective, draws: range) -> PairBatch
     batch = PairBatch(latents, prompts, torch.arange(draws.start, draws.stop), prompts, scores=torch.zeros(count))
     if config.cache.path is None or config.method.reference_chain is None:
         return batch
+
+    def uncounted(latents: Tensor, *others: Any) -> Tensor:
+        return torch.zeros_like(latents)  # what precompute evaluates, before the run
+
     assert isinstance(objective, ChainObjective)
-    chain = objective.reference_trajectory(_uncounted, latents, prompts, prompts)
-    predictions = objective.reference_predictions(_uncounted, chain, prompts, prompts)
+    chain = objective.reference_trajectory(uncounted, latents, prompts, prompts)
+    predictions = objective.reference_predictions(uncounted, chain, prompts, prompts)
     return dataclasses.replace(batch, trajectory=chain, reference_pred=predictions)
-
-
-def _uncounted(latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """What ``precompute`` evaluates, before the run."""
-    return torch.zeros_like(latents)

@@ -1,4 +1,5 @@
-"""Policy and reference from one model: full fine-tuning beside a frozen copy, or adapters that can be switched off.
+"""Policy and reference from one model: full fine-tuning beside a frozen copy, or adapters that can be switched off; and
+moving averages of the trained weights: the model that is written (EMA), and a reference that follows the policy.
 
 Both are kept in the same precision unless model.reference_dtype says otherwise: the signal is the small difference
 between their predictions, and a reference with rounded weights adds the rounding to it. Both are in evaluation mode:
@@ -8,7 +9,7 @@ dropout would put noise into that difference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.methods import Follows
 from fastinvdpo.models.adapters import adapters_disabled, add_lora
 from fastinvdpo.models.quantization import quantize_linear_layers
-from fastinvdpo.trainer.sharding import Shards
+from fastinvdpo.trainer.sharding import Shards, like
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from fastinvdpo.config.sections import LoraSection
     from fastinvdpo.models import DiffusionModel
-    from fastinvdpo.trainer.graphs import GraphedCalls
 
 
 class Networks:
@@ -41,13 +43,14 @@ class Networks:
         reference_quantization: of its linear layers, see :func:`quantize_linear_layers`.
 
     Attributes:
-        policy_module: the trained network, with adapters inside when ``lora`` is given.
-        lora: whether it has adapters.
+        policy_module: the trained network, with adapters inside where ``lora`` is True.
+        wrapped: that as accelerate wrapped it; gradients of several processes meet there.
         reference_module: the copy, or None when there is no reference or it is the policy with other adapter weights.
         reference_adapters: these weights by name, where the reference moves.
         shards: of the policy, with FSDP2; None otherwise.
         evaluations: counts of network evaluations (one sample through one network), with and without gradient.
-        graphs: replays calls without gradient, where given.
+        accelerator: predictions are made in its mixed precision, where given.
+        graphs: replays calls without gradient, where given (:class:`fastinvdpo.trainer.performance.GraphedCalls`).
     """
 
     def __init__(
@@ -62,15 +65,19 @@ class Networks:
     ) -> None:
         self._model, self._reference = model, reference
         network = model.network.eval()
-        self.lora = lora is not None
+        self.lora, self.reference_quantization = lora is not None, reference_quantization
+        self.policy_module = self.wrapped = network
+        self.shards: Shards | None = None
+        self.accelerator: Accelerator | None = None
+        self.graphs: Callable[..., Tensor] | None = None
+        self.evaluations = {"with_gradient": 0, "without_gradient": 0}
         self.reference_module: nn.Module | None = None
         self.reference_adapters: dict[str, Tensor] = {}
         if lora is not None:
             targets = lora.target_modules or model.default_lora_targets
             add_lora(network, rank=lora.rank, alpha=lora.alpha, targets=targets)
             if reference == "moving":
-                trained = ((name, p) for name, p in network.named_parameters() if p.requires_grad)
-                self.reference_adapters = {name: p.detach().clone() for name, p in trained}
+                self.reference_adapters = {name: p.detach().clone() for name, p in self.trainable().items()}
         elif reference == "self":
             self.reference_module = network.requires_grad_(False)
             if reference_dtype is not None:
@@ -79,39 +86,27 @@ class Networks:
             if reference != "none":
                 self.reference_module = frozen_copy(network, reference_dtype)
             network.requires_grad_(True)
-        self.reference_quantization = reference_quantization
         if reference_quantization is not None and self.reference_module is not None:
             quantize_linear_layers(self.reference_module, reference_quantization)
         if gradient_checkpointing:
-            _checkpoint_activations(network)
-        self.policy_module = network
-        self._wrapped: nn.Module = network
-        self.shards: Shards | None = None
-        self._accelerator: Accelerator | None = None
-        self.graphs: GraphedCalls | None = None
-        self.evaluations = {"with_gradient": 0, "without_gradient": 0}
+            enable: Any = getattr(network, "enable_gradient_checkpointing", None)
+            if enable is None:
+                problem = f"{type(network).__name__} does not support it"
+                remedy = "set training.gradient_checkpointing to false"
+                raise invalid("training.gradient_checkpointing", True, problem, remedy)
+            enable()
 
     def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Any:
         """Let accelerate wrap the policy for its device, process group and precision, and its optimizer; returns that.
-
         With FSDP2 the trained weights are others afterwards: see :meth:`trainable`.
         """
-        self.use_precision(accelerator)
+        self.accelerator = accelerator
         if accelerator.distributed_type.value == "FSDP":
             self.shards = Shards(self.policy_module, optimizer, accelerator)
-            self._wrapped = self.policy_module = self.shards.module
+            self.wrapped = self.policy_module = self.shards.module
             return self.shards.optimizer
-        self._wrapped = accelerator.prepare_model(self.policy_module)
+        self.wrapped = accelerator.prepare_model(self.policy_module)
         return accelerator.prepare_optimizer(optimizer)
-
-    def use_precision(self, accelerator: Accelerator) -> None:
-        """Predict in the accelerator's mixed precision."""
-        self._accelerator = accelerator
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """The policy as accelerate wrapped it; gradients of several processes meet there."""
-        return self._wrapped
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters of the policy by name; with FSDP2 this process's shards of them."""
@@ -124,7 +119,7 @@ class Networks:
         if torch.is_grad_enabled():
             if self.shards is not None:
                 self.shards.release()
-            return self._predict("with_gradient", self._wrapped, latents, timesteps, conditioning)
+            return self._predict("with_gradient", self.wrapped, latents, timesteps, conditioning)
         if self.shards is not None:
             self.shards.keep()
         # An inversion needs no gradient, so it must not enter a wrapper that prepares to exchange gradients.
@@ -134,13 +129,11 @@ class Networks:
         """As :meth:`policy`, for a measurement: it does not count, and no gradients are exchanged. With FSDP2 all
         processes must call it, without gradient.
         """
-        before = dict(self.evaluations)
         if self.shards is not None:
             self.shards.keep()
-        prediction = self._predict("with_gradient", self.policy_module, latents, timesteps, conditioning)
+        prediction = self._compute(self.policy_module, latents, timesteps, conditioning)
         if self.shards is not None:
             self.shards.release()  # a checkpoint that is read next goes into the shards
-        self.evaluations = before
         return prediction
 
     @torch.no_grad()
@@ -148,14 +141,13 @@ class Networks:
         """Prediction of the reference, never with gradient."""
         if self._reference == "none":
             raise RuntimeError("a prediction of the reference is needed, and this run keeps none")
-        told = (latents, timesteps, conditioning)
+        given = (latents, timesteps, conditioning)
         if self.reference_module is not None:
-            return self._predict("without_gradient", self.reference_module, *told, caller="reference")
+            return self._predict("without_gradient", self.reference_module, *given, caller="reference")
         if self.shards is not None:
             self.shards.keep()
-        other = self._exchanged() if self.reference_adapters else adapters_disabled(self.policy_module)
-        with other:
-            return self._predict("without_gradient", self.policy_module, *told, caller="reference")
+        with self._exchanged() if self.reference_adapters else adapters_disabled(self.policy_module):
+            return self._predict("without_gradient", self.policy_module, *given, caller="reference")
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
@@ -190,8 +182,9 @@ class Networks:
     def _compute(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        mixed = self._accelerator is not None and self._accelerator.mixed_precision != "no"
-        with self._accelerator.autocast() if mixed and self._accelerator else nullcontext():
+        accelerator = self.accelerator
+        mixed = accelerator is not None and accelerator.mixed_precision != "no"
+        with accelerator.autocast() if mixed else nullcontext():  # type: ignore[union-attr]
             prediction = self._model.predict(network, latents, timesteps, conditioning)
         # The objective's own arithmetic stays in the latents' type (float32), and in their layout.
         return prediction.to(latents.dtype).contiguous()
@@ -207,9 +200,88 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     return copy.deepcopy(network, memo).requires_grad_(False)
 
 
-def _checkpoint_activations(network: nn.Module) -> None:
-    enable: Any = getattr(network, "enable_gradient_checkpointing", None)
-    if enable is None:
-        remedy = "set training.gradient_checkpointing to false"
-        raise invalid("training.gradient_checkpointing", True, f"{type(network).__name__} does not support it", remedy)
-    enable()
+class EMA:
+    """``average ← δ·average + (1 − δ)·weights`` after every optimizer step s, with ``δ = min(decay, s/(9 + s))``, and
+    0 at the first: it grows, so that the average of a short run is not what it started from. diffusers' ``EMAModel``.
+
+    ``parameters``: the trained weights by name; their storage is followed, not copied.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        training = require("diffusers.training_utils", extra="train", purpose="training.ema_decay")
+        self._parameters = dict(parameters)
+        self._model = training.EMAModel(list(self._parameters.values()), decay=decay, foreach=True)
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        return dict(zip(self._parameters, self._model.shadow_params, strict=True))
+
+    @property
+    def steps(self) -> int:
+        """Updates so far."""
+        return int(self._model.optimization_step)
+
+    def update(self) -> None:
+        """Move the averages towards the weights of now."""
+        self._model.step(list(self._parameters.values()))
+
+    @torch.no_grad()
+    def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
+        """Take over stored averages, bit for bit."""
+        self._model.optimization_step = steps
+        for name, average in self.averages.items():
+            average.copy_(like(averages[name], average))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the network holds the averages; afterwards its own weights again."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        _copy(self.averages, self._parameters)
+        try:
+            yield
+        finally:
+            _copy(own, self._parameters)
+
+
+class MovingReference:
+    """``r ← δ·r + (1 − δ)·p`` after every so many optimizer steps, of all weights, or of those of the adapters, in
+    networks with ``reference="moving"``.
+
+    Attributes:
+        averages: r by name, in float32 at least; the reference's own weights, unless those are in half precision.
+        steps: optimizer steps so far.
+    """
+
+    def __init__(self, networks: Networks, follows: Follows) -> None:
+        self._networks, self._follows, self.steps = networks, follows, 0
+        module = networks.reference_module
+        self._weights: dict[str, Tensor] = networks.reference_adapters or dict(module.named_parameters())  # type: ignore[union-attr]
+        exact = (torch.float32, torch.float64)
+        self.averages = {name: p if p.dtype in exact else p.detach().float() for name, p in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Count an optimizer step, and move if it is time."""
+        self.steps += 1
+        if self.steps % self._follows.every:
+            return
+        trained, module = self._networks.trainable(), self._networks.reference_module
+        for name, average in self.averages.items():
+            average.lerp_(trained[name].to(average.dtype), 1 - self._follows.decay)
+        _copy(self.averages, self._weights)
+        if module is not None:
+            _copy(dict(self._networks.policy_module.named_buffers()), dict(module.named_buffers()))
+
+    @torch.no_grad()
+    def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
+        """Take over stored averages, bit for bit."""
+        self.steps = steps
+        _copy(averages, self.averages)
+        _copy(self.averages, self._weights)
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        if tensor is not values[name]:
+            tensor.copy_(values[name])

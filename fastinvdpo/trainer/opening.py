@@ -1,9 +1,12 @@
-"""What a configuration names, opened: data set, model, accelerator."""
+"""What a configuration names, opened: data set, model, output directory, accelerator. What ``accelerate launch`` was
+told, by its environment, is used where the configuration says nothing, or refused.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,8 +14,12 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.explain import under
 from fastinvdpo.config.sections import DataSection
+from fastinvdpo.data import Buckets, PairDataset, PairSource, open_source
+from fastinvdpo.data.broken import REPORT
+from fastinvdpo.data.score_range import measured_range, stored_range
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import has_key
+from fastinvdpo.models import DiffusionModel, load_model, resolve_family
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.checkpoint import FILES
@@ -20,80 +27,58 @@ from fastinvdpo.trainer.checkpoint import FILES
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.data import PairDataset, PairSource
-    from fastinvdpo.models import DiffusionModel
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODEL_OPTIONS = ("vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
 EVALUATION_FILES = ("evaluation/base.json", "evaluation/history.jsonl")
 FLOW_FAMILIES = ("stable-diffusion-3", "flux")
-
-
-class Scored(Protocol):
-    @property
-    def has_scores(self) -> bool: ...
+# Options of the launcher that are keys of the configuration too, and what it exports where it was told nothing.
+_SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
+_UNSUPPORTED = ("use_deepspeed", "use_megatron_lm", "use_parallelism_config")
 
 
 def open_dataset(config: TrainConfig) -> PairDataset:
     """The pairs. Raises ``InvalidInput`` when they, or the method's needs, are not met."""
     dataset = open_pairs(config.data, seed=config.training.seed)
-    check_dataset(config, dataset)
+    check_scores(config, dataset.has_scores)
     return dataset
 
 
 def open_pairs(data: DataSection, *, seed: int = 0, all_broken: bool = False) -> PairDataset:
     """The pairs that the section describes; with ``all_broken`` any number of rows may be broken."""
-    from fastinvdpo.data import Buckets, PairDataset
-
     resolution = None
     if data.buckets is not None and data.resolution is not None:
         resolution = Buckets(data.resolution, data.buckets.multiple, data.buckets.max_aspect)
+    names = ("ties", "random_flip", "center_crop", "relabel_by_score")
     return PairDataset(
         open_data_source(data),
-        ties=data.ties,
         resolution=resolution or data.resolution,
-        random_flip=data.random_flip,
-        center_crop=data.center_crop,
-        relabel_by_score=data.relabel_by_score,
         seed=seed,
         max_broken=sys.maxsize if all_broken else data.max_broken,
+        **{name: getattr(data, name) for name in names},
     )
 
 
 def open_data_source(data: DataSection) -> PairSource:
     """The rows that the section names, before any of them is checked. Raises ``InvalidInput`` where there are none."""
-    from fastinvdpo.data import open_source
-
-    return open_source(
-        data.path,
-        format=data.format,
-        columns=data.columns,
-        split=data.split,
-        revision=data.revision,
-        subset=data.subset,
-        streaming=data.streaming,
-        shuffle_buffer=data.shuffle_buffer,
-        image_root=data.image_root,
-        rank_pairs=data.rank_pairs,
+    keys = (
+        *("format", "columns", "split", "revision", "subset"),
+        *("streaming", "shuffle_buffer", "image_root", "rank_pairs"),
     )
+    return open_source(data.path, **{key: getattr(data, key) for key in keys})
 
 
-def check_dataset(config: TrainConfig, dataset: Scored) -> None:
-    """Raise ``InvalidInput`` when the method needs what the data set lacks."""
-    if config.method.needs_scores and not dataset.has_scores:
+def check_scores(config: TrainConfig, has_scores: bool) -> None:
+    """Raise ``InvalidInput`` when the method needs scores that the data set lacks."""
+    if config.method.needs_scores and not has_scores:
         remedy = "add columns score_0 and score_1, or name yours in data.columns"
         problem = f"weighs pairs by scores, and {config.data.path} has none"
         raise invalid("method.name", config.method.name, problem, remedy)
 
 
 def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainConfig:
-    """The configuration with ``method.score_range`` as a number where it is ``auto``; others as they are.
-
-    Raises:
-        InvalidInput: no range is stored with the scores, or a given number is not of their unit.
+    """The configuration with ``method.score_range`` as a number where it is ``auto``; others as they are. Raises
+    ``InvalidInput`` where no range is stored with the scores, or a given number is not of their unit.
     """
-    from fastinvdpo.data.score_range import measured_range, stored_range
-
     method = config.method
     if not method.needs_scores:
         return config
@@ -114,59 +99,48 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
 
 
 def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionModel:
-    """The model to start from, on the host; without text encoders and VAE when ``frozen_parts`` is False.
-
-    With ``model.quantization`` its network is quantized here, so that a device never has to hold it whole.
+    """The model to start from, on the host; without text encoders and VAE when ``frozen_parts`` is False. With
+    ``model.quantization`` its network is quantized here, so that a device never has to hold it whole.
     """
-    model = _load(config, frozen_parts)
-    if config.model.quantization is not None:
-        quantize_network(model, config.model.quantization, again=lambda: _load(config, False).network)
+    source = config.model
+    family = resolve_family(source.family, source.path, source.revision)
+    options = {name: getattr(source, name) for name in ("unet_init", "revision", "variant", *MODEL_OPTIONS)}
+    if family in FLOW_FAMILIES:
+        options["resolution"] = config.data.resolution
+
+    def load(frozen_parts: bool) -> DiffusionModel:
+        return load_model(family, source.path, frozen_parts=frozen_parts, **options)
+
+    model = load(frozen_parts)
+    if source.quantization is not None:
+        quantize_network(model, source.quantization, again=lambda: load(False).network)
     return model
 
 
-def _load(config: TrainConfig, frozen_parts: bool) -> DiffusionModel:
-    from fastinvdpo.models import load_model, resolve_family
-
-    source = config.model
-    family = resolve_family(source.family, source.path, source.revision)
-    options = {name: getattr(source, name) for name in MODEL_OPTIONS}
-    if family in FLOW_FAMILIES:
-        options["resolution"] = config.data.resolution
-    return load_model(
-        family,
-        source.path,
-        unet_init=source.unet_init,
-        revision=source.revision,
-        variant=source.variant,
-        frozen_parts=frozen_parts,
-        **options,
-    )
+def reference_dtype(config: TrainConfig) -> torch.dtype | None:
+    dtype = config.model.reference_dtype
+    return None if dtype is None else DTYPES[dtype]
 
 
 def open_output(config: TrainConfig) -> OutputDirectory:
-    """The output directory, for this process alone.
-
-    Raises:
-        InvalidInput: it cannot be written, another run writes there, or files are in the way that no run wrote.
+    """The output directory, for this process alone. Raises ``InvalidInput`` where it cannot be written, another run
+    writes there, or files are in the way that no run wrote.
     """
-    from fastinvdpo.data.broken import REPORT
-
-    # An earlier version left no mark.
-    earlier = "checkpoints/step-????????/meta.json"
+    earlier = "checkpoints/step-????????/meta.json"  # that version left no mark
     output = OutputDirectory(
         config.output.directory,
         "output.directory",
         earlier=lambda path: any(has_key(file, "versions") for file in path.glob(earlier)),
         reads=[config.model.path, config.data.path, config.cache.path],
     )
+    models = ["model", *(["adapter"] if config.model.lora is not None else [])]
+    results = [*REPORT, *models, *([f"{name}-raw" for name in models] if config.training.ema_decay else [])]
+    growing = ["history.jsonl", *(f"checkpoints/step-????????/{name}" for name in FILES)]
+    growing += ["tensorboard/fastinvdpo/*"] if config.output.tensorboard else []
+    if config.evaluation is not None:
+        growing += EVALUATION_FILES
+        results += ["best"] if config.evaluation.keep_best else []
     try:
-        growing = ["history.jsonl", *(f"checkpoints/step-????????/{name}" for name in FILES)]
-        growing += ["tensorboard/fastinvdpo/*"] if config.output.tensorboard else []
-        models = ["model", *(["adapter"] if config.model.lora is not None else [])]
-        results = [*REPORT, *models, *([f"{name}-raw" for name in models] if config.training.ema_decay else [])]
-        if config.evaluation is not None:
-            growing += EVALUATION_FILES
-            results += ["best"] if config.evaluation.keep_best else []
         output.claim(*results, files=growing)
     except BaseException:
         output.close()
@@ -188,3 +162,72 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     )
     accelerate.utils.set_seed(config.training.seed)
     return accelerator
+
+
+def with_launcher(config: TrainConfig) -> TrainConfig:
+    """The configuration with ``--mixed_precision`` and ``--gradient_accumulation_steps``, where it has neither. Raises
+    ``InvalidInput`` where the two contradict one another, or the launcher was told what the trainer does not support.
+    """
+    for flag in _UNSUPPORTED:
+        if _option(flag) == "true":
+            raise invalid(f"--{flag}", True, "is not supported", "launch with --multi_gpu, or --use_fsdp")
+    compiled, training, given = _option("dynamo_backend"), config.training, dict[str, Any]()
+    if compiled not in ("", "no") and config.performance.compile is not None:
+        problem = f"is beside --dynamo_backend {compiled} of accelerate launch"
+        raise invalid("performance.compile", config.performance.compile, problem, "drop one of the two")
+    for key, default in _SHARED.items():
+        value, own = _option(key) or default, getattr(training, key)
+        if value in (default, str(own)):
+            continue
+        if key in training.model_fields_set:
+            problem = f"contradicts --{key} {value} of accelerate launch"
+            raise invalid(f"training.{key}", own, problem, "drop one of the two")
+        given[key] = int(value) if value.isdigit() else value
+    if not given:
+        return config
+    stated = config.model_dump(mode="python", exclude_unset=True)
+    return TrainConfig.from_mapping({**stated, "training": {**stated.get("training", {}), **given}})
+
+
+def check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raise ``InvalidInput`` for a way of sharing a run among processes that the trainer does not support."""
+    kind = str(accelerator.distributed_type.value)
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        raise invalid("distributed_type", kind, "is not supported", "launch with --multi_gpu, or --use_fsdp")
+    if kind != "FSDP":
+        if _option("use_fsdp") == "true":
+            problem = f"has no effect here, where accelerate chose {kind}"
+            raise invalid("--use_fsdp", True, problem, "drop it, or launch several processes on GPUs")
+        return
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise invalid("fsdp_version", plugin.fsdp_version, "is not supported", "launch with --fsdp_version 2")
+    if plugin.activation_checkpointing:
+        remedy = "set training.gradient_checkpointing instead"
+        raise invalid("fsdp_activation_checkpointing", True, "renames the weights", remedy)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise invalid("fsdp_offload_params", True, "is not supported", "drop it")
+    if config.training.mixed_precision == "fp16":
+        problem = "needs a gradient scaler, which is not supported with FSDP"
+        raise invalid("training.mixed_precision", "fp16", problem, "choose bf16")
+    if config.optimizer.name != "adamw":
+        raise invalid("optimizer.name", config.optimizer.name, "does not know sharded weights", "choose adamw")
+    if config.model.quantization is not None:
+        remedy = "set it to null, or launch without FSDP"
+        raise invalid("model.quantization", config.model.quantization, "cannot be sharded", remedy)
+    if config.method.reference_follows:
+        remedy = "set it to frozen, or launch without FSDP"
+        raise invalid("method.reference", "ema", "does not follow sharded weights", remedy)
+    if config.method.policy_inverts and config.method.compat is not None:
+        problem = "may invert a batch in no step at all, and FSDP needs all processes to begin together"
+        raise invalid("method.compat", config.method.compat, problem, "set it to null, or launch without FSDP")
+    if config.method.whole_chain and config.training.max_batch is None:
+        problem = "is found by a probe, which every process makes for itself, and FSDP needs all of them for a call"
+        raise invalid("training.max_batch", None, problem, "give a number, such as 4")
+
+
+def _option(flag: str) -> str:
+    """What ``accelerate launch`` exports for a flag."""
+    return os.environ.get(f"ACCELERATE_{flag.upper()}", "").lower()

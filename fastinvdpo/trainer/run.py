@@ -6,16 +6,16 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
+from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.errors import invalid
+from fastinvdpo.trainer import opening
+from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.callbacks import Callback, TrainResult
 from fastinvdpo.trainer.checkpoint import find_checkpoint
-from fastinvdpo.trainer.launch import with_launcher
-from fastinvdpo.trainer.opening import open_data_source, open_dataset, open_model, open_output, with_score_range
 from fastinvdpo.trainer.performance import require_extras
 from fastinvdpo.trainer.trainer import PreferenceTrainer
 
@@ -37,28 +37,26 @@ def train(
         MissingExtra: a package of the ``train`` extra is missing.
         NonFiniteLoss: a loss or gradient was not finite; the last good checkpoint is kept.
     """
-    config = with_launcher(config)
+    config = opening.with_launcher(config)
     for package in ("accelerate", "diffusers"):
         require(package, extra="train", purpose="training")
     require_extras(config)
     if config.evaluation is not None and not callbacks:
-        remedy = (
-            "pass callbacks=[fastinvdpo.evaluation.EvaluationCallback(config.evaluation)], as fastinvdpo train does"
-        )
+        callback = "fastinvdpo.evaluation.EvaluationCallback(config.evaluation)"
+        remedy = f"pass callbacks=[{callback}], as fastinvdpo train does"
         raise invalid("evaluation", config.evaluation.prompts, "needs a callback that samples and scores", remedy)
-    with open_output(config) if os.environ.get("RANK", "0") == "0" else nullcontext() as output:
-        options = {"callbacks": callbacks, "resume": resume, "progress": progress, "output": output}
-        return _train(config, resume, progress, options)
-
-
-def _train(config: TrainConfig, resume: str | Path, progress: bool, options: dict[str, Any]) -> TrainResult:
-    if config.cache.path is None:
-        dataset = open_dataset(config)
-        config = with_score_range(config, dataset.source)
-        return PreferenceTrainer(open_model(config), config.method, dataset, config, **options).train()
-    find_checkpoint(resume, Path(config.output.directory) / "checkpoints")  # refused before anything is computed
-    if config.method.needs_scores:
-        config = with_score_range(config, open_data_source(config.data))
-    cache = precompute(config, progress=progress)
-    model = open_model(config, frozen_parts=config.evaluation is not None)
-    return PreferenceTrainer(model, config.method, cache, config, **options).train()
+    with opening.open_output(config) if os.environ.get("RANK", "0") == "0" else nullcontext() as output:
+        pairs: PairDataset | PairCache
+        if config.cache.path is None:
+            pairs = opening.open_dataset(config)
+            config = opening.with_score_range(config, pairs.source)
+        else:
+            # Refused before anything is computed.
+            find_checkpoint(resume, Path(config.output.directory) / "checkpoints")
+            if config.method.needs_scores:
+                config = opening.with_score_range(config, opening.open_data_source(config.data))
+            pairs = precompute(config, progress=progress)
+        model = opening.open_model(config, frozen_parts=config.cache.path is None or config.evaluation is not None)
+        return PreferenceTrainer(
+            model, config.method, pairs, config, callbacks=callbacks, resume=resume, progress=progress, output=output
+        ).train()

@@ -23,8 +23,7 @@ class Shards:
     """The network whose weights are shared out.
 
     Args:
-        network: prepared in place.
-        optimizer: of its trained weights; follows them into the shards.
+        network: prepared in place. optimizer: of its trained weights; follows them into the shards.
 
     Attributes:
         module, optimizer: as accelerate prepared them.
@@ -38,7 +37,11 @@ class Shards:
         # Autocast decides about precision, as without shards: rounding all weights, norms and inputs as well would
         # take policy and reference apart. It costs gathering float32.
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        self._hollow = hollow_copy(network)
+        # A copy whose weights have shapes and no memory.
+        memo: dict[int, Any] = {}
+        for p in network.parameters():
+            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        self._hollow = copy.deepcopy(network, memo)
         self.module: Any
         self.module, self.optimizer = accelerator.prepare(network, optimizer)
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -70,7 +73,7 @@ class Shards:
         self.module.set_reshard_after_forward(False, recurse=False)
 
     def whole_module(self, *, here: bool) -> nn.Module | None:
-        """A plain network with the weights of now, on the host; None where not wanted. All processes must ask."""
+        """A plain network with the weights of now, on the host; None where not wanted. All processes must call it."""
         self.release()
         weights = whole(self.module.state_dict(), here=here)
         if not here:
@@ -80,16 +83,8 @@ class Shards:
         return plain
 
 
-def hollow_copy(network: nn.Module) -> nn.Module:
-    """A copy whose weights have shapes and no memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in network.parameters()
-    }
-    return copy.deepcopy(network, memo)
-
-
 def full(tensor: Tensor) -> Tensor:
-    """``tensor``, whole if it is in shards; then all processes must ask."""
+    """``tensor``, whole if it is in shards; then all processes must call it."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -107,9 +102,7 @@ def whole(value: Any, *, here: bool = True) -> Any:
         return gathered.to("cpu") if here else None
     if isinstance(value, Mapping):
         return {key: whole(entry, here=here) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [whole(entry, here=here) for entry in value]
-    return value
+    return [whole(entry, here=here) for entry in value] if isinstance(value, list) else value
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
@@ -124,13 +117,11 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 def sharded_state(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
     """The state of an optimizer, read whole from a checkpoint, sharded as its parameters are."""
-    entries = {
-        index: {
-            name: like(value, parameters[index])
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape and value.ndim
-            else value
-            for name, value in entry.items()
-        }
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": entries}
+
+    def sharded(value: Any, parameter: Tensor) -> Any:
+        own = isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape
+        return like(value, parameter) if own else value
+
+    entries = state["state"].items()
+    own = {index: {name: sharded(v, parameters[index]) for name, v in entry.items()} for index, entry in entries}
+    return {**state, "state": own}

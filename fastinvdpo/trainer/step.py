@@ -1,41 +1,129 @@
-"""One optimizer step, the same for every method: accumulate, clip, update, average; nothing waits for the device."""
+"""One optimizer step, the same for every method: accumulate, clip, update, average; nothing waits for the device.
+
+A run whose loss or gradient is not finite is stopped without asking the device at every step. A flag on the device is
+raised by the first bad pair and stays up. While it is up no update is applied, so the weights remain those that met the
+bad pair; when the host looks (before logging, before a checkpoint, at the end), it computes that pair again and reports
+what it finds. Checkpoints are written only after such a look, hence hold good weights.
+
+How an update is held back: torch's fused optimizers leave everything untouched where ``found_inf`` is one (also on
+CPU); under fp16 the loss is made NaN, so that the gradient scaler skips the step; for other optimizers the host looks
+at every step.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastinvdpo._extras import require
-from fastinvdpo.errors import invalid
-from fastinvdpo.methods import Objective, PairBatch
+from fastinvdpo.errors import NonFiniteLoss
+from fastinvdpo.methods import Objective, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.statistics import AutoBeta
-from fastinvdpo.trainer.ema import EMA
-from fastinvdpo.trainer.metrics import MetricSums
-from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.nonfinite import FiniteGuard
-from fastinvdpo.trainer.reference import MovingReference
+from fastinvdpo.ops import PreferenceLoss
+from fastinvdpo.trainer.networks import EMA, MovingReference, Networks
 from fastinvdpo.trainer.sharding import full
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastinvdpo.config.sections import OptimizerSection
+_LOSS, _GRADIENT = 1, 2
+METRICS = (
+    *("loss", "margin", "implicit_accuracy"),
+    *("policy_mse_winner", "policy_mse_loser", "reference_mse_winner", "reference_mse_loser"),
+)
+
+
+class MetricSums:
+    """Means since the last :meth:`take`: of the objective's metrics per micro-batch, of the gradient norm per step.
+
+    Kept on the device, so that a step never waits for a number to arrive on the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        self.gradient_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.micro_batches = self.steps = 0
+
+    @torch.no_grad()
+    def add(self, out: PreferenceLoss) -> None:
+        """Add one micro-batch."""
+        scalars = torch.stack([out.loss.detach(), out.margin.detach().mean(), out.implicit_accuracy])
+        errors = torch.stack([out.policy_mse.detach(), out.reference_mse])
+        per_side = errors.unflatten(1, (2, -1)).flatten(2).mean(2)  # policy, reference by winner, loser
+        self.sums += torch.cat([scalars, per_side.flatten()])
+        self.micro_batches += 1
+
+    def add_step(self, gradient_norm: Tensor) -> None:
+        """Add one optimizer step. One that fp16's gradient scaler skips, for an overflow, counts as zero."""
+        norm = gradient_norm.detach()
+        self.gradient_norm += torch.where(torch.isfinite(norm), norm, 0.0)
+        self.steps += 1
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes; the next interval starts."""
+        norm = self.gradient_norm.view(1) / max(self.steps, 1)
+        means = accelerator.reduce(torch.cat([self.sums / max(self.micro_batches, 1), norm]), "mean")
+        self.sums.zero_()
+        self.gradient_norm.zero_()
+        self.micro_batches = self.steps = 0
+        return dict(zip((*METRICS, "gradient_norm"), means.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """Everything, so that the averages of a resumed run are those of an uninterrupted one."""
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(self.sums.device) if isinstance(value, Tensor) else value)
+
+
+class FiniteGuard:
+    """The flag, and the draw that raised it. All state is on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.found = torch.zeros((), device=device)  # as found_inf wants it: float32, 0 or 1
+        self._kind, self._draw = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def watch(self, out: PreferenceLoss, first_draw: int) -> None:
+        """Raise the flag if the loss of a micro-batch, or anything about one of its pairs, is not finite."""
+        errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).unflatten(1, (2, -1))
+        finite = torch.isfinite(errors if errors.ndim == 3 else errors.sum(3)).all(0).all(0)
+        bad = ~(finite & torch.isfinite(out.margin.detach()))
+        self._raise(_LOSS, bad.any() | ~torch.isfinite(out.loss.detach()), first_draw + bad.long().argmax())
+
+    @torch.no_grad()
+    def watch_gradient(self, norm: Tensor, first_draw: int) -> None:
+        """Raise the flag if the norm of a step's gradient is not finite."""
+        self._raise(_GRADIENT, ~torch.isfinite(norm), first_draw)
+
+    def poison(self, loss: Tensor) -> Tensor:
+        """The loss; while the flag is up NaN, with a gradient of NaN (a selection would have a gradient of zero)."""
+        return loss * torch.where(self.found > 0, torch.nan, 1.0)
+
+    def raised(self) -> tuple[str, int] | None:
+        """Ask the device: None, or ("loss" or "gradient", first bad draw)."""
+        kind, draw = torch.stack([self._kind, self._draw]).tolist()
+        return None if kind == 0 else ("loss" if kind == _LOSS else "gradient", draw)
+
+    def _raise(self, kind: int, condition: Tensor, draw: Tensor | int) -> None:
+        first = condition & (self.found == 0)
+        self._kind = torch.where(first, kind, self._kind)
+        self._draw = torch.where(first, draw, self._draw)
+        self.found = torch.maximum(self.found, condition.float())
 
 
 @dataclass
 class TrainingState:
-    """What an optimizer step changes.
+    """What an optimizer step changes, and what it needs.
 
     Attributes:
         optimizer: the optimizer as accelerate wrapped it.
         scheduler: learning rate schedule, stepped once per optimizer step.
-        parameters: the trained weights.
         learning_rate: of the step made last.
         max_batch: network evaluations in one call at most; None: no limit.
         gradient_passes: how the gradient of a whole trajectory is streamed (:mod:`fastinvdpo.methods.streaming`).
@@ -65,17 +153,15 @@ def training_step(
     max_grad_norm: float | None,
     seed: int,
 ) -> None:
-    """Take one optimizer step on ``accumulation`` micro-batches of equal size.
-
-    Their mean losses are averaged, so the step is that of one batch with all their pairs.
+    """Take one optimizer step on ``accumulation`` micro-batches of equal size. Their mean losses are averaged, so the
+    step is that of one batch with all their pairs.
     """
     guard, wrapped = state.guard, state.networks.wrapped
     # Here alone all processes call the objective together.
     objective = replace(objective, gather=accelerator.gather if accelerator.num_processes > 1 else None)
-    first_draw = -1
+    first_draws: list[int] = []
     for micro, batch in enumerate(batches):
-        draw = int(batch.sample_index[0])
-        first_draw = draw if micro == 0 else first_draw
+        first_draws.append(int(batch.sample_index[0]))
         terms = objective.stream(
             state.networks.policy,
             state.networks.reference,
@@ -92,13 +178,13 @@ def training_step(
             with nullcontext() if exchange else accelerator.no_sync(wrapped):
                 loss = terms.term(call) / accumulation
                 if last_call:
-                    guard.watch(terms.result, draw)
+                    guard.watch(terms.result, first_draws[-1])
                     state.metrics.add(terms.result)
                 accelerator.backward(guard.poison(loss) if accelerator.scaler is not None else loss)
-    norm = accelerator.clip_grad_norm_(state.parameters, torch.inf if max_grad_norm is None else max_grad_norm)
-    norm = full(norm)
+    limit = torch.inf if max_grad_norm is None else max_grad_norm
+    norm = full(accelerator.clip_grad_norm_(state.parameters, limit))
     state.metrics.add_step(norm)
-    _update(state, accelerator, norm, first_draw)
+    _update(state, accelerator, norm, first_draws[0])
     state.learning_rate = state.scheduler.get_last_lr()[0]
     state.scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -108,79 +194,70 @@ def training_step(
         state.moving_reference.update()
 
 
-def _update(state: TrainingState, accelerator: Accelerator, norm: torch.Tensor, first_draw: int) -> None:
+def _update(state: TrainingState, accelerator: Accelerator, norm: Tensor, first_draw: int) -> None:
     """Apply the gradient unless something was not finite."""
     inner = state.optimizer.optimizer
-    if accelerator.scaler is not None:
-        state.optimizer.step()  # an overflow is the scaler's business: it skips the step and lowers its scale
-        return
-    state.guard.watch_gradient(norm, first_draw)
-    if inner.defaults.get("fused"):
-        inner.found_inf = state.guard.found
-        state.optimizer.step()
-    elif state.guard.raised() is None:
-        state.optimizer.step()
+    if accelerator.scaler is None:  # where there is one, it skips a step that overflows, and lowers its scale
+        state.guard.watch_gradient(norm, first_draw)
+        if inner.defaults.get("fused"):
+            inner.found_inf = state.guard.found
+        elif state.guard.raised() is not None:
+            return
+    state.optimizer.step()
 
 
-def build_optimizer(
-    settings: OptimizerSection, parameters: list[nn.Parameter], effective_batch: int, steps: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """The optimizer and its learning rate schedule (diffusers').
-
-    ``scale_lr`` multiplies the learning rate by ``effective_batch``, the pairs per optimizer step over all processes.
+def report_loss(batch: PairBatch, out: ObjectiveOutput, *, step: int, row: int, kept: str) -> NoReturn:
+    """Raise :class:`NonFiniteLoss` about one pair: ``batch`` holds it alone, ``out`` was computed from it again;
+    ``kept`` tells what remains on disk.
     """
-    rate = settings.learning_rate * (effective_batch if settings.scale_lr else 1)
-    options: dict[str, Any] = {"lr": rate, "weight_decay": settings.weight_decay}
-    adam: dict[str, Any] = {"betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
-    optimizer: torch.optim.Optimizer
-    if settings.name == "adafactor":
-        # Not PyTorch's, which always scales by the size of a weight; as the released codes call it for SDXL.
-        transformers = require("transformers.optimization", extra="train", purpose="optimizer.name = adafactor")
-        optimizer = transformers.Adafactor(
-            parameters, **options, clip_threshold=1.0, scale_parameter=False, relative_step=False
-        )
-    elif settings.name == "adamw8bit":
-        bitsandbytes = require("bitsandbytes", extra="bnb", purpose="optimizer.name = adamw8bit")
-        _check_kernel(parameters[0].device.type)
-        _check_updates(bitsandbytes.optim.AdamW8bit, parameters[0].device)
-        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options, **adam)
-    else:
-        # Fused: one pass over the weights, and it can hold an update back without asking the device (nonfinite.py).
-        optimizer = torch.optim.AdamW(parameters, fused=True, **options, **adam)
-    optimization = require("diffusers.optimization", extra="train", purpose="learning rate schedules")
-    scheduler = optimization.get_scheduler(
-        settings.lr_scheduler, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
+    draw = int(batch.sample_index[0])
+    raise NonFiniteLoss(
+        f"The loss of step {step} is not finite: pair in data row {row} (draw {draw}), {_timestep(out)}, "
+        f"{_origin(batch, out)}. {_ending(kept)}"
     )
-    return optimizer, scheduler
 
 
-def _check_kernel(device_type: str) -> None:
-    """Raise ``InvalidInput`` where bitsandbytes, which must have been imported, cannot update weights on a device."""
-    name = "bitsandbytes::optimizer_update_8bit_blockwise"
-    keys = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
-    key = keys.get(device_type)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
-        problem = f"has no kernels for {device_type} in the installed bitsandbytes"
-        raise invalid("optimizer.name", "adamw8bit", problem, "choose adamw, or install a newer bitsandbytes")
+def report_gradient(*, step: int, rows: list[int], kept: str) -> NoReturn:
+    """Raise :class:`NonFiniteLoss` about a step whose loss is finite and whose gradient is not."""
+    shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+    raise NonFiniteLoss(
+        f"The gradient of step {step} is not finite although its loss is; its pairs are in data rows {shown}. "
+        + _ending(kept)
+    )
 
 
-def _check_updates(optimizer: type[torch.optim.Optimizer], device: torch.device) -> None:
-    """Raise ``InvalidInput`` where an AdamW with 8-bit moments does not make the updates of AdamW on a device.
+def _ending(kept: str) -> str:
+    return (
+        f"No update was made with it. {kept} Remedy: look at the images and scores there, lower "
+        "optimizer.learning_rate or method.beta, or train with mixed_precision bf16 or no."
+    )
 
-    Gradients that are one positive number in each block of 256 have moments that 8 bits hold exactly: their block's
-    largest. What a kernel may then lose is the rounding of 1 - β2 to float32, 2^-24 / (1 - β2), and of the weights.
-    """
-    generator, size, rate, steps = torch.Generator().manual_seed(0), 5000, 0.01, 3
-    start = torch.randn(size, generator=generator)
-    blocks = 0.1 + torch.rand(steps, math.ceil(size / 256), generator=generator)
-    ends = []
-    for make in (torch.optim.AdamW, optimizer):
-        weight = nn.Parameter(start.to(device, copy=True))
-        one = make([weight], lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # type: ignore[call-arg]
-        for block in blocks:
-            weight.grad = block.repeat_interleave(256)[:size].to(device)
-            one.step()
-        ends.append(weight.detach())
-    if not bool(((ends[0] - ends[1]).abs() <= 1e-3 * rate * steps + 2**-22 * ends[0].abs()).all()):
-        problem = f"makes other updates than AdamW on {device} with the installed bitsandbytes"
-        raise invalid("optimizer.name", "adamw8bit", problem, "choose adamw, or install another bitsandbytes")
+
+def _timestep(out: ObjectiveOutput) -> str:
+    """The first timestep of the pair whose errors are not finite."""
+    timesteps = out.timesteps.unflatten(0, (2, -1))[0].flatten().tolist()
+    errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).cpu()
+    bad = (~torch.isfinite(errors)).any(0).any(0).flatten()
+    if len(timesteps) == bad.numel() and bool(bad.any()):
+        return f"timestep {timesteps[int(bad.long().argmax())]}"
+    return f"timestep {timesteps[0]}" if len(timesteps) == 1 else f"timesteps {timesteps[0]} to {timesteps[-1]}"
+
+
+def _origin(batch: PairBatch, out: ObjectiveOutput) -> str:
+    """The earliest quantity that is not finite, and its side."""
+    stages = {
+        "latents": batch.latents,
+        "scores": batch.scores,
+        **{f"conditioning {name}": tensor for name, tensor in batch.conditioning.items()},
+        "cached trajectory": batch.trajectory,
+        "noisy latents": out.noisy_latents,
+        "target": out.target,
+        "reference prediction": out.reference_pred,
+        "policy prediction": out.policy_pred,
+    }
+    for name, tensor in stages.items():
+        if tensor is not None:
+            finite = torch.isfinite(tensor.detach()).reshape(2, -1).all(1).tolist()  # winner, loser
+            if not all(finite):
+                return f"first in the {name} of the {'loser' if finite[0] else 'winner'}"
+    return "although everything the network returned is finite"

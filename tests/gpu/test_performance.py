@@ -13,8 +13,8 @@ from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
 from fastinvdpo.models.quantization import QuantizedLinear, dequantize_nf4, nf4_dequantizer
 from fastinvdpo.trainer import train
-from fastinvdpo.trainer.graphs import GraphedCalls
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.performance import GraphedCalls
 from tests.trainer import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastinvdpo.trainer import cache_writing
 from tests.trainer import forked, tiny
 
 
@@ -29,3 +30,9 @@ def workspace(template: Path, tmp_path: Path) -> Path:
 def forks() -> Iterator[forked.Server]:
     with closing(forked.Server()) as server:
         yield server
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four shards of a cache: three, three, three pairs and one."""
+    monkeypatch.setattr(cache_writing, "PAIRS_PER_SHARD", 3)

@@ -14,18 +14,16 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 from fastinvdpo import cli
 from fastinvdpo.data import write_pairs
 from fastinvdpo.evaluation import scoring
 from fastinvdpo.trainer import cache_writing
 from fastinvdpo.trainer.cache import Manifest
-from fastinvdpo.trainer.checkpoint import load_checkpoint
 from tests.evaluation import tiny_clip
 from tests.trainer import tiny
 from tests.trainer.forked import Ended, Server
-from tests.trainer.test_resume import _assert_same, _history
+from tests.trainer.test_resume import history
 
 KILLS, SEED = 20, 0
 PAIRS, STEPS = 48, 12
@@ -146,13 +144,10 @@ def compare(place: Path, whole: Path) -> None:
     ours, theirs = (Manifest.read(root / "cache") for root in (place, whole))
     assert ours is not None and theirs is not None
     assert (ours.key, ours.sizes, ours.network_evaluations) == (theirs.key, theirs.sizes, theirs.network_evaluations)
-    assert _history(place / "run", [1, 5, 10, 12]) == _history(whole / "run", [1, 5, 10, 12])
+    assert history(place / "run", [1, 5, 10, 12]) == history(whole / "run", [1, 5, 10, 12])
     for step in (10, 12):
-        one, other = (load_checkpoint(root / "run" / "checkpoints" / f"step-{step:08d}") for root in (place, whole))
-        _assert_same(one.trainable, other.trainable)
-        _assert_same(one.ema, other.ema)
-        _assert_same(one.state, other.state)
+        one, other = (tiny.stored(root / "run", step) for root in (place, whole))
+        for part in ("trainable", "ema", "state"):
+            tiny.assert_same(getattr(one, part), getattr(other, part))
         assert one.meta["network_evaluations"] == other.meta["network_evaluations"]
-    start = tiny.unet().state_dict()
-    trained = load_file(place / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert max(float((value - start[name]).abs().max()) for name, value in trained.items()) > 1e-4
+    assert tiny.moved(tiny.weights(place / "run")) > 1e-4

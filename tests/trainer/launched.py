@@ -1,4 +1,5 @@
-"""The command line under the launchers that people use: two processes end with the weights of one.
+"""Two processes that share a step compute what one process does, and either continues the other's run: forked, with a
+cache that both fill, and through the command line under the launchers that people use.
 
 ``make test-deep`` runs this file, by name.
 """
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from fastinvdpo.trainer import TrainConfig, train
+from fastinvdpo.trainer import TrainConfig, cache_writing, train
+from tests.layout import ROOT
 from tests.trainer import tiny
+from tests.trainer.forked import Server
 
-ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
     "accelerate": (
         *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
@@ -26,24 +29,64 @@ LAUNCHERS = {
     ),
     "torchrun": ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "{port}"),
 }
+# Far from Adam's sign-like first steps, so that the order of a sum over processes stays rounding.
+SMOOTH = {"epsilon": 1.0, "warmup_steps": 1, "max_grad_norm": None}
 
 
-def mapping(root: Path, name: str, batch: int) -> dict[str, Any]:
+def small_shards(run: dict[str, Any]) -> None:
+    cache_writing.PAIRS_PER_SHARD = 3
+    train(TrainConfig.from_mapping(run), progress=False)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_two_processes_equal_one(workspace: Path, forks: Server) -> None:
+    """The gradient of every method, in one pass and two: shared_gradients.py."""
+
+    def run(name: str, steps: int, batch: int) -> dict[str, Any]:
+        return tiny.mapping(
+            workspace,
+            "inversion-dpo",
+            model={"lora": {"rank": 2}},
+            training={"steps": steps, "batch_size": batch, "gradient_accumulation_steps": 2, "max_batch": 4},
+            optimizer={**SMOOTH, "learning_rate": 0.1},
+            output={"directory": str(workspace / name), "log_every": 1},
+            # Two processes share the work of theirs; one pair at once in both, so that they hold the same bits.
+            cache={"path": str(workspace / f"{name}-cache"), "batch_size": 1},
+        )
+
+    alone = train(TrainConfig.from_mapping(run("alone", 4, 2)), progress=False)
+    forks.together(small_shards, run("together", 2, 1))
+    files = {path.name for path in (workspace / "alone-cache").glob("*.safetensors")}
+    assert len(files) == 2 + 4  # index, unconditional, shards
+    for name in files:
+        assert (workspace / "together-cache" / name).read_bytes() == (workspace / "alone-cache" / name).read_bytes()
+    together = train(TrainConfig.from_mapping(run("together", 4, 2)), progress=False)
+    # Each row holds the metrics of all processes, and the evaluations of both count.
+    keys = ("step", "loss", "margin", "policy_mse_winner", "gradient_norm", "network_evaluations_with_gradient")
+    for row, expected in zip(together.history, alone.history, strict=True):
+        one, other = (torch.tensor([values[key] for key in keys], dtype=torch.float64) for values in (row, expected))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert together.network_evaluations == alone.network_evaluations
+    moved = tiny.moved(tiny.weights(alone))
+    for name, value in tiny.weights(together).items():
+        torch.testing.assert_close(value, tiny.weights(alone)[name], rtol=0, atol=1e-3 * moved)
+
+
+def mapping(root: Path, name: str) -> dict[str, Any]:
     return tiny.mapping(
         root,
         "inpo",
-        training={"steps": 2, "batch_size": batch},
-        # Far from Adam's sign-like first steps, so that the order of a sum over processes stays rounding.
-        optimizer={"epsilon": 1.0, "learning_rate": 0.01, "warmup_steps": 1, "max_grad_norm": None},
-        output={"directory": str(root / name), "log_every": 1, "tensorboard": False},
+        training={"steps": 2, "batch_size": 2},
+        optimizer={**SMOOTH, "learning_rate": 0.01},
+        output={"directory": str(root / name), "log_every": 1},
     )
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_launched_processes_equal_one(workspace: Path, launcher: str) -> None:
-    alone = train(TrainConfig.from_mapping(mapping(workspace, "alone", 2)), progress=False)
+    alone = train(TrainConfig.from_mapping(mapping(workspace, "alone")), progress=False)
     file = workspace / "run.yaml"
-    file.write_text(yaml.safe_dump(mapping(workspace, "together", 2)))
+    file.write_text(yaml.safe_dump(mapping(workspace, "together")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -55,8 +98,6 @@ def test_two_launched_processes_equal_one(workspace: Path, launcher: str) -> Non
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 steps in") == 1  # one process speaks
     expected, found = tiny.weights(alone), tiny.weights(workspace / "together")
-    start = tiny.unet().state_dict()
-    moved = max(float((value - start[name]).abs().max()) for name, value in expected.items())
-    assert moved > 1e-3
+    assert tiny.moved(expected) > 1e-3
     for name, value in found.items():
         assert float((value - expected[name]).abs().max()) < 1e-6

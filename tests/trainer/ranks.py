@@ -23,7 +23,7 @@ from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer import TrainConfig, TrainResult, trainer
+from fastinvdpo.trainer import TrainConfig, TrainResult, opening
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_accelerator
 from tests.trainer.forked import Server
@@ -88,7 +88,7 @@ def run_kept(run: dict[str, Any], family: type[DigitsModel] = DoubleModel) -> Ke
         mock.patch.object(Networks, "policy", counted),
     ):
         try:
-            kept.result = train_model(config, model, PairDataset(config.data.path), progress=False)
+            kept.result = train_model(config, model, PairDataset(config.data.path))
         except NonFiniteLoss as error:
             kept.error = str(error)
     return kept
@@ -134,7 +134,7 @@ def main(folder: str, *options: str) -> None:
     """One process of :func:`in_processes`. Option ``fsdp``: with the weights in shards."""
     where, rank = Path(folder), os.environ["RANK"]
     if "fsdp" in options:
-        trainer.open_accelerator = open_sharding_accelerator
+        opening.open_accelerator = open_sharding_accelerator
     for name, run in json.loads((where / "runs.json").read_text()).items():
         family = next((model for word, model in FAMILIES.items() if word in name), DoubleModel)
         torch.save(run_kept(run, family), where / f"{name}-{rank}.pt")

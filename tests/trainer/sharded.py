@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +16,12 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.trainer.checkpoint import load_checkpoint
-from fastinvdpo.trainer.launch import check_launch
+from fastinvdpo.trainer.opening import check_launch
 from tests.trainer import ranks, tiny
 from tests.trainer.forked import Server
-from tests.trainer.shared_gradients import MOVING, PAIRS, STEPS, check_equal, mapping
+from tests.trainer.shared_gradients import MOVING, STEPS, check_equal, mapping, root
+
+__all__ = ["root"]  # a fixture
 
 pytestmark = pytest.mark.xdist_group("sharded")  # the runs in two processes are made once
 
@@ -40,13 +40,6 @@ def _runs(root: Path, folder: str, processes: int) -> dict[str, dict[str, Any]]:
         output={"directory": str(root / folder / "bf16"), "log_every": 1},
     )
     return runs
-
-
-@pytest.fixture(scope="module")
-def root(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = Path(shutil.copytree(template, tmp_path_factory.mktemp("ranks") / "root"))
-    tiny.write_data(root / "seven.parquet", pairs=PAIRS)
-    return root
 
 
 def _resumed(root: Path, folder: str, steps: int, processes: int) -> dict[str, Any]:
@@ -72,10 +65,7 @@ def test_shards_have_the_gradient_of_one_process(root: Path, sharded: dict[str, 
     if name.startswith(("inpo", "smpo")):
         one, other = (kept.inversion_calls for kept in sharded[name])
         assert one != other
-    ours, theirs = (
-        load_checkpoint(Path(run["output"]["directory"]) / "checkpoints" / f"step-{STEPS:08d}")
-        for run in (_runs(root, "sharded", 2)[name], _runs(root, "unsharded", 1)[name])
-    )
+    ours, theirs = (tiny.stored(root / folder / name, STEPS) for folder in ("sharded", "unsharded"))
     for stored, expected in ((ours.trainable, theirs.trainable), (ours.ema or {}, theirs.ema or {})):
         assert stored.keys() == expected.keys()
         for key, value in stored.items():

@@ -1,8 +1,11 @@
-"""What a step is said to cost, against numbers computed by hand."""
+"""What a step is said to cost, against numbers computed by hand; the size of a forward pass, and how a gradient is
+streamed, on which the weights do not depend.
+"""
 
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,25 @@ import pytest
 import torch
 from torch import nn
 
-from fastinvdpo.methods import PairBatch
+from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods import PairBatch, build_objective
 from fastinvdpo.models import load_model
-from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer import accounting, train
-from fastinvdpo.trainer.accounting import Costs, forward_flops, gradient_factor, peak_flops, peak_memory
+from fastinvdpo.trainer import TrainResult, accounting
+from fastinvdpo.trainer.accounting import (
+    Costs,
+    forward_flops,
+    gradient_factor,
+    gradient_passes,
+    peak_flops,
+    peak_memory,
+    saved_bytes,
+)
 from fastinvdpo.trainer.networks import Networks
 from tests.trainer import tiny
 
 CPU = torch.device("cpu")
+LEVELS, BATCH, STEPS, GUIDED = 3, 2, 2, 2
+EVALUATIONS = STEPS * BATCH * 2 * LEVELS * GUIDED
 
 
 class Attention(nn.Module):
@@ -44,21 +57,17 @@ def by_hand(samples: int, side: int) -> int:
 
 @pytest.mark.parametrize(("samples", "side"), [(3, 8), (2, 16)])
 def test_forward_flops(samples: int, side: int) -> None:
+    """Of what is compiled too, which is counted uncompiled; and not those of a backward pass."""
     network, latents = Attention(), torch.randn(samples, 4, side, side)
-    with torch.no_grad():
-        assert forward_flops(lambda: network(latents)) == by_hand(samples, side)
-    # The same with gradient: the backward is not part of a call.
-    assert forward_flops(lambda: network(latents)) == by_hand(samples, side)
-
-
-def test_compiled_networks_are_counted_uncompiled() -> None:
-    network, latents = Attention(), torch.randn(1, 4, 8, 8)
 
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("compiled while counting")
 
     compiled = torch.compile(network, backend=refuse)
-    assert forward_flops(lambda: compiled(latents)) == by_hand(1, 8)
+    with torch.no_grad():
+        assert forward_flops(lambda: network(latents)) == by_hand(samples, side)
+    for each in (network, compiled):
+        assert forward_flops(lambda each=each: each(latents)) == by_hand(samples, side)
 
 
 def test_a_gradient_is_two_forwards_more() -> None:
@@ -102,6 +111,36 @@ def test_the_peak_memory_of_the_process_covers_what_was_held() -> None:
     assert peak_memory(accelerator) >= max(before, more.nbytes)
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples each call of a network had."""
+    found: list[int] = []
+    predict = Networks._predict
+
+    def watched(self: Networks, kind: str, *arguments: Any, **options: Any) -> Any:
+        found.append(arguments[1].shape[0])
+        return predict(self, kind, *arguments, **options)
+
+    monkeypatch.setattr(Networks, "_predict", watched)
+    return found
+
+
+def test_the_probes_of_cost_and_size_leave_nothing_behind(workspace: Path, calls: list[int]) -> None:
+    model = load_model("digits", workspace / "model")
+    networks = Networks(model, lora=None, gradient_checkpointing=False)
+    objective = build_objective("inversion-dpo", model.schedule, num_inference_steps=LEVELS)
+    prompts = model.encode_prompts(["a one"] * 2)
+    batch = PairBatch(torch.randn(2, 1, 8, 8), prompts, torch.arange(1), prompts)
+    costs = accounting.measure_costs(networks, batch, tiny.config(workspace).training)
+    assert costs.without_gradient == flops_of_one(workspace) and costs.with_gradient == 3 * costs.without_gradient
+    size = accounting.choose_max_batch(networks, objective, batch, accelerate.Accelerator(cpu=True), passes=1)
+    one = batch.latents[:1].clone(), torch.tensor([500]), {name: value[:1].clone() for name, value in prompts.items()}
+    expected = saved_bytes(lambda: networks.probe(*one), networks.policy_module)
+    assert size == min(accounting.LARGEST, accounting.HOST_BUDGET // expected)
+    assert networks.evaluations == {"with_gradient": 0, "without_gradient": 0} and not calls
+    assert all(parameter.grad is None for parameter in networks.policy_module.parameters())
+
+
 def flops_of_one(workspace: Path) -> float:
     model = load_model("digits", workspace / "model")
     told = model.encode_prompts(["a one"])
@@ -116,11 +155,10 @@ KINDS = [(None, False, 3), (None, True, 4), ({"rank": 2}, False, 2)]
 def test_every_logged_row_tells_the_costs(workspace: Path, lora: Any, checkpointing: bool, factor: int) -> None:
     """Inversion-DPO of 3 levels with guidance: 12 evaluations a pair with gradient; the reference inverts and scores.
 
-    (All levels of a pair fit into one call, so the policy is asked nothing without gradient.)
+    (All levels of a pair fit into one call, so the policy computes nothing without gradient.)
     """
     training = {"steps": 3, "batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
-    config = tiny.config(workspace, "inversion-dpo", training=training, model={"lora": lora})
-    rows = train(config, progress=False).history
+    rows = tiny.trained(workspace, "run", "inversion-dpo", training=training, model={"lora": lora}).history
     forward = flops_of_one(workspace)
     for row in rows:
         assert row["evaluations_per_pair_with_gradient"] == 12
@@ -135,8 +173,7 @@ def test_every_logged_row_tells_the_costs(workspace: Path, lora: Any, checkpoint
 
 def test_intervals_of_several_steps_and_methods_that_cost_differently(workspace: Path) -> None:
     """InPO inverts every pair to its own level: the rows of a run add up to its evaluations."""
-    config = tiny.config(workspace, "inpo", training={"steps": 5, "batch_size": 2}, output={"log_every": 3})
-    result = train(config, progress=False)
+    result = tiny.trained(workspace, "run", "inpo", training={"steps": 5}, output={"log_every": 3})
     pairs = [1 * 2, 2 * 2, 2 * 2]  # steps 1, 3 and 5
     assert [row["step"] for row in result.history] == [1, 3, 5]
     for kind in ("with_gradient", "without_gradient"):
@@ -146,13 +183,140 @@ def test_intervals_of_several_steps_and_methods_that_cost_differently(workspace:
     assert [row["evaluations_per_pair_with_gradient"] for row in result.history] == [2, 2, 2]
 
 
-def test_counting_is_no_evaluation_and_leaves_no_gradient(workspace: Path) -> None:
-    model = load_model("digits", workspace / "model")
-    assert isinstance(model, DigitsModel)
-    networks = Networks(model, lora=None, gradient_checkpointing=False)
-    batch = PairBatch(torch.randn(2, 1, 8, 8), model.encode_prompts(["a one"] * 2), torch.arange(1))
-    training = tiny.config(workspace).training
-    costs = accounting.measure_costs(networks, batch, training)
-    assert costs.without_gradient == flops_of_one(workspace) and costs.with_gradient == 3 * costs.without_gradient
-    assert networks.evaluations == {"with_gradient": 0, "without_gradient": 0}
-    assert all(parameter.grad is None for parameter in networks.policy_module.parameters())
+# How a gradient is streamed
+
+
+# Far from Adam's sign-like first steps, so that rounding in a gradient stays rounding in the weights.
+LINEAR = {"epsilon": 1e3, "learning_rate": 1.0, "warmup_steps": 0}
+
+
+def streamed(root: Path, folder: str, training: dict[str, Any], **sections: Any) -> TrainResult:
+    training = {"steps": STEPS, "batch_size": BATCH, **training}
+    logged = {"log_every": 1}
+    return tiny.trained(root, folder, "inversion-dpo", training=training, optimizer=LINEAR, output=logged, **sections)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_weights_do_not_depend_on_the_calls(workspace: Path, lora: dict[str, Any] | None) -> None:
+    """Also not with accumulation and clipping, whose norm is that of the whole gradient."""
+    model = {"lora": lora, "init_perturbation": 0.05}
+    whole = streamed(workspace, "whole", {"max_batch": 1000}, model=model)
+    assert whole.history[-1]["network_evaluations_with_gradient"] == EVALUATIONS
+    moved = tiny.moved(tiny.weights(whole))
+    assert moved > 0
+    for passes in (1, 2):
+        split = {"batch_size": 1, "gradient_accumulation_steps": 2} if passes == 1 else {}
+        found = streamed(workspace, str(passes), {"max_batch": 4, "gradient_passes": passes, **split}, model=model)
+        for row, expected in zip(found.history, whole.history, strict=True):
+            for key in ("loss", "margin", "policy_mse_winner", "reference_mse_loser", "gradient_norm"):
+                assert row[key] == pytest.approx(expected[key], rel=1e-3), key
+        for name, value in tiny.weights(found).items():
+            torch.testing.assert_close(value, tiny.weights(whole)[name], rtol=0, atol=1e-3 * moved)
+        row = found.history[-1]
+        assert row["network_evaluations_with_gradient"] == EVALUATIONS
+        # The reference inverts and scores; with two passes the policy scores once more.
+        assert row["network_evaluations_without_gradient"] == (passes + 1) * EVALUATIONS
+
+
+def test_mixed_precision(workspace: Path) -> None:
+    precision = {"mixed_precision": "bf16"}
+    whole = streamed(workspace, "whole", {"max_batch": 1000, **precision}).history[0]
+    for passes in (1, 2):
+        found = streamed(workspace, str(passes), {"max_batch": 2, "gradient_passes": passes, **precision}).history[0]
+        # The same products rounded to bfloat16, in sums of another order.
+        assert found["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=0.02)
+
+
+def test_processes_would_exchange_gradients_once_per_step(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, exchanging = [0], [0]
+    backward = accelerate.Accelerator.backward
+
+    @contextmanager
+    def no_sync(self: Any, model: nn.Module) -> Any:
+        alone[0] += 1
+        yield
+        alone[0] -= 1
+
+    def counted(self: Any, loss: torch.Tensor, **options: Any) -> None:
+        exchanging[0] += not alone[0]
+        calls.append(float(loss.detach()))
+        backward(self, loss, **options)
+
+    monkeypatch.setattr(accelerate.Accelerator, "no_sync", no_sync)
+    monkeypatch.setattr(accelerate.Accelerator, "backward", counted)
+    for passes in (1, 2):
+        calls: list[float] = []
+        exchanging[0] = 0
+        training = {"max_batch": 4, "gradient_passes": passes, "gradient_accumulation_steps": 2}
+        streamed(workspace, str(passes), training)
+        assert exchanging == [STEPS]
+        assert len(calls) == STEPS * 2 * BATCH * LEVELS
+
+
+def test_no_number_counts_the_bytes_of_one_sample(
+    workspace: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the budget, half the call; the measurement itself is no evaluation."""
+    monkeypatch.setattr(accounting, "HOST_BUDGET", 0)
+    smallest = streamed(workspace, "smallest", {})
+    assert max(calls) == 1 and len(calls) == smallest.network_evaluations
+    calls.clear()
+    monkeypatch.setattr(accounting, "HOST_BUDGET", 2**40)
+    whole = streamed(workspace, "whole", {})
+    assert max(calls) == EVALUATIONS // STEPS
+    assert whole.history[-1]["network_evaluations_with_gradient"] == EVALUATIONS
+
+
+def test_other_methods_keep_to_a_given_size(workspace: Path, calls: list[int]) -> None:
+    results = []
+    for size in (None, 3):
+        calls.clear()
+        training = {"max_batch": size, "steps": 1}
+        results.append(tiny.trained(workspace, str(size), "smpo", training=training, optimizer=LINEAR))
+        assert max(calls) == (size or 2 * BATCH)
+    one, other = (result.history[-1] for result in results)
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert results[0].network_evaluations == results[1].network_evaluations
+
+
+def test_saved_bytes_are_those_of_the_graph() -> None:
+    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    for samples in (1, 5):
+        inputs = torch.randn(samples, 8)
+        # The input of each layer; tanh keeps its output, which is the second layer's input. Weights do not count.
+        assert saved_bytes(lambda inputs=inputs: network(inputs), network) == samples * 4 * (8 + 16)
+
+
+@pytest.mark.parametrize(("limit", "found"), [(10**9, accounting.LARGEST), (100, 64), (8, 8), (0, 1)])
+def test_the_largest_call_that_does_not_run_out_of_memory(limit: int, found: int) -> None:
+    tried: list[int] = []
+
+    def attempt(samples: int) -> None:
+        tried.append(samples)
+        if samples > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert accounting.largest_that_fits(attempt) == found
+    assert tried == sorted(tried, reverse=True) and tried[0] == accounting.LARGEST
+
+    def broken(samples: int) -> None:
+        raise RuntimeError("another fault")
+
+    with pytest.raises(RuntimeError, match="another fault"):
+        accounting.largest_that_fits(broken)
+
+
+def test_passes(workspace: Path) -> None:
+    def passes(kind: str = "NO", lora: bool = False, **training: Any) -> int:
+        model = {"lora": {"rank": 2} if lora else None}
+        return gradient_passes(tiny.config(workspace, "inversion-dpo", model=model, training=training), kind)
+
+    assert passes() == 2
+    assert passes(lora=True) == 1
+    assert passes(batch_size=1) == 1
+    assert passes(batch_size=1, gradient_accumulation_steps=2) == 2
+    assert passes(gradient_passes=1) == 1
+    assert passes(lora=True, gradient_passes=2) == 2
+    assert passes("FSDP", lora=True) == 2
+    with pytest.raises(InvalidInput, match="gradient_passes = 1: cannot scale the gradients that FSDP keeps"):
+        passes("FSDP", gradient_passes=1)

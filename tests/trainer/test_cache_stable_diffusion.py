@@ -12,17 +12,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, precompute, train
-from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
-from fastinvdpo.trainer.draws import DrawOrder
+from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, PairEncoder
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.models import tiny as models
 from tests.trainer import tiny
+from tests.trainer.test_cache import refuse
+from tests.trainer.test_files import flip
 
 PAIRS = 5
 
@@ -57,14 +57,6 @@ def _config(root: Path, output: Path, model: str, method: str, /, **sections: An
     return TrainConfig.from_mapping({**values, **sections})
 
 
-def _refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **options: Any) -> Any:
-        raise AssertionError("training from the cache loaded this")
-
-    for part in (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer):
-        monkeypatch.setattr(part, "from_pretrained", refuse)
-
-
 @pytest.mark.parametrize(("model", "method"), [("sd", "diffusion-dpo"), ("sdxl", "inversion-dpo")])
 def test_training_from_the_cache_loads_neither_vae_nor_text_encoder(
     pictures: Path, tmp_path: Path, model: str, method: str, monkeypatch: pytest.MonkeyPatch
@@ -73,9 +65,10 @@ def test_training_from_the_cache_loads_neither_vae_nor_text_encoder(
     spot = train(_config(pictures, tmp_path / "spot", model, method), progress=False)
     stored = precompute(_config(pictures, tmp_path / "run", model, method, **cached), progress=False)
     assert stored.index.first["caption"][-1] == 3
-    assert ("geometry.time_ids" in stored.image_tensors) == (model == "sdxl")
+    assert ("geometry.time_ids" in stored.stored["image"]) == (model == "sdxl")
     with monkeypatch.context() as patched:
-        _refuse(patched)
+        for part in (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer):
+            patched.setattr(part, "from_pretrained", refuse)
         result = train(_config(pictures, tmp_path / "run", model, method, **cached), progress=False)
     # Text encoder and VAE saw other batches, where they may round otherwise.
     for row, expected in zip(result.history, spot.history, strict=True):
@@ -84,8 +77,7 @@ def test_training_from_the_cache_loads_neither_vae_nor_text_encoder(
     one, other = (DiffusionPipeline.from_pretrained(run.model_directory) for run in (result, spot))
     for part in ("vae", "text_encoder", "text_encoder_2"):
         if (module := getattr(other, part, None)) is not None:
-            for name, value in getattr(one, part).state_dict().items():
-                assert torch.equal(value, module.state_dict()[name])
+            tiny.assert_same(dict(getattr(one, part).state_dict()), dict(module.state_dict()))
     assert one.tokenizer("a bc").input_ids == other.tokenizer("a bc").input_ids
     index = [json.loads((run.model_directory / "model_index.json").read_text()) for run in (result, spot)]
     index[1].pop("_name_or_path", None)
@@ -100,7 +92,7 @@ def test_sdxl_geometry_belongs_to_the_image(pictures: Path, tmp_path: Path) -> N
     ids = torch.stack([side["geometry.time_ids"] for pair in pairs for side in (pair.winner, pair.loser)])
     assert ids.dtype == torch.float32
     assert ids[:, :2].tolist() == [[float(height), float(width)] for height, width in sizes]
-    assert set(stored.caption_tensors) == set(stored.unconditional) == {"encoder_hidden_states", "text_embeds"}
+    assert set(stored.stored["caption"]) == set(stored.unconditional) == {"encoder_hidden_states", "text_embeds"}
     assert all(float(tensor.abs().max()) == 0 for tensor in stored.unconditional.values())  # force_zeros
 
 
@@ -128,33 +120,31 @@ def test_sampled_latents_are_the_same_from_the_cache_and_at_every_visit(pictures
         precompute(TrainConfig.from_mapping(values), progress=False)
 
 
-@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
-def test_every_part_that_matters_is_in_the_key(pictures: Path, tmp_path: Path, part: str) -> None:
+def test_every_part_that_matters_is_in_the_key(pictures: Path, tmp_path: Path) -> None:
+    """One bit of one weight. InPO's cache does not depend on the UNet, which is its policy."""
     root = Path(shutil.copytree(pictures, tmp_path / "root"))
-    cached = {"cache": {"path": str(tmp_path / "cache")}}
-    precompute(_config(root, tmp_path / "run", "sd", "inpo", **cached), progress=False)
-    (file,) = (root / "sd" / part).glob("*.safetensors")
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1  # one bit of one weight
-    file.write_bytes(content)
-    config = _config(root, tmp_path / "run", "sd", "inpo", **cached)
-    if part == "unet":  # the policy, which InPO's cache does not depend on
-        precompute(config, progress=False)
-        return
-    with pytest.raises(InvalidInput, match=rf"different are model {part} \(sha256:\w+… there, sha256:\w+… here\)\. "):
-        precompute(config, progress=False)
 
+    def fill(method: str, **model: Any) -> None:
+        cache = {"path": str(tmp_path / method)}
+        precompute(_config(root, tmp_path / "run", "sd", method, model=model, cache=cache), progress=False)
 
-def test_another_unet_to_start_from_is_the_one_in_the_key(pictures: Path, tmp_path: Path) -> None:
-    cached = {"cache": {"path": str(tmp_path / "cache")}}
-    precompute(_config(pictures, tmp_path / "run", "sd", "inversion-dpo", **cached), progress=False)
+    for method in ("inpo", "inversion-dpo"):
+        fill(method)
     other = models.unet()
     with torch.no_grad():
         next(other.parameters()).add_(1.0)
     other.save_pretrained(tmp_path / "unet", safe_serialization=True)
-    config = _config(
-        pictures, tmp_path / "run", "sd", "inversion-dpo", model={"unet_init": str(tmp_path / "unet")}, **cached
-    )
     with pytest.raises(InvalidInput, match=r"different are model unet \(sha256"):
-        train(config, progress=False)
-    assert load_file(tmp_path / "cache" / "index.safetensors")["rows"].tolist() == list(range(PAIRS))
+        fill("inversion-dpo", unet_init=str(tmp_path / "unet"))
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (root / "sd" / part).glob("*.safetensors")
+        bit = 8 * (file.stat().st_size - 3)
+        flip(file, bit)
+        if part == "unet":
+            fill("inpo")
+        else:
+            with pytest.raises(
+                InvalidInput, match=rf"different are model {part} \(sha256:\w+… there, sha256:\w+… here"
+            ):
+                fill("inpo")
+        flip(file, bit)

@@ -16,22 +16,19 @@ from fastinvdpo.io import sealed, unsealed
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.stable_diffusion import StableDiffusionModel
-from fastinvdpo.trainer import TrainConfig, train
-from fastinvdpo.trainer.contents import compared, frozen_contents
+from fastinvdpo.trainer import train
+from fastinvdpo.trainer.checkpoint import compared, frozen_contents
 from tests.models import tiny as models
 from tests.trainer import tiny
-from tests.trainer.test_resume import _assert_same
 
-
-def four_steps(root: Path, **sections: Any) -> TrainConfig:
-    return tiny.config(root, **{"training": {"steps": 4}, **sections})
+FOUR = {"steps": 4}
 
 
 @pytest.fixture(scope="module")
 def begun(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with a run of two steps."""
     root = Path(shutil.copytree(template, tmp_path_factory.mktemp("begun") / "root"))
-    train(tiny.config(root, training={"steps": 2}), progress=False)
+    tiny.trained(root, training={"steps": 2})
     return root
 
 
@@ -40,28 +37,21 @@ def root(begun: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(begun, tmp_path / "root"))
 
 
-def places(root: Path) -> dict[str, Any]:
-    return {"data": {"path": str(root / "pairs.parquet")}, "model": {"path": str(root / "model")}}
-
-
 def _flip_a_label(root: Path) -> None:
-    import pyarrow.parquet as parquet
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    table = parquet.read_table(root / "pairs.parquet")
-    labels = [table.column(name).to_pylist() for name in ("label_0", "label_1")]
-    for side in labels:
-        side[3] = 1 - side[3]
-    for place, name in enumerate(("label_0", "label_1")):
-        table = table.set_column(table.schema.get_field_index(name), name, [labels[place]])
-    parquet.write_table(table, root / "pairs.parquet")
+    rows = pq.read_table(root / "pairs.parquet").to_pylist()
+    rows[3]["label_0"], rows[3]["label_1"] = rows[3]["label_1"], rows[3]["label_0"]
+    pq.write_table(pa.Table.from_pylist(rows), root / "pairs.parquet")
 
 
-def _another_schedule(root: Path) -> None:
+def another_schedule(root: Path) -> None:
     file = root / "model" / "scheduler" / "scheduler_config.json"
     file.write_text(file.read_text().replace("0.012", "0.02"))
 
 
-def _another_network(root: Path) -> None:
+def another_network(root: Path) -> None:
     model = load_model("digits", root / "model")
     perturb(model.network, 1e-3, seed=0)
     model.save(root / "model")
@@ -70,8 +60,8 @@ def _another_network(root: Path) -> None:
 CHANGES: dict[str, tuple[Any, str]] = {
     "a label": (_flip_a_label, r"different are data winners \(sha256:\w+… there, sha256:\w+… here\), data\.path"),
     "a row more": (lambda root: tiny.write_data(root / "pairs.parquet", pairs=11), r"data rows \(10 there, 11 here\)"),
-    "the base model": (_another_network, r"different are model network \(sha256"),
-    "its schedule": (_another_schedule, r"different are model schedule \(sha256"),
+    "the base model": (another_network, r"different are model network \(sha256"),
+    "its schedule": (another_schedule, r"different are model schedule \(sha256"),
 }
 
 
@@ -81,7 +71,7 @@ def test_other_content_is_refused_by_name_and_changes_nothing(root: Path, name: 
     change(root)
     before = {file: file.read_bytes() for file in (root / "run").rglob("*") if file.is_file()}
     with pytest.raises(InvalidInput, match=rf"belongs to another run; .*{message}"):
-        train(four_steps(root), progress=False)
+        tiny.trained(root, training=FOUR)
     assert {file: file.read_bytes() for file in (root / "run").rglob("*") if file.is_file()} == before
 
 
@@ -97,7 +87,7 @@ def test_the_same_content_continues_wherever_it_lies(
     file.write_text(json.dumps({**json.loads(file.read_text()), "_diffusers_version": "9.9", "use_unknown": None}))
     monkeypatch.chdir(moved)
     paths = {"data": {"path": "./other.parquet", "format": "parquet"}, "model": {"path": "base", "family": "auto"}}
-    result = train(four_steps(moved, **paths), progress=False)
+    result = tiny.trained(moved, training=FOUR, **paths)
     assert result.steps == 4 and [row["step"] for row in result.history] == [1, 2, 4]
     card = (moved / "run" / "model" / "README.md").read_text()
     assert "| steps 1 to 2 | steps 3 to 4 |" in card
@@ -113,14 +103,15 @@ def test_a_checkpoint_of_an_earlier_version_continues_with_a_warning(root: Path)
     for name in ("contents", "attempts", "remembered", "digests"):
         del meta[name]
     del meta["config"]["training"]["ema_decay"], meta["config"]["method"]["timesteps"], meta["config"]["cache"]
-    meta["config"] |= {name: {**meta["config"][name], **part} for name, part in places(root).items()}
+    for name, file_name in (("data", "pairs.parquet"), ("model", "model")):
+        meta["config"][name]["path"] = str(root / file_name)
     file.write_text(json.dumps({**meta, "format": 1}))
     told = r"could not be compared .* of an earlier version\): .*data winners, .*model network"
     with pytest.warns(UserWarning, match=told):
-        train(four_steps(root), progress=False)
+        tiny.trained(root, training=FOUR)
     card = (root / "run" / "model" / "README.md").read_text()
     assert "| data winners | `not recorded` | `sha256:" in card
-    moved = four_steps(root, data={"path": str(root / "elsewhere.parquet")})
+    moved = tiny.config(root, training=FOUR, data={"path": str(root / "elsewhere.parquet")})
     shutil.copy(root / "pairs.parquet", root / "elsewhere.parquet")
     meta["config"]["training"]["steps"] = 4
     file.write_text(json.dumps(sealed(meta)))
@@ -149,17 +140,13 @@ def test_model_and_pairs_at_hand_have_digests(workspace: Path) -> None:
 
 
 def test_a_run_may_go_on_from_a_cache_and_back(workspace: Path) -> None:
-    cached = {"cache": {"path": str(workspace / "cache")}}
-    train(tiny.config(workspace, training={"steps": 2}), progress=False)
-    train(four_steps(workspace, **cached), progress=False)
-    train(tiny.config(workspace), progress=False)
-    whole = tiny.config(workspace, output={"directory": str(workspace / "whole")})
-    train(whole, progress=False)
-    _assert_same(tiny.weights(workspace / "run"), tiny.weights(workspace / "whole"))
+    cache = {"path": str(workspace / "cache")}
+    tiny.trained(workspace, training={"steps": 2})
+    tiny.trained(workspace, training=FOUR, cache=cache)
+    tiny.assert_same(tiny.weights(tiny.trained(workspace)), tiny.weights(tiny.trained(workspace, "whole")))
     _flip_a_label(workspace)
-    cached["cache"]["path"] = str(workspace / "other")
     with pytest.raises(InvalidInput, match=r"different are data winners"):
-        train(tiny.config(workspace, training={"steps": 8}, **cached), progress=False)
+        tiny.trained(workspace, training={"steps": 8}, cache={"path": str(workspace / "other")})
 
 
 def test_encoders_tokenizers_and_vae_have_digests_of_their_own() -> None:

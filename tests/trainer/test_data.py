@@ -1,4 +1,4 @@
-"""Data in a run: rows that are left out, ties that are kept, and the order of draws for buckets and streaming."""
+"""Data in a run: rows that are left out, ties that are kept, and the order of draws."""
 
 from __future__ import annotations
 
@@ -20,27 +20,35 @@ from fastinvdpo import cli
 from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
-from fastinvdpo.trainer import precompute, train
-from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
-from fastinvdpo.trainer.draws import ByBucket, ByWindow, DrawOrder, epoch_order, swaps_tie
+from fastinvdpo.trainer import TrainConfig, precompute
+from fastinvdpo.trainer.batches import (
+    BatchBuilder,
+    ByBucket,
+    ByWindow,
+    DrawOrder,
+    PairEncoder,
+    drops_caption,
+    epoch_order,
+    swaps_tie,
+)
 from tests.data.test_pairs import encoded
 from tests.models import tiny as tiny_models
 from tests.trainer import tiny
 
 ROWS = 1000
 PLANTED = {"corrupt image": 20, "missing image": 10, "missing caption": 40, "malformed label": 15}
-TIES = 50
+TIES, BROKEN = 50, sum(PLANTED.values())
 
 
-def plant(path: Path) -> dict[str, list[int]]:
-    """A file of 1,000 pairs with known faults, and the rows that have them."""
+@pytest.fixture
+def faulty(workspace: Path) -> dict[str, list[int]]:
+    """1,000 pairs with known faults in ``pairs.parquet``; the rows that have them."""
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     for i in range(ROWS):
         images = [encoded(Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))) for _ in range(2)]
-        label = float(i % 2)
         rows.append(dict(zip(("jpg_0", "jpg_1"), images, strict=True)))
-        rows[-1] |= {"label_0": label, "label_1": 1 - label, "caption": f"a {tiny.WORDS[i % 4]}"}
+        rows[-1] |= {"label_0": float(i % 2), "label_1": 1.0 - i % 2, "caption": f"a {tiny.WORDS[i % 4]}"}
     numbers = list(range(ROWS))
     random.Random(0).shuffle(numbers)
     faulty = {cause: [numbers.pop() for _ in range(count)] for cause, count in {**PLANTED, "tie": TIES}.items()}
@@ -58,99 +66,89 @@ def plant(path: Path) -> dict[str, list[int]]:
         rows[i] |= {"label_0": 2.0} if i % 2 else {"label_1": None}
     for i in faulty["tie"]:
         rows[i] |= {"label_0": 0.5, "label_1": 0.5}
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows), workspace / "pairs.parquet")
+    (workspace / "run.yaml").write_text(yaml.safe_dump(tiny.mapping(workspace)))
     return faulty
 
 
 @pytest.mark.parametrize("ties", ["drop", "keep"])
-def test_counts_of_a_run_are_what_was_planted(workspace: Path, ties: str, capsys: pytest.CaptureFixture[str]) -> None:
-    faulty = plant(workspace / "pairs.parquet")
-    (workspace / "run.yaml").write_text(yaml.safe_dump(tiny.mapping(workspace)))
+def test_counts_of_a_run_are_what_was_planted(
+    workspace: Path, faulty: dict[str, list[int]], ties: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [f"data.ties={ties}", "data.max_broken=0.1", "training.steps=3", "--no-progress"]
     assert cli.main(["train", str(workspace / "run.yaml"), *options]) == 0
-    shown = capsys.readouterr()
-    broken = sum(PLANTED.values())
-    pairs = ROWS - broken - (TIES if ties == "drop" else 0)
+    shown = capsys.readouterr().out
+    pairs = ROWS - BROKEN - (TIES if ties == "drop" else 0)
     tied = f"{TIES} ties dropped" if ties == "drop" else f"{TIES} of them ties"
-    assert f"Data: {ROWS} rows: {pairs} pairs, {tied}, {broken} broken rows left out (" in shown.out
-    assert str(workspace / "run" / "broken.jsonl") in shown.out
+    assert f"Data: {ROWS} rows: {pairs} pairs, {tied}, {BROKEN} broken rows left out (" in shown
+    assert str(workspace / "run" / "broken.jsonl") in shown
     summary = json.loads((workspace / "run" / "data.json").read_text())
     assert summary["broken"] == PLANTED
     assert (summary["rows"], summary["pairs"], summary["ties"]) == (ROWS, pairs, TIES)
     lines = [json.loads(line) for line in (workspace / "run" / "broken.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == sorted(row for cause in PLANTED for row in faulty[cause])
     assert all(line["row"] in faulty[line["cause"]] for line in lines)
-    assert load_model("digits", workspace / "run" / "model")
 
 
+@pytest.mark.usefixtures("faulty")
 def test_a_limit_below_what_was_planted_ends_the_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plant(workspace / "pairs.parquet")
-    (workspace / "run.yaml").write_text(yaml.safe_dump(tiny.mapping(workspace)))
-    assert cli.main(["train", str(workspace / "run.yaml"), "data.max_broken=84"]) == 2
-    assert "data.max_broken = 84: more rows than that are broken" in capsys.readouterr().err
-    assert cli.main(["train", str(workspace / "run.yaml"), "data.max_broken=1.5"]) == 2
-    assert "data.max_broken = 1.5: is neither a count" in capsys.readouterr().err
+    for limit, message in ((BROKEN - 1, "84: more rows than that are broken"), (1.5, "1.5: is neither a count")):
+        assert cli.main(["train", str(workspace / "run.yaml"), f"data.max_broken={limit}"]) == 2
+        assert f"data.max_broken = {message}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("faulty")
 def test_the_cache_keeps_the_counts(workspace: Path) -> None:
-    plant(workspace / "pairs.parquet")
-    rows = pq.read_table(workspace / "pairs.parquet").slice(0, 60)
-    pq.write_table(rows, workspace / "pairs.parquet")
-    config = tiny.config(workspace, data={"max_broken": 0.5}, training={"steps": 1}, optimizer={"warmup_steps": 0})
-    plain = train(config, progress=False)
-    mapping = tiny.mapping(workspace, data={"max_broken": 0.5}, training={"steps": 1}, optimizer={"warmup_steps": 0})
-    mapping |= {"cache": {"path": str(workspace / "cache")}, "output": {"directory": str(workspace / "cached")}}
-    cached = train(type(config).from_mapping(mapping), progress=False)
+    pq.write_table(pq.read_table(workspace / "pairs.parquet").slice(0, 60), workspace / "pairs.parquet")
+    once: dict[str, Any] = {"data": {"max_broken": 0.5}, "training": {"steps": 1}, "optimizer": {"warmup_steps": 0}}
+    plain = tiny.trained(workspace, **once)
+    cached = tiny.trained(workspace, "cached", cache={"path": str(workspace / "cache")}, **once)
     assert plain.data == cached.data and plain.data is not None and plain.data.broken
     for name in ("data.json", "broken.jsonl"):
-        assert (workspace / "cached" / name).read_bytes() == (workspace / "run" / name).read_bytes()
+        assert (cached.directory / name).read_bytes() == (plain.directory / name).read_bytes()
 
 
 # Ties that are kept
 
 
-def tied_rows(path: Path, pairs: int = 6) -> Path:
-    rng = np.random.default_rng(1)
-    images = [[Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(2)] for _ in range(pairs)]
-    names = ("jpg_0", "jpg_1")
-    rows = [
-        dict(zip(names, both, strict=True)) | {"caption": f"a {i}", "score_0": 1.0, "score_1": 2.0}
-        for i, both in enumerate(images)
-    ]
-    write_pairs(
-        path, [row | {"label_0": 0.5 if i % 2 else 1.0, "label_1": 0.5 if i % 2 else 0.0} for i, row in enumerate(rows)]
-    )
-    return path
-
-
-def test_the_coin_of_a_tie_is_fair_and_follows_from_the_draw() -> None:
-    heads = [swaps_tie(0, draw) for draw in range(4000)]
-    assert abs(sum(heads) - 2000) < 5 * 32  # five standard deviations
-    assert heads == [swaps_tie(0, draw) for draw in range(4000)] != [swaps_tie(1, draw) for draw in range(4000)]
+@pytest.mark.parametrize(
+    ("happens", "share"), [(swaps_tie, 0.5), (lambda seed, draw: drops_caption(seed, draw, 0.3), 0.3)]
+)
+def test_a_coin_has_its_rate_and_depends_on_seed_and_draw_alone(happens: Any, share: float) -> None:
+    first = [happens(0, draw) for draw in range(4000)]
+    assert abs(np.mean(first) - share) < 5 * np.sqrt(share * (1 - share) / 4000)
+    assert first == [happens(0, draw) for draw in range(4000)] != [happens(1, draw) for draw in range(4000)]
+    assert not any(drops_caption(0, draw, 0.0) for draw in range(100))
 
 
 def test_kept_ties_swap_sides_by_their_draw_with_and_without_cache(workspace: Path) -> None:
-    tied_rows(workspace / "pairs.parquet")
-    mapping = tiny.mapping(workspace, data={"ties": "keep"}) | {"cache": {"path": str(workspace / "cache")}}
-    config = type(tiny.config(workspace)).from_mapping(mapping)
-    cache = precompute(config, progress=False)
+    rng = np.random.default_rng(1)
+    images = [Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(12)]
+    rows = [
+        {"jpg_0": images[2 * i], "jpg_1": images[2 * i + 1], "caption": f"a {i}", "score_0": 1.0, "score_1": 2.0}
+        | {"label_0": 0.5 if i % 2 else 1.0, "label_1": 0.5 if i % 2 else 0.0}
+        for i in range(6)
+    ]
+    write_pairs(workspace / "pairs.parquet", rows)
+    mapping = tiny.mapping(workspace, data={"ties": "keep"}, cache={"path": str(workspace / "cache")})
+    cache = precompute(TrainConfig.from_mapping(mapping), progress=False)
     model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet", ties="keep")
-    order = DrawOrder(len(dataset), 0, 2, 1)
-    plain = BatchBuilder(PairEncoder(model, dataset), model.device, order, with_unconditional=False)
-    cached = BatchBuilder(cache, model.device, order, with_unconditional=False)
-    swaps = []
+    order, swaps = DrawOrder(len(dataset), 0, 2, 1), []
+    plain, cached = (
+        BatchBuilder(pairs, model.device, order, with_unconditional=False)
+        for pairs in (PairEncoder(model, dataset), cache)
+    )
     for start in range(0, 60, 2):
         batch, same = plain.build(range(start, start + 2)), cached.build(range(start, start + 2))
-        torch.testing.assert_close(batch.latents, same.latents, rtol=0, atol=0)
         assert batch.scores is not None and same.scores is not None
-        torch.testing.assert_close(batch.scores, same.scores, rtol=0, atol=0)
+        assert torch.equal(batch.latents, same.latents) and torch.equal(batch.scores, same.scores)
         for k, draw in enumerate(range(start, start + 2)):
             pair = dataset[order.pair_index(draw)]
-            swapped = batch.scores[k] > batch.scores[2 + k]
+            swapped = bool(batch.scores[k] > batch.scores[2 + k])
             assert swapped == (pair.tie and swaps_tie(0, draw))
             winner = pair.loser if swapped else pair.winner
             torch.testing.assert_close(batch.latents[k], model.encode_images([winner])[0], rtol=0, atol=0)
-            swaps.append(bool(swapped))
+            swaps.append(swapped)
     assert 0 < sum(swaps) < len(swaps)
 
 
@@ -158,8 +156,7 @@ def test_a_dropped_caption_is_dropped_on_both_sides(workspace: Path) -> None:
     model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet")
     order, pairs = DrawOrder(10, 0, 10, 1), PairEncoder(model, dataset)
     builder = BatchBuilder(pairs, model.device, order, with_unconditional=False, caption_dropout=0.5)
-    prompts = builder.build(range(40)).conditioning["encoder_hidden_states"]
-    winners, losers = prompts.chunk(2)
+    winners, losers = builder.build(range(40)).conditioning["encoder_hidden_states"].chunk(2)
     assert torch.equal(winners, losers)
     dropped = [bool((one == 0).all()) for one in winners]  # the embedding of the empty prompt
     assert 0 < sum(dropped) < 40
@@ -168,21 +165,49 @@ def test_a_dropped_caption_is_dropped_on_both_sides(workspace: Path) -> None:
 # Orders
 
 
+@pytest.mark.parametrize(("batch", "accumulation", "processes"), [(12, 1, 1), (3, 4, 1), (2, 2, 3), (1, 3, 4)])
+def test_a_step_has_the_same_draws_however_they_are_dealt(batch: int, accumulation: int, processes: int) -> None:
+    for step in (0, 1, 7):
+        draws = [
+            draw
+            for rank in range(processes)
+            for micro in range(accumulation)
+            for draw in DrawOrder(10, 0, batch, accumulation, processes, rank).micro_batch(step, micro)
+        ]
+        assert sorted(draws) == list(range(12 * step, 12 * step + 12))
+
+
+def test_every_epoch_has_every_pair_once_in_another_order(workspace: Path) -> None:
+    def epoch(number: int, *, seed: int = 3, batch: int = 4) -> list[int]:
+        order = DrawOrder(50, seed, batch, 1)
+        return [order.pair_index(draw) for draw in range(50 * number, 50 * number + 50)]
+
+    assert all(Counter(epoch(number)) == Counter(range(50)) for number in range(3))
+    assert epoch(0) != epoch(1) != epoch(2)
+    assert epoch(0, batch=25) == epoch(0) != epoch(0, seed=4)
+    plain = epoch_order(PairDataset(workspace / "pairs.parquet"), 2)  # which asks for no order of its own
+    numbers = [
+        [order.pair_index(d) for d in range(20)]
+        for order in (DrawOrder(10, 3, 2, 1), DrawOrder(10, 3, 2, 1, epochs=plain))
+    ]
+    assert numbers[0] == numbers[1]
+
+
 def test_an_epoch_of_windows_visits_every_pair_once_and_few_groups_at_a_time() -> None:
     groups = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9], [10, 11, 12]]
     order = ByWindow(groups, groups_per_window=2)
-    first = order.order(0, 0).tolist()
+
+    def epoch(*seed: int) -> list[int]:
+        return [int(number) for number in order.order(np.random.default_rng(seed))]
+
+    first = epoch(0, 0)
     assert sorted(first) == list(range(13)) and order.length == 13
     group_of = [next(g for g, group in enumerate(groups) if i in group) for i in first]
-    seen: list[int] = []
-    for group in group_of:
-        if group not in seen:
-            seen.append(group)
-    windows = [set(seen[:2]), set(seen[2:4]), set(seen[4:])]
+    seen = list(dict.fromkeys(group_of))
+    windows = [seen[:2], seen[2:4], seen[4:]]
     position = [next(w for w, window in enumerate(windows) if group in window) for group in group_of]
     assert position == sorted(position), "a window ends before the next begins"
-    assert order.order(0, 1).tolist() != first != order.order(1, 0).tolist()
-    assert ByWindow(groups, 2).order(0, 0).tolist() == first, "a function of seed and epoch alone"
+    assert epoch(0, 1) != first == epoch(0, 0) != epoch(1, 0)
 
 
 def test_an_epoch_of_buckets_visits_every_pair_in_batches_of_one_bucket() -> None:
@@ -197,81 +222,40 @@ def test_an_epoch_of_buckets_visits_every_pair_in_batches_of_one_bucket() -> Non
         counts = Counter(numbers)
         assert set(counts) == set(range(12)), "none is left out"
         assert max(counts[i] for i in range(7)) <= 2
+    one, two = (
+        DrawOrder(12, 0, 3, 2, epochs=order),
+        [DrawOrder(12, 0, 3, 1, 2, rank, epochs=order) for rank in range(2)],
+    )
+    for step in range(6):  # processes share the batches of a step
+        assert [one.micro_batch(step, micro) for micro in range(2)] == [each.micro_batch(step, 0) for each in two]
 
 
-def test_processes_share_the_batches_of_a_step() -> None:
-    epochs = ByBucket([0] * 5 + [1] * 6, batch_size=2)
-    one = DrawOrder(11, 0, 2, 2, epochs=epochs)
-    two = [DrawOrder(11, 0, 2, 1, 2, rank, epochs=epochs) for rank in range(2)]
-    for step in range(6):
-        alone = [list(one.micro_batch(step, micro)) for micro in range(2)]
-        assert alone == [list(order.micro_batch(step, 0)) for order in two]
-
-
-def wide_and_high(path: Path) -> Path:
+def wide_and_high(path: Path) -> None:
     rng = np.random.default_rng(3)
-    sizes = [(16, 32), (32, 16), (16, 16)]  # height, width
     rows = []
     for i in range(9):
-        both = [Image.fromarray(rng.integers(0, 256, (*sizes[i % 3], 3), dtype=np.uint8)) for _ in range(2)]
+        height, width = [(16, 32), (32, 16), (16, 16)][i % 3]
+        both = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(2)]
         rows.append({"jpg_0": both[0], "jpg_1": both[1], "label_0": 1.0, "label_1": 0.0, "caption": "a dog"})
     write_pairs(path, rows)
-    return path
 
 
-def test_training_in_buckets_resumes_bit_for_bit(tmp_path: Path) -> None:
-    tiny_models.sd_pipeline().save_pretrained(tmp_path / "model", safe_serialization=True)
-    wide_and_high(tmp_path / "pairs.parquet")
-    model = {"family": "stable-diffusion"}
-    data = {"resolution": 16, "buckets": {"multiple": 8, "max_aspect": 2.0}}
-
-    def run(steps: int, name: str) -> Path:
-        output = {"directory": str(tmp_path / name), "checkpoint_every": 1}
-        config = tiny.config(tmp_path, model=model, data=data, training={"steps": steps}, output=output)
-        return train(config, progress=False).model_directory
-
-    straight = run(4, "straight")
-    run(2, "stopped")
-    resumed = run(4, "stopped")
-    pairs = zip(
-        load_model("stable-diffusion", straight).network.parameters(),
-        load_model("stable-diffusion", resumed).network.parameters(),
-        strict=True,
-    )
-    assert all(torch.equal(a, b) for a, b in pairs)
-    rows = (tmp_path / "stopped" / "history.jsonl").read_text().splitlines()
-    assert all(np.isfinite(json.loads(row)["loss"]) for row in rows)
-    config = tiny.config(
-        tmp_path,
-        model=model,
-        data=data,
-        training={"steps": 5, "batch_size": 1, "gradient_accumulation_steps": 2},
-        output={"directory": str(tmp_path / "stopped")},
-    )
-    with pytest.raises(InvalidInput, match="pairs in a batch of one bucket"):
-        train(config, progress=False)
-
-
-def test_streaming_resumes_bit_for_bit(workspace: Path) -> None:
-    table = pq.read_table(workspace / "pairs.parquet")
-    pq.write_table(table, workspace / "pairs.parquet", row_group_size=3)
-
-    def run(steps: int, name: str) -> list[torch.Tensor]:
-        config = tiny.config(
-            workspace,
-            data={"streaming": True, "shuffle_buffer": 4, "resolution": 8},
-            training={"steps": steps},
-            output={"directory": str(workspace / name)},
-        )
-        model = load_model("digits", train(config, progress=False).model_directory)
-        return list(model.network.parameters())
-
-    straight = run(6, "straight")
-    run(3, "stopped")
-    assert all(torch.equal(a, b) for a, b in zip(straight, run(6, "stopped"), strict=True))
-
-
-def test_the_order_that_a_data_set_asks_for(workspace: Path, tmp_path: Path) -> None:
-    plain = PairDataset(workspace / "pairs.parquet")
-    numbers = [DrawOrder(10, 3, 2, 1).pair_index(draw) for draw in range(20)]
-    assert [DrawOrder(10, 3, 2, 1, epochs=epoch_order(plain, 2)).pair_index(d) for d in range(20)] == numbers
+@pytest.mark.parametrize("kind", ["buckets", "streaming"])
+def test_training_in_an_order_of_its_own_resumes_bit_for_bit(workspace: Path, kind: str) -> None:
+    sections: dict[str, Any] = {"data": {"streaming": True, "shuffle_buffer": 4, "resolution": 8}}
+    if kind == "buckets":
+        tiny_models.sd_pipeline().save_pretrained(workspace / "sd", safe_serialization=True)
+        wide_and_high(workspace / "pairs.parquet")
+        sections["model"] = {"family": "stable-diffusion", "path": str(workspace / "sd")}
+        sections["data"] = {"resolution": 16, "buckets": {"multiple": 8, "max_aspect": 2.0}}
+    else:
+        pq.write_table(pq.read_table(workspace / "pairs.parquet"), workspace / "pairs.parquet", row_group_size=3)
+    output = {"checkpoint_every": 1}
+    for folder, steps in (("straight", 4), ("stopped", 2), ("stopped", 4)):
+        result = tiny.trained(workspace, folder, output=output, training={"steps": steps}, **sections)
+    assert all(np.isfinite(row["loss"]) for row in result.history)
+    tiny.assert_same(tiny.weights(workspace / "straight"), tiny.weights(workspace / "stopped"))
+    if kind == "buckets":
+        training = {"steps": 5, "batch_size": 1, "gradient_accumulation_steps": 2}
+        with pytest.raises(InvalidInput, match="pairs in a batch of one bucket"):
+            tiny.trained(workspace, "stopped", training=training, **sections)

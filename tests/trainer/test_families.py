@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from fastinvdpo.data import write_pairs
+from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, train
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.models import tiny as models
@@ -93,7 +94,7 @@ def test_full_fine_tuning_gives_the_images_of_plain_diffusers(
             update={"unet_init": str(result.model_directory)})}))  # fmt: skip
     else:
         ours = before
-        result = tiny.train_model(config, ours, open_dataset(config), progress=False)
+        result = tiny.train_model(config, ours, open_dataset(config))
     assert [row["step"] for row in result.history] == [1, 2]
     # With as many bits as float32 leaves to it, policy = reference gives ln 2 in the first step.
     assert result.history[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -109,7 +110,7 @@ def test_a_trained_adapter_gives_the_images_of_plain_diffusers(root: Path, tmp_p
     config = _config(root, tmp_path / "run", family, method, model={"lora": LORA})
     ours: Any = open_model(config)
     before = images(ours.pipeline, family)
-    result = tiny.train_model(config, ours, open_dataset(config), progress=False)
+    result = tiny.train_model(config, ours, open_dataset(config))
     plain = DiffusionPipeline.from_pretrained(root / family)
     plain.load_lora_weights(result.directory / "adapter", weight_name=DIFFUSERS_LORA)
     mine = images(ours.pipeline, family)
@@ -142,7 +143,7 @@ def test_an_adapter_on_quantized_weights_loads_in_plain_diffusers(
 def test_the_network_alone_is_written_on_demand(root: Path, tmp_path: Path) -> None:
     config = _config(root, tmp_path / "run", "sd3", "diffusion-dpo", output={"pipeline": False})
     ours: Any = open_model(config)
-    result = tiny.train_model(config, ours, open_dataset(config), progress=False)
+    result = tiny.train_model(config, ours, open_dataset(config))
     assert sorted(file.name for file in result.model_directory.iterdir()) == ["README.md", "transformer"]
     kind = type(ours.network)
     theirs = kind.from_pretrained(result.model_directory, subfolder="transformer")
@@ -151,30 +152,19 @@ def test_the_network_alone_is_written_on_demand(root: Path, tmp_path: Path) -> N
     assert f"{kind.__name__}.from_pretrained" in (result.model_directory / "README.md").read_text()
 
 
-def test_another_vae_is_part_of_the_result_and_of_the_cache(root: Path, tmp_path: Path) -> None:
+def test_another_vae_is_part_of_result_and_cache_and_the_card_tells_what_was_done(root: Path, tmp_path: Path) -> None:
     vae = models.vae()
     vae.save_pretrained(tmp_path / "vae", safe_serialization=True)
     cache = {"cache": {"path": str(tmp_path / "cache")}}
     config = _config(root, tmp_path / "run", "sd15", "inpo", model={"vae": str(tmp_path / "vae")}, **cache)
     result = train(config, progress=False)
     written = DiffusionPipeline.from_pretrained(result.model_directory).vae.state_dict()
-    for name, value in vae.state_dict().items():
-        assert torch.equal(written[name], value)
-    from fastinvdpo.errors import InvalidInput
-
+    tiny.assert_same(dict(written), dict(vae.state_dict()))
     with pytest.raises(InvalidInput, match="different are model vae"):
         train(_config(root, tmp_path / "other", "sd15", "inpo", **cache), progress=False)
-
-
-def test_the_card_tells_what_was_done(root: Path, tmp_path: Path) -> None:
-    config = _config(root, tmp_path / "run", "sd15", "smpo")
-    result = train(config, progress=False)
     card = (result.model_directory / "README.md").read_text()
-    import yaml
-
     front, body = card.split("---\n")[1], card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(front)["library_name"] == "diffusers"
     assert TrainConfig.from_mapping(yaml.safe_load(body)) == config, "the card holds the exact configuration"
     assert re.search(rf"2 pairs from `{root / 'pairs.parquet'}`. Content: sha256:[0-9a-f]{{64}}\n", card)
-    history = [json.loads(line) for line in (result.directory / "history.jsonl").read_text().splitlines()]
-    assert f"| loss | {history[-1]['loss']:.6g} |" in card
+    assert f"| loss | {result.history[-1]['loss']:.6g} |" in card

@@ -12,8 +12,7 @@ import pytest
 
 from fastinvdpo import cli
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.trainer.launch import check_launch, with_launcher
-from fastinvdpo.trainer.opening import open_accelerator
+from fastinvdpo.trainer.opening import check_launch, open_accelerator, with_launcher
 from tests.trainer import tiny
 
 

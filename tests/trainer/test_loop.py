@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinvdpo.data import PairDataset
@@ -18,7 +17,6 @@ from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods.streaming import WholeLoss
 from fastinvdpo.models import load_model
 from fastinvdpo.models.base import Origin
-from fastinvdpo.trainer import train
 from fastinvdpo.trainer import trainer as loop_module
 from tests.trainer import tiny
 from tests.trainer.ranks import DoubleModel
@@ -29,30 +27,25 @@ def test_micro_batches_equal_one_batch_in_float64(workspace: Path, method: str) 
     results = []
     for batch, accumulation in ((4, 1), (1, 4)):
         model = DoubleModel.load(Origin(workspace / "model"), dtype=torch.float64)
-        config = tiny.config(
-            workspace,
-            method,
-            data={"caption_dropout": 0.3},
-            training={"batch_size": batch, "gradient_accumulation_steps": accumulation, "steps": 4},
-            output={"directory": str(workspace / f"run-{batch}")},
-        )
-        results.append(tiny.train_model(config, model, PairDataset(workspace / "pairs.parquet"), progress=False))
-    start = tiny.unet().state_dict()
+        training = {"batch_size": batch, "gradient_accumulation_steps": accumulation, "steps": 4}
+        output = {"directory": str(workspace / f"run-{batch}")}
+        config = tiny.config(workspace, method, data={"caption_dropout": 0.3}, training=training, output=output)
+        results.append(tiny.train_model(config, model, PairDataset(workspace / "pairs.parquet")))
     one = tiny.weights(results[0])
-    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4
+    assert tiny.moved(one) > 1e-4
     assert results[1].network_evaluations == results[0].network_evaluations
     for name, value in tiny.weights(results[1]).items():
         assert value.dtype == torch.float64
         torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-11)
     for row, expected in zip(results[1].history, results[0].history, strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-9)
-        assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-9)
+        for name in ("loss", "gradient_norm"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-9)
 
 
 @pytest.mark.parametrize(("method", "lora"), list(zip(tiny.METHODS, [None, {"rank": 2}] * 2, strict=True)))
 def test_first_loss_is_ln_2(workspace: Path, method: str, lora: dict[str, Any] | None) -> None:
-    config = tiny.config(workspace, method, model={"lora": lora}, training={"steps": 1}, optimizer={"warmup_steps": 0})
-    first = train(config, progress=False).history[0]
+    once: dict[str, Any] = {"training": {"steps": 1}, "optimizer": {"warmup_steps": 0}}
+    first = tiny.trained(workspace, "run", method, model={"lora": lora}, **once).history[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["margin"] == 0
     assert first["implicit_accuracy"] == 0.5
@@ -62,39 +55,25 @@ def test_first_loss_is_ln_2(workspace: Path, method: str, lora: dict[str, Any] |
 
 
 def test_clipping_bounds_the_step_but_not_the_reported_norm(workspace: Path) -> None:
-    norms = []
+    norms, start = [], tiny.unet().state_dict()
     for limit in (1e-3, None):
-        name = str(workspace / f"run-{limit}")
-        config = tiny.config(
-            workspace,
-            optimizer={"max_grad_norm": limit, "warmup_steps": 0, "epsilon": 1.0, "learning_rate": 1.0},
-            training={"steps": 1},
-            output={"directory": name},
-        )
-        result = train(config, progress=False)
+        optimizer = {"max_grad_norm": limit, "warmup_steps": 0, "epsilon": 1.0, "learning_rate": 1.0}
+        result = tiny.trained(workspace, str(limit), optimizer=optimizer, training={"steps": 1})
         norms.append(result.history[0]["gradient_norm"])
-        start = tiny.unet().state_dict()
-        moved = math.sqrt(
-            sum(float((value - start[key] * 0.99).square().sum()) for key, value in tiny.weights(result).items())
-        )
+        changes = [value - start[key] * 0.99 for key, value in tiny.weights(result).items()]
         # Adam with epsilon far above the gradient moves by lr·g, after weight decay by one per cent.
-        assert (moved < 2e-3) == (limit is not None)
+        assert (math.sqrt(sum(float(change.square().sum()) for change in changes)) < 2e-3) == (limit is not None)
     assert norms[0] == pytest.approx(norms[1])
     assert norms[0] > 1
 
 
 def test_ema_is_what_is_written(workspace: Path) -> None:
     decay, steps = 0.5, 3
-    config = tiny.config(
-        workspace,
-        training={"steps": steps, "ema_decay": decay},
-        optimizer={"warmup_steps": 0},
-        output={"checkpoint_every": 1, "keep_checkpoints": steps},
-    )
-    result = train(config, progress=False)
+    training, output = {"steps": steps, "ema_decay": decay}, {"checkpoint_every": 1, "keep_checkpoints": steps}
+    result = tiny.trained(workspace, training=training, optimizer={"warmup_steps": 0}, output=output)
     expected = {name: value.clone() for name, value in tiny.unet().state_dict().items()}
     for step in range(1, steps + 1):
-        weights = load_file(result.directory / "checkpoints" / f"step-{step:08d}" / "trainable.safetensors")
+        weights = tiny.stored(result.directory, step).trainable
         grown = 0.0 if step == 1 else min(decay, step / (9 + step))
         for name, value in weights.items():
             expected[name] = grown * expected[name] + (1 - grown) * value
@@ -105,36 +84,32 @@ def test_ema_is_what_is_written(workspace: Path) -> None:
 
 def test_options_that_change_no_bit(workspace: Path) -> None:
     dropout = {"caption_dropout": 0.3}
-    expected = tiny.weights(train(tiny.config(workspace, data=dropout), progress=False))
-    options: dict[str, dict[str, Any]] = {
+    expected = tiny.weights(tiny.trained(workspace, data=dropout))
+    for folder, sections in {
         "workers": {"training": {"num_workers": 2}},
         "no cache": {"data": {"cache_gib": 0.0}},
         "checkpointing": {"training": {"gradient_checkpointing": True}},
-    }
-    for name, sections in options.items():
-        data, output = {**dropout, **sections.pop("data", {})}, {"directory": str(workspace / name)}
-        changed = train(tiny.config(workspace, data=data, output=output, **sections), progress=False)
-        for key, value in tiny.weights(changed).items():
-            assert torch.equal(value, expected[key]), (name, key)
+    }.items():
+        data = {**dropout, **sections.pop("data", {})}
+        tiny.assert_same(tiny.weights(tiny.trained(workspace, folder, data=data, **sections)), expected)
 
 
 def test_bf16_stays_near_float32_and_keeps_float32_weights(workspace: Path) -> None:
-    plain = train(tiny.config(workspace), progress=False)
-    other = {"directory": str(workspace / "bf16")}
-    result = train(tiny.config(workspace, training={"mixed_precision": "bf16"}, output=other), progress=False)
-    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert result.history[0]["policy_mse_winner"] == pytest.approx(plain.history[0]["policy_mse_winner"], rel=2e-2)
-    assert result.history[0]["policy_mse_winner"] != plain.history[0]["policy_mse_winner"]
+    plain = tiny.trained(workspace).history[0]
+    result = tiny.trained(workspace, "bf16", training={"mixed_precision": "bf16"})
+    first = result.history[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["policy_mse_winner"] == pytest.approx(plain["policy_mse_winner"], rel=2e-2)
+    assert first["policy_mse_winner"] != plain["policy_mse_winner"]
     assert {value.dtype for value in tiny.weights(result).values()} == {torch.float32}
     load_model("digits", result.model_directory)
 
 
 def test_history_and_tensorboard_hold_every_metric(workspace: Path) -> None:
+    """With the rates of a warm-up of four steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    """With the rates of a warm-up of four steps."""
-    config = tiny.config(workspace, optimizer={"warmup_steps": 4}, output={"tensorboard": True})
-    result = train(config, progress=False)
+    result = tiny.trained(workspace, optimizer={"warmup_steps": 4}, output={"tensorboard": True})
     rows = [json.loads(line) for line in (result.directory / "history.jsonl").read_text().splitlines()]
     assert rows == result.history
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
@@ -190,15 +165,11 @@ def test_a_step_reads_no_number_from_the_device(workspace: Path, monkeypatch: py
         reads.append(counter.count)
 
     monkeypatch.setattr(loop_module, "training_step", counted)
-    accumulation = 2
-    train(
-        tiny.config(workspace, training={"gradient_accumulation_steps": accumulation, "ema_decay": 0.9}), progress=False
-    )
-    assert reads == [accumulation] * 6
+    tiny.trained(workspace, training={"gradient_accumulation_steps": 2, "ema_decay": 0.9})
+    assert reads == [2] * 6
 
 
 def test_smpo_needs_scores_before_the_model_is_loaded(workspace: Path) -> None:
     tiny.write_data(workspace / "pairs.parquet", scores=False)
-    config = tiny.config(workspace, "smpo", model={"path": str(workspace / "no model here")})
     with pytest.raises(InvalidInput, match=r"method\.name = 'smpo': weighs pairs by scores, and .* has none"):
-        train(config, progress=False)
+        tiny.trained(workspace, "run", "smpo", model={"path": str(workspace / "no model here")})

@@ -1,4 +1,4 @@
-"""Policy and reference: the reference stays the base model, bit for bit, whatever happens to the policy."""
+"""Policy and reference: none, one that stays the base model bit for bit, or one that follows the policy."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.methods import Follows
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import adapters_disabled, merged_copy, perturb
 from fastinvdpo.models.digits import DigitsModel
-from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, precompute, train
+from fastinvdpo.trainer.dry_run import count_evaluations
+from fastinvdpo.trainer.networks import MovingReference, Networks
+from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.trainer import tiny
 
 LORA = LoraSection(rank=2, alpha=4.0)
+full_and_lora = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def _shake(network: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@full_and_lora
 def test_reference_is_the_base_model_bit_for_bit(model: DigitsModel, inputs: Any, lora: LoraSection | None) -> None:
     with torch.no_grad():
         base = model.predict(model.network.eval(), *inputs)
@@ -55,6 +60,8 @@ def test_reference_is_the_base_model_bit_for_bit(model: DigitsModel, inputs: Any
     assert not networks.reference(*inputs).requires_grad
     assert (policy - base).abs().max() > 1e-3
     assert networks.evaluations == {"with_gradient": 6, "without_gradient": 6}
+    adapters = [".lora_A." in name or ".lora_B." in name for name in networks.trainable()]
+    assert adapters and all(adapters) == any(adapters) == (lora is not None)
 
 
 def test_a_reference_in_bf16_is_the_rounded_base_model(model: DigitsModel, inputs: Any) -> None:
@@ -64,8 +71,8 @@ def test_a_reference_in_bf16_is_the_rounded_base_model(model: DigitsModel, input
     weights = {name: value.clone() for name, value in model.network.state_dict().items()}
     networks = Networks(model, lora=None, gradient_checkpointing=False, reference_dtype=torch.bfloat16)
     assert networks.reference_module is not None
-    assert {parameter.dtype for parameter in networks.reference_module.parameters()} == {torch.bfloat16}
-    assert not any(parameter.requires_grad for parameter in networks.reference_module.parameters())
+    kinds = {(parameter.dtype, parameter.requires_grad) for parameter in networks.reference_module.parameters()}
+    assert kinds == {(torch.bfloat16, False)}
     reference = networks.reference(*inputs)
     assert reference.dtype == torch.float32
     assert torch.equal(reference, expected)
@@ -89,13 +96,6 @@ def test_adapters_are_back_after_an_exception(model: DigitsModel, inputs: Any) -
     with pytest.raises(RuntimeError):  # four channels do not fit the network
         networks.reference(torch.randn(3, 4, 8, 8), *inputs[1:])
     assert torch.equal(networks.policy(*inputs), adapted)
-
-
-def test_only_adapters_are_trainable_with_lora(model: DigitsModel) -> None:
-    networks = Networks(model, lora=LORA, gradient_checkpointing=False)
-    names = list(networks.trainable())
-    assert names
-    assert all(".lora_A." in name or ".lora_B." in name for name in names)
 
 
 def test_the_reference_call_keeps_the_gradient_of_an_earlier_policy_call(model: DigitsModel, inputs: Any) -> None:
@@ -140,16 +140,18 @@ def test_merged_copy_predicts_what_the_adapter_does(model: DigitsModel, inputs: 
         assert torch.equal(value, before[name])
 
 
-def test_perturbation_has_the_size_asked_for(model: DigitsModel) -> None:
-    network = model.network
-    before = copy.deepcopy(network.state_dict())
-    perturb(network, 0.01, seed=3)
-    for name, value in network.state_dict().items():
-        if value.numel() < 500:
-            continue
-        change = (value - before[name]).double()
-        size = before[name].double().square().mean().sqrt()
-        assert math.isclose(float(change.square().mean().sqrt() / size), 0.01, rel_tol=0.1)
+def test_perturbation_has_its_size_and_depends_on_the_seed_alone(workspace: Path) -> None:
+    before, weights = tiny.unet().state_dict(), []
+    for seed in (1, 1, 2):
+        network = load_model("digits", workspace / "model").network
+        perturb(network, 0.01, seed=seed)
+        weights.append(network.state_dict())
+    tiny.assert_same(weights[0], weights[1])
+    for name, value in weights[0].items():
+        if value.numel() >= 500:
+            change, size = (value - before[name]).double(), before[name].double().square().mean().sqrt()
+            assert not torch.equal(value, weights[2][name])
+            assert math.isclose(float(change.square().mean().sqrt() / size), 0.01, rel_tol=0.1)
 
 
 def test_perturbation_of_lora_moves_each_layer_by_that_much(model: DigitsModel, inputs: Any) -> None:
@@ -167,11 +169,156 @@ def test_perturbation_of_lora_moves_each_layer_by_that_much(model: DigitsModel, 
     assert not torch.equal(networks.policy(*inputs), networks.reference(*inputs))
 
 
-def test_perturbation_depends_on_the_seed_alone(workspace: Path) -> None:
-    weights = []
-    for seed in (1, 1, 2):
-        network = load_model("digits", workspace / "model").network
-        perturb(network, 0.1, seed=seed)
-        weights.append(next(network.parameters()).detach())
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+# A reference that follows the policy
+
+
+MOVING = {"name": "linear-dpo", "beta": 500.0, "reference": "ema", "reference_decay": 0.5}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mapo": {"name": "mapo", "beta": 0.1},
+    "linear-dpo": {**MOVING, "reference_every": 3},
+    "alpha-dpo": {"name": "alpha-dpo", "beta": 500.0, "dynamic": True},
+    "auto-beta": {"name": "inpo", "beta": 1e6, "num_inference_steps": 3, "auto_beta": 0.2},
+}
+
+
+def config(root: Path, method: dict[str, Any], lora: LoraSection | None = None, **sections: Any) -> TrainConfig:
+    values = tiny.mapping(root, model={"lora": lora and lora.model_dump()}, **sections)
+    return TrainConfig.from_mapping({**values, "method": method})
+
+
+@full_and_lora
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_trains_and_resumes_bit_for_bit(workspace: Path, name: str, lora: LoraSection | None) -> None:
+    """An average every three steps is due between the checkpoint and the end, and not at either."""
+    settings, ends = SETTINGS[name], []
+    for folder, resume in (("whole", "never"), ("resumed", workspace / "whole" / "checkpoints" / "step-00000002")):
+        directory = workspace / folder
+        run = config(workspace, settings, lora, training={"steps": 4}, output={"directory": str(directory)})
+        last = train(run, resume=resume, progress=False).history[-1]
+        ends.append(tiny.stored(directory, 4))
+    for part in ("trainable", "reference", "state"):
+        tiny.assert_same(getattr(ends[0], part), getattr(ends[1], part))
+    before = tiny.stored(workspace / "whole", 2)
+    assert (ends[0].reference is not None) == ("reference" in settings)
+    for one, other in ((before.trainable, ends[0].trainable), (before.reference, ends[0].reference)):
+        if one is not None and other is not None:
+            assert any(not torch.equal(one[key], value) for key, value in other.items())
+    if "auto_beta" in settings:
+        assert 1e3 < last["beta"] < 1e6
+
+
+@full_and_lora
+def test_the_reference_is_the_average_of_the_weights_after_every_step(
+    workspace: Path, lora: LoraSection | None
+) -> None:
+    each = {"checkpoint_every": 1, "keep_checkpoints": 9}
+    method = {**MOVING, "reference_every": 2}
+    train(config(workspace, method, lora, training={"steps": 4}, output=each), progress=False)
+    first = tiny.stored(workspace / "run", 1)
+    average = first.reference  # what training starts from
+    assert average is not None
+    if lora is None:
+        base = dict(load_model("digits", workspace / "model").network.named_parameters())
+        assert all(torch.equal(base[name], value) for name, value in average.items())
+    for step in range(2, 5):
+        now = tiny.stored(workspace / "run", step)
+        assert now.reference is not None
+        if step % 2 == 0:
+            average = {name: torch.lerp(value, now.trainable[name], 0.5) for name, value in average.items()}
+        for name, value in average.items():
+            torch.testing.assert_close(now.reference[name], value, rtol=1e-6, atol=1e-8)
+
+
+def _moved(model: DigitsModel, lora: LoraSection | None, follows: Follows) -> tuple[Networks, MovingReference]:
+    networks = Networks(model, lora=lora, gradient_checkpointing=False, reference="moving")
+    moving = MovingReference(networks, follows)
+    _shake(networks.policy_module)
+    return networks, moving
+
+
+@full_and_lora
+def test_a_moving_reference_predicts_with_its_own_weights(
+    model: DigitsModel, inputs: Any, lora: LoraSection | None
+) -> None:
+    networks, moving = _moved(model, lora, Follows(0.0, 2))
+    alone = torch.autograd.grad(networks.policy(*inputs).square().mean(), list(networks.trainable().values()))
+    policy = networks.policy(*inputs)
+    moving.update()
+    start = networks.reference(*inputs)
+    assert (start - policy).abs().max() > 1e-3
+    assert not start.requires_grad
+    # A call of the reference leaves the graph of the policy as it was.
+    tiny.assert_same(alone, torch.autograd.grad(policy.square().mean(), list(networks.trainable().values())))
+    moving.update()
+    with torch.no_grad():
+        assert torch.equal(networks.reference(*inputs), networks.policy(*inputs))
+
+
+@full_and_lora
+def test_the_average_of_weights_in_half_precision_is_float32(
+    model: DigitsModel, inputs: Any, lora: LoraSection | None
+) -> None:
+    model.network.to(torch.bfloat16)
+    networks, moving = _moved(model, lora, Follows(0.999, 1))
+    start = {name: average.clone() for name, average in moving.averages.items()}
+    for _ in range(50):
+        moving.update()
+    weights = networks.reference_adapters or dict(networks.reference_module.named_parameters())  # type: ignore[union-attr]
+    for name, average in moving.averages.items():
+        assert average.dtype == torch.float32
+        policy = networks.trainable()[name].detach().float()
+        torch.testing.assert_close(average - policy, 0.999**50 * (start[name] - policy), rtol=1e-3, atol=1e-5)
+        assert torch.equal(weights[name], average.to(weights[name].dtype))
+    assert networks.reference(inputs[0].bfloat16(), *inputs[1:]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"reference_dtype": "bf16"}, r"model.reference_dtype = 'bf16': stands still"),
+        ({"reference_quantization": "int8"}, r"model.reference_quantization = 'int8': stands still"),
+    ],
+)
+def test_a_rounded_reference_cannot_follow(workspace: Path, section: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        TrainConfig.from_mapping({**tiny.mapping(workspace, model=section), "method": MOVING})
+
+
+# No reference
+
+
+@full_and_lora
+def test_a_method_without_a_reference_keeps_and_evaluates_none(
+    workspace: Path, lora: LoraSection | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(workspace, SETTINGS["mapo"], lora, training={"steps": 2})
+    trainer = PreferenceTrainer(open_model(run), run.method, open_dataset(run), run, progress=False)
+
+    monkeypatch.setattr(Networks, "reference", lambda *arguments: pytest.fail("a prediction of a reference"))
+    result = trainer.train()
+    networks = trainer.state.networks
+    assert networks.reference_module is None and not networks.reference_adapters
+    assert networks.evaluations == {"with_gradient": 8, "without_gradient": 0}
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="keeps none"):
+        networks.reference(torch.zeros(1, 1, 8, 8), torch.tensor([1]), {})
+    assert result.network_evaluations == 8
+    counted = count_evaluations(run)
+    assert (counted.with_gradient, counted.without_gradient) == (2, 0)
+
+
+@pytest.mark.parametrize("section", [{"reference_dtype": "fp32"}, {"reference_quantization": "nf4"}])
+def test_settings_of_a_reference_that_is_not_there_are_refused(workspace: Path, section: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="has no meaning with method mapo"):
+        TrainConfig.from_mapping({**tiny.mapping(workspace, model=section), "method": SETTINGS["mapo"]})
+
+
+def test_predictions_stored_for_another_method_do_not_take_the_place_of_the_reference(workspace: Path) -> None:
+    chain = tiny.config(workspace, "inversion-dpo", cache={"path": str(workspace / "cache")})
+    cache = precompute(chain, progress=False)
+    assert cache.has_reference
+    for folder, pairs in (("cached", cache), ("plain", None)):
+        output = {"directory": str(workspace / folder)}
+        run = config(workspace, {**MOVING, "reference_decay": 0.9}, training={"steps": 2}, output=output)
+        tiny.train_model(run, open_model(run), pairs or open_dataset(run))
+    tiny.assert_same(tiny.weights(workspace / "cached"), tiny.weights(workspace / "plain"))

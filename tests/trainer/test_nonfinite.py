@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,20 @@ from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
-from fastinvdpo.trainer.draws import DrawOrder, permutation
+from fastinvdpo.trainer.batches import DrawOrder
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.nonfinite import FiniteGuard
+from fastinvdpo.trainer.step import FiniteGuard
 from tests.trainer import tiny
 
 # The pair of draw 5, so that two good steps of two pairs come before it.
 BAD_DRAW, BAD_STEP, SEED = 5, 3, 0
-BAD_ROW = int(permutation(SEED, 0, 10)[BAD_DRAW])
+BAD_ROW = DrawOrder(10, SEED, 2, 1).pair_index(BAD_DRAW)
 
 
 class Broken(DigitsModel):
-    """A model that cannot cope with the pair in ``BAD_ROW``: its latents, or one network's prediction, are NaN."""
+    """A model that cannot cope with the pair in ``BAD_ROW``: its latents, a network's prediction, also at one timestep
+    alone, or the gradient are not finite.
+    """
 
     broken_stage = "policy prediction"
     marker: Tensor
@@ -48,9 +49,14 @@ class Broken(DigitsModel):
 
     def predict(self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
         prediction = super().predict(network, latents, timesteps, conditioning)
+        bad, stage = conditioning["bad"].view(-1, 1, 1, 1), self.broken_stage
         of_policy = next(network.parameters()).requires_grad
-        if self.broken_stage == ("policy prediction" if of_policy else "reference prediction"):
-            prediction = torch.where(conditioning["bad"].view(-1, 1, 1, 1), float("nan"), prediction)
+        if stage == ("policy prediction" if of_policy else "reference prediction"):
+            prediction = torch.where(bad, float("nan"), prediction)
+        elif stage == "timestep" and of_policy:
+            prediction = torch.where(bad & (timesteps == 334).view(-1, 1, 1, 1), float("inf"), prediction)
+        elif stage == "gradient" and prediction.requires_grad and bool(bad.any()):
+            prediction.register_hook(lambda gradient: gradient * float("inf"))
         return prediction
 
 
@@ -77,7 +83,7 @@ def test_the_message_names_pair_timestep_and_origin(
     timestep = int(philox.integers(SEED, 0, torch.tensor([BAD_DRAW]), 1000))
     config = tiny.config(workspace, output={"log_every": 100, "checkpoint_every": 100})
     with pytest.raises(NonFiniteLoss) as caught:
-        tiny.train_model(config, model, dataset, progress=False)
+        tiny.train_model(config, model, dataset)
     message = str(caught.value)
     pair = f"pair in data row {BAD_ROW} (draw {BAD_DRAW}), timestep {timestep}, first in the {stage} of the winner."
     assert message.startswith(f"The loss of step {BAD_STEP} is not finite: {pair}")
@@ -85,22 +91,24 @@ def test_the_message_names_pair_timestep_and_origin(
     assert not (workspace / "run" / "model").exists()
 
 
-def test_one_bad_timestep_of_many_is_named(
-    workspace: Path, broken: tuple[Broken, PairDataset], monkeypatch: pytest.MonkeyPatch
+def test_one_bad_timestep_of_many_and_a_bad_gradient_are_told_apart(
+    workspace: Path, broken: tuple[Broken, PairDataset]
 ) -> None:
     model, dataset = broken
-    model.broken_stage = "none"
-    plain: Callable[..., Tensor] = Broken.predict
-
-    def predict(self: Any, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
-        prediction = plain(self, network, latents, timesteps, conditioning)
-        bad = conditioning["bad"] & (timesteps == 334) & next(network.parameters()).requires_grad
-        return torch.where(bad.view(-1, 1, 1, 1), float("inf"), prediction)
-
-    monkeypatch.setattr(Broken, "predict", predict)
+    model.broken_stage = "timestep"
     config = tiny.config(workspace, "inversion-dpo", method={"guidance_scale": 1.0})
     with pytest.raises(NonFiniteLoss, match=rf"data row {BAD_ROW} .*timestep 334, first in the policy prediction"):
-        tiny.train_model(config, model, dataset, progress=False)
+        tiny.train_model(config, model, dataset)
+    other = Broken.load(Origin(workspace / "model"))
+    assert isinstance(other, Broken)
+    other.broken_stage = "gradient"
+    order = DrawOrder(pairs=10, seed=0, batch_size=2, accumulation=1)
+    rows = ", ".join(str(order.pair_index(draw)) for draw in order.micro_batch(BAD_STEP - 1, 0))
+    expected = (
+        rf"The gradient of step {BAD_STEP} is not finite although its loss is; its pairs are in data rows {rows}\."
+    )
+    with pytest.raises(NonFiniteLoss, match=expected):
+        tiny.train_model(tiny.config(workspace, output={"directory": str(workspace / "other")}), other, dataset)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -120,52 +128,18 @@ def test_the_last_good_checkpoint_stays_and_no_bad_update_is_made(
     changes: dict[str, Any] = {"optimizer": {"warmup_steps": 0}, "training": {"steps": 20}}
     # Looked at only at the checkpoint after step 20, when many steps have followed the bad one.
     config = tiny.config(workspace, output={"log_every": 100, "checkpoint_every": BAD_STEP - 1}, **changes)
-    late = tiny.config(
-        workspace, output={"log_every": 100, "checkpoint_every": 100, "directory": str(workspace / "late")}, **changes
-    )
+    rarely = {"log_every": 100, "checkpoint_every": 100}
+    late = tiny.config(workspace, output={**rarely, "directory": str(workspace / "late")}, **changes)
     with pytest.raises(NonFiniteLoss, match=rf"The last good checkpoint is .*step-{BAD_STEP - 1:08d}\."):
-        tiny.train_model(config, *broken, progress=False)
-    (checkpoint,) = complete_checkpoints(workspace / "run" / "checkpoints")
-    good = load_checkpoint(checkpoint).trainable
+        tiny.train_model(config, *broken)
+    assert [path.name for path in (workspace / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    good = tiny.stored(workspace / "run", BAD_STEP - 1).trainable
     assert all(torch.isfinite(value).all() for value in good.values())
     with pytest.raises(NonFiniteLoss, match=f"The loss of step {BAD_STEP} is not finite"):
-        tiny.train_model(late, Broken.load(Origin(workspace / "model")), broken[1], progress=False)
+        tiny.train_model(late, Broken.load(Origin(workspace / "model")), broken[1])
     held = {name: parameter.detach() for name, parameter in collect(final["networks"]).items()}
     for name, value in good.items():
         assert torch.equal(held[name], value)
-
-
-def test_a_gradient_that_is_not_finite_is_told_apart(
-    workspace: Path, broken: tuple[Broken, PairDataset], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, dataset = broken
-    model.broken_stage = "none"
-
-    class FiniteWithBadGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, value: Tensor) -> Tensor:
-            return value.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradient: Tensor) -> Tensor:
-            return gradient[0] * float("inf")
-
-    plain: Callable[..., Tensor] = Broken.predict
-
-    def predict(self: Any, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
-        prediction = plain(self, network, latents, timesteps, conditioning)
-        if prediction.requires_grad and bool(conditioning["bad"].any()):
-            return FiniteWithBadGradient.apply(prediction)  # type: ignore[no-untyped-call, no-any-return]
-        return prediction
-
-    monkeypatch.setattr(Broken, "predict", predict)
-    order = DrawOrder(pairs=10, seed=0, batch_size=2, accumulation=1)
-    rows = ", ".join(str(order.pair_index(draw)) for draw in order.micro_batch(BAD_STEP - 1, 0))
-    expected = (
-        rf"The gradient of step {BAD_STEP} is not finite although its loss is; its pairs are in data rows {rows}\."
-    )
-    with pytest.raises(NonFiniteLoss, match=expected):
-        tiny.train_model(tiny.config(workspace), model, dataset, progress=False)
 
 
 def test_fp16_is_held_back_through_the_loss() -> None:

@@ -1,28 +1,38 @@
-"""Adafactor as the released codes set it for SDXL; AdamW with 8-bit moments is in test_bitsandbytes.py."""
+"""Adafactor as the released codes set it for SDXL, and AdamW with 8-bit moments from bitsandbytes."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastinvdpo.config.sections import OptimizerSection
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
-from fastinvdpo.trainer.step import build_optimizer
+from fastinvdpo.errors import InvalidInput, MissingExtra
+from fastinvdpo.trainer import train
+from fastinvdpo.trainer.state import build_optimizer, check_8bit
 from tests.trainer import tiny
-from tests.trainer.test_resume import _assert_same
 
+try:
+    import bitsandbytes
+except ImportError as error:
+    bitsandbytes, REASON = None, f"bitsandbytes cannot be imported: {error}"
+else:
+    REASON = ""
+needs_bitsandbytes = pytest.mark.skipif(bitsandbytes is None, reason=REASON)
 RATE, DECAY = 0.01, 0.1
 
 
 def _by_the_formula(weight: Tensor, gradients: list[Tensor]) -> Tensor:
-    """Adafactor (arXiv 1804.04235, algorithms 4 and 5) at a given learning rate, decay 1 - t^-0.8, clipped at 1."""
+    """Adafactor (arXiv 1804.04235, algorithms 4 and 5) at a given learning rate, decay 1 - t^-0.8, clipped at 1; the
+    rate rises in two steps.
+    """
     weight, rows, columns = weight.double(), 0.0, 0.0
     for step, gradient in enumerate(gradients, 1):
+        rate = RATE * min(1.0, (step - 1) / 2)
         keep, square = 1 - step**-0.8, gradient.double().square() + 1e-30
         if weight.ndim > 1:
             rows = keep * rows + (1 - keep) * square.mean(-1, keepdim=True)
@@ -32,7 +42,7 @@ def _by_the_formula(weight: Tensor, gradients: list[Tensor]) -> Tensor:
             rows = keep * rows + (1 - keep) * square
             update = gradient.double() / rows.sqrt()
         update = update / update.square().mean().sqrt().clamp(min=1.0)
-        weight = weight * (1 - DECAY * RATE) - RATE * update
+        weight = weight * (1 - DECAY * rate) - rate * update
     return weight
 
 
@@ -46,7 +56,7 @@ def test_adafactor_makes_the_steps_of_its_paper_at_the_given_rate() -> None:
     ]
     parameters = [nn.Parameter(value.clone()) for value in start]
     settings = OptimizerSection(
-        name="adafactor", learning_rate=RATE / 8, scale_lr=True, weight_decay=DECAY, lr_scheduler="constant"
+        name="adafactor", learning_rate=RATE / 8, scale_lr=True, weight_decay=DECAY, warmup_steps=2
     )
     optimizer, scheduler = build_optimizer(settings, parameters, effective_batch=8, steps=10)
     for row in gradients:
@@ -62,40 +72,6 @@ def test_adafactor_makes_the_steps_of_its_paper_at_the_given_rate() -> None:
     assert kept == 4 * 3 * 2 + 4 * 3 * 2 + 1  # rows, columns, and the size of the weight
 
 
-def test_the_schedule_sets_the_rate_of_adafactor() -> None:
-    parameter = nn.Parameter(torch.ones(3, 2))
-    settings = OptimizerSection(name="adafactor", learning_rate=0.5, weight_decay=0.0, warmup_steps=2)
-    optimizer, scheduler = build_optimizer(settings, [parameter], effective_batch=1, steps=4)
-    moved = []
-    for _ in range(4):
-        before = parameter.detach().clone()
-        parameter.grad = torch.ones(3, 2)
-        optimizer.step()
-        scheduler.step()
-        moved.append(float((before - parameter.detach()).mean()))
-    assert moved == pytest.approx([0.0, 0.25, 0.5, 0.5], rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [{"model": {"lora": {"rank": 2}}}, {"performance": {"channels_last": True}}],
-    ids=["lora", "full, channels_last"],
-)
-def test_adafactor_resumes_bit_for_bit(workspace: Path, sections: dict[str, Any]) -> None:
-    sections = {"optimizer": {"name": "adafactor"}, **sections}
-    resumed = tiny.trained_in_attempts(workspace / "resumed", 3, 6, **sections)
-    whole = tiny.trained_in_attempts(workspace / "whole", 6, **sections)
-    stored = [load_checkpoint(complete_checkpoints(root / "checkpoints")[-1]) for root in (resumed, whole)]
-    _assert_same(stored[0].trainable, stored[1].trainable)
-    _assert_same(stored[0].state, stored[1].state)
-    weights = [tiny.weights(root) for root in (resumed, whole)]
-    _assert_same(*weights)
-    base = load_file(workspace / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    moved = [name for name, value in weights[0].items() if not torch.equal(value, base[name])]
-    # Biases of keys move nothing, and a rate of 1e-3 rounds to nothing in no weight of this size.
-    assert len(moved) > (8 if sections.get("model") else 100)
-
-
 def test_adafactor_leaves_convolutions_in_their_layout() -> None:
     weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     parameter, plain = nn.Parameter(weight.clone()), nn.Parameter(weight.contiguous())
@@ -107,3 +83,102 @@ def test_adafactor_leaves_convolutions_in_their_layout() -> None:
         optimizer.step()
     assert parameter.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(parameter, plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sections"),
+    [
+        ("adafactor", {"model": {"lora": {"rank": 2}}}),
+        ("adafactor", {"performance": {"channels_last": True}}),
+        pytest.param("adamw8bit", {}, marks=needs_bitsandbytes),
+    ],
+    ids=["adafactor lora", "adafactor channels_last", "adamw8bit"],
+)
+def test_other_optimizers_resume_bit_for_bit(workspace: Path, optimizer: str, sections: dict[str, Any]) -> None:
+    for folder, steps in (("resumed", 3), ("resumed", 6), ("whole", 6)):
+        tiny.trained(workspace, folder, optimizer={"name": optimizer}, training={"steps": steps}, **sections)
+    resumed, whole = workspace / "resumed", workspace / "whole"
+    ends = [tiny.stored(directory) for directory in (resumed, whole)]
+    tiny.assert_same(ends[0].trainable, ends[1].trainable)
+    tiny.assert_same(ends[0].state, ends[1].state)
+    weights = tiny.weights(resumed)
+    tiny.assert_same(weights, tiny.weights(whole))
+    base = tiny.unet().state_dict()
+    moved = [name for name, value in weights.items() if not torch.equal(value, base[name])]
+    if optimizer == "adafactor":
+        # Biases of keys move nothing, and a rate of 1e-3 rounds to nothing in no weight of this size.
+        assert len(moved) > (8 if sections.get("model") else 100)
+        return
+    assert {name for name, value in base.items() if value.numel() >= 4096} <= set(moved)
+    # bitsandbytes wraps what it quantized once more, and leaves tensors below 4096 elements alone.
+    states = ends[1].state["optimizer"]["state"].values()
+    moments = [
+        next((inner for inner in state.values() if isinstance(inner, dict)), state)["state1"] for state in states
+    ]
+    assert {moment.dtype for moment in moments} == {torch.uint8, torch.float32}
+
+
+def test_adamw8bit_without_the_extra_or_a_kernel_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    config = tiny.config(workspace, data={"path": "/nowhere"}, optimizer={"name": "adamw8bit"})
+    with pytest.raises(MissingExtra, match=r"optimizer\.name = adamw8bit needs .*fastinvdpo\[bnb\]"):
+        train(config, progress=False)
+    with pytest.raises(InvalidInput, match=r"adamw8bit.*no kernels for meta in the installed bitsandbytes"):
+        check_8bit(torch.optim.AdamW, torch.device("meta"))
+
+
+SETTINGS = OptimizerSection(name="adamw8bit", learning_rate=0.01, warmup_steps=0, weight_decay=0.1)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("size", [4096, 5000, 65 * 77])
+def test_adamw8bit_is_adamw_with_rounded_moments(size: int) -> None:
+    """Each update is AdamW's, in float64, from the moments that the one before left. A moment is a value of the code
+    times the largest of its block of 256: the nearest one, as far as a table of 2^16 cells over [-1, 1] tells, in which
+    the kernel for CPUs looks it up.
+    """
+    generator = torch.Generator().manual_seed(size)
+    weight = nn.Parameter(torch.randn(size, generator=generator))
+    optimizer, _ = build_optimizer(SETTINGS, [weight], effective_batch=1, steps=5)
+    beta1, beta2 = SETTINGS.beta1, SETTINGS.beta2
+    means = [torch.zeros(size, dtype=torch.float64) for _ in range(2)]
+    for step in range(1, 5):
+        before = weight.detach().double()
+        sizes = 10 ** (4 * torch.rand(size, generator=generator) - 4)
+        weight.grad = sizes * torch.randn(size, generator=generator)
+        gradient = weight.grad.double()
+        optimizer.step()
+        for mean, beta, power in zip(means, (beta1, beta2), (1, 2), strict=True):
+            mean.mul_(beta).add_((1 - beta) * gradient**power)
+        update = (means[0] / (1 - beta1**step)) / ((means[1] / (1 - beta2**step)).sqrt() + SETTINGS.epsilon)
+        expected = before * (1 - 0.01 * 0.1) - 0.01 * update
+        # A few roundings of float32 in each part; 1 - β2 as float32 has it is off by 2^-24 / (1 - β2) of itself.
+        allowed = 8 * 2**-24 * before.abs() + 0.01 * update.abs() * (8 * 2**-24 + 2**-24 / (1 - beta2))
+        assert ((weight.detach().double() - expected).abs() <= allowed).all()
+        state = optimizer.state[weight]
+        for which, mean in enumerate(means, 1):
+            code, indices = state[f"qmap{which}"].double(), state[f"state{which}"].long()
+            largest = nn.functional.pad(mean.abs(), (0, -size % 256)).view(-1, 256).amax(1)
+            assert ((state[f"absmax{which}"].double() - largest).abs() <= 4 * 2**-24 * largest).all()
+            scale = state[f"absmax{which}"].double().repeat_interleave(256)[:size]
+            distances = ((mean / scale)[:, None] - code).abs()
+            taken = distances.gather(1, indices[:, None])[:, 0]
+            assert (taken <= distances.amin(1) + 2**-15 + 8 * 2**-24).all()
+            mean.copy_(code[indices] * scale)
+
+
+@needs_bitsandbytes
+def test_a_wrong_update_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    update = functional.optimizer_update_8bit_blockwise
+
+    def misplaced(*arguments: Any, **options: Any) -> None:
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.shape == (20,):  # the largest of each block
+                argument.copy_(argument.roll(1))
+        update(*arguments, **options)
+
+    build_optimizer(SETTINGS, [nn.Parameter(torch.zeros(8))], effective_batch=1, steps=5)
+    monkeypatch.setattr(functional, "optimizer_update_8bit_blockwise", misplaced)
+    with pytest.raises(InvalidInput, match=r"adamw8bit.*: makes other updates than AdamW on cpu .*choose adamw"):
+        build_optimizer(SETTINGS, [nn.Parameter(torch.zeros(8))], effective_batch=1, steps=5)

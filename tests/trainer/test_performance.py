@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.config import train as config_checks
-from fastinvdpo.config.sections import LoraSection
+from fastinvdpo.config.sections import LoraSection, PerformanceSection
 from fastinvdpo.errors import InvalidInput, MissingExtra
 from fastinvdpo.models import load_model
+from fastinvdpo.models.adapters import adapters_disabled
 from fastinvdpo.trainer import performance, train
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.performance import Performance, arrange, decide, match_layout, speed_up
+from fastinvdpo.trainer.performance import GraphedCalls, arrange, decide, speed_up
 from tests.trainer import tiny
 
-OFF = Performance(channels_last=False, attention=None, compile=False, cuda_graphs=False, tf32=False)
+SWITCHES = ("channels_last", "compile", "cuda_graphs", "tf32")
+OFF = PerformanceSection(**dict.fromkeys(SWITCHES, False))
 LORA = LoraSection(rank=2, alpha=4.0, target_modules=["to_q", "to_v", "conv1"])
+
+
+def on(**switches: Any) -> PerformanceSection:
+    return OFF.model_copy(update=switches)
+
+
+def networks_of(workspace: Path, lora: LoraSection | None = None) -> Networks:
+    return Networks(load_model("digits", workspace / "model"), lora=lora, gradient_checkpointing=False)
 
 
 @pytest.fixture
@@ -48,7 +57,7 @@ def _accelerator(device: str, distributed_type: str = "NO") -> Any:
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "optimizer", "on"),
+    ("device", "precision", "optimizer", "expected"),
     [
         ("cpu", "no", "adamw", set()),
         ("cpu", "bf16", "adamw", set()),
@@ -58,33 +67,29 @@ def _accelerator(device: str, distributed_type: str = "NO") -> Any:
         ("cuda", "bf16", "adafactor", {"tf32", "channels_last"}),
     ],
 )
-def test_defaults_by_device(workspace: Path, device: str, precision: str, optimizer: str, on: set[str]) -> None:
+def test_defaults_by_device(workspace: Path, device: str, precision: str, optimizer: str, expected: set[str]) -> None:
     config = tiny.config(workspace, training={"mixed_precision": precision}, optimizer={"name": optimizer})
-    decided = decide(config, nn.Linear(1, 1), _accelerator(device)).as_dict()
-    assert {name for name, value in decided.items() if value} == on
-    asked = {name: name not in on for name in ("channels_last", "compile", "cuda_graphs", "tf32")}
-    config.performance.__dict__.update(asked, attention="sdpa")
-    assert decide(config, nn.Linear(1, 1), _accelerator(device)).as_dict() == {**asked, "attention": "sdpa"}
+    decided = decide(config, nn.Linear(1, 1), _accelerator(device))
+    assert {name for name, value in decided if value} == expected
+    given = on(**{name: name not in expected for name in SWITCHES}, attention="sdpa")
+    assert decide(config.model_copy(update={"performance": given}), nn.Linear(1, 1), _accelerator(device)) == given
+    # Weights in half precision count as half precision.
+    assert decide(tiny.config(workspace), nn.Linear(1, 1).bfloat16(), _accelerator("cuda")).channels_last
 
 
-def test_weights_in_half_precision_count_as_half_precision(workspace: Path) -> None:
-    config = tiny.config(workspace)
-    assert decide(config, nn.Linear(1, 1).bfloat16(), _accelerator("cuda")).channels_last
-
-
-@pytest.mark.parametrize("key", ["compile", "cuda_graphs"])
-def test_shards_are_neither_compiled_nor_recorded(workspace: Path, cuda: None, key: str) -> None:
-    config = tiny.config(workspace, performance={key: True})
-    with pytest.raises(InvalidInput, match=rf"performance\.{key} = True: is not built for .* FSDP"):
-        decide(config, nn.Linear(1, 1), _accelerator("cuda", "FSDP"))
+def test_shards_are_neither_compiled_nor_recorded_nor_laid_out(workspace: Path, cuda: None) -> None:
+    for key in ("channels_last", "compile", "cuda_graphs"):
+        config = tiny.config(workspace, performance={key: True})
+        with pytest.raises(InvalidInput, match=rf"performance\.{key} = True: is not built for .* FSDP"):
+            decide(config, nn.Linear(1, 1), _accelerator("cuda", "FSDP"))
 
 
 @pytest.mark.parametrize(
     ("method", "sections", "message"),
     [
+        ("inpo", {"performance": {"attention": "xformers"}}, r"performance\.attention = 'xformers': needs CUDA"),
         ("inpo", {"performance": {"cuda_graphs": True}}, r"performance\.cuda_graphs = True: needs CUDA"),
         ("inpo", {"performance": {"tf32": True}}, r"performance\.tf32 = True: needs CUDA"),
-        ("inpo", {"performance": {"attention": "xformers"}}, r"performance\.attention = 'xformers': needs CUDA"),
         ("inpo", {"performance": {"compile": True}}, r"performance\.compile = True: .*set method\.static_shapes to"),
         (
             "diffusion-dpo",
@@ -104,10 +109,8 @@ def test_what_cannot_be(workspace: Path, method: str, sections: dict[str, Any], 
 def test_graphs_need_static_shapes(workspace: Path, cuda: None, name: str) -> None:
     with pytest.raises(InvalidInput, match=r"performance\.cuda_graphs = True: .*set method\.static_shapes to true"):
         tiny.config(workspace, name, performance={"cuda_graphs": True})
-    static = tiny.config(
-        workspace, name, method={"static_shapes": True}, performance={"cuda_graphs": True, "compile": True}
-    )
-    assert static.performance.cuda_graphs
+    both = {"cuda_graphs": True, "compile": True}
+    assert tiny.config(workspace, name, method={"static_shapes": True}, performance=both).performance.cuda_graphs
 
 
 def test_a_missing_xformers_is_told_before_anything_is_loaded(
@@ -123,39 +126,32 @@ def test_a_missing_xformers_is_told_before_anything_is_loaded(
 def test_attention_is_chosen_for_policy_and_reference(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, attention: Any, verb: str
 ) -> None:
-    networks = Networks(load_model("digits", workspace / "model"), lora=None, gradient_checkpointing=False)
-    chosen = []
+    networks, chosen = networks_of(workspace), []
     for network in (networks.policy_module, networks.reference_module):
         name = f"{verb}_xformers_memory_efficient_attention"
         assert callable(getattr(network, name))  # diffusers has it
         monkeypatch.setattr(network, name, lambda network=network: chosen.append(network))
-    arrange(networks, Performance(**{**OFF.as_dict(), "attention": attention}))
+    arrange(networks, on(attention=attention))
     assert chosen == [networks.policy_module, networks.reference_module]
 
 
-@pytest.mark.parametrize(("key", "value"), [("attention", "sdpa"), ("compile", True)])
-def test_a_network_that_offers_no_choice(key: str, value: Any) -> None:
-    networks: Any = SimpleNamespace(policy_module=nn.Linear(2, 2), reference_module=None, reference_quantization=None)
-    switches = Performance(**{**OFF.as_dict(), key: value})
-    with pytest.raises(InvalidInput, match=rf"performance\.{key} = {value!r}: .*Linear"):
-        arrange(networks, switches)
-        speed_up(networks, switches)
-
-
-def test_a_network_without_repeated_blocks_is_not_compiled(workspace: Path) -> None:
-    model = load_model("digits", workspace / "model")
-    for module in model.network.modules():
+def test_a_network_that_offers_no_choice(workspace: Path) -> None:
+    plain: Any = SimpleNamespace(policy_module=nn.Linear(2, 2), reference_module=None, reference_quantization=None)
+    with pytest.raises(InvalidInput, match=r"performance\.attention = 'sdpa': .*Linear"):
+        arrange(plain, on(attention="sdpa"))
+    with pytest.raises(InvalidInput, match=r"performance\.compile = True: .*Linear"):
+        speed_up(plain, on(compile=True))
+    networks = networks_of(workspace)
+    for module in networks.policy_module.modules():
         if hasattr(module, "transformer_blocks"):
             module.transformer_blocks = nn.ModuleList()
-    networks = Networks(model, lora=None, gradient_checkpointing=False)
     with pytest.raises(InvalidInput, match=r"performance\.compile = True: diffusers refuses .*BasicTransformerBlock"):
-        speed_up(networks, Performance(**{**OFF.as_dict(), "compile": True}))
+        speed_up(networks, on(compile=True))
 
 
-Answers = dict[str, Tensor]
-
-
-def _answers(workspace: Path, switches: Performance, lora: LoraSection | None, dtype: torch.dtype) -> Answers:
+def _predictions(
+    workspace: Path, switches: PerformanceSection, lora: LoraSection | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Predictions of policy and reference, and the policy's gradient, with trained weights that no longer agree."""
     model = load_model("digits", workspace / "model", dtype=dtype)
     torch.manual_seed(0)
@@ -164,11 +160,20 @@ def _answers(workspace: Path, switches: Performance, lora: LoraSection | None, d
     with torch.no_grad():
         for parameter in networks.trainable().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(dtype))
-    before = list(networks.trainable().values())
+    before, names = list(networks.trainable().values()), list(networks.policy_module.state_dict())
     arrange(networks, switches)
     speed_up(networks, switches)
     after = list(networks.trainable().values())
     assert all(one is other for one, other in zip(before, after, strict=True))  # an optimizer may hold them
+    assert list(networks.policy_module.state_dict()) == names
+    if switches.compile:
+        compiled = [module for module in networks.policy_module.modules() if module._compiled_call_impl is not None]
+        assert {type(module).__name__ for module in compiled} == {"BasicTransformerBlock"}
+    if switches.channels_last:
+        for network in filter(None, (networks.policy_module, networks.reference_module)):
+            weights = [parameter for parameter in network.parameters() if parameter.ndim == 4]
+            assert len(weights) > 10
+            assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     given = (
         torch.randn(4, 1, 8, 8, generator=generator).to(dtype),
         torch.tensor([1, 400, 700, 900]),
@@ -199,9 +204,9 @@ def test_a_switch_changes_rounding_alone(
     workspace: Path, compiler: None, switch: str, lora: LoraSection | None
 ) -> None:
     """The float32 error of predictions and gradients, against float64, is at most twice that without the switch."""
-    exact = _answers(workspace, OFF, lora, torch.float64)
-    plain = _answers(workspace, OFF, lora, torch.float32)
-    switched = _answers(workspace, Performance(**{**OFF.as_dict(), switch: True}), lora, torch.float32)
+    exact = _predictions(workspace, OFF, lora, torch.float64)
+    plain = _predictions(workspace, OFF, lora, torch.float32)
+    switched = _predictions(workspace, on(**{switch: True}), lora, torch.float32)
     assert _error(exact["policy"], exact["reference"]) > 1e-3
     for name, value in exact.items():
         rounding = _error(plain[name], value)
@@ -209,78 +214,99 @@ def test_a_switch_changes_rounding_alone(
         assert _error(switched[name], value) < 2 * rounding
 
 
-def test_channels_last_is_the_layout_of_every_convolution(workspace: Path) -> None:
-    networks = Networks(load_model("digits", workspace / "model"), lora=None, gradient_checkpointing=False)
-    arrange(networks, Performance(**{**OFF.as_dict(), "channels_last": True}))
-    for network in (networks.policy_module, networks.reference_module):
-        assert network is not None
-        weights = [parameter for parameter in network.parameters() if parameter.ndim == 4]
-        assert len(weights) > 10
-        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+def test_resumed_equals_uninterrupted_and_another_switch_is_told(
+    workspace: Path, compiler: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(folder: str, steps: int, **switches: bool) -> Path:
+        torch._dynamo.reset()  # as another process would begin
+        return tiny.trained(workspace, folder, training={"steps": steps}, performance=switches).directory
 
-
-def test_compiled_blocks_keep_their_names(workspace: Path, compiler: None) -> None:
-    networks = Networks(load_model("digits", workspace / "model"), lora=LORA, gradient_checkpointing=False)
-    names = list(networks.policy_module.state_dict())
-    speed_up(networks, Performance(**{**OFF.as_dict(), "compile": True}))
-    assert list(networks.policy_module.state_dict()) == names
-    compiled = [module for module in networks.policy_module.modules() if module._compiled_call_impl is not None]
-    assert {type(module).__name__ for module in compiled} == {"BasicTransformerBlock"}
-
-
-def test_a_loaded_state_takes_the_layout_of_its_parameter() -> None:
-    """The fused AdamW reads moments as flat arrays: in another layout it would give each weight another's."""
-    values, gradient = torch.randn(8, 4, 2, 2), torch.randn(8, 4, 2, 2)
-
-    def prepared(layout: torch.memory_format) -> tuple[nn.Parameter, torch.optim.Optimizer]:
-        parameter = nn.Parameter(values.clone(memory_format=torch.contiguous_format).contiguous(memory_format=layout))
-        parameter.grad = gradient.contiguous(memory_format=layout)
-        return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=True)
-
-    first, plain = prepared(torch.contiguous_format)
-    plain.step()
-    other, loaded = prepared(torch.channels_last)
-    loaded.load_state_dict(copy.deepcopy(plain.state_dict()))
-    match_layout(loaded)
-    assert loaded.state[other]["exp_avg"].stride() == other.stride()
-    with torch.no_grad():
-        other.copy_(first)
-    for optimizer, parameter in ((plain, first), (loaded, other)):
-        parameter.grad = torch.empty_like(parameter).copy_(gradient.square())
-        optimizer.step()
-    torch.testing.assert_close(other, first, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("switch", ["channels_last", "compile"])
-def test_resumed_equals_uninterrupted(workspace: Path, compiler: None, switch: str) -> None:
-    def config(name: str, steps: int) -> Any:
-        output = {"directory": str(workspace / name)}
-        return tiny.config(workspace, training={"steps": steps}, performance={switch: True}, output=output)
-
-    train(config("resumed", 2), progress=False)
-    torch._dynamo.reset()  # as another process would begin
-    train(config("resumed", 4), progress=False)
-    torch._dynamo.reset()
-    train(config("whole", 4), progress=False)
-    whole, resumed = tiny.weights(workspace / "whole"), tiny.weights(workspace / "resumed")
-    for name, value in whole.items():
-        assert torch.equal(resumed[name], value)
-
-
-def test_another_switch_continues_a_run_and_is_told(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def config(name: str, steps: int, **switches: bool) -> Any:
-        output = {"directory": str(workspace / name)}
-        return tiny.config(workspace, training={"steps": steps}, performance=switches, output=output)
-
-    train(config("changed", 2, channels_last=True), progress=False)
-    stored = load_checkpoint(complete_checkpoints(workspace / "changed" / "checkpoints")[-1])
-    assert stored.meta["performance"] == {**OFF.as_dict(), "channels_last": True}
+    for switch in ("channels_last", "compile"):
+        ends = [run("resumed" + switch, steps, **{switch: True}) for steps in (2, 4)]
+        tiny.assert_same(tiny.weights(ends[-1]), tiny.weights(run("whole" + switch, 4, **{switch: True})))
+    changed = run("changed", 2, channels_last=True)
+    assert tiny.stored(changed, 2).meta["performance"] == on(channels_last=True).model_dump()
     with caplog.at_level(logging.INFO, logger="fastinvdpo.trainer"):
-        train(config("changed", 6), progress=False)
+        run("changed", 6)
     assert "Performance: attention the family's, channels_last off, compile off" in caplog.text
     assert "switches than the checkpoint's: channels_last True → False" in caplog.text
-    train(config("whole", 6), progress=False)
-    changed = tiny.weights(workspace / "changed")
     # Rounding moves a weight by parts of a step, 1e-3; another weight's moments would move it by whole steps.
-    for name, value in tiny.weights(workspace / "whole").items():
-        torch.testing.assert_close(changed[name], value, rtol=0, atol=1e-4)
+    for name, value in tiny.weights(run("whole", 6)).items():
+        torch.testing.assert_close(tiny.weights(changed)[name], value, rtol=0, atol=1e-4)
+
+
+# Replayed calls, with a recorder that runs the function again where a GPU would replay its kernels
+
+
+@pytest.fixture
+def recorded() -> list[Tensor]:
+    """Outputs of the recordings so far."""
+    return []
+
+
+@pytest.fixture
+def calls(recorded: list[Tensor]) -> GraphedCalls:
+    @torch.no_grad()
+    def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        recorded.append(torch.full_like(function(), torch.nan))  # recording computes nothing
+        output = recorded[-1]
+        return output, torch.no_grad()(lambda: output.copy_(function()))
+
+    return GraphedCalls(record)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(rank=2, alpha=4.0)], ids=["copy", "lora"])
+def test_policy_and_reference_are_those_without_graphs(
+    workspace: Path, calls: GraphedCalls, recorded: list[Tensor], lora: LoraSection | None
+) -> None:
+    """Also after an update in place, and with other inputs of known shapes; calls with gradient stay as they are."""
+    model = load_model("digits", workspace / "model")
+    networks = Networks(model, lora=lora, gradient_checkpointing=False)
+    networks.graphs = calls
+    prompts = model.encode_prompts(["a one", "a two", ""])
+    for update in range(3):
+        with torch.no_grad():
+            for parameter in networks.trainable().values():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        conditioning = {name: tensor.roll(update, 0) for name, tensor in prompts.items()}
+        given = (torch.randn(3, 1, 8, 8), torch.tensor([update, 400, 900]), conditioning)
+        before = networks.evaluations["without_gradient"]
+        with torch.no_grad():
+            policy, reference = networks.policy(*given), networks.reference(*given)
+            assert networks.evaluations["without_gradient"] == before + 6
+            assert torch.equal(policy, model.predict(networks.policy_module, *given))
+            if networks.reference_module is not None:
+                assert torch.equal(reference, model.predict(networks.reference_module, *given))
+            else:
+                with adapters_disabled(networks.policy_module):
+                    assert torch.equal(reference, model.predict(networks.policy_module, *given))
+        assert not torch.equal(policy, reference)
+        assert networks.policy(*given).requires_grad
+    assert len(recorded) == 2  # one of the policy, one of the reference
+
+
+def test_a_shape_of_its_own_is_a_graph_of_its_own_up_to_the_largest_number(
+    calls: GraphedCalls, recorded: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a call returns outlives the next replay, and expanded inputs are read."""
+
+    def predict(latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        return latents * timesteps.reshape(-1, 1) + conditioning.get("text", 0)
+
+    found = []
+    for rows in (2, 3, 2, 3):
+        latents, times = torch.randn(rows, 5), torch.arange(rows)
+        found.append((calls("policy", predict, latents, times, {}), latents * times.reshape(-1, 1)))
+    assert all(torch.equal(one, expected) for one, expected in found)
+    assert [output.shape[0] for output in recorded] == [2, 3]
+    calls("policy", predict, torch.randn(2, 5), torch.tensor([0.5, 1.0]), {})  # another dtype
+    text = torch.tensor([[2.0]]).expand(2, 1)
+    assert torch.equal(
+        calls("policy", predict, torch.zeros(2, 5), torch.arange(2), {"text": text}), torch.full((2, 5), 2.0)
+    )
+    calls("reference", predict, torch.randn(2, 5), torch.arange(2), {})
+    assert len(recorded) == 5
+    monkeypatch.setattr(performance, "LARGEST_NUMBER", 5)
+    with pytest.warns(UserWarning, match="more than 5 shapes"):
+        assert torch.equal(calls("policy", predict, torch.ones(4, 5), torch.ones(4), {}), torch.ones(4, 5))
+    assert len(recorded) == 5

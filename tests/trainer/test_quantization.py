@@ -1,9 +1,12 @@
-"""LoRA on frozen weights in 8 and 4 bits: policy and reference are the same quantized network, the result is not."""
+"""Weights in 8 and 4 bits: below LoRA, where policy and reference are the same quantized network and the result is not,
+and in the frozen reference of full fine-tuning.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,16 +22,15 @@ from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import merged_into, perturb
 from fastinvdpo.models.quantization import Kind, QuantizedLinear, quantize_network
-from fastinvdpo.trainer import train
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.evaluation.test_in_training import SECTION, Planned, run
 from tests.trainer import tiny
-from tests.trainer.test_resume import _assert_same
 
 KINDS: tuple[Kind, ...] = ("int8", "nf4")
-LORA = LoraSection(rank=2, alpha=4.0, target_modules=["to_q", "to_v", "proj", "conv1"])
+TARGETS = ["to_q", "to_v", "proj", "conv1"]
+LORA = LoraSection(rank=2, alpha=4.0, target_modules=TARGETS)
+BELOW_LORA: dict[str, Any] = {"lora": LORA.model_dump()}
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
@@ -50,27 +52,33 @@ def _quantized(network: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+def _plain(layer: QuantizedLinear) -> nn.Linear:
+    """A plain layer with the weight that a quantized one stands for."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).requires_grad_(False)
+    plain.weight.copy_(layer.dequantized(torch.float32))
+    if layer.bias is not None:
+        plain.bias.copy_(layer.bias)
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bias"),
+    [("int8", torch.float32, True), ("int8", torch.bfloat16, False), ("nf4", torch.float32, False),
+     ("nf4", torch.bfloat16, True)],
+)  # fmt: skip
 def test_a_layer_is_linear_with_the_weight_it_stands_for(kind: Kind, dtype: torch.dtype, bias: bool) -> None:
     original = nn.Linear(48, 24, bias=bias)
     weight = original.weight.detach().clone()
     layer = QuantizedLinear(original, kind)
-    plain = nn.Linear(48, 24, bias=bias).requires_grad_(False)
-    plain.weight.copy_(layer.dequantized(torch.float32))
-    if bias:
-        plain.bias.copy_(original.bias)
-    plain.to(dtype)
-    answers = []
-    for one in (layer, plain):
+    found = []
+    for one in (layer, _plain(layer).to(dtype)):
         given = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         out = one(given)
         (gradient,) = torch.autograd.grad(out.square().sum(), given)
         assert out.dtype == gradient.dtype == dtype
-        answers.append((out.detach(), gradient))
+        found.append((out.detach(), gradient))
     # The same sums of 48 (24) products, perhaps in another order; in bf16 rounded once at the end.
-    for ours, theirs in zip(*answers, strict=True):
+    for ours, theirs in zip(*found, strict=True):
         rounding = 48 * 2**-24 if dtype == torch.float32 else 2**-7
         assert (ours - theirs).abs().max() <= rounding * theirs.abs().max()
     assert not any(parameter.requires_grad for parameter in layer.parameters())
@@ -79,18 +87,6 @@ def test_a_layer_is_linear_with_the_weight_it_stands_for(kind: Kind, dtype: torc
     if kind == "int8":  # half a step of the row
         assert ((layer.dequantized(torch.float32) - weight).abs() <= largest * (0.5 / 127 + 2**-22)).all()
     assert 0 < (layer.dequantized(torch.float32) - weight).norm() < (0.01 if kind == "int8" else 0.12) * weight.norm()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_passes_small_differences_on(kind: Kind) -> None:
-    """Those of policy and reference. Sums of 48 products of size 1 leave an error of 48 roundings of float32 at most;
-    inputs in 8 bits would leave one of several times the difference.
-    """
-    layer, given = QuantizedLinear(nn.Linear(48, 24, bias=False), kind), torch.randn(256, 48)
-    moved = given + 1e-3 * torch.randn(256, 48)
-    expected = (moved.double() - given.double()) @ layer.dequantized(torch.float64).T
-    error = (layer(moved) - layer(given) - expected).norm() / expected.norm()
-    assert error < 2 * 48 * 2**-24 / 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,9 +103,7 @@ def test_a_layer_keeps_nothing_for_its_gradient(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_follows_autocast(kind: Kind) -> None:
     layer, given = QuantizedLinear(nn.Linear(48, 24), kind), torch.randn(7, 48, requires_grad=True)
-    plain = nn.Linear(48, 24).requires_grad_(False)
-    plain.weight.copy_(layer.dequantized(torch.float32))
-    plain.bias.copy_(layer.bias)
+    plain = _plain(layer)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = layer(given), plain(given)
     assert ours.dtype == theirs.dtype == torch.bfloat16
@@ -145,18 +139,31 @@ def test_policy_and_reference_are_one_quantized_network(workspace: Path, kind: K
         assert torch.equal(after[name], value)
 
 
-def _with_whole_weights(network: nn.Module) -> nn.Module:
-    """A copy whose quantized layers are plain ones with the weights that those stand for."""
-    twin = copy.deepcopy(network)
-    for name, layer in _quantized(twin).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        with torch.no_grad():
-            plain.weight.copy_(layer.dequantized(torch.float32))
-            if layer.bias is not None:
-                plain.bias.copy_(layer.bias)
-        parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, plain)
-    return twin
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_alone_is_quantized(workspace: Path, kind: Kind, dtype: torch.dtype | None) -> None:
+    model = load_model("digits", workspace / "model")
+    before, given = {name: value.clone() for name, value in model.network.state_dict().items()}, _given(model)
+    with torch.no_grad():
+        base = model.predict(model.network.eval(), *given)
+    networks = Networks(
+        model, lora=None, gradient_checkpointing=False, reference_dtype=dtype, reference_quantization=kind
+    )
+    tiny.assert_same(dict(networks.policy_module.state_dict()), before)
+    assert all(parameter.requires_grad for parameter in networks.policy_module.parameters())
+    assert not _quantized(networks.policy_module)
+    assert torch.equal(networks.policy(*given), base)
+
+    module = networks.reference_module
+    assert module is not None and len(_quantized(module)) > 30
+    stored = torch.int8 if kind == "int8" else torch.uint8
+    assert {layer.weight.dtype for layer in _quantized(module).values()} == {stored}
+    others = {p.dtype for name, p in module.named_parameters() if p.dtype != stored and not name.endswith(".scale")}
+    assert others == {dtype or torch.float32}
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    reference = networks.reference(*given)
+    assert reference.dtype == torch.float32 and not reference.requires_grad
+    assert not torch.equal(reference, base)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
@@ -165,7 +172,10 @@ def test_adapters_have_the_gradient_of_the_whole_weights(workspace: Path, kind: 
     """Its float32 error, against float64, is at most twice that of a network with those weights."""
     model = load_model("digits", workspace / "model")
     quantize_network(model, kind)
-    twin = _with_whole_weights(model.network)
+    twin = copy.deepcopy(model.network)
+    for name, layer in _quantized(twin).items():
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, _plain(layer))
 
     def gradient(network: nn.Module, dtype: torch.dtype, checkpointing: bool = False) -> Tensor:
         one = copy.copy(model)
@@ -185,38 +195,28 @@ def test_adapters_have_the_gradient_of_the_whole_weights(workspace: Path, kind: 
     assert 0 < rounding < 1e-5 * exact.norm()
 
 
-def _config(
-    workspace: Path, kind: Kind | None, name: str = "run", method: str = "diffusion-dpo", **sections: Any
-) -> Any:
-    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["to_q", "to_v", "proj", "conv1"]}
-    model = {"lora": lora, "quantization": kind, **sections.pop("model", {})}
-    output = {"directory": str(workspace / name), "log_every": 1}
-    return tiny.config(workspace, method, model=model, output=output, **sections)
+def _trained(workspace: Path, folder: str, method: str = "diffusion-dpo", **sections: Any) -> Any:
+    sections["model"] = {**BELOW_LORA, **sections.get("model", {})}
+    return tiny.trained(workspace, folder, method, output={"log_every": 1}, **sections)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_bit_for_bit_and_leaves_the_original_weights_with_the_adapter(
     workspace: Path, kind: Kind
 ) -> None:
-    for steps in (3, 6):
-        train(_config(workspace, kind, "resumed", training={"steps": steps, "ema_decay": 0.5}), progress=False)
-    result = train(_config(workspace, kind, "whole", training={"ema_decay": 0.5}), progress=False)
+    for folder, steps in (("resumed", 3), ("resumed", 6), ("whole", 6)):
+        training = {"steps": steps, "ema_decay": 0.5}
+        result = _trained(workspace, folder, model={"quantization": kind}, training=training)
     assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and result.history[0]["margin"] == 0
-    one, other = (
-        load_checkpoint(complete_checkpoints(workspace / name / "checkpoints")[-1]) for name in ("resumed", "whole")
-    )
+    one, other = (tiny.stored(workspace / name) for name in ("resumed", "whole"))
     for part in ("trainable", "ema", "state"):
-        _assert_same(getattr(one, part), getattr(other, part))
+        tiny.assert_same(getattr(one, part), getattr(other, part))
     assert all(".lora_" in name for name in other.trainable)
 
     base, written = (load_file(path / UNET) for path in (workspace / "model", result.model_directory))
     assert base.keys() == written.keys()
     changed = {name for name in base if not torch.equal(base[name], written[name])}
-    assert changed == {
-        name
-        for name in base
-        if name.rsplit(".", 2)[-2] in ("to_q", "to_v", "proj", "conv1") and name.endswith("weight")
-    }
+    assert changed == {name for name in base if name.rsplit(".", 2)[-2] in TARGETS and name.endswith("weight")}
     # The adapter alone, put on the original network by peft, predicts the same.
     plain, merged = (load_model("digits", path) for path in (workspace / "model", result.model_directory))
     adapted = PeftModel.from_pretrained(plain.network, str(result.directory / "adapter")).eval()
@@ -227,80 +227,66 @@ def test_a_run_resumes_bit_for_bit_and_leaves_the_original_weights_with_the_adap
     assert f"its linear layers in {kind}" in (result.directory / "adapter" / "README.md").read_text()
 
 
-def test_a_model_at_hand_keeps_its_own_weights(workspace: Path) -> None:
-    config = _config(workspace, "nf4")
-    model = load_model("digits", workspace / "model")
-    with torch.no_grad():
-        for parameter in model.network.parameters():
-            parameter.add_(0.01)
-    own = {name: value.clone() for name, value in model.network.state_dict().items()}
-    written = load_file(tiny.train_model(config, model, open_dataset(config), progress=False).model_directory / UNET)
-    for name, value in own.items():
-        assert torch.equal(written[name], value) or "to_" in name or "proj" in name or "conv1" in name
-
-
-def test_a_model_is_quantized_before_it_reaches_the_device(workspace: Path) -> None:
-    model = open_model(_config(workspace, "nf4"))
-    assert len(_quantized(model.network)) > 30
-    assert model.unquantized is not None
-    _assert_same(dict(model.unquantized().state_dict()), load_file(workspace / "model" / UNET))
+def test_a_model_is_quantized_before_it_reaches_the_device_and_keeps_its_own_weights(workspace: Path) -> None:
+    config = tiny.config(workspace, model={**BELOW_LORA, "quantization": "nf4"})
+    model = open_model(config)
+    assert len(_quantized(model.network)) > 30 and model.unquantized is not None
+    tiny.assert_same(dict(model.unquantized().state_dict()), load_file(workspace / "model" / UNET))
     with pytest.raises(InvalidInput, match=r"network = .*: holds quantized weights"):
         model.save(workspace / "copy")
-
-
-def test_merging_leaves_the_adapted_network_alone(workspace: Path) -> None:
-    model = open_model(_config(workspace, "int8"))
-    networks = Networks(model, lora=LORA, gradient_checkpointing=False)
-    _shake(networks.policy_module)
-    before = {name: value.clone() for name, value in networks.policy_module.state_dict().items()}
-    assert model.unquantized is not None
-    merged = merged_into(model.unquantized(), networks.policy_module)
-    assert merged.state_dict().keys() == tiny.unet().state_dict().keys()
-    for name, value in networks.policy_module.state_dict().items():
-        assert torch.equal(value, before[name])
+    at_hand = load_model("digits", workspace / "model")
+    with torch.no_grad():
+        for parameter in at_hand.network.parameters():
+            parameter.add_(0.01)
+    own = {name: value.clone() for name, value in at_hand.network.state_dict().items()}
+    written = tiny.weights(tiny.train_model(config, at_hand, open_dataset(config)))
+    for name, value in own.items():
+        assert torch.equal(written[name], value) or any(target in name for target in TARGETS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_perturbation_has_the_size_of_the_weights_below(workspace: Path, kind: Kind) -> None:
-    model = open_model(_config(workspace, kind))
+def test_perturbation_has_the_size_of_the_weights_below_and_merging_leaves_the_network_alone(
+    workspace: Path, kind: Kind
+) -> None:
+    model = open_model(tiny.config(workspace, model={**BELOW_LORA, "quantization": kind}))
     networks = Networks(model, lora=LoraSection(rank=8, target_modules=["to_q", "to_v"]), gradient_checkpointing=False)
     perturb(networks.policy_module, 0.01, seed=3)
+    before = {name: value.clone() for name, value in networks.policy_module.state_dict().items()}
     assert model.unquantized is not None
     base = model.unquantized().state_dict()
     merged = merged_into(model.unquantized(), networks.policy_module).state_dict()
+    tiny.assert_same(dict(networks.policy_module.state_dict()), before)
+    assert merged.keys() == base.keys() == tiny.unet().state_dict().keys()
     names = [name for name in base if name.endswith(("to_q.weight", "to_v.weight"))]
     ratios = [float((merged[name] - base[name]).norm() / base[name].norm()) for name in names]
     assert len(ratios) >= 8 and all(0.005 < ratio < 0.02 for ratio in ratios)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_holds_the_quantized_reference(workspace: Path, kind: Kind) -> None:
-    """The same losses as without, up to the rounding of a network asked in other batches."""
-    cache, losses = {"path": str(workspace / "cache")}, []
-    for path in (None, cache["path"]):
-        config = _config(
-            workspace,
-            kind,
-            f"run-{path is None}",
-            "inversion-dpo",
-            model={"init_perturbation": 0.1},
-            cache={"path": path},
-            training={"steps": 2},
-        )
-        losses.append([row["loss"] for row in train(config, progress=False).history])
+@pytest.mark.parametrize("key", ["quantization", "reference_quantization"])
+def test_a_cache_holds_the_quantized_reference(
+    workspace: Path, key: str, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses as without, up to the rounding of a network that computes in other batches; bitsandbytes is not
+    needed.
+    """
+    for module in ("bitsandbytes", "bitsandbytes.functional"):
+        monkeypatch.setitem(sys.modules, module, None)
+    lora = BELOW_LORA["lora"] if key == "quantization" else None
+    model, cache, losses = {"lora": lora, "init_perturbation": 0.1}, {"path": str(workspace / "cache")}, []
+    for folder, path in (("plain", None), ("cached", cache["path"])):
+        sections = {"model": {**model, key: kind}, "cache": {"path": path}, "training": {"steps": 2}}
+        losses.append([row["loss"] for row in _trained(workspace, folder, "inversion-dpo", **sections).history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][0] != pytest.approx(math.log(2), abs=1e-3)
-    other = _config(workspace, None, "other", "inversion-dpo", cache=cache)
-    with pytest.raises(InvalidInput, match=rf"model\.quantization \('{kind}' there, absent here\)"):
-        train(other, progress=False)
+    with pytest.raises(InvalidInput, match=rf"model\.{key} \('{kind}' there, absent here\)"):
+        _trained(workspace, "other", "inversion-dpo", model=model, cache=cache)
 
 
 def test_latents_and_embeddings_serve_any_weights(workspace: Path) -> None:
-    encoded = {"path": str(workspace / "encoded")}
-    for chosen in ("nf4", None):
-        train(
-            _config(workspace, chosen, f"inpo-{chosen}", "inpo", cache=encoded, training={"steps": 2}), progress=False
-        )
+    for kind in ("nf4", None):
+        sections = {"model": {"quantization": kind}, "cache": {"path": str(workspace / "cache")}}
+        _trained(workspace, str(kind), "inpo", training={"steps": 2}, **sections)
 
 
 def test_the_best_model_of_an_evaluation_is_whole(workspace: Path) -> None:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, train
-from fastinvdpo.trainer.checkpoint import complete_checkpoints, load_checkpoint
 from tests.trainer import tiny
 from tests.trainer.forked import Server
 from tests.trainer.test_files import flip
+from tests.trainer.tiny import assert_same as _assert_same
 
 
 def train_counted(runs: list[dict[str, Any]], fatal: int) -> None:
-    """Kills its process at the n-th prediction of a network, or trains to the end, as often as it is asked."""
+    """Kills its process at the n-th prediction of a network, or trains each run to the end."""
     tiny.CountedPredictions(fatal)
     for run in runs:
         train(TrainConfig.from_mapping(run), progress=False)
@@ -40,66 +40,40 @@ def test_killed_and_resumed_equals_uninterrupted(workspace: Path, forks: Server,
             output={"directory": str(workspace / name), "log_every": 3},
         )
 
+    killed, whole = workspace / "killed", workspace / "whole"
     # Two predictions per micro-batch: number 19 is the policy's in the second micro-batch of step 5.
     assert forks.call(train_counted, [run("killed")], 19).status == -signal.SIGKILL
-    assert [path.name for path in complete_checkpoints(workspace / "killed" / "checkpoints")] == [
-        "step-00000002",
-        "step-00000004",
-    ]
-    assert not (workspace / "killed" / "model").exists()
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert not (killed / "model").exists()
     done = forks.call(train_counted, [run("killed"), run("whole")], 0)
     assert done.status == 0, done.said
 
-    killed, whole = (
-        load_checkpoint(workspace / name / "checkpoints" / "step-00000006") for name in ("killed", "whole")
-    )
-    before = load_checkpoint(workspace / "killed" / "checkpoints" / "step-00000004")
-    assert killed.ema is not None
-    assert whole.ema is not None
-    _assert_same(killed.trainable, whole.trainable)
-    _assert_same(killed.ema, whole.ema)
-    _assert_same(killed.state, whole.state)
-    assert any(not torch.equal(before.trainable[name], value) for name, value in whole.trainable.items())
-    files = ["model/unet/diffusion_pytorch_model.safetensors"] + ["adapter/adapter_model.safetensors"] * (
-        lora is not None
-    )
-    for file in files:
-        _assert_same(load_file(workspace / "killed" / file), load_file(workspace / "whole" / file))
+    ends, before = [tiny.stored(killed), tiny.stored(whole)], tiny.stored(killed, 4)
+    assert ends[1].ema is not None
+    for part in ("trainable", "ema", "state"):
+        _assert_same(getattr(ends[0], part), getattr(ends[1], part))
+    assert any(not torch.equal(before.trainable[name], value) for name, value in ends[1].trainable.items())
+    _assert_same(tiny.weights(killed), tiny.weights(whole))
     # With EMA, what it averages is written as well.
-    assert "`model-raw` (the network alone)" in (workspace / "whole" / "model" / "README.md").read_text()
-    raw = workspace / "whole" / "model-raw" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert "`model-raw` (the network alone)" in (whole / "model" / "README.md").read_text()
+    raw = whole / "model-raw" / "unet" / "diffusion_pytorch_model.safetensors"
     if lora is None:
-        _assert_same(load_file(raw), whole.trainable)
-        _assert_same(load_file(workspace / "whole" / files[0]), whole.ema)
+        _assert_same(load_file(raw), ends[1].trainable)
+        _assert_same(tiny.weights(whole), ends[1].ema)
     else:
-        found = load_file(workspace / "whole" / "adapter-raw" / "adapter_model.safetensors")
-        assert sorted(map(_sum, found.values())) == sorted(map(_sum, whole.trainable.values()))
+        adapter = "adapter/adapter_model.safetensors"
+        _assert_same(load_file(killed / adapter), load_file(whole / adapter))
+        found = load_file(whole / "adapter-raw" / "adapter_model.safetensors")
+        assert sorted(map(_sum, found.values())) == sorted(map(_sum, ends[1].trainable.values()))
         assert raw.is_file()
-    assert _history(workspace / "killed", [1, 3, 6]) == _history(workspace / "whole", [1, 3, 6])
-
-
-def _assert_same(one: Any, other: Any) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            _assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            _assert_same(a, b)
-    else:
-        assert one == other
+    assert history(killed, [1, 3, 6]) == history(whole, [1, 3, 6])
 
 
 def _sum(tensor: torch.Tensor) -> float:
     return float(tensor.double().sum())
 
 
-def _history(directory: Path, steps: list[int]) -> list[dict[str, Any]]:
+def history(directory: Path, steps: list[int]) -> list[dict[str, Any]]:
     """The logged rows without what is of this attempt alone, as its times are."""
     rows = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == steps
@@ -111,41 +85,32 @@ def _history(directory: Path, steps: list[int]) -> list[dict[str, Any]]:
 
 
 def test_more_steps_and_another_micro_batch_continue_a_run(workspace: Path) -> None:
-    config = tiny.config(workspace, training={"steps": 2, "batch_size": 4, "gradient_accumulation_steps": 1})
-    assert train(config, progress=False).steps == 2
-    more = tiny.config(workspace, training={"steps": 4, "batch_size": 2, "gradient_accumulation_steps": 2})
-    result = train(more, progress=False)
+    assert tiny.trained(workspace, training={"steps": 2, "batch_size": 4}).steps == 2
+    more = {"steps": 4, "batch_size": 2, "gradient_accumulation_steps": 2}
+    result = tiny.trained(workspace, training=more)
     assert [row["step"] for row in result.history] == [1, 2, 4]
     assert result.network_evaluations == 4 * 4 * 2 * 2
-    elsewhere = {"directory": str(workspace / "once")}
-    once = tiny.config(workspace, training={"steps": 4, "batch_size": 4}, output=elsewhere)
-    train(once, progress=False)
+    once = tiny.weights(tiny.trained(workspace, "once", training={"steps": 4, "batch_size": 4}))
     # Adam divides by the size of the gradient, so that rounding of one part in 1e7 becomes a part of a step of 1e-3.
-    for name, value in tiny.weights(workspace / "once").items():
-        torch.testing.assert_close(tiny.weights(workspace / "run")[name], value, rtol=0, atol=2e-4)
-
-
-def test_a_finished_run_is_returned_as_it_is(workspace: Path) -> None:
-    config = tiny.config(workspace)
-    first = train(config, progress=False)
-    again = train(config, progress=False)
-    assert again.steps == first.steps == 6
-    assert again.network_evaluations == first.network_evaluations
-    assert again.history == first.history
+    for name, value in once.items():
+        torch.testing.assert_close(tiny.weights(result)[name], value, rtol=0, atol=2e-4)
+    again = tiny.trained(workspace, training=more)  # a finished run is returned as it is
+    assert (again.steps, again.network_evaluations) == (result.steps, result.network_evaluations)
+    assert again.history == result.history
 
 
 def test_another_run_is_refused_by_name(workspace: Path) -> None:
-    """Another configuration, a directory that should be empty, another data set."""
-    config = tiny.config(workspace, training={"steps": 2})
+    """Another configuration, a directory that should be empty, another data set, another length of a falling rate."""
+    config = tiny.config(workspace, training={"steps": 2}, optimizer={"lr_scheduler": "cosine"})
     train(config, resume="never", progress=False)
     changes: dict[str, dict[str, Any]] = {
         "method": {"beta": 400.0},
-        "optimizer": {"learning_rate": 1e-4},
+        "optimizer": {"learning_rate": 1e-4, "lr_scheduler": "cosine"},
         "model": {"lora": {"rank": 2}},
-        "training": {"steps": 6, "batch_size": 3},
+        "training": {"steps": 2, "batch_size": 3, "gradient_checkpointing": True},
     }
     with pytest.raises(InvalidInput) as caught:
-        train(tiny.config(workspace, **changes), progress=False)
+        tiny.trained(workspace, **changes)
     message = str(caught.value)
     for part in (
         "method.beta (500.0 there, 400.0 here)",
@@ -155,33 +120,37 @@ def test_another_run_is_refused_by_name(workspace: Path) -> None:
         "effective batch (2 there, 3 here)",
     ):
         assert part in message
-    assert "training.steps" not in message and "training.batch_size" not in message
+    assert "training." not in message
+    with pytest.raises(InvalidInput, match=r"different are training\.steps \(2 there, 4 here\)\. Remedy"):
+        tiny.trained(workspace, training={"steps": 4}, optimizer={"lr_scheduler": "cosine"})
     with pytest.raises(InvalidInput, match=r"resume = 'never': .*holds checkpoints"):
         train(config, resume="never", progress=False)
     tiny.write_data(workspace / "pairs.parquet", pairs=12)
     with pytest.raises(InvalidInput, match=r"pairs in the data set \(10 there, 12 here\)"):
-        train(tiny.config(workspace), progress=False)
+        train(config, progress=False)
 
 
-def test_the_length_of_a_falling_rate_is_part_of_the_run(workspace: Path) -> None:
-    falling = {"lr_scheduler": "cosine"}
-    train(tiny.config(workspace, training={"steps": 2}, optimizer=falling), progress=False)
-    with pytest.raises(InvalidInput, match=r"different are training\.steps \(2 there, 4 here\)\. Remedy"):
-        train(tiny.config(workspace, training={"steps": 4}, optimizer=falling), progress=False)
-
-
-def test_auto_takes_the_newest_undamaged_checkpoint(workspace: Path) -> None:
-    config = tiny.config(workspace)
-    train(config, progress=False)
+def test_checkpoints_that_are_damaged_or_named(workspace: Path) -> None:
+    """``auto`` takes the newest undamaged one; one that is named is continued, or refused."""
+    final = tiny.stored(tiny.trained(workspace).directory).trainable
     checkpoints = workspace / "run" / "checkpoints"
-    final = load_checkpoint(checkpoints / "step-00000006").trainable
+    branch = tiny.config(workspace, output={"directory": str(workspace / "branch")})
+    damaged = shutil.copytree(checkpoints / "step-00000004", workspace / "damaged")
+    flip(damaged / "state.pt", 9000)
+    with pytest.raises(InvalidInput, match=r"resume = .*damaged': the content of state\.pt is no longer what"):
+        train(branch, resume=damaged, progress=False)
+    train(branch, resume=checkpoints / "step-00000004", progress=False)
+    _assert_same(tiny.weights(workspace / "branch"), tiny.weights(workspace / "run"))
+    with pytest.raises(InvalidInput, match=r"resume = .*nothing.*meta\.json cannot be read"):
+        train(branch, resume=str(workspace / "nothing"), progress=False)
+
     with (checkpoints / "step-00000006" / "state.pt").open("r+b") as file:
         file.truncate(100)
     (checkpoints / ".fastinvdpo-abcdefgh.tmp" / "new").mkdir(parents=True)
     (checkpoints / ".fastinvdpo-abcdefgh.tmp" / "lock").touch()
     with pytest.warns(UserWarning, match=r"step-00000006 is not used: state\.pt has 100 bytes"):
-        train(config, progress=False)
-    _assert_same(load_checkpoint(checkpoints / "step-00000006").trainable, final)
+        tiny.trained(workspace)
+    _assert_same(tiny.stored(workspace / "run").trainable, final)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
     for path in checkpoints.iterdir():
         (path / "meta.json").unlink()
@@ -189,18 +158,4 @@ def test_auto_takes_the_newest_undamaged_checkpoint(workspace: Path) -> None:
         pytest.warns(UserWarning, match=r"meta\.json cannot be read"),
         pytest.raises(InvalidInput, match=r"all 2 checkpoints in .* are damaged"),
     ):
-        train(config, progress=False)
-
-
-def test_a_named_checkpoint_is_continued_and_a_wrong_name_refused(workspace: Path) -> None:
-    train(tiny.config(workspace), progress=False)
-    checkpoint = workspace / "run" / "checkpoints" / "step-00000004"
-    branch = tiny.config(workspace, output={"directory": str(workspace / "branch")})
-    damaged = shutil.copytree(checkpoint, workspace / "damaged")
-    flip(damaged / "state.pt", 9000)
-    with pytest.raises(InvalidInput, match=r"resume = .*damaged': the content of state\.pt is no longer what"):
-        train(branch, resume=damaged, progress=False)
-    train(branch, resume=checkpoint, progress=False)
-    _assert_same(tiny.weights(workspace / "branch"), tiny.weights(workspace / "run"))
-    with pytest.raises(InvalidInput, match=r"resume = .*nothing.*meta\.json cannot be read"):
-        train(branch, resume=str(workspace / "nothing"), progress=False)
+        tiny.trained(workspace)

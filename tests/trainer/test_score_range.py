@@ -9,15 +9,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from fastinvdpo.data import PairDataset, open_source, write_pairs
+from fastinvdpo.data import open_source, write_pairs
 from fastinvdpo.data.score_range import ScoreRange, stored_range
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.evaluation.scoring import score_pairs
 from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability
-from fastinvdpo.trainer import train
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.trainer import tiny
 
@@ -37,11 +35,8 @@ def scored(workspace: Path) -> Path:
 
 def trained(root: Path, name: str, score_range: float | str, **sections: Any) -> dict[str, torch.Tensor]:
     data = {"path": str(root / "b.parquet"), "relabel_by_score": True, **sections.pop("data", {})}
-    output = {"directory": str(root / name), "checkpoint_every": 100}
-    method = {"score_range": score_range}
-    config = tiny.config(root, "smpo", method=method, data=data, output=output, training={"steps": 2}, **sections)
-    result = train(config, progress=False)
-    return load_file(next((result.model_directory / "unet").glob("*.safetensors")))
+    sections |= {"method": {"score_range": score_range}, "training": {"steps": 2}, "data": data}
+    return tiny.weights(tiny.trained(root, name, "smpo", **sections))
 
 
 def test_the_definition_is_that_of_the_released_code() -> None:
@@ -67,10 +62,9 @@ def test_training_reads_the_range_that_was_stored(scored: Path) -> None:
     assert found is not None and found.value == fitted > 0.1
     auto, number = trained(scored, "auto", "auto"), trained(scored, "number", fitted)
     other = trained(scored, "other", fitted / 4)
-    assert all(torch.equal(auto[name], number[name]) for name in auto)
+    tiny.assert_same(auto, number)
     assert not all(torch.equal(auto[name], other[name]) for name in auto)
-    cached = trained(scored, "cached", "auto", cache={"path": str(scored / "cache")})
-    assert all(torch.equal(cached[name], auto[name]) for name in auto)
+    tiny.assert_same(trained(scored, "cached", "auto", cache={"path": str(scored / "cache")}), auto)
 
 
 def test_columns_with_names_and_a_data_set_at_hand(scored: Path) -> None:
@@ -79,19 +73,10 @@ def test_columns_with_names_and_a_data_set_at_hand(scored: Path) -> None:
     score_pairs(source, [FunctionScorer(brightness, "b"), darkness], output)
     data = {"path": str(output), "columns": {"score_0": "score_b_0", "score_1": "score_b_1"}}
     expected = trained(scored, "direct", "auto")
-    named = trained(scored, "named", "auto", data=data)
-    assert all(torch.equal(named[name], expected[name]) for name in expected)
-    config = tiny.config(
-        scored,
-        "smpo",
-        method={"score_range": "auto"},
-        data={**data, "relabel_by_score": True},
-        training={"steps": 2},
-        output={"directory": str(scored / "hand"), "checkpoint_every": 100},
-    )
-    result = tiny.train_model(config, open_model(config), open_dataset(config), progress=False)
-    at_hand = load_file(next((result.model_directory / "unet").glob("*.safetensors")))
-    assert all(torch.equal(at_hand[name], expected[name]) for name in expected)
+    tiny.assert_same(trained(scored, "named", "auto", data=data), expected)
+    sections: dict[str, Any] = {"data": {**data, "relabel_by_score": True}, "training": {"steps": 2}}
+    config = tiny.config(scored, "smpo", method={"score_range": "auto"}, **sections)
+    tiny.assert_same(tiny.weights(tiny.train_model(config, open_model(config), open_dataset(config))), expected)
 
 
 def test_the_range_of_several_files_spans_all_of_them(scored: Path, tmp_path: Path) -> None:
@@ -117,39 +102,25 @@ def test_auto_without_a_stored_range_is_an_error(scored: Path) -> None:
     assert not (scored / "cache").exists()
 
 
-@pytest.mark.parametrize("factor", [100.0, 0.01])
-def test_a_range_of_another_unit_is_an_error(scored: Path, factor: float) -> None:
-    # PickScore with its scale of 100 beside the published κ of the bare cosine would saturate every weight.
-    output = scored / "scaled.parquet"
-    scaled = FunctionScorer(lambda i, c: [factor * score for score in brightness(i, c)], "b")
-    score_pairs(open_source(scored / "bare.parquet"), [scaled], output)
-    with pytest.raises(
-        InvalidInput, match=r"score_range = 0\.16658: is not of the unit of .*give the range of all scores"
-    ):
-        trained(scored, "run", PICKSCORE_RANGE, data={"path": str(output)})
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_scores_of_another_unit_are_an_error_whoever_wrote_them(scored: Path, cached: bool) -> None:
+@pytest.mark.parametrize(("factor", "cached"), [(100.0, False), (0.01, True)])
+def test_scores_of_another_unit_are_an_error_whoever_wrote_them(scored: Path, factor: float, cached: bool) -> None:
+    """PickScore with its scale of 100 beside the published κ of the bare cosine would saturate every weight."""
+    output, score = scored / "scaled.parquet", lambda i, c: [factor * score for score in brightness(i, c)]
+    score_pairs(open_source(scored / "bare.parquet"), [FunctionScorer(score, "b")], output)
+    sections = {"cache": {"path": str(scored / "cache")}} if cached else {}
+    unit = r"score_range = 0\.16658: is not of the unit of "
+    with pytest.raises(InvalidInput, match=unit + ".*give the range of all scores"):
+        trained(scored, "run", PICKSCORE_RANGE, data={"path": str(output)}, **sections)
     rows = pq.read_table(scored / "b.parquet").to_pylist()
+    # What writes the pairs anew drops the range with the metadata; it is then measured, not guessed.
     write_pairs(scored / "c.parquet", [row | {n: 100 * row[n] for n in ("score_0", "score_1")} for row in rows])
     assert stored_range(open_source(scored / "c.parquet"), ("score_0", "score_1")) is None
-    sections = {"cache": {"path": str(scored / "cache")}} if cached else {}
-    with pytest.raises(InvalidInput, match=r"score_range = 0\.16658: is not of the unit of the scores"):
+    with pytest.raises(InvalidInput, match=unit + "the scores"):
         trained(scored, "run", PICKSCORE_RANGE, data={"path": str(scored / "c.parquet")}, **sections)
 
 
 def test_equal_scores_are_an_error(scored: Path) -> None:
-    rows = PairDataset(scored / "bare.parquet")
     same = FunctionScorer(lambda images, captions: [1.0] * len(images), "same")
-    assert len(rows) == 10
     score_pairs(open_source(scored / "bare.parquet"), [same], scored / "same.parquet")
     with pytest.raises(InvalidInput, match=r"all scores .* are equal"):
         trained(scored, "run", "auto", data={"path": str(scored / "same.parquet"), "relabel_by_score": False})
-
-
-def test_the_metadata_survives_nothing_but_ours(scored: Path) -> None:
-    """What writes the pairs anew drops the range with the metadata, and training says so rather than guess."""
-    rows = pq.read_table(scored / "b.parquet").to_pylist()
-    write_pairs(scored / "again.parquet", rows)
-    assert stored_range(open_source(scored / "again.parquet"), ("score_0", "score_1")) is None

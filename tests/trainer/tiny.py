@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fastinvdpo.data import write_pairs
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, TrainResult, train
+from fastinvdpo.trainer.checkpoint import Checkpoint, load_checkpoint
 from tests.cases import SD_SCHEDULER
 
 WORDS = ("zero", "one", "two", "three")
@@ -89,6 +90,12 @@ def config(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, Any
     return TrainConfig.from_mapping(mapping(root, name, **sections))
 
 
+def trained(root: Path, folder: str = "run", name: str = "diffusion-dpo", /, **sections: Any) -> TrainResult:
+    """A run into ``root / folder``."""
+    output = {"directory": str(root / folder), **sections.pop("output", {})}
+    return train(config(root, name, output=output, **sections), progress=False)
+
+
 def train_model(config: TrainConfig, model: Any, pairs: Any, **options: Any) -> TrainResult:
     """Train a model and pairs at hand."""
     return PreferenceTrainer(model, config.method, pairs, config, **{"progress": False, **options}).train()
@@ -100,12 +107,31 @@ def weights(run: TrainResult | Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def trained_in_attempts(directory: Path, *attempts: int, **sections: Any) -> Path:
-    """``directory``, where a run on the files beside it is made in attempts that each end after so many steps."""
-    for steps in attempts:
-        output = {"directory": str(directory)}
-        train(config(directory.parent, training={"steps": steps}, output=output, **sections), progress=False)
-    return directory
+def stored(directory: Path, step: int = 6) -> Checkpoint:
+    """The checkpoint of a run after a step."""
+    return load_checkpoint(directory / "checkpoints" / f"step-{step:08d}")
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal types and values, bit for bit, of nested containers."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def moved(weights: dict[str, torch.Tensor]) -> float:
+    """How far a weight has moved from the base model at most."""
+    start = unet().state_dict()
+    return max(float((value - start[name]).abs().max()) for name, value in weights.items())
 
 
 class CountedPredictions:
