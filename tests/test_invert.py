@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.evaluation.inversion import invert_images, picture_of, run_invert
+from fastinvdpo.evaluation.inversion import invert_images, overview, run_invert
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.models import DiffusionModel, load_model
 from tests.models import tiny
@@ -155,7 +155,7 @@ def test_stable_diffusion(tmp_path: Path, kind: str) -> None:
     images = [image.convert("RGB") for image in pictures(2, (16, 16))]
     coarse, fine = (invert_images(model, images, ["a cat"], num_inference_steps=steps) for steps in (20, 80))
     assert fine.latent_mse.mean() < coarse.latent_mse.mean() / 2
-    assert picture_of(model, fine).mode == "RGB"
+    assert overview(model, fine).mode == "RGB"
 
 
 @pytest.fixture

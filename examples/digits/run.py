@@ -141,7 +141,7 @@ def _run(
         "control": control,
         "before": before.as_dict(),
         "after": after.as_dict(),
-        "win_rate": rate.as_dict(),
+        "win_rate": rate._asdict(),
         "network_evaluations": result.network_evaluations,
         "seconds": time.perf_counter() - began,
         "seconds_training": result.seconds,

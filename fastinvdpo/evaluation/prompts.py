@@ -22,7 +22,7 @@ _REMEDY = "name a .txt, .jsonl, .json or .parquet file, a directory of parquet s
 
 
 def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> list[str]:
-    """The prompts of ``source`` as they stand there, repeated ones included; of a long list the first ``limit``.
+    """The prompts of ``source`` as they stand there, repeated ones included; the first ``limit`` of them.
 
     ``.txt``: one a line, empty lines left out. ``.jsonl`` and ``.json``: strings, or objects with the key ``column``.
     ``.parquet`` or a directory of shards: the column ``column``. Without ``column`` the first of ``prompt``,

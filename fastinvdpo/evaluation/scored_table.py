@@ -37,8 +37,7 @@ def write_scored(
     """
     arrow = require("pyarrow", extra="train", purpose="writing preference pairs")
     parquet = require("pyarrow.parquet", extra="train", purpose="writing preference pairs")
-    writer: Any = None
-    schema: Any = None
+    writer = schema = None
     written = 0
     try:
         for table in _pieces(arrow, source, rows):
@@ -75,7 +74,8 @@ def _relabeled(table: Any, stored: str, name: str, labels: Any) -> Any:
 
 def _pieces(arrow: Any, source: PairSource, rows: Sequence[int]) -> Iterator[Any]:
     if not source.column_names():
-        yield from (_built(arrow, source, rows[start : start + _ROWS_PER_PIECE]) for start in _starts(rows))
+        for start in range(0, len(rows), _ROWS_PER_PIECE):
+            yield _built(arrow, source, rows[start : start + _ROWS_PER_PIECE])
         return
     start = taken = 0
     for table in source.tables():
@@ -89,10 +89,6 @@ def _pieces(arrow: Any, source: PairSource, rows: Sequence[int]) -> Iterator[Any
         if own:
             yield _with_bytes(arrow, source, table, own) if source.format == "datasets" else table
         start = end
-
-
-def _starts(rows: Sequence[int]) -> range:
-    return range(0, len(rows), _ROWS_PER_PIECE)
 
 
 def _built(arrow: Any, source: PairSource, rows: Sequence[int]) -> Any:

@@ -18,8 +18,9 @@ from PIL import Image
 from fastinvdpo import cli
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation import comparing
-from fastinvdpo.evaluation.comparing import Sampling, compare, parse_sampling, statistics
-from fastinvdpo.evaluation.metrics import wilson_interval
+from fastinvdpo.evaluation.comparing import compare, parse_sampling
+from fastinvdpo.evaluation.metrics import statistics, wilson_interval
+from fastinvdpo.evaluation.sampling import Sampling
 from fastinvdpo.evaluation.scorers import FunctionScorer, check_scorers, open_scorers
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
@@ -56,7 +57,7 @@ def test_equal_models_tie_everywhere(models: tuple[Path, Path], tmp_path: Path) 
     found = evaluate((models[0], models[0]), tmp_path)["scorers"]["brightness"]
     assert np.array_equal(pixels(tmp_path, "base"), pixels(tmp_path, "aligned"))
     assert (found["wins"], found["ties"], found["losses"]) == (0, len(PROMPTS), 0)
-    assert found["win_rate"] == wilson_interval(len(PROMPTS) / 2, len(PROMPTS)).as_dict()
+    assert found["win_rate"] == wilson_interval(len(PROMPTS) / 2, len(PROMPTS))._asdict()
     assert found["win_rate"]["mean"] == 0.5
     assert found["base"] == found["aligned"]
 
@@ -72,7 +73,7 @@ def test_a_brighter_model_wins_and_the_numbers_follow_from_the_pictures(
     for side, scores in (("base", base), ("aligned", aligned)):
         assert told[side] == pytest.approx({"mean": scores.mean(), "median": np.median(scores)}, rel=1e-12)
         assert [entry["scores"]["brightness"][side] for entry in found["samples"]] == scores.tolist()
-    assert told["win_rate"] == wilson_interval(len(PROMPTS), len(PROMPTS)).as_dict()
+    assert told["win_rate"] == wilson_interval(len(PROMPTS), len(PROMPTS))._asdict()
     assert (told["wins"], told["ties"], told["losses"]) == (len(PROMPTS), 0, 0)
     assert [entry["prompt"] for entry in found["samples"]] == PROMPTS
     assert [entry["aligned"] for entry in found["samples"]] == [f"aligned/{place:05d}.png" for place in range(7)]
@@ -81,7 +82,7 @@ def test_a_brighter_model_wins_and_the_numbers_follow_from_the_pictures(
 def test_wins_ties_and_losses_are_counted() -> None:
     found = statistics(base=[0.0, 1.0, 2.0, 3.0], aligned=[1.0, 1.0, 1.0, 4.0])
     assert (found["wins"], found["ties"], found["losses"]) == (2, 1, 1)
-    assert found["win_rate"] == wilson_interval(2.5, 4).as_dict()
+    assert found["win_rate"] == wilson_interval(2.5, 4)._asdict()
     assert found["base"] == {"mean": 1.5, "median": 1.5} and found["aligned"] == {"mean": 1.75, "median": 1.0}
 
 
@@ -125,7 +126,7 @@ def test_an_interrupted_evaluation_ends_with_the_same_pictures(
     damaged = tmp_path / "parts" / "base" / "00006.png"
     whole_file = damaged.read_bytes()
     damaged.write_bytes(whole_file[:40])
-    with pytest.warns(UserWarning, match=r"00006\.png is damaged, and drawn again"):
+    with pytest.warns(UserWarning, match=r"00006\.png is damaged, and sampled again"):
         again = evaluate(models, tmp_path / "parts")
     assert calls == [3, 3, 1, 3, 3, 3, 1, 3, 1]
     assert again == whole

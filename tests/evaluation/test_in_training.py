@@ -168,12 +168,12 @@ def test_lora_in_bf16(workspace: Path) -> None:
 
 
 # Five samples are two batches: 1 and 2 of the base, 3 and 4 after step 2, 5 and 6 after step 4.
-@pytest.mark.parametrize(("what", "fatal", "left"), [("sample", 6, [0, 2]), ("save_checkpoint", 2, [0, 2, 4])])
+@pytest.mark.parametrize(("what", "fatal", "left"), [("sample_images", 6, [0, 2]), ("save_checkpoint", 2, [0, 2, 4])])
 def test_interrupted_and_resumed(
     workspace: Path, what: str, fatal: int, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(workspace, "whole")
-    module = in_training if what == "sample" else loop
+    module = in_training if what == "sample_images" else loop
     function, count = getattr(module, what), 0
 
     def interrupted(*arguments: Any, **options: Any) -> Any:

@@ -1,5 +1,0 @@
-import sys
-
-from fastinvdpo.cli import main
-
-sys.exit(main())
