@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -44,12 +44,6 @@ def _expanded(name: str, value: Any) -> Any:
         return [_expanded(name, one) for one in value]
     is_path = isinstance(value, Path) or (isinstance(value, str) and name in _PATHS_AS_TEXT)
     return type(value)(expand_path(str(value), name)) if is_path else value
-
-
-Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.", callback=quiet)]
-PairsPath: TypeAlias = Annotated[
-    str, typer.Argument(help="Pairs in any format that training reads.", show_default=False)
-]
 
 
 def with_checkpoint(name: str, prefix: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
