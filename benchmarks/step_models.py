@@ -100,7 +100,7 @@ SIZES = {
 
 
 class RandomModel(StableDiffusionModel):
-    """A UNet with random weights, the same each time; an image is the number of a random latent."""
+    """A UNet with random weights, the same each time; the one pixel of an image is the number of a random latent."""
 
     def __init__(self, size: Size) -> None:
         diffusers = require("diffusers", extra="train", purpose="the networks to measure")
@@ -116,7 +116,7 @@ class RandomModel(StableDiffusionModel):
         return ()
 
     def encode_images(self, images: Sequence[Any], posterior: Tensor | None = None) -> Tensor:
-        return torch.stack([self._random(7 + image, self._size.latents) for image in images])
+        return torch.stack([self._random(7 + image.getpixel((0, 0)), self._size.latents) for image in images])
 
     def encode_prompts(self, prompts: Sequence[str], *, geometry: Any = None) -> dict[str, Tensor]:
         seeds = [len(prompt) for prompt in prompts]
@@ -143,8 +143,8 @@ class RandomPairs:
         return self._pairs
 
     def pair(self, i: int, draw: int) -> Pair:
-        winner: Any = 2 * i  # what RandomModel takes for an image
-        loser: Any = 2 * i + 1
+        image = require("PIL.Image", extra="train", purpose="the pairs to measure")
+        winner, loser = (image.new("I", (1, 1), number) for number in (2 * i, 2 * i + 1))
         geometry = ImageGeometry((0, 0), (0, 0), (0, 0))
         loser_score = 0.20 + 0.01 * (i % 3)
         return Pair(winner, loser, "x" * (1 + i), 0.25, loser_score, i, f"{i}w", f"{i}l", geometry, geometry)

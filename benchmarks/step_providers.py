@@ -99,6 +99,8 @@ def build_case(
         settings["method.num_inference_steps"] = num_inference_steps
     if SIZES[size].mixed_precision == "bf16":
         settings["model.reference_dtype"] = "bf16"
+    overridden = {override.partition("=")[0] for override in overrides}
+    settings = {key: value for key, value in settings.items() if key not in overridden}
     config = files.load_config(None, [*(f"{key}={value}" for key, value in settings.items()), *overrides])
     if config.method.name != method or config.training.batch_size != pairs:
         raise invalid("--override", list(overrides), "changes method or pairs", "use --method and --pairs")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from fastinvdpo import NoiseSchedule, PairBatch, build_objective, cli
@@ -23,10 +22,7 @@ from fastinvdpo.methods.losses import preference_probability, smoothed_pair_weig
 from tests import documentation
 from tests.cases import SD_SCHEDULER
 from tests.data import test_documentation as data_page
-from tests.data.test_pairs import row, store
 from tests.evaluation import test_documentation as evaluation_page
-from tests.evaluation import tiny_clip
-from tests.models import tiny
 
 OTHER_TESTS = {"docs/data.md": data_page.COMMANDS, "docs/evaluation.md": evaluation_page.COMMANDS}
 
@@ -65,22 +61,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the files that the pages name."""
-    root = tmp_path_factory.mktemp("documentation")
-    tiny.sd_pipeline().save_pretrained(root / "base", safe_serialization=True)
-    tiny_clip.write_clip(root / "pickscore")
-    (root / "prompts.txt").write_text("a cat\na red cube\n")
-    store(root / "pairs.parquet", [row(i) for i in range(4)])
-    run = {
-        "method": {"name": "inversion-dpo", "num_inference_steps": 2},
-        "model": {"path": "base", "lora": {"rank": 2}},
-        "data": {"path": "pairs.parquet", "resolution": 16},
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
-        "training": {"steps": 2},
-        "output": {"directory": "run", "tensorboard": False},
-    }
-    (root / "run.yaml").write_text(yaml.safe_dump(run))
-    return root
+    method = {"name": "inversion-dpo", "num_inference_steps": 2}
+    return documentation.write_place(tmp_path_factory.mktemp("documentation"), method=method)
 
 
 def arguments_of(command: str) -> list[str]:

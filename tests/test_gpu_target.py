@@ -70,14 +70,11 @@ def test_everything_is_run_and_a_pass_names_the_line_to_delete(on_gpu, capsys: p
     assert all(f"{backend} passed everything: its line" in shown for backend in dispatch.UNPROVEN)
 
 
-def test_every_file_it_names_exists_and_nothing_is_left_out() -> None:
-    named = {word for part in target.parts(None, []) for word in part.command if word.startswith("tests/")}
+def test_every_file_it_names_exists_nothing_is_left_out_and_huge_tests_run_by_themselves() -> None:
+    chosen = target.parts(None, [])
+    named = {word for part in chosen for word in part.command if word.startswith("tests/")}
     assert len(named) == 5 and all((ROOT / name).exists() for name in named)
     assert {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")} <= {Path(name).name for name in named}
-
-
-def test_huge_tests_run_by_themselves() -> None:
-    chosen = target.parts(None, [])
     assert [part.what for part in chosen if part.alone] == ["huge", "huge"] == [part.what for part in chosen[-2:]]
     kernels = [part.command for part in chosen if part.what == "kernels"]
     assert len(kernels) == 2 and all(f"not ({target.HUGE})" in command for command in kernels)
@@ -106,27 +103,20 @@ def test_what_fails_or_cannot_run_fails_the_whole(on_gpu, capsys: pytest.Capture
     assert "cuda: kernels           NOT RUN: not here, says the test" in shown and "cuda passed everything" not in shown
 
 
-def test_without_compute_sanitizer_it_fails_and_says_so(
+def test_what_is_missing_fails_the_whole_and_is_named(
     on_gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_gpu()
+    ran, find_spec = on_gpu(), importlib.util.find_spec
     monkeypatch.setattr(target, "find_sanitizer", lambda: None)
     assert target.main([]) == 1
     assert "cuda: memcheck          NOT RUN: there is no compute-sanitizer" in capsys.readouterr().out
-    ran = on_gpu()
     ran.clear()
     assert target.main(["--no-sanitizer"]) == 0
     assert not {"memcheck", "racecheck"} & {part.what for part in ran}
     assert "passed everything" not in capsys.readouterr().out  # it was not everything
-
-
-def test_without_the_train_extra_the_rest_is_run(on_gpu, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    ran, find_spec = on_gpu(), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
-    assert target.main([]) == 1
-    shown = capsys.readouterr().out
-    assert "all: trainer            NOT RUN: diffusers missing" in shown and "cuda passed everything" in shown
-    assert "trainer" not in {part.what for part in ran} and len(ran) == 12
+    assert target.main(["--no-sanitizer"]) == 1
+    assert "all: trainer            NOT RUN: diffusers missing" in capsys.readouterr().out
 
 
 def test_what_it_runs_imports_torch_triton_numpy_and_pytest_alone() -> None:

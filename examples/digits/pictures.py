@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.page import AFTER, DPI, histogram, new_figure
 
 if TYPE_CHECKING:
@@ -38,9 +37,6 @@ def save_grid(
 
     ``before``, ``after`` and ``captions`` have one length; ``columns`` of them make a band of two rows.
     """
-    if not len(before) == len(after) == len(captions) > 0:
-        sizes = (len(before), len(after), len(captions))
-        raise invalid("after", sizes, "is not paired with before and captions", "pass one of each per picture")
     numpy = require("numpy", extra="train", purpose="drawing the report")
     width, height = before[0].size
     bands = -(-len(before) // columns)
@@ -73,8 +69,6 @@ def save_curves(
     title: str = "",
 ) -> None:
     """Curves over the optimizer steps of ``history``, and histograms of the samples' rewards (before, after)."""
-    if not history:
-        raise invalid("history", history, "is empty", "pass the history of a training run")
     figure = new_figure((3.2 * (len(keys) + 1), 2.8))
     *curves, last = figure.subplots(1, len(keys) + 1)
     steps = [row["step"] for row in history]

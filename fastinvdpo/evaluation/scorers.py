@@ -149,39 +149,36 @@ class Clip:
 
 
 class ClipScorer:
-    """Scores that are a function of the cosine between CLIP's embeddings of image and caption.
+    """Scores that follow from CLIP's embeddings.
 
-    - ``pickscore``: ``exp(logit_scale)·cos`` (Pick-a-Pic, arXiv 2305.01569); the published scale is 100. SmPO's code
-      takes the bare cosine, so that its κ of 0.16658 is 16.658 here.
+    - ``pickscore``: ``exp(logit_scale)·cos`` of image and caption (Pick-a-Pic, arXiv 2305.01569); the published scale
+      is 100. SmPO's code takes the bare cosine, so that its κ of 0.16658 is 16.658 here.
     - ``hps``: ``100·cos`` (HPSv2, arXiv 2306.09341).
     - ``clip``: ``max(100·cos, 0)`` (CLIPScore, arXiv 2104.08718, with 100 in the place of 2.5).
+    - ``aesthetic``: LAION's predictor, a head on the image's embedding, whatever the caption.
     """
 
-    def __init__(self, kind: str, clip: Clip, name: str, batch_size: int) -> None:
+    def __init__(self, kind: str, clip: Clip, name: str, batch_size: int, head: str | None = None) -> None:
         self.name, self.batch_size = name, batch_size
         self._kind, self._clip = kind, clip
         self._scale = clip.scale if kind == "pickscore" else 100.0
         self.key: dict[str, Any] = {"kind": kind, **clip.key}
-
-    def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
-        distinct = list(dict.fromkeys(captions))
-        texts = self._clip.embed_captions(distinct)[[distinct.index(caption) for caption in captions]]
-        scores = self._scale * (self._clip.embed_images(images) * texts).sum(-1)
-        return (scores.clamp(min=0) if self._kind == "clip" else scores).cpu()
-
-
-class AestheticScorer:
-    """A head on CLIP's normalized image embedding, which does not look at the caption: LAION's aesthetic predictor."""
-
-    def __init__(self, clip: Clip, head: str, name: str, batch_size: int) -> None:
-        self.name, self.batch_size = name, batch_size
-        self._clip, self._head = clip, load_head(head, clip.width).to(clip.device)
-        self.key: dict[str, Any] = {"kind": "aesthetic", "head": Digests().of([Path(head)]), **clip.key}
+        self._head = None
+        if head is not None:
+            self._head = load_head(head, clip.width).to(clip.device)
+            self.key["head"] = Digests().of([Path(head)])
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
-        scores: Tensor = self._head(self._clip.embed_images(images)).squeeze(-1)
-        return scores.cpu()
+        embedded = self._clip.embed_images(images)
+        scores: Tensor
+        if self._head is not None:
+            scores = self._head(embedded).squeeze(-1)
+            return scores.cpu()
+        distinct = list(dict.fromkeys(captions))
+        texts = self._clip.embed_captions(distinct)[[distinct.index(caption) for caption in captions]]
+        scores = self._scale * (embedded * texts).sum(-1)
+        return (scores.clamp(min=0) if self._kind == "clip" else scores).cpu()
 
 
 def load_head(path: str, width: int) -> nn.Module:
@@ -230,10 +227,10 @@ def open_scorer(spec: str, *, batch_size: int = 32, device: str | torch.device =
     """
     kind, path, options = parse_spec(spec)
     name, below = options.pop("name", kind), options.pop("clip", AESTHETIC_CLIP)
-    if kind == "aesthetic":
-        return AestheticScorer(Clip(below, **options, device=device), path, name, batch_size)
+    head = path if kind == "aesthetic" else None
     fallback = PICKSCORE_PROCESSOR if kind == "pickscore" else None
-    return ClipScorer(kind, Clip(path, **options, fallback=fallback, device=device), name, batch_size)
+    clip = Clip(path if head is None else below, **options, fallback=fallback, device=device)
+    return ClipScorer(kind, clip, name, batch_size, head)
 
 
 def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
