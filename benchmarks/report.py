@@ -1,27 +1,14 @@
-"""Results for people: tables as plain text and a plot."""
+"""Results for people: tables as plain text."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
-
-from fastinvdpo._extras import require
 
 from .results import Result, summary
 
 Row = dict[str, Any]
-
-_COLORS = {
-    "eager": "tab:gray",
-    "compile": "tab:olive",
-    "reference": "tab:brown",
-    "native": "tab:blue",
-    "triton": "tab:green",
-    "cuda": "tab:red",
-}
 
 
 def table(headers: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -117,43 +104,3 @@ def comparison(compared: Sequence[Result], new: Result, old: Result) -> str:
 
 def _where(result: Result) -> str:
     return f"{(result['commit'] or 'no commit')[:9]} ({result['date'][:16]})"
-
-
-def plot(result: Result, path: Path) -> Path | None:
-    """GB/s over bytes moved, one panel for each op, mode and dtype, with the copy bandwidth as the roof, as PNG.
-
-    Wrong results are plotted as crosses. Returns the path; None when there is nothing to plot.
-    """
-    rows = result["results"]
-    if not rows:
-        return None
-    figure_module = require("matplotlib.figure", extra="train", purpose="the plot of the results")
-    panels = list(dict.fromkeys((row["op"], row["mode"], row["dtype"]) for row in rows))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = figure_module.Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axis, panel in zip(axes, panels, strict=False):
-        inside = [row for row in rows if (row["op"], row["mode"], row["dtype"]) == panel]
-        for provider in dict.fromkeys(row["provider"] for row in inside):
-            points = sorted(
-                (row["bytes"], row["gbps"], row["correct"]) for row in inside if row["provider"] == provider
-            )
-            sizes, speeds, _ = zip(*points, strict=True)
-            axis.plot(sizes, speeds, marker="o", markersize=3, color=_COLORS[provider], label=provider)
-            wrong = [point for point in points if not point[2]]
-            axis.scatter([point[0] for point in wrong], [point[1] for point in wrong], marker="x", s=80, color="black")
-        if result["copy_gbps"] is not None:
-            axis.axhline(result["copy_gbps"]["median"], color="black", linestyle="--", linewidth=1, label="copy")
-        axis.set(title=" ".join(panel), xscale="log", xlabel="bytes read and written at least", ylabel="GB/s")
-        decades = [math.log10(row["bytes"]) for row in inside]
-        axis.set_xlim(10 ** math.floor(min(decades)), 10 ** math.ceil(max(decades) + 1e-9))  # so that labels are few
-        axis.set_ylim(bottom=0)
-        axis.xaxis.set_minor_formatter("")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    figure.suptitle(f"{result['device']['name']}, torch {result['versions']['torch']}", fontsize=10)
-    figure.savefig(path, dpi=110)
-    return path

@@ -1,7 +1,7 @@
 """The command: ``python -m benchmarks.run`` in a checkout, ``fastinvdpo bench`` everywhere.
 
-Measures every case that ``--filter`` leaves. After each it prints a table and writes the results so far as JSON; at the
-end it makes a plot, where there is matplotlib. torch is enough for the rest.
+Measures every case that ``--filter`` leaves. After each it prints a table and writes the results so far as JSON.
+Needs torch alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", default=",".join(registry.PROVIDERS), help="of these, comma-separated")
     parser.add_argument("--device", default=None, help="cpu or cuda; the GPU where there is one")
     parser.add_argument("--seconds", type=float, default=None, help="to measure each case for (2; 0.3 with --quick)")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of the JSON and the PNG")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="directory of the JSON")
     parser.add_argument("--compare", type=Path, default=None, metavar="OTHER.json", help="show what changed since")
     parser.add_argument("--load", type=Path, default=None, metavar="RESULT.json", help="show this, measure nothing")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -94,12 +94,6 @@ def _run(options: argparse.Namespace) -> int:
     print(*report.notes(result), sep="\n")
     if other is not None:
         print(report.comparison(results.compare(result, other), result, other))
-    try:
-        plot = report.plot(result, path.with_suffix(".png"))
-    except MissingExtra as error:
-        print(error)
-    else:
-        print(f"Plot: {plot}")
     print(f"Results: {path}")
     ours = [row for row in result["results"] if row["provider"] not in registry.BASELINES]
     return 0 if all(row["correct"] for row in ours) else 1

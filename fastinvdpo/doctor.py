@@ -1,6 +1,6 @@
 """``fastinvdpo doctor``: what is installed, which devices and backends there are, and whether the ops compute right.
 
-Needs torch alone, so that it can tell what else is missing.
+Needs torch alone, so that it can say what else is missing.
 """
 
 from __future__ import annotations
@@ -33,13 +33,11 @@ _PAIRS, _SIZE = 3, 64  # of the tensors of a check
 def report() -> dict[str, Any]:
     """Everything the doctor finds, as JSON can hold it.
 
-    Keys: ``fastinvdpo``, ``python``, ``platform``, ``torch`` and ``triton`` (versions; None when absent), ``extras``
-    (extra -> package -> version or None), ``too_old`` (package -> the oldest version that was tried, where an older one
-    is installed), ``devices``, ``cuda`` (available, and the reason when not),
-    ``backend_request``, ``backends`` (op -> device type -> the one chosen, why each of the others is not available, and
-    why ``auto`` skips those that it does although they can run), ``native`` (how the extension was built; None without
-    one), ``warnings`` (what keeps kernels from running that should), ``checks`` (each op, device, dtype and backend
-    that can run against float64) and ``healthy``. Looking for devices initializes CUDA where there is any.
+    Versions are None where a package is absent. ``too_old``: package -> the oldest version that was tried, where an
+    older one is installed. ``backends``: op -> device type -> the one chosen, why each of the others is not available,
+    and why ``auto`` skips those that it does although they can run. ``native``: how the extension was built; None
+    without one. ``warnings``: what keeps kernels from running that should. ``checks``: each op, device, dtype and
+    backend that can run, against float64. Looking for devices initializes CUDA where there is any.
     """
     devices, cuda = _devices()
     device_types = sorted({device["type"] for device in devices})
@@ -151,20 +149,19 @@ def _requirements() -> list[tuple[str, str, str]]:
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     cpu = f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    devices = [{"name": "cpu", "type": "cpu", "description": cpu}]
+    devices, reason = [{"name": "cpu", "type": "cpu", "description": cpu}], None
     if torch.version.cuda is None and torch.version.hip is None:
-        return devices, {"available": False, "reason": f"torch {torch.__version__} was built without CUDA"}
-    if not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} was built without CUDA"
+    elif not torch.cuda.is_available():
         reason = f"torch was built for CUDA {torch.version.cuda}, but finds no usable GPU or driver"
-        return devices, {"available": False, "reason": reason}
-    for index in range(torch.cuda.device_count()):
+    for index in range(0 if reason else torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         description = (
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
         devices.append({"name": f"cuda:{index}", "type": "cuda", "description": description})
-    return devices, {"available": True, "reason": None}
+    return devices, {"available": reason is None, "reason": reason}
 
 
 def _warnings() -> list[str]:
@@ -179,15 +176,18 @@ def _warnings() -> list[str]:
 
 
 def _backends(op: str, device_type: str) -> dict[str, Any]:
-    reasons = {backend: dispatch.unavailable(op, backend, device_type) for backend in dispatch.BACKENDS}
-    unavailable = {backend: reason for backend, reason in reasons.items() if reason is not None}
-    able = {backend: dispatch.skipped(backend, device_type) for backend, reason in reasons.items() if reason is None}
-    skipped = {backend: reason for backend, reason in able.items() if reason is not None}
-    found: dict[str, Any] = {"chosen": None, "error": None, "skipped": skipped, "unavailable": unavailable}
+    unavailable, skipped = dict[str, str](), dict[str, str]()
+    for backend in dispatch.BACKENDS:
+        if reason := dispatch.unavailable(op, backend, device_type):
+            unavailable[backend] = reason
+        elif reason := dispatch.skipped(backend, device_type):
+            skipped[backend] = reason
+    chosen = error = None
     try:
-        return {**found, "chosen": dispatch.choose(op, device_type)}
-    except InvalidInput as error:
-        return {**found, "error": str(error)}
+        chosen = dispatch.choose(op, device_type)
+    except InvalidInput as refusal:
+        error = str(refusal)
+    return {"chosen": chosen, "error": error, "skipped": skipped, "unavailable": unavailable}
 
 
 def _to_check(op: str, device_type: str) -> list[str]:
@@ -209,8 +209,8 @@ def _run_check(op: str, device: str, dtype: torch.dtype, backend: str) -> dict[s
     result: dict[str, Any] = {"op": op, "device": device, "backend": backend, "passed": False, "error": None}
     result |= {"dtype": str(dtype).removeprefix("torch."), "deviation": None, "allowed": None}
     call, summed = _CHECKS[op]
-    draw = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2 * _PAIRS, _SIZE, generator=draw).to(dtype) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2 * _PAIRS, _SIZE, generator=generator).to(dtype) for _ in range(3)]
     with dispatch.use_backend("reference"):
         exact = call(*(tensor.double() for tensor in inputs))
     try:

@@ -51,9 +51,6 @@ def measured(case: Case, providers: tuple[str, ...] = PROVIDERS, mode: str = "fu
     return {row["provider"]: row for row in rows}
 
 
-# Problems
-
-
 @pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "timesteps"), OPS)
 def test_every_provider_is_right_at_tiny_sizes(op: str, timesteps: int, dtype: torch.dtype, quickly: None) -> None:
@@ -84,9 +81,6 @@ def test_moved_bytes_are_those_of_the_tensors() -> None:
     assert row["gbps"] == pytest.approx(row["bytes"] / row["milliseconds"]["median"] / 1e6)
     assert row["percent_of_copy"] == pytest.approx(100 * row["gbps"] / row["copy_gbps"])
     assert set(row["errors"]) == {"loss", "margin"}
-
-
-# Wrong results
 
 
 def with_fused(monkeypatch: pytest.MonkeyPatch, change: Callable[[PreferenceLoss], Tensor]) -> None:
@@ -141,9 +135,6 @@ def test_errors_are_held_to_twice_plain_pytorch() -> None:
     assert suite.allowed("native", errors, problem) == {"gradient": 4 * 2.0**-24}
 
 
-# What cannot run
-
-
 def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, quickly: None) -> None:
     def broken(provider: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
         raise RuntimeError("no compiler here\nand a traceback")
@@ -155,16 +146,10 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, qu
     result = run.run([(tiny(), "full")], ["eager", "compile", "triton"], CPU, 0.0)
     assert [row["provider"] for row in result["results"]] == ["eager"]
     assert "triton" in result["unavailable"]["preference_loss"]["triton"]
+    with registry.context("triton"):  # what auto skips is timed by name
+        assert dispatch.requested() == ("use_backend", "triton")
     assert result["skipped"] == [{"case": f"{tiny()}, compile", "reason": "RuntimeError: no compiler here"}]
     assert any("no compiler here" in note for note in report.notes(result))
-
-
-def test_backends_that_auto_skips_are_timed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "unavailable", lambda *arguments: None)
-    for name in ("triton", "cuda"):
-        assert name in registry.PROVIDERS and registry.unavailable(name, "affine_step", torch.device("cuda")) is None
-        with registry.context(name):
-            assert dispatch.requested() == ("use_backend", name)
 
 
 def test_a_case_that_does_not_fit_or_would_begin_too_late_is_reported(
@@ -177,9 +162,6 @@ def test_a_case_that_does_not_fit_or_would_begin_too_late_is_reported(
     result = run.run(cases[:1], ["eager"], CPU, 0.0)
     assert result["results"] == []
     assert result["skipped"][0]["case"] == str(tiny()) and "GiB are free" in result["skipped"][0]["reason"]
-
-
-# Files
 
 
 @pytest.fixture
@@ -200,8 +182,6 @@ def test_results_survive_the_file_and_hold_what_they_must(result: dict[str, Any]
     for row in result["results"]:
         assert {*results.KEY, "shape", "samples", "peak_bytes", "launches", "errors", "allowed", "correct"} <= set(row)
         assert set(row["milliseconds"]) == {"median", "p20", "p80"}
-    image = report.plot(result, path.with_suffix(".png"))
-    assert image is not None and image.read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "other.json").write_text('{"schema": 0}')
     for name in ("other.json", "missing.json"):
         with pytest.raises(InvalidInput, match="results = "):
@@ -222,7 +202,7 @@ def test_compare_says_what_got_faster(result: dict[str, Any]) -> None:
     assert "eager 2.00x" in report.comparison(compared, result, old)
 
 
-def test_tables_are_plain_text_with_the_times_of_replays_where_there_are_any(result: dict[str, Any]) -> None:
+def test_tables_have_the_times_of_replays_where_there_are_any(result: dict[str, Any]) -> None:
     rows = result["results"][: len(PROVIDERS)]
     title, headers, *lines = "\n".join(report.tables(rows)).strip().splitlines()
     assert title == "preference_loss tiny pairs=3 K=1 float32 full" and "graph" not in headers
@@ -230,10 +210,6 @@ def test_tables_are_plain_text_with_the_times_of_replays_where_there_are_any(res
     row = {**rows[0], "graph_milliseconds": {"median": rows[0]["milliseconds"]["median"] / 2, "p20": 1.0, "p80": 1.0}}
     (shown,) = report.tables([{**row, "percent_of_copy": 40.0}])
     assert "graph ms  graph % copy" in shown and " 80 " in shown
-    assert report.table(("a", "b", "c"), [("long", "", "1")]) == "a     c\nlong  1"
-
-
-# The command
 
 
 def test_every_case_is_listed_once_and_quick_is_a_part() -> None:
@@ -264,7 +240,6 @@ def test_the_command_measures_and_compares(
     arguments += ["--providers", "eager,reference", "--output", str(tmp_path)]
     assert cli.main(arguments) == 0
     (written,) = tmp_path.rglob("*.json")
-    assert written.with_suffix(".png").is_file()
     assert cli.main([*arguments[:1], "--load", str(written), "--compare", str(written)]) == 0
     shown = capfd.readouterr().out
     assert "preference_loss sdxl pairs=1 K=1 float32 full" in shown and "geometric means: eager 1.00x" in shown
@@ -298,18 +273,10 @@ run.main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 7, done.stderr
     assert "[3/3] preference_loss sdxl pairs=1 K=1 float32" in done.stderr
-    assert "the plot of the results needs the package 'matplotlib.figure'" in done.stdout and "Results: " in done.stdout
+    assert "Results: " in done.stdout
     assert not list(tmp_path.rglob("*.part"))
     kept = [len(results.read(path)["results"]) for path in sorted(tmp_path.rglob("*.json"))]
     assert kept == ([6, 2] if len(kept) == 2 else [2])  # one file where both runs began in the same second
-
-
-# Clocks
-
-
-def test_percentiles() -> None:
-    assert measure.percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
-    assert measure.percentiles([7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_tasks_take_turns_and_preparations_come_first(quickly: None) -> None:
@@ -327,6 +294,7 @@ def test_tasks_take_turns_and_preparations_come_first(quickly: None) -> None:
     assert len(orders) == 20
     assert set(orders) == {"aappbb", "ppbbaa"}
     assert all(time > 0 for times in samples.values() for time in times)
+    assert measure.percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
 
 
 def test_replays_are_of_calls_that_were_loaded_and_given_their_arguments_before(
@@ -366,21 +334,6 @@ def test_copies_of_inputs_exceed_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPa
     gpu = torch.device("cuda")
     assert [measure.copies(size, gpu) for size in (2**10, 2**24, 2**28)] == [measure.MOST_COPIES, 13, 1]
     assert measure.copies(2**10, CPU) == 1
-
-
-def test_calls_take_the_copies_in_turn_and_a_backward_those_of_its_forward() -> None:
-    case = Case("preference_loss", "tiny", (2, 6, 5), 3, 1, torch.float32)
-    problems = [registry.OPS["preference_loss"](case, CPU) for _ in range(3)]
-    for number, problem in enumerate(problems, 1):
-        assert isinstance(problem, bench_preference_loss.PreferenceLossProblem)
-        with torch.no_grad():
-            problem.target.add_(number)  # so that their gradients differ
-    expected = [torch.autograd.grad(problem.fused()[0], problem.leaves)[0] for problem in problems]
-    for mode in ("backward", "full"):
-        task = suite._task(problems, [problem.fused for problem in problems], "reference", mode)
-        arguments = task.arguments(6)
-        found = [task.call(*each)[0] for each in arguments]
-        assert all(torch.equal(one, expected[k % 3]) for k, one in enumerate(found))
 
 
 def test_footprint_counts_ops_that_work_and_the_memory_they_hold() -> None:

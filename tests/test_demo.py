@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastinvdpo._examples.digits import base, digits, pictures, run
+from fastinvdpo._examples.digits import base, digits, run
 from fastinvdpo._examples.digits.judge import Judge, frechet_distance
 from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.errors import InvalidInput
@@ -280,14 +280,3 @@ def test_a_second_demo_replaces_the_first_and_uses_a_retrained_base(
     assert control["before"] == real["before"]
     assert control["after"] != real["after"]
     assert json.loads((tmp_path / "summary.json").read_text()) == real
-
-
-def test_grid_shows_before_above_after(tmp_path: Path) -> None:
-    path = tmp_path / "grid.png"
-    before, after = ([Image.new("L", (8, 8), value)] * 3 for value in (0, 200))
-    pictures.save_grid(path, before, after, ["a", "b", "c"], columns=2, title="t")
-    shown = np.asarray(Image.open(path).convert("L")).astype(int)
-    rows_of = {value: np.flatnonzero((shown == value).sum(1) > shown.shape[1] // 4) for value in (0, 200)}
-    assert len(rows_of[0]) > 20
-    assert len(rows_of[200]) > 20
-    assert rows_of[0][0] < rows_of[200][0]

@@ -1,4 +1,4 @@
-"""The demo's judge: reads generated pictures and tells digit, reward under a preference, and distance to real scans."""
+"""The demo's judge of generated images: their digit, reward under a preference, and distance to real scans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastinvdpo._extras import require
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge found in ``n`` pictures: rewards ``(n,)``, share of prompted digits, distance to real scans."""
+    """What the judge found in ``n`` images: rewards ``(n,)``, share of prompted digits, distance to real scans."""
 
     rewards: np.ndarray
     accuracy: float
@@ -28,7 +28,7 @@ class Verdict:
 class Judge:
     """A support-vector classifier of real training scans, and the statistics of the same scans.
 
-    It never sees a generated picture, and ``held_out_accuracy`` says how well it reads real scans that it was not
+    It never sees a generated image, and ``held_out_accuracy`` says how well it reads real scans that it was not
     trained on.
     """
 
@@ -40,13 +40,13 @@ class Judge:
         self.held_out_accuracy = float((self.read(held_out.images) == held_out.labels).mean())
 
     def read(self, images: np.ndarray) -> np.ndarray:
-        """The digit in each picture: int64 ``(n,)`` for uint8 ``(n, 8, 8)``."""
+        """The digit in each image: int64 ``(n,)`` for uint8 ``(n, 8, 8)``."""
         return np.asarray(self._classifier.predict(_features(images)), dtype=np.int64)
 
     def judge(self, preference: str, images: np.ndarray, prompted: Sequence[int] | np.ndarray) -> Verdict:
-        """Reward of every picture under the preference, and the two measures of quality.
+        """Reward of every image under the preference, and the two measures of quality.
 
-        ``slant`` and ``bold`` are measured on the picture itself; ``digit`` is 1 where the classifier reads the
+        ``slant`` and ``bold`` are measured on the image itself; ``digit`` is 1 where the classifier reads the
         prompted digit, else 0.
         """
         prompted = np.asarray(prompted)

@@ -33,14 +33,14 @@ def save_grid(
     columns: int = 10,
     title: str = "",
 ) -> None:
-    """A picture of pairs: above what the base model drew, below what the aligned one drew from the same noise.
+    """An image of pairs: above those of the base model, below those of the aligned one from the same noise.
 
     ``before``, ``after`` and ``captions`` have one length; ``columns`` of them make a band of two rows.
     """
     numpy = require("numpy", extra="train", purpose="drawing the report")
     width, height = before[0].size
     bands = -(-len(before) // columns)
-    # One array for all pictures: axes of their own would take matplotlib seconds. NaN stays white.
+    # One array for all images: axes of their own would take matplotlib seconds. NaN stays white.
     cell, band_height = 1.15 * width, 2.9 * height
     canvas = numpy.full((round(bands * band_height), round(columns * cell)), numpy.nan)
     figure = new_figure((0.8 * columns + 0.6, 2.0 * bands + 0.4))

@@ -60,8 +60,8 @@ def with_checkpoint(name: str, prefix: str = "") -> Callable[[Callable[..., None
         def called(**given: Any) -> None:
             from fastinvdpo.models.base import Origin
 
-            told = {key: given.pop(f"{prefix}{key}") for key in helps}
-            command(**{**given, name: Origin(given[name], **told)})
+            origin = {key: given.pop(f"{prefix}{key}") for key in helps}
+            command(**{**given, name: Origin(given[name], **origin)})
 
         signature = inspect.signature(command, eval_str=True)
         keywords = [

@@ -16,9 +16,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file, make_directory
@@ -30,18 +33,13 @@ from fastinvdpo.evaluation.page import report_page
 from fastinvdpo.evaluation.sampling import Sampling, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, as_json, check_same, has_key, key_hash, plain, read_object, sealed, unsealed
-from fastinvdpo.models import checkpoint_files, load_model, own_guidance, resolve_family
+from fastinvdpo.models import DiffusionModel, checkpoint_files, load_model, own_guidance, resolve_family
 from fastinvdpo.models.adapter_files import adapter_file, merge_adapter, read_adapter, trained_on
 from fastinvdpo.models.base import Origin, check_guidance, check_prompts, part_files
 from fastinvdpo.models.checkpoints import ENCODERS
 from fastinvdpo.models.weights import NETWORKS, weight_files
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.opening import DTYPES
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from fastinvdpo.models import DiffusionModel
 
 SIDES = ("base", "aligned")
 SUMMARY, PAGE, _SETTINGS = "evaluation.json", "report.html", "settings.json"
@@ -215,18 +213,16 @@ def _notes(base: Origin, aligned: Origin, files: dict[str, dict[str, list[Path]]
 
 
 def _any_change(adapter: Path) -> bool:
-    safetensors = require("safetensors.torch", extra="train", purpose="reading a LoRA adapter")
     second = re.compile(r".*(lora_B|lora_up|lora\.up)")
-    return any(bool(tensor.any()) for name, tensor in safetensors.load_file(adapter).items() if second.match(name))
+    return any(bool(tensor.any()) for name, tensor in load_file(adapter).items() if second.match(name))
 
 
 def _same_weights(one: list[Path], other: list[Path], variants: tuple[str | None, str | None]) -> bool:
     """Whether files hold the same numbers; precision, names of files and configurations aside."""
-    safetensors = require("safetensors", extra="train", purpose="comparing weights")
     places: list[dict[str, Any]] = []
     for files, variant in zip((one, other), variants, strict=True):
         chosen, _ = weight_files("model.path", files[0].parent, variant)
-        opened = [safetensors.safe_open(file, "pt") for file in chosen]
+        opened = [safe_open(file, "pt") for file in chosen]
         places.append({name: file for file in opened for name in file.keys()})  # noqa: SIM118
     first, second = places
     return first.keys() == second.keys() and all(

@@ -16,25 +16,23 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastinvdpo.atomic import atomic_directory, atomic_file, make_directory
+from fastinvdpo.config.sections import EvaluationSection
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import check_sampling, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
 from fastinvdpo.io import key_hash, plain, sealed, unsealed
+from fastinvdpo.models import DiffusionModel
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.opening import EVALUATION_FILES
 from fastinvdpo.trainer.random_state import random_state, set_random_state
-
-if TYPE_CHECKING:
-    from fastinvdpo.config.sections import EvaluationSection
-    from fastinvdpo.models import DiffusionModel
 
 Scores = dict[str, list[float]]
 

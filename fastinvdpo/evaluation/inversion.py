@@ -11,12 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import ImageDraw
+from PIL.Image import Image, Resampling
+from PIL.Image import new as new_image
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.data.pairs import PairDataset
@@ -29,9 +32,6 @@ from fastinvdpo.evaluation.sampling import descending_levels, encode_prompt
 from fastinvdpo.models import load_model
 from fastinvdpo.models.base import DiffusionModel, Origin, check_guidance, check_images, check_prompts
 from fastinvdpo.output import OutputDirectory
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _TILE = 128  # smallest side of an image in the overview, in pixels
 _INPUTS = "pass image files, or one parquet file or directory of parquet shards"
@@ -144,21 +144,19 @@ def invert_images(
 
 def overview(model: DiffusionModel, result: InversionResult) -> Image:
     """One row an image: original, inverted noise (decoded as if it were an image), reconstruction."""
-    image_module = require("PIL.Image", extra="train", purpose="drawing the inversion overview")
-    draw_module = require("PIL.ImageDraw", extra="train", purpose="drawing the inversion overview")
     rows = list(zip(result.originals, model.decode_latents(result.latents), result.reconstructions, strict=True))
     width, height = rows[0][0].size
     scale = max(1, math.ceil(_TILE / min(width, height)))
     width, height, margin, header = width * scale, height * scale, 8, 20
     size = (len(_COLUMNS) * (width + margin) + margin, header + len(rows) * (height + margin) + margin)
-    sheet = image_module.new("RGB", size, "white")
-    draw = draw_module.Draw(sheet)
+    sheet = new_image("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(_COLUMNS):
         left = margin + column * (width + margin)
         draw.text((left, margin // 2), title, fill="black")
         for line, row in enumerate(rows):
             # Whole pixels stay whole: an 8x8 digit must not look smooth.
-            tile = row[column].convert("RGB").resize((width, height), image_module.Resampling.NEAREST)
+            tile = row[column].convert("RGB").resize((width, height), Resampling.NEAREST)
             sheet.paste(tile, (left, header + margin + line * (height + margin)))
     return sheet
 
@@ -230,9 +228,8 @@ def run_invert(
         }
         latents = (result.clean_latents, result.latents, result.reconstructed_latents)
         stored = dict(zip(("clean", "inverted", "reconstructed"), latents, strict=True))
-        safetensors = require("safetensors.torch", extra="train", purpose="writing latents")
         with place.file(_LATENTS) as partial:
-            safetensors.save_file({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, partial)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, partial)
         with place.file(_OVERVIEW) as partial:
             overview(model, result).save(partial, "PNG")
         place.write(_REPORT, report)

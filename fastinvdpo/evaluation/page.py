@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastinvdpo._extras import require
 
 DPI = 120
@@ -117,8 +119,7 @@ def _pair(sample: Mapping[str, Any], root: Path) -> str:
 
 def _encoded(path: Path) -> tuple[str, bytes, bool]:
     """``(type, bytes, whether its pixels should stay visible)`` of an image for the page."""
-    module = require("PIL.Image", extra="train", purpose="drawing the report")
-    with module.open(path) as image:
+    with Image.open(path) as image:
         longest = max(image.size)
         if longest <= _LARGEST / 2:
             return "image/png", path.read_bytes(), longest <= 64

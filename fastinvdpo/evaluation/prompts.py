@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyarrow import ArrowException, parquet
+
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.records import json_lines, parsed
@@ -73,8 +75,6 @@ def _entry(entry: Any, where: str, column: str | None) -> Any:
 
 
 def _column(path: Path, column: str | None) -> list[Any]:
-    arrow = require("pyarrow", extra="train", purpose="reading prompts")
-    parquet = require("pyarrow.parquet", extra="train", purpose="reading prompts")
     found: list[Any] = []
     for file in files_of(path, ".parquet"):
         try:
@@ -83,7 +83,7 @@ def _column(path: Path, column: str | None) -> list[Any]:
             found += table.read(columns=[chosen]).column(chosen).to_pylist()
         except InvalidInput:
             raise
-        except (OSError, ValueError, arrow.ArrowException) as error:
+        except (OSError, ValueError, ArrowException) as error:
             raise invalid("prompts", str(file), f"cannot be read as parquet ({error})", _REMEDY) from error
     return found
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
+from fastinvdpo.config.sections import EvaluationSection
 from fastinvdpo.diffusion.prompt import Prompt, evaluate
 from fastinvdpo.diffusion.schedule import affine_coefficients, stack_coefficients
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import DiffusionModel
 from fastinvdpo.ops import affine_step, philox
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from fastinvdpo.config.sections import EvaluationSection
 
 # Keeps the initial noise apart from the random streams of training under the same seed.
 STREAM_SAMPLING = 1 << 20
@@ -48,17 +44,9 @@ def sample_images(
     settings: Sampling | EvaluationSection,
 ) -> list[Image]:
     """The images that ``network`` makes of some prompts of a list, which stand at ``places`` of it."""
-    latents = sample(
-        model,
-        network,
-        prompts,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        places=places,
-    )
-    return model.decode_latents(latents)
+    names = ("num_inference_steps", "guidance_scale", "seed", "batch_size")
+    options = {name: getattr(settings, name) for name in names}
+    return model.decode_latents(sample(model, network, prompts, places=places, **options))
 
 
 @torch.no_grad()

@@ -8,18 +8,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from PIL.Image import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import Digests, expand_path
 from fastinvdpo.models.weights import check_loaded
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"
@@ -352,10 +351,8 @@ def _read_head(file: Path) -> Mapping[str, Tensor]:
     if not file.is_file():
         raise invalid("scorer", str(file), "is no file", "name the file of the aesthetic head")
     try:
-        if file.suffix == ".safetensors":
-            state = require("safetensors.torch", extra="train", purpose="reading an aesthetic head").load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        own = file.suffix == ".safetensors"
+        state: Any = load_file(file) if own else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         problem = f"cannot be read ({type(error).__name__}: {error})"
         raise invalid("scorer", str(file), problem, _HEAD_REMEDY) from error

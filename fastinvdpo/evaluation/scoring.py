@@ -16,12 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from PIL.Image import Image
+from pyarrow import ArrowException, parquet
 
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file, make_directory, prepare_folder
+from fastinvdpo.config.sections import DataSection
+from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, check_list, entry, jsonl
 from fastinvdpo.data.content import columns_of, content_of
 from fastinvdpo.data.images import decode
@@ -30,17 +34,10 @@ from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.scored_table import write_scored
-from fastinvdpo.evaluation.scorers import check_scorers, in_batches
+from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, check_same, key_hash, plain, sealed, unsealed
 from fastinvdpo.output import MARK, OutputDirectory
 from fastinvdpo.trainer.opening import open_data_source
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from fastinvdpo.config.sections import DataSection
-    from fastinvdpo.data import PairSource
-    from fastinvdpo.evaluation.scorers import Scorer
 
 FORMAT = 2  # 1: with a digest of the files
 ROWS_PER_PART = 256
@@ -270,7 +267,7 @@ def _columns(scorers: Sequence[Scorer], named: bool, taken: Sequence[str]) -> di
         columns[name] = (f"{prefix}0", f"{prefix}1")
         for column in columns[name]:
             if column in taken:
-                remedy = "ask for columns with names (--named), or give the scorer another one with the option name"
+                remedy = "pass --named for columns with names, or give the scorer another one with the option name"
                 raise invalid("scorer", name, f"the data has a column {column!r} already", remedy)
     return columns
 
@@ -344,11 +341,9 @@ def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
     """The result that is there already. Raises ``InvalidInput`` where something else is."""
     if not output.exists():
         return None
-    parquet = require("pyarrow.parquet", extra="train", purpose="writing preference pairs")
-    arrow = require("pyarrow", extra="train", purpose="writing preference pairs")
     try:
         found = json.loads((parquet.read_metadata(output).metadata or {})[METADATA])
-    except (OSError, KeyError, ValueError, arrow.ArrowException):
+    except (OSError, KeyError, ValueError, ArrowException):
         remedy = "name another output, or delete it"
         raise invalid("output", str(output), "is there, and fastinvdpo score did not write it", remedy) from None
     check_same("output", output, found["key"], key)

@@ -17,9 +17,8 @@ from PIL import Image
 
 from fastinvdpo import cli
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.evaluation import comparing
+from fastinvdpo.evaluation import comparing, metrics
 from fastinvdpo.evaluation.comparing import compare, parse_sampling
-from fastinvdpo.evaluation.metrics import wilson_interval
 from fastinvdpo.evaluation.sampling import Sampling
 from fastinvdpo.evaluation.scorers import FunctionScorer, check_scorers, open_scorers
 from fastinvdpo.models.base import Origin
@@ -55,7 +54,7 @@ def test_equal_models_tie_everywhere(models: tuple[Path, Path], tmp_path: Path) 
     found = summary["scorers"]["brightness"]
     assert np.array_equal(pixels(tmp_path, "base"), pixels(tmp_path, "aligned"))
     assert (found["wins"], found["ties"], found["losses"]) == (0, len(PROMPTS), 0)
-    assert found["win_rate"] == wilson_interval(len(PROMPTS) / 2, len(PROMPTS))._asdict()
+    assert found["win_rate"] == metrics.wilson_interval(len(PROMPTS) / 2, len(PROMPTS))._asdict()
     assert found["win_rate"]["mean"] == 0.5
     assert found["base"] == found["aligned"]
     (note,) = summary["notes"]
@@ -74,7 +73,7 @@ def test_a_brighter_model_wins_the_numbers_follow_from_the_images_and_these_are_
     for side, scores in (("base", base), ("aligned", aligned)):
         assert numbers[side] == pytest.approx({"mean": scores.mean(), "median": np.median(scores)}, rel=1e-12)
         assert [sample["scores"]["brightness"][side] for sample in found["samples"]] == scores.tolist()
-    assert numbers["win_rate"] == wilson_interval(len(PROMPTS), len(PROMPTS))._asdict()
+    assert numbers["win_rate"] == metrics.wilson_interval(len(PROMPTS), len(PROMPTS))._asdict()
     assert (numbers["wins"], numbers["ties"], numbers["losses"]) == (len(PROMPTS), 0, 0)
     assert [sample["prompt"] for sample in found["samples"]] == PROMPTS
     assert [sample["aligned"] for sample in found["samples"]] == [f"aligned/{place:05d}.png" for place in range(7)]
@@ -317,3 +316,39 @@ def test_bad_scorers(specs: list[str], message: str) -> None:
 
 def test_a_scorer_of_ones_own_is_taken_as_it_is() -> None:
     assert check_scorers([SCORER]) == open_scorers(["tests.evaluation.test_comparing:SCORER"]) == [SCORER]
+
+
+@pytest.mark.parametrize(("wins", "trials"), [(0, 7), (7, 7), (300, 300), (1, 300), (150, 300), (271, 300)])
+def test_wilson_interval_equals_scipy(wins: int, trials: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(wins, trials).proportion_ci(0.95, method="wilson")
+    found = metrics.wilson_interval(wins, trials)
+    assert (found.ci_low, found.ci_high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert found.mean == wins / trials
+    assert 0 <= found.ci_low <= found.mean <= found.ci_high <= 1
+
+
+def test_win_rate_counts_ties_half_and_is_antisymmetric() -> None:
+    before, after = [0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 4.0]
+    there, back = metrics.win_rate(after, before), metrics.win_rate(before, after)
+    assert there.mean == (2 + 0.5) / 4
+    assert tuple(there) == pytest.approx((1 - back.mean, 1 - back.ci_high, 1 - back.ci_low))
+    found = metrics.statistics(base=before, aligned=after)
+    assert (found["wins"], found["ties"], found["losses"], found["win_rate"]) == (2, 1, 1, there._asdict())
+    assert found["base"] == {"mean": 1.5, "median": 1.5} and found["aligned"] == {"mean": 1.75, "median": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: metrics.wilson_interval(3, 0), "successes"),
+        (lambda: metrics.wilson_interval(4, 3), "successes"),
+        (lambda: metrics.win_rate([1.0, 2.0], [1.0]), "after"),
+        (lambda: metrics.win_rate([], []), "after"),
+        (lambda: metrics.win_rate([float("nan")], [1.0]), "after"),
+    ],
+)
+def test_bad_statistics(call: Any, argument: str) -> None:
+    with pytest.raises(InvalidInput, match=argument):
+        call()
