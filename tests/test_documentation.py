@@ -171,13 +171,13 @@ def table(page: str, heading: str) -> list[list[str]]:
 
 
 class Counted:
-    """A network that predicts one fixed noise and counts the samples it is asked about."""
+    """A network that predicts one fixed noise and counts the samples of its forward passes."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
 
     def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        self.asked["with" if torch.is_grad_enabled() else "without"] += len(latents)
+        self.seen["with" if torch.is_grad_enabled() else "without"] += len(latents)
         return torch.ones_like(latents)
 
 
@@ -192,7 +192,7 @@ def evaluations_per_pair(method: str, **options: Any) -> tuple[float, float]:
     )
     draws = Draws(timesteps=torch.arange(1000)) if method != "inversion-dpo" else Draws()
     build_objective(method, schedule, **options)(network, network, batch, seed=0, draws=draws)
-    return network.asked["with"] / pairs, network.asked["without"] / pairs
+    return network.seen["with"] / pairs, network.seen["without"] / pairs
 
 
 COSTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -214,7 +214,7 @@ def test_network_evaluations_of_a_pair() -> None:
         assert float(relative) == pytest.approx(cost, rel=0.02), name
     for name, (method, options) in COSTS.items():
         assert found[name] == pytest.approx(evaluations_per_pair(method, **options), abs=0.005), name
-    # From a cache the reference costs nothing, and the policy is asked at the sampled levels alone.
+    # From a cache the reference costs nothing, and the policy passes at the sampled levels alone.
     whole = found["inversion-dpo, N = 80, guidance 2"]
     assert found["the same, from a cache"] == (whole[0], 0)
     assert found["the same, timesteps_per_step: 4"] == (4 / 80 * whole[0], 0)

@@ -152,7 +152,7 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_run_writes_latents_picture_and_report(directory: Path, files: list[Path], tmp_path: Path) -> None:
+def test_run_writes_latents_image_and_report(directory: Path, files: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = run_invert("digits", directory, files, output=out, prompts=["a handwritten one"], num_inference_steps=5)
     assert json.loads((out / "report.json").read_text()) == report
@@ -244,7 +244,6 @@ def test_bad_runs_leave_nothing_behind(directory: Path, files: list[Path], tmp_p
         ({"output": files[0]}, "output = .*is what the run reads"),
         ({"family": "gan"}, r"model\.family = 'gan'"),
         ({"path": tmp_path / "nowhere"}, r"model\.path = "),
-        ({"num_inference_steps": 0}, "num_inference_steps = 0"),
         ({"num_inference_steps": 4000}, "num_inference_steps = 4000"),
     ]
     for change, message in cases:

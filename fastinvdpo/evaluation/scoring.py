@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -56,7 +56,6 @@ class ScoreResult:
     Attributes:
         rows: rows of the data; pairs: those that are in the output. broken: the others, by cause.
         columns: of every scorer. ranges: κ of every scorer, over the pairs in the output.
-        computed: parts that this call computed.
     """
 
     output: Path
@@ -65,7 +64,6 @@ class ScoreResult:
     broken: dict[str, int]
     columns: dict[str, tuple[str, str]]
     ranges: dict[str, ScoreRange]
-    computed: int = 0
 
     def __str__(self) -> str:
         left_out = f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})"
@@ -144,12 +142,11 @@ def score_pairs(
             check_same("output", parts, manifest["key"], key)
         with atomic_file(parts / _MANIFEST) as temporary:
             temporary.write_text(json.dumps(sealed({"key": key, "files": digests.remembered})))
-        bad, found, computed = BrokenRows(max_broken, len(source)), [], 0
-        for part, new in _parts(source, scorers, parts, key_hash(key), progress):
+        bad, found = BrokenRows(max_broken, len(source)), []
+        for part in _parts(source, scorers, parts, key_hash(key), progress):
             for line in part.broken:
                 bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
             found.append(part)
-            computed += new
         result, scores, labels = _assembled(source, output, columns, found, bad, relabel)
         description = {
             **{"key": final, "rows": result.rows, "pairs": result.pairs, "broken": result.broken},
@@ -165,7 +162,7 @@ def score_pairs(
         with atomic_file(output, new=True) as temporary:
             write_scored(source, temporary, rows, scores, labels, {METADATA: json.dumps(description).encode()})
         begun.remove()
-    return replace(result, computed=computed)
+    return result
 
 
 @dataclass(frozen=True)
@@ -180,21 +177,20 @@ class _Part:
 
 def _parts(
     source: PairSource, scorers: Sequence[Scorer], directory: Path, identity: str, progress: bool
-) -> Iterator[tuple[_Part, bool]]:
-    """All parts in order, and whether they are new."""
+) -> Iterator[_Part]:
+    """All parts in order; those that are missing are computed."""
     tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
     starts = range(0, len(source), ROWS_PER_PART)
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in tqdm(starts, desc="scoring", unit=f"part of {ROWS_PER_PART} rows", disable=not progress):
             path = directory / f"part-{start // ROWS_PER_PART:06d}.json"
             part = _read_part(path, identity)
-            new = part is None
             if part is None:
                 rows = range(start, min(start + ROWS_PER_PART, len(source)))
                 part = _Part(identity, *_scored(source, scorers, rows, threads))
                 with atomic_file(path) as temporary:
                     temporary.write_text(json.dumps(sealed(asdict(part))))
-            yield part, new
+            yield part
 
 
 def _scored(

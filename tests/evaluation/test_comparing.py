@@ -1,4 +1,4 @@
-"""`fastinvdpo evaluate`: numbers that follow from saved pictures, which are reused; what an aligned model may be."""
+"""`fastinvdpo evaluate`: numbers that follow from saved images, which are reused; what an aligned model may be."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_brighter_model_wins_the_numbers_follow_from_the_images_and_these_are_
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")} == stamps
 
 
-def test_an_interrupted_evaluation_ends_with_the_same_pictures(
+def test_an_interrupted_evaluation_ends_with_the_same_images(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(models, tmp_path / "whole")
@@ -120,7 +120,7 @@ def test_an_interrupted_evaluation_ends_with_the_same_pictures(
         assert np.array_equal(pixels(tmp_path / "parts", side), pixels(tmp_path / "whole", side))
 
 
-def test_every_flipped_bit_of_a_picture_is_found(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_flipped_bit_of_an_image_is_found(models: tuple[Path, Path], tmp_path: Path) -> None:
     """Or it changes no pixel."""
     evaluate(models, tmp_path / "run")
     file = tmp_path / "run" / "aligned" / "00001.png"
@@ -140,7 +140,7 @@ def test_every_flipped_bit_of_a_picture_is_found(models: tuple[Path, Path], tmp_
         evaluate(models, tmp_path / "run")
 
 
-def test_pictures_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_images_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     evaluate(models, tmp_path)
     with pytest.raises(InvalidInput, match=r"different are num_inference_steps \(3 there, 4 here\), seed \(0 .*1 here"):
         evaluate(models, tmp_path, Sampling(num_inference_steps=4, guidance_scale=1.0, seed=1))

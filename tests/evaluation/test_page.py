@@ -74,7 +74,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_report_holds_every_value_and_picture(root: Path) -> None:
+def test_the_report_holds_every_value_and_image(root: Path) -> None:
     summary = json.loads((root / "out" / "evaluation.json").read_text())
     page = Page((root / "out" / "report.html").read_text("utf-8"))
     rows = [page.cells[start : start + 7] for start in range(0, len(page.cells), 7)]
@@ -114,7 +114,7 @@ def test_a_browser_fetches_nothing(root: Path) -> None:
     assert policy is not None and "default-src 'none'" in policy and "img-src data:" in policy
 
 
-def test_a_large_picture_is_scaled_down(tmp_path: Path) -> None:
+def test_a_large_image_is_scaled_down(tmp_path: Path) -> None:
     Image.effect_noise((1024, 768), 40).convert("RGB").save(tmp_path / "large.png")
     kind, data, small = _encoded(tmp_path / "large.png")
     assert (kind, small) == ("image/jpeg", False)
