@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from fastinvdpo import cli
@@ -83,6 +83,7 @@ def test_a_brighter_model_wins_the_numbers_follow_from_the_images_and_these_are_
 
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
     monkeypatch.setattr(comparing, "load_model", refuse)
+    monkeypatch.setattr(comparing, "open_aligned", refuse)
     assert evaluate(models, tmp_path) == found
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")} == stamps
 
@@ -208,32 +209,6 @@ def test_weights_that_are_there_as_a_variant_and_guidance_by_default(tmp_path: P
     aligned = Origin(tmp_path / "same", variant="fp16")
     found = compare(base, aligned, *command, sampling=Sampling(num_inference_steps=1))
     assert found["guidance_scale"] == 5.0
-
-
-def test_stable_diffusion_with_an_adapter_in_diffusers_format(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model_state_dict
-
-    pipeline = tiny_models.sd_pipeline()
-    pipeline.save_pretrained(tmp_path / "base", safe_serialization=True)
-    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
-    torch.manual_seed(3)
-    for name, parameter in pipeline.unet.named_parameters():
-        if ".lora_" in name:
-            torch.nn.init.normal_(parameter)
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipeline.unet))
-    pipeline.unet.delete_adapters("default")
-    pipeline.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    pipeline.save_pretrained(tmp_path / "whole", safe_serialization=True)
-    sampled = {}
-    for name in ("lora", "whole"):
-        sampling, places = Sampling(num_inference_steps=2, batch_size=2), (tmp_path / "base", tmp_path / name)
-        compare(*places, ["a cat", "a dog"], [SCORER], tmp_path / f"{name}-out", sampling=sampling)
-        sampled[name] = pixels(tmp_path / f"{name}-out", "aligned")
-    assert sampled["lora"].shape == (2, 16, 16, 3)
-    assert np.array_equal(sampled["lora"], sampled["whole"])
-    assert not np.array_equal(sampled["lora"], pixels(tmp_path / "lora-out", "base"))
 
 
 def test_the_command(
