@@ -52,7 +52,7 @@ def atomic_directory(
 
 
 @contextmanager
-def atomic_file(target: Path, *, new: bool = False, ready: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def atomic_file(target: Path, *, new: bool = False, ready: Callable[[Path], None] = lambda new: None) -> Iterator[Path]:
     """A temporary path to write; it takes the name ``target`` once its content is on the disk.
 
     Args:
@@ -66,8 +66,7 @@ def atomic_file(target: Path, *, new: bool = False, ready: Callable[[Path], None
         with disk_errors(target):
             yield partial
             _settle(partial)
-        if ready is not None:
-            ready(partial)
+        ready(partial)
         if new:
             _publish_new(partial, target)
         else:

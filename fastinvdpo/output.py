@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _HEADER = b'{"fastinvdpo": '
 
 
 class OutputDirectory:
-    """A directory that one process writes at a time, and which tells what runs wrote from what a user put there.
+    """A directory that one process writes at a time, and which keeps what runs wrote apart from a user's files.
 
     The file ``.fastinvdpo-run`` in it is lock and record: after a line about the run, one for each set of names that
     were claimed, and one with size, time and digest of the files of each result, written before these take their
@@ -122,18 +122,15 @@ class OutputDirectory:
             self._patterns += new
             self._append({"claimed": new})
 
-    @contextmanager
-    def file(self, name: str) -> Iterator[Path]:
+    def file(self, name: str) -> AbstractContextManager[Path]:
         """As :func:`atomic_file`, for a result."""
-        with atomic_file(self.path / name, ready=lambda new: self._record(name, new)) as partial:
-            yield partial
+        return atomic_file(self.path / name, ready=lambda new: self._record(name, new))
 
-    @contextmanager
-    def directory(self, name: str) -> Iterator[Path]:
+    def directory(self, name: str) -> AbstractContextManager[Path]:
         """As :func:`atomic_directory`, for a result; files in an older one that no run wrote are kept."""
-        ready, ours = (lambda new: self._record(name, new)), (lambda inside: self.is_ours(f"{name}/{inside}"))
-        with atomic_directory(self.path / name, ours, ready) as partial:
-            yield partial
+        return atomic_directory(
+            self.path / name, lambda inside: self.is_ours(f"{name}/{inside}"), lambda new: self._record(name, new)
+        )
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """Write a result: text, or JSON, which raises ``InvalidInput`` for NaN or infinity."""

@@ -6,10 +6,11 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,9 +51,6 @@ def measured(case: Case, providers: tuple[str, ...] = PROVIDERS, mode: str = "fu
     return {row["provider"]: row for row in rows}
 
 
-# Problems
-
-
 @pytest.mark.parametrize("dtype", registry.DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "timesteps"), OPS)
 def test_every_provider_is_right_at_tiny_sizes(op: str, timesteps: int, dtype: torch.dtype, quickly: None) -> None:
@@ -83,23 +81,6 @@ def test_moved_bytes_are_those_of_the_tensors() -> None:
     assert row["gbps"] == pytest.approx(row["bytes"] / row["milliseconds"]["median"] / 1e6)
     assert row["percent_of_copy"] == pytest.approx(100 * row["gbps"] / row["copy_gbps"])
     assert set(row["errors"]) == {"loss", "margin"}
-
-
-def test_margins_are_computed_in_float64_once_a_case(monkeypatch: pytest.MonkeyPatch, quickly: None) -> None:
-    kind, asked = bench_preference_loss.PreferenceLossProblem, []
-    margins = kind.__dict__["_margins"].func
-
-    def counted(problem: bench_preference_loss.PreferenceLossProblem) -> tuple[Tensor, Tensor]:
-        asked.append(problem)
-        return margins(problem)
-
-    monkeypatch.setattr(kind, "_margins", cached_property(counted))
-    kind._margins.__set_name__(kind, "_margins")
-    measured(tiny())
-    assert len(asked) == 1
-
-
-# Wrong results
 
 
 def with_fused(monkeypatch: pytest.MonkeyPatch, change: Callable[[PreferenceLoss], Tensor]) -> None:
@@ -154,9 +135,6 @@ def test_errors_are_held_to_twice_plain_pytorch() -> None:
     assert suite.allowed("native", errors, problem) == {"gradient": 4 * 2.0**-24}
 
 
-# What cannot run
-
-
 def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, quickly: None) -> None:
     def broken(provider: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
         raise RuntimeError("no compiler here\nand a traceback")
@@ -168,44 +146,22 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, qu
     result = run.run([(tiny(), "full")], ["eager", "compile", "triton"], CPU, 0.0)
     assert [row["provider"] for row in result["results"]] == ["eager"]
     assert "triton" in result["unavailable"]["preference_loss"]["triton"]
+    with registry.context("triton"):  # what auto skips is timed by name
+        assert dispatch.requested() == ("use_backend", "triton")
     assert result["skipped"] == [{"case": f"{tiny()}, compile", "reason": "RuntimeError: no compiler here"}]
     assert any("no compiler here" in note for note in report.notes(result))
 
 
-def test_what_cannot_be_recorded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(task: measure.Task, calls: int, device: torch.device) -> list[float]:
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(suite, "replayed", refuses)
-    found = suite._replayed(measure.Task(lambda: None), 1, torch.device("cuda"))
-    assert found == ([], "RuntimeError: operation not permitted when stream is capturing")
-    assert suite._replayed(measure.Task(lambda: None), 1, CPU) == ([], None)
-
-
-def test_backends_that_auto_skips_are_timed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "unavailable", lambda *arguments: None)
-    for name in ("triton", "cuda"):
-        assert name in registry.PROVIDERS and registry.unavailable(name, "affine_step", torch.device("cuda")) is None
-        with registry.context(name):
-            assert dispatch.requested() == ("use_backend", name)
-
-
-def test_a_case_that_does_not_fit_is_skipped_and_told(monkeypatch: pytest.MonkeyPatch, quickly: None) -> None:
-    case = tiny()
-    monkeypatch.setattr(suite, "free_memory", lambda device: registry.OPS[case.op].needs(case))
-    result = run.run([(case, "full")], ["eager"], CPU, 0.0)
-    assert result["results"] == []
-    assert result["skipped"][0]["case"] == str(case) and "GiB are free" in result["skipped"][0]["reason"]
-
-
-def test_no_case_begins_after_the_limit(quickly: None) -> None:
-    seen: list[int] = []
+def test_a_case_that_does_not_fit_or_would_begin_too_late_is_reported(
+    monkeypatch: pytest.MonkeyPatch, quickly: None
+) -> None:
     cases = [(tiny(), "full"), (tiny("affine_step"), "full")]
-    result = run.run(cases, ["eager"], CPU, 0.0, limit=0.0, finished=lambda result, rows: seen.append(len(rows)))
-    assert [skipped["reason"] for skipped in result["skipped"]] == ["0 seconds had passed"] * 2 and seen == []
-
-
-# Files
+    result = run.run(cases, ["eager"], CPU, 0.0, limit=0.0)
+    assert [skipped["reason"] for skipped in result["skipped"]] == ["0 seconds had passed"] * 2
+    monkeypatch.setattr(suite, "free_memory", lambda device: registry.OPS["preference_loss"].needs(tiny()))
+    result = run.run(cases[:1], ["eager"], CPU, 0.0)
+    assert result["results"] == []
+    assert result["skipped"][0]["case"] == str(tiny()) and "GiB are free" in result["skipped"][0]["reason"]
 
 
 @pytest.fixture
@@ -226,8 +182,12 @@ def test_results_survive_the_file_and_hold_what_they_must(result: dict[str, Any]
     for row in result["results"]:
         assert {*results.KEY, "shape", "samples", "peak_bytes", "launches", "errors", "allowed", "correct"} <= set(row)
         assert set(row["milliseconds"]) == {"median", "p20", "p80"}
-    picture = report.plot(result, path.with_suffix(".png"))
-    assert picture is not None and picture.read_bytes()[:4] == b"\x89PNG"
+    plot = report.plot(result, path.with_suffix(".png"))
+    assert plot is not None and plot.read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "other.json").write_text('{"schema": 0}')
+    for name in ("other.json", "missing.json"):
+        with pytest.raises(InvalidInput, match="results = "):
+            results.read(tmp_path / name)
 
 
 def test_compare_says_what_got_faster(result: dict[str, Any]) -> None:
@@ -244,7 +204,7 @@ def test_compare_says_what_got_faster(result: dict[str, Any]) -> None:
     assert "eager 2.00x" in report.comparison(compared, result, old)
 
 
-def test_tables_are_plain_text_with_the_times_of_replays_where_there_are_any(result: dict[str, Any]) -> None:
+def test_tables_have_the_times_of_replays_where_there_are_any(result: dict[str, Any]) -> None:
     rows = result["results"][: len(PROVIDERS)]
     title, headers, *lines = "\n".join(report.tables(rows)).strip().splitlines()
     assert title == "preference_loss tiny pairs=3 K=1 float32 full" and "graph" not in headers
@@ -252,17 +212,6 @@ def test_tables_are_plain_text_with_the_times_of_replays_where_there_are_any(res
     row = {**rows[0], "graph_milliseconds": {"median": rows[0]["milliseconds"]["median"] / 2, "p20": 1.0, "p80": 1.0}}
     (shown,) = report.tables([{**row, "percent_of_copy": 40.0}])
     assert "graph ms  graph % copy" in shown and " 80 " in shown
-    assert report.table(("a", "b", "c"), [("long", "", "1")]) == "a     c\nlong  1"
-
-
-def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "other.json").write_text('{"schema": 0}')
-    for name in ("other.json", "missing.json"):
-        with pytest.raises(InvalidInput, match="results = "):
-            results.read(tmp_path / name)
-
-
-# The command
 
 
 def test_every_case_is_listed_once_and_quick_is_a_part() -> None:
@@ -297,14 +246,14 @@ def test_the_command_measures_and_compares(
     assert cli.main([*arguments[:1], "--load", str(written), "--compare", str(written)]) == 0
     shown = capfd.readouterr().out
     assert "preference_loss sdxl pairs=1 K=1 float32 full" in shown and "geometric means: eager 1.00x" in shown
-    for wrong in (
-        ["--filter", "nothing"],
-        ["--providers", "magic"],
-        ["--device", "abacus"],
-        ["--compare", "none.json"],
-    ):
-        assert cli.main([*arguments[:2], *wrong]) == 2
-        assert f"error: {wrong[0]}" in (told := capfd.readouterr().err) or "error: results" in told
+    for option, value in {
+        "filter": "nothing",
+        "providers": "magic",
+        "device": "abacus",
+        "compare": "none.json",
+    }.items():
+        assert cli.main([*arguments[:2], f"--{option}", value]) == 2
+        assert f"error: {'results' if option == 'compare' else '--' + option}" in capfd.readouterr().err
 
 
 def test_torch_alone_is_enough_and_every_case_is_kept_when_it_ends(tmp_path: Path) -> None:
@@ -331,3 +280,68 @@ run.main()
     assert not list(tmp_path.rglob("*.part"))
     kept = [len(results.read(path)["results"]) for path in sorted(tmp_path.rglob("*.json"))]
     assert kept == ([6, 2] if len(kept) == 2 else [2])  # one file where both runs began in the same second
+
+
+def test_tasks_take_turns_and_preparations_come_first(quickly: None) -> None:
+    calls: list[str] = []
+    tasks = {
+        "a": measure.Task(lambda: calls.append("a")),
+        "b": measure.Task(lambda given: calls.append(given), prepare=lambda: calls.append("p") or "b"),
+    }
+    samples = measure.interleaved(tasks, CPU, 0.0, rounds=20)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 20, "b": 20}
+    # Each sample is a call off the clock and one on it.
+    tries, rounds = "".join(calls[: 3 * 6]), "".join(calls[3 * 6 :])
+    assert tries == "aa" * 3 + "ppbb" * 3
+    orders = [rounds[start : start + 6] for start in range(0, len(rounds), 6)]
+    assert len(orders) == 20
+    assert set(orders) == {"aappbb", "ppbbaa"}
+    assert all(time > 0 for times in samples.values() for time in times)
+    assert measure.percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
+
+
+def test_replays_are_of_calls_that_were_loaded_and_given_their_arguments_before(
+    quickly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of things, on a CPU: what a capture does not allow is done before it, and only replays are timed."""
+    seen: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append("replay")
+
+    @contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        seen.append("(")
+        yield
+        seen.append(")")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda device: None,
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    task = measure.Task(lambda given: seen.append("call"), prepare=lambda: seen.append("prepare"))
+    samples = measure.replayed(task, 3, CPU)
+    assert seen[:10] == ["prepare", "call", *["prepare"] * 3, "(", *["call"] * 3, ")"]
+    assert set(seen[10:]) == {"replay"} and len(samples) == 7
+
+
+def test_copies_of_inputs_exceed_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 * 2**20))
+    gpu = torch.device("cuda")
+    assert [measure.copies(size, gpu) for size in (2**10, 2**24, 2**28)] == [measure.MOST_COPIES, 13, 1]
+    assert measure.copies(2**10, CPU) == 1
+
+
+def test_footprint_counts_ops_that_work_and_the_memory_they_hold() -> None:
+    x = torch.zeros(1000)
+    found = measure.footprint(measure.Task(lambda: (x.view(10, 100).t() * 2 + 1).sum()), CPU)
+    assert found.launches == 3  # a product, a sum, a reduction; the view is none
+    assert 2 * 4000 <= found.peak_bytes < 3 * 4000
+    assert measure.footprint(measure.Task(lambda: x + 1), CPU, visible=False).launches is None

@@ -1,8 +1,10 @@
-"""The command line: from arguments to files and exit status, mistakes as one message without a traceback."""
+"""The command line: from arguments to files and exit status, mistakes as one message, and no other package speaks."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,17 +20,23 @@ from PIL import Image
 
 from fastinvdpo import cli
 from fastinvdpo.models import load_model
+from tests.models.tiny import sd_pipeline
 from tests.trainer import tiny
+from tests.trainer.test_families import write_two_pairs
 
 ROOT = Path(__file__).parents[1]
 
 
-def _run(*arguments: str, before: str = "pass", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def _run(*arguments: str, before: str = "pass") -> subprocess.CompletedProcess[str]:
     """``fastinvdpo ARGUMENTS`` in a process of its own, after the statements ``before``."""
     code = f"import sys; {before}; from fastinvdpo.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return _python("-c", code, *arguments)
 
 
 @pytest.fixture
@@ -122,42 +130,27 @@ def test_usage_errors_end_with_status_2(arguments: list[str], capsys: pytest.Cap
     assert "Usage: fastinvdpo" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("command", ["train", "demo", "invert", "doctor"])
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_a_dry_run_and_presets(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
-    assert command in capsys.readouterr().out
-    if command == "doctor":
-        with pytest.raises(SystemExit) as end:
-            cli.main([command, "--help"])
-        assert end.value.code == 0
-    else:
-        assert cli.main([command, "--help"]) == 0
-    assert f"fastinvdpo {command}" in capsys.readouterr().out
-
-
-def test_dry_run_prints_the_resolved_configuration(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = capsys.readouterr().out
+    for name in ("train", "precompute", "data", "score", "evaluate", "invert", "demo", "doctor", "bench"):
+        assert name in listed
+    for name in ("train", "demo", "invert", "evaluate"):
+        assert cli.main([name, "--help"]) == 0
+        assert f"fastinvdpo {name}" in capsys.readouterr().out
     assert cli.main(["train", str(workspace / "run.yaml"), "method.eta=0.25", "--dry-run"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    assert resolved["method"]["eta"] == 0.25
-    assert resolved["training"]["ema_decay"] is None
+    assert resolved["method"]["eta"] == 0.25 and resolved["training"]["ema_decay"] is None
     assert not (workspace / "run").exists()
-
-
-def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--preset", "list"]) == 0
     assert "smpo-sdxl" in capsys.readouterr().out.splitlines()
 
 
-def test_doctor_needs_no_extra() -> None:
-    packages = ("typer", "rich", "yaml", "pydantic", "diffusers", "transformers", "accelerate", "peft")
-    absent = "; ".join(f"sys.modules[{name!r}] = None" for name in packages)
-    done = _run("doctor", "--json", before=absent)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["healthy"] is True
-    refused = _run("train", "run.yaml", before=absent)
+def test_the_command_line_without_its_extra_says_so() -> None:
+    refused = _run("train", "run.yaml", before="sys.modules['typer'] = None")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: the command line needs the package 'typer'")
-    assert "pip install 'fastinvdpo[train]'" in refused.stderr
+    assert "pip install 'fastinvdpo[train]'" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_warnings_are_one_line(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -171,25 +164,6 @@ def test_warnings_are_one_line(workspace: Path, capfd: pytest.CaptureFixture[str
     assert any(line.startswith("warning: variant 'distance' scores the squared distance") for line in lines)
 
 
-def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastinvdpo._examples.digits import run
-
-    received: dict[str, Any] = {}
-    monkeypatch.setattr(run, "run_demo", lambda **options: received.update(options))
-    options = ["--method", "smpo", "--preference", "bold", "--seed", "3", "--steps", "7", "--control", "shuffle"]
-    assert cli.main(["demo", *options, "--output", "here", "--train-base", "--no-progress"]) == 0
-    assert received == {
-        "method": "smpo",
-        "preference": "bold",
-        "seed": 3,
-        "steps": 7,
-        "output": Path("here"),
-        "control": "shuffle",
-        "train_base": True,
-        "progress": False,
-    }
-
-
 def test_invert_writes_its_report(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(workspace / "image.png")
     options = ["--model", str(workspace / "model"), "--family", "digits", "--num-inference-steps", "4"]
@@ -200,3 +174,83 @@ def test_invert_writes_its_report(workspace: Path, capsys: pytest.CaptureFixture
     assert report["num_inference_steps"] == 4
     assert report["network_evaluations"] == 8
     assert (output / "invert.png").is_file()
+
+
+# As bitsandbytes does on CPUs with bf16 instructions; the others speak for themselves.
+BITSANDBYTES = (
+    "bitsandbytes.backends.cpu.ops",
+    "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you already `pip install`",
+)
+
+COMMANDS = f"""
+import logging, sys
+class Says:
+    def find_spec(self, name, path=None, target=None):
+        if name == {BITSANDBYTES[0]!r}:
+            print("bitsandbytes speaks")
+            logging.getLogger(name).warning({BITSANDBYTES[1]!r}, "No module named 'kernels'")
+sys.meta_path.insert(0, Says())
+from fastinvdpo.cli import main
+for words in sys.argv[1:]:
+    status = main(words.split("|"))
+    assert status == 0, (words, status)
+"""
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Path:
+    """Files of a digits model and of Stable Diffusion."""
+    sections: dict[str, Any] = {
+        "digits": {},
+        "sd15": {"model": {"family": "auto", "lora": {"rank": 2}, "quantization": "nf4"}, "data": {"resolution": 16}},
+    }
+    for name, own in sections.items():
+        (tmp_path / name).mkdir()
+        short = {"training": {"steps": 1, "batch_size": 1}, "optimizer": {"warmup_steps": 0}}
+        values = tiny.mapping(tmp_path / name, "diffusion-dpo", **short, **own)
+        (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(values))
+    tiny.write_model(tmp_path / "digits" / "model")
+    tiny.write_data(tmp_path / "digits" / "pairs.parquet")
+    sd_pipeline().save_pretrained(tmp_path / "sd15" / "model", safe_serialization=True)
+    write_two_pairs(tmp_path / "sd15")
+    (tmp_path / "prompts.txt").write_text("a one\na two\n")
+    (tmp_path / "mine.py").write_text("def score(images, captions):\n    return [0.0 for _ in images]\n")
+    return tmp_path
+
+
+def test_commands_say_nothing_foreign(both: Path) -> None:
+    commands = [
+        "--help",
+        "train|--help",
+        "doctor",
+        "train|--preset|list",
+        "train|digits/run.yaml|--dry-run",
+        "train|digits/run.yaml|--no-progress|output.tensorboard=true",
+        "train|sd15/run.yaml|--no-progress",
+        "evaluate|--base|digits/model|--aligned|digits/run/model|--prompts|prompts.txt|--scorer|mine:score"
+        "|--output|evaluated|num_inference_steps=2",
+        "demo|--help",
+        "data|inspect|digits/pairs.parquet|--output|inspected",
+    ]
+    done = _python("-c", COMMANDS, *commands, cwd=both)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert ("bitsandbytes speaks" in done.stdout) == (importlib.util.find_spec("bitsandbytes") is not None)
+
+
+def test_other_words_of_those_packages_are_heard(caplog: pytest.LogCaptureFixture) -> None:
+    assert cli.main(["--help"]) == cli.main(["--help"]) == 0
+    logger = logging.getLogger(BITSANDBYTES[0])
+    assert sum(type(one) is cli._Without for one in logger.filters) == 1
+    logger.warning(BITSANDBYTES[1], "reason")
+    assert caplog.messages == []
+    logger.warning("the library %s cannot be loaded", "libbitsandbytes_cpu.so")
+    assert caplog.messages == ["the library libbitsandbytes_cpu.so cannot be loaded"]
+
+
+def test_the_package_is_a_command(tmp_path: Path) -> None:
+    for words, status in ((["--help"], 0), (["train", "nowhere.yaml"], 2)):
+        done = _python("-m", "fastinvdpo", *words, cwd=tmp_path)
+        assert done.returncode == status, done.stderr
+        assert ("Usage: fastinvdpo" in done.stdout) == (status == 0)
+    assert done.stderr.startswith("error: config = 'nowhere.yaml': cannot be read")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from fastinvdpo import NoiseSchedule, PairBatch, build_objective, cli
@@ -23,10 +22,7 @@ from fastinvdpo.methods.inverting import preference_probability, smoothed_pair_w
 from tests import documentation
 from tests.cases import SD_SCHEDULER
 from tests.data import test_documentation as data_page
-from tests.data.test_pairs import row, store
 from tests.evaluation import test_documentation as evaluation_page
-from tests.evaluation import tiny_clip
-from tests.models import tiny
 
 OTHER_TESTS = {"docs/data.md": data_page.COMMANDS, "docs/evaluation.md": evaluation_page.COMMANDS}
 
@@ -65,22 +61,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the files that the pages name."""
-    root = tmp_path_factory.mktemp("documentation")
-    tiny.sd_pipeline().save_pretrained(root / "base", safe_serialization=True)
-    tiny_clip.write_clip(root / "pickscore")
-    (root / "prompts.txt").write_text("a cat\na red cube\n")
-    store(root / "pairs.parquet", [row(i) for i in range(4)])
-    run = {
-        "method": {"name": "inversion-dpo", "num_inference_steps": 2},
-        "model": {"path": "base", "lora": {"rank": 2}},
-        "data": {"path": "pairs.parquet", "resolution": 16},
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
-        "training": {"steps": 2},
-        "output": {"directory": "run", "tensorboard": False},
-    }
-    (root / "run.yaml").write_text(yaml.safe_dump(run))
-    return root
+    method = {"name": "inversion-dpo", "num_inference_steps": 2}
+    return documentation.write_place(tmp_path_factory.mktemp("documentation"), method=method)
 
 
 def arguments_of(command: str) -> list[str]:
@@ -189,13 +171,13 @@ def table(page: str, heading: str) -> list[list[str]]:
 
 
 class Counted:
-    """A network that predicts one fixed noise and counts the samples it is asked about."""
+    """A network that predicts one fixed noise and counts the samples of its forward passes."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
 
     def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        self.asked["with" if torch.is_grad_enabled() else "without"] += len(latents)
+        self.seen["with" if torch.is_grad_enabled() else "without"] += len(latents)
         return torch.ones_like(latents)
 
 
@@ -210,7 +192,7 @@ def evaluations_per_pair(method: str, **options: Any) -> tuple[float, float]:
     )
     draws = Draws(timesteps=torch.arange(1000)) if method != "inversion-dpo" else Draws()
     build_objective(method, schedule, **options)(network, network, batch, seed=0, draws=draws)
-    return network.asked["with"] / pairs, network.asked["without"] / pairs
+    return network.seen["with"] / pairs, network.seen["without"] / pairs
 
 
 COSTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -232,7 +214,7 @@ def test_network_evaluations_of_a_pair() -> None:
         assert float(relative) == pytest.approx(cost, rel=0.02), name
     for name, (method, options) in COSTS.items():
         assert found[name] == pytest.approx(evaluations_per_pair(method, **options), abs=0.005), name
-    # From a cache the reference costs nothing, and the policy is asked at the sampled levels alone.
+    # From a cache the reference costs nothing, and the policy passes at the sampled levels alone.
     whole = found["inversion-dpo, N = 80, guidance 2"]
     assert found["the same, from a cache"] == (whole[0], 0)
     assert found["the same, timesteps_per_step: 4"] == (4 / 80 * whole[0], 0)

@@ -60,7 +60,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[target.Part]]:
 
 def test_everything_is_run_and_a_pass_names_the_line_to_delete(on_gpu, capsys: pytest.CaptureFixture[str]) -> None:
     ran = on_gpu()
-    assert target.main([]) == 0
+    assert target.main(["--jobs", "18"]) == 0
+    tests = [part for part in ran if "pytest" in part.command and not part.alone]
+    assert len(tests) == 6 and all(part.command[part.command.index("-n") + 1] == "3" for part in tests)
     fused = ("ops", "kernels", "memcheck", "racecheck", "huge")
     assert sorted((part.backend, part.what) for part in ran) == sorted(
         [("all", "doctor"), ("all", "trainer"), ("reference", "ops")]
@@ -70,27 +72,14 @@ def test_everything_is_run_and_a_pass_names_the_line_to_delete(on_gpu, capsys: p
     assert all(f"{backend} passed everything: its line" in shown for backend in dispatch.UNPROVEN)
 
 
-def test_every_file_it_names_exists_and_nothing_is_left_out() -> None:
-    named = {word for part in target.parts(None, []) for word in part.command if word.startswith("tests/")}
+def test_every_file_it_names_exists_nothing_is_left_out_and_huge_tests_run_by_themselves() -> None:
+    chosen = target.parts(None, [])
+    named = {word for part in chosen for word in part.command if word.startswith("tests/")}
     assert len(named) == 5 and all((ROOT / name).exists() for name in named)
     assert {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")} <= {Path(name).name for name in named}
-
-
-def test_huge_tests_run_by_themselves() -> None:
-    chosen = target.parts(None, [])
     assert [part.what for part in chosen if part.alone] == ["huge", "huge"] == [part.what for part in chosen[-2:]]
     kernels = [part.command for part in chosen if part.what == "kernels"]
     assert len(kernels) == 2 and all(f"not ({target.HUGE})" in command for command in kernels)
-
-
-def test_jobs_are_shared_between_parts_and_the_processes_of_pytest(on_gpu) -> None:
-    ran = on_gpu()
-    target.main(["--jobs", "18"])
-    tests = [part for part in ran if "pytest" in part.command and not part.alone]
-    assert len(tests) == 6 and all(part.command[part.command.index("-n") + 1] == "3" for part in tests)
-    ran.clear()
-    target.main(["--jobs", "2"])
-    assert not any("-n" in part.command for part in ran)
 
 
 def test_what_fails_or_cannot_run_fails_the_whole(on_gpu, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,27 +95,20 @@ def test_what_fails_or_cannot_run_fails_the_whole(on_gpu, capsys: pytest.Capture
     assert "cuda: kernels           NOT RUN: not here, says the test" in shown and "cuda passed everything" not in shown
 
 
-def test_without_compute_sanitizer_it_fails_and_says_so(
+def test_what_is_missing_fails_the_whole_and_is_named(
     on_gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_gpu()
+    ran, find_spec = on_gpu(), importlib.util.find_spec
     monkeypatch.setattr(target, "find_sanitizer", lambda: None)
     assert target.main([]) == 1
     assert "cuda: memcheck          NOT RUN: there is no compute-sanitizer" in capsys.readouterr().out
-    ran = on_gpu()
     ran.clear()
     assert target.main(["--no-sanitizer"]) == 0
     assert not {"memcheck", "racecheck"} & {part.what for part in ran}
     assert "passed everything" not in capsys.readouterr().out  # it was not everything
-
-
-def test_without_the_train_extra_the_rest_is_run(on_gpu, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    ran, find_spec = on_gpu(), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
-    assert target.main([]) == 1
-    shown = capsys.readouterr().out
-    assert "all: trainer            NOT RUN: diffusers missing" in shown and "cuda passed everything" in shown
-    assert "trainer" not in {part.what for part in ran} and len(ran) == 12
+    assert target.main(["--no-sanitizer"]) == 1
+    assert "all: trainer            NOT RUN: diffusers missing" in capsys.readouterr().out
 
 
 def test_what_it_runs_imports_torch_triton_numpy_and_pytest_alone() -> None:
@@ -148,48 +130,29 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-k", {t
     assert collected == {"test_affine", "test_preference_loss", "test_more_elements_than_32_bits_count"}
 
 
-# Processes
-
-
 def part(name: str, code: str, alone: bool = False) -> target.Part:
     return target.Part("test", name, [sys.executable, "-c", code], None, alone)
 
 
-MEET = """
-import pathlib, sys, time
-pathlib.Path("{mine}").touch()
-end = time.monotonic() + 60
-while not pathlib.Path("{other}").exists():
-    assert time.monotonic() < end
-    time.sleep(0.01)
-print("met")
-"""
-
-
-def test_parts_run_side_by_side_and_those_that_must_be_alone_do_not(tmp_path: Path, capfd) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    chosen = [part("one", MEET.format(mine=one, other=two)), part("two", MEET.format(mine=two, other=one))]
-    chosen += [part("alone", "import sys; print('by itself'); sys.exit(3)", alone=True)]
-    outcomes = list(target.run(chosen, 2))
-    assert {each.what: passed for each, passed in outcomes} == {"one": True, "two": True, "alone": False}
-    assert outcomes[-1][0].what == "alone"
-    shown = capfd.readouterr().out
-    assert [line for line in shown.splitlines() if line in ("met", "by itself")] == ["met", "met", "by itself"]
-
-
-def test_nothing_is_left_of_a_part_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_parts_that_must_be_alone_come_last_and_nothing_is_left_of_one_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
     """Nor of what it started."""
     monkeypatch.setattr(target, "LONGEST", 2)
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
-    assert [passed for _, passed in target.run([part("hangs", child)], 1)] == [False]
+    chosen = [
+        part("passes", "print('whole')"),
+        part("hangs", child),
+        part("alone", "import sys; sys.exit(3)", alone=True),
+    ]
+    outcomes = list(target.run(chosen, 2))
+    assert {each.what: passed for each, passed in outcomes} == {"passes": True, "hangs": False, "alone": False}
+    assert outcomes[-1][0].what == "alone"
     shown = capfd.readouterr().out
     assert "stopped after 2 seconds" in shown
     pid = int(next(line for line in shown.splitlines() if line.isdecimal()))
     state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"  # killed; nobody has asked yet
-
-
-# The sanitizer
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"  # killed; nobody has waited yet
 
 
 def test_the_sanitizer_watches_a_plain_script_and_no_calls_of_the_driver() -> None:

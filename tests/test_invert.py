@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.evaluation.inversion import invert_images, picture_of, run_invert
+from fastinvdpo.evaluation.inversion import invert_images, overview, run_invert
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.models import DiffusionModel, load_model
 from tests.models import tiny
@@ -43,20 +43,10 @@ def calm(model: DiffusionModel) -> DiffusionModel:
     return model
 
 
-def pictures(count: int = 3, size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
+def noise(count: int = 3, size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(5)
     values = torch.randint(0, 256, (count, size[0] * size[1]), generator=generator, dtype=torch.uint8)
     return [Image.frombytes("L", size, bytes(row.tolist())) for row in values]
-
-
-def error(model: DiffusionModel, **options: Any) -> float:
-    return float(invert_images(model, pictures(), ["a handwritten three"], **options).latent_mse.mean())
-
-
-def test_reconstruction_error_falls_with_the_number_of_steps(model: DiffusionModel) -> None:
-    errors = [error(model, num_inference_steps=steps) for steps in (20, 40, 80)]
-    assert errors[0] > 2 * errors[1] > 4 * errors[2]
-    assert errors[2] < 1e-3
 
 
 def test_a_trained_model_reconstructs_real_images() -> None:
@@ -72,7 +62,10 @@ def test_a_trained_model_reconstructs_real_images() -> None:
 
 
 def test_renoise_brings_the_way_up_closer_to_the_way_down(model: DiffusionModel) -> None:
-    plain, once = (error(model, num_inference_steps=10, renoise_iterations=count) for count in (0, 1))
+    plain, once = (
+        invert_images(model, noise(), ["a three"], num_inference_steps=10, renoise_iterations=count).latent_mse.mean()
+        for count in (0, 1)
+    )
     assert once < plain
 
 
@@ -86,23 +79,27 @@ def test_a_network_that_ignores_its_input_is_inverted_exactly(
         "predict",
         lambda self, network, latents, timesteps, conditioning: latents.new_full(latents.shape, 0.3),
     )
-    result = invert_images(model, pictures(), [""], num_inference_steps=steps)
+    result = invert_images(model, noise(), [""], num_inference_steps=steps)
     torch.testing.assert_close(result.reconstructed_latents, result.clean_latents, rtol=0, atol=1e-4)
-    assert [image.tobytes() for image in result.reconstructions] == [image.tobytes() for image in pictures()]
+    assert [image.tobytes() for image in result.reconstructions] == [image.tobytes() for image in noise()]
     assert result.mse.max() == 0
     assert torch.isinf(result.psnr).all()
 
 
 def test_the_way_back_is_the_sampler(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["a handwritten three", "b", "c"]
-    result = invert_images(model, pictures(), prompts, num_inference_steps=10, guidance_scale=2.0)
+    result = invert_images(model, noise(), prompts, num_inference_steps=10, guidance_scale=2.0)
     monkeypatch.setattr("fastinvdpo.evaluation.sampling.philox.normal", lambda *arguments: result.latents)
     sampled = sample(model, model.network, prompts, num_inference_steps=10, guidance_scale=2.0)
     torch.testing.assert_close(sampled, result.reconstructed_latents, rtol=1e-5, atol=1e-5)
 
 
-def test_errors_are_those_of_the_returned_tensors_and_pictures(model: DiffusionModel) -> None:
-    result = invert_images(model, pictures(), [""], num_inference_steps=5)
+def test_errors_are_those_of_the_returned_tensors_and_images(model: DiffusionModel) -> None:
+    model.network.train()
+    result = invert_images(model, noise(), [""], num_inference_steps=5)
+    assert model.network.training, "the network keeps its mode"
+    model.network.eval()
+    assert not result.latents.requires_grad and all(p.grad is None for p in model.network.parameters())
     assert result.latents.shape == result.clean_latents.shape == (3, 1, 8, 8)
     expected = ((result.reconstructed_latents - result.clean_latents) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(result.latent_mse, expected)
@@ -114,37 +111,26 @@ def test_errors_are_those_of_the_returned_tensors_and_pictures(model: DiffusionM
 
 
 def test_guidance_changes_the_path_and_doubles_the_evaluations(model: DiffusionModel) -> None:
-    prompts = ["a handwritten three"]
-    plain = invert_images(model, pictures(), prompts, num_inference_steps=6)
-    guided = invert_images(model, pictures(), prompts, num_inference_steps=6, guidance_scale=2.0)
-    renoised = invert_images(
-        model, pictures(), prompts, num_inference_steps=6, guidance_scale=2.0, renoise_iterations=1
-    )
+    def inverted(prompt: str, **options: Any) -> Any:
+        return invert_images(model, noise(), [prompt], num_inference_steps=6, **options)
+
+    plain, guided = inverted("a three"), inverted("a three", guidance_scale=2.0)
+    renoised = inverted("a three", guidance_scale=2.0, renoise_iterations=1)
     assert (plain.network_evaluations, guided.network_evaluations) == (3 * 6 * 2, 2 * 3 * 6 * 2)
     assert renoised.network_evaluations == 3 * 6 * (4 + 2)
     assert not torch.allclose(plain.latents, guided.latents)
-    empty = invert_images(model, pictures(), [""], num_inference_steps=6)
-    same = invert_images(model, pictures(), [""], num_inference_steps=6, guidance_scale=3.0)
+    empty, same = inverted(""), inverted("", guidance_scale=3.0)
     torch.testing.assert_close(same.latents, empty.latents, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_and_prompts_stay_with_their_images(model: DiffusionModel) -> None:
     prompts = ["a", "b", "c"]
-    together = invert_images(model, pictures(), prompts, num_inference_steps=4)
-    apart = invert_images(model, pictures(), prompts, num_inference_steps=4, batch_size=2)
+    together = invert_images(model, noise(), prompts, num_inference_steps=4)
+    apart = invert_images(model, noise(), prompts, num_inference_steps=4, batch_size=2)
     torch.testing.assert_close(apart.latents, together.latents, rtol=1e-4, atol=1e-5)
     assert together.prompts == prompts
-    last = invert_images(model, pictures()[2:], ["c"], num_inference_steps=4)
+    last = invert_images(model, noise()[2:], ["c"], num_inference_steps=4)
     torch.testing.assert_close(last.latents, together.latents[2:], rtol=1e-4, atol=1e-5)
-
-
-def test_the_network_keeps_its_mode_and_gets_no_gradient(model: DiffusionModel) -> None:
-    model.network.train()
-    result = invert_images(model, pictures(1), [""], num_inference_steps=2)
-    assert model.network.training
-    assert not result.latents.requires_grad
-    assert all(parameter.grad is None for parameter in model.network.parameters())
-    model.network.eval()
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sdxl"])
@@ -152,21 +138,21 @@ def test_stable_diffusion(tmp_path: Path, kind: str) -> None:
     pipeline = tiny.sdxl_pipeline() if kind == "sdxl" else tiny.sd_pipeline(prediction_type=kind)
     pipeline.save_pretrained(tmp_path)
     model = calm(load_model("stable-diffusion", tmp_path))
-    images = [image.convert("RGB") for image in pictures(2, (16, 16))]
+    images = [image.convert("RGB") for image in noise(2, (16, 16))]
     coarse, fine = (invert_images(model, images, ["a cat"], num_inference_steps=steps) for steps in (20, 80))
     assert fine.latent_mse.mean() < coarse.latent_mse.mean() / 2
-    assert picture_of(model, fine).mode == "RGB"
+    assert overview(model, fine).mode == "RGB"
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / f"{i}.png" for i in range(3)]
-    for path, image in zip(paths, pictures(), strict=True):
+    for path, image in zip(paths, noise(), strict=True):
         image.save(path)
     return paths
 
 
-def test_run_writes_latents_picture_and_report(directory: Path, files: list[Path], tmp_path: Path) -> None:
+def test_run_writes_latents_image_and_report(directory: Path, files: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = run_invert("digits", directory, files, output=out, prompts=["a handwritten one"], num_inference_steps=5)
     assert json.loads((out / "report.json").read_text()) == report
@@ -182,12 +168,12 @@ def test_run_writes_latents_picture_and_report(directory: Path, files: list[Path
     with Image.open(out / "invert.png") as sheet:
         sheet.load()
         columns = [sheet.crop((8 + k * 136, 28, 8 + k * 136 + 128, 28 + 128)).convert("L") for k in range(3)]
-    assert columns[0].resize((8, 8), Image.Resampling.NEAREST).tobytes() == pictures()[0].tobytes()
+    assert columns[0].resize((8, 8), Image.Resampling.NEAREST).tobytes() == noise()[0].tobytes()
     assert columns[1].tobytes() != columns[0].tobytes() != columns[2].tobytes()
 
 
 def test_run_takes_a_pair_set_with_its_captions(directory: Path, tmp_path: Path) -> None:
-    first, second, third = pictures(3)
+    first, second, third = noise(3)
     rows = [
         {"jpg_0": first, "jpg_1": second, "label_0": 0, "label_1": 1, "caption": "a handwritten two"},
         {"jpg_0": third, "jpg_1": first, "label_0": 1, "label_1": 0, "caption": "a handwritten six"},
@@ -204,10 +190,7 @@ def test_run_takes_a_pair_set_with_its_captions(directory: Path, tmp_path: Path)
     ]
     clean = load_file(tmp_path / "out" / "latents.safetensors")["clean"]
     assert torch.equal(clean, load_model("digits", directory).encode_images([second, first, third]))
-
-
-def test_run_resizes_and_crops_to_the_model(directory: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (40, 24), (9, 9, 9)).save(tmp_path / "wide.jpg")
+    Image.new("RGB", (40, 24), (9, 9, 9)).save(tmp_path / "wide.jpg")  # resized and cropped to the model
     report = run_invert("digits", directory, [tmp_path / "wide.jpg"], output=tmp_path / "out", num_inference_steps=2)
     assert report["images"][0]["prompt"] == ""
     assert load_file(tmp_path / "out" / "latents.safetensors")["clean"].shape == (1, 1, 8, 8)
@@ -218,7 +201,7 @@ def test_run_resizes_and_crops_to_the_model(directory: Path, tmp_path: Path) -> 
     [
         ({"images": []}, "images = .*is empty"),
         ({"images": ["a.png"]}, r"images\[0\] = 'a.png': is not a PIL image"),
-        ({"images": pictures(1, (9, 9))}, r"images\[0\].size = \(9, 9\)"),
+        ({"images": noise(1, (9, 9))}, r"images\[0\].size = \(9, 9\)"),
         ({"prompts": "a"}, "prompts = 'a': is one string"),
         ({"prompts": []}, "prompts = .*is empty"),
         ({"prompts": ["a", "b"]}, "prompts = .*are 2 for 3 images"),
@@ -236,7 +219,7 @@ def test_run_resizes_and_crops_to_the_model(directory: Path, tmp_path: Path) -> 
     ],
 )
 def test_bad_inputs(model: DiffusionModel, change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"images": pictures(), "prompts": ["a"], **change}
+    arguments: dict[str, Any] = {"images": noise(), "prompts": ["a"], **change}
     images, prompts = arguments.pop("images"), arguments.pop("prompts")
     with pytest.raises(InvalidInput, match=message) as caught:
         invert_images(model, images, prompts, **arguments)
@@ -261,7 +244,6 @@ def test_bad_runs_leave_nothing_behind(directory: Path, files: list[Path], tmp_p
         ({"output": files[0]}, "output = .*is what the run reads"),
         ({"family": "gan"}, r"model\.family = 'gan'"),
         ({"path": tmp_path / "nowhere"}, r"model\.path = "),
-        ({"num_inference_steps": 0}, "num_inference_steps = 0"),
         ({"num_inference_steps": 4000}, "num_inference_steps = 4000"),
     ]
     for change, message in cases:

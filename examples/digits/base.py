@@ -56,7 +56,7 @@ def train_base(
     """Train a base model on the 1,497 training scans and save it in fp16 to ``directory``; returns the directory.
 
     ``captions`` is ``"clean"`` or ``"noisy"`` (42 % of the captions name another digit, so that without guidance
-    the model draws the prompted digit about half of the time). Noise prediction at uniform timesteps, AdamW under a
+    the model shows the prompted digit about half of the time). Noise prediction at uniform timesteps, AdamW under a
     one-cycle schedule; the exponential average of the weights is what is kept. ``report(step, loss)`` is called
     after every hundredth step.
     """

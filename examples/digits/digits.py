@@ -82,13 +82,13 @@ def make_pairs(digits: Digits, preference: str, count: int, seed: int, *, shuffl
     """Draw ``count`` preference pairs as rows of the schema jpg_0, jpg_1, label_0, label_1, caption, score_0, score_1.
 
     ``slant`` and ``bold`` compare two scans of one digit; ``digit`` a scan of the prompted digit with one of
-    another digit. Which side wins is drawn as well, so that neither column is always the winner. ``shuffle`` is the
+    another digit. Which side wins is random as well, so that neither column is always the winner. ``shuffle`` is the
     control experiment: the images and the multiset of score differences stay, and a coin decides which side is
     called the winner.
     """
     check_preference(preference)
     if count < 1:
-        raise invalid("count", count, "must be positive", "ask for at least one pair")
+        raise invalid("count", count, "must be positive", "pass 1 or more")
     random = np.random.RandomState(seed)
     rows: list[dict] = []
     while len(rows) < count:

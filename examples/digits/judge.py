@@ -1,4 +1,4 @@
-"""The demo's judge: reads generated pictures and tells digit, reward under a preference, and distance to real scans."""
+"""The demo's judge of generated images: their digit, reward under a preference, and distance to real scans."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import numpy as np
 
 from fastinvdpo._examples.digits import digits
 from fastinvdpo._extras import require
-from fastinvdpo.evaluation.metrics import accuracy, frechet_distance
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge found in ``n`` pictures: rewards ``(n,)``, share of prompted digits, distance to real scans."""
+    """What the judge found in ``n`` images: rewards ``(n,)``, share of prompted digits, distance to real scans."""
 
     rewards: np.ndarray
     accuracy: float
@@ -29,7 +28,7 @@ class Verdict:
 class Judge:
     """A support-vector classifier of real training scans, and the statistics of the same scans.
 
-    It never sees a generated picture, and ``held_out_accuracy`` says how well it reads real scans that it was not
+    It never sees a generated image, and ``held_out_accuracy`` says how well it reads real scans that it was not
     trained on.
     """
 
@@ -38,22 +37,37 @@ class Judge:
         train, held_out = digits.load_splits()
         self._reference = _features(train.images)
         self._classifier: Any = svm.SVC(gamma=0.5, C=10.0).fit(self._reference, train.labels)
-        self.held_out_accuracy = accuracy(self.read(held_out.images), held_out.labels)
+        self.held_out_accuracy = float((self.read(held_out.images) == held_out.labels).mean())
 
     def read(self, images: np.ndarray) -> np.ndarray:
-        """The digit in each picture: int64 ``(n,)`` for uint8 ``(n, 8, 8)``."""
+        """The digit in each image: int64 ``(n,)`` for uint8 ``(n, 8, 8)``."""
         return np.asarray(self._classifier.predict(_features(images)), dtype=np.int64)
 
     def judge(self, preference: str, images: np.ndarray, prompted: Sequence[int] | np.ndarray) -> Verdict:
-        """Reward of every picture under the preference, and the two measures of quality.
+        """Reward of every image under the preference, and the two measures of quality.
 
-        ``slant`` and ``bold`` are measured on the picture itself; ``digit`` is 1 where the classifier reads the
+        ``slant`` and ``bold`` are measured on the image itself; ``digit`` is 1 where the classifier reads the
         prompted digit, else 0.
         """
         prompted = np.asarray(prompted)
         found = self.read(images)
         rewards = digits.scores(preference, images, found, prompted)
-        return Verdict(rewards, accuracy(found, prompted), frechet_distance(_features(images), self._reference))
+        distance = frechet_distance(_features(images), self._reference)
+        return Verdict(rewards, float((found == prompted).mean()), distance)
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Fréchet distance of the normal distributions fitted to two sets of features, ``(n, d)`` and ``(m, d)``.
+
+    ``|mu_1 − mu_2|² + tr(S_1 + S_2 − 2 (S_1^½ S_2 S_1^½)^½)`` (Dowson and Landau, 1982), the formula of FID. It
+    depends on the number of samples, so compare values only for equal n and m.
+    """
+    one, two = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ two @ root).clip(min=0)
+    shift = first.mean(0) - second.mean(0)
+    return float(shift @ shift + np.trace(one) + np.trace(two) - 2 * np.sqrt(cross).sum())
 
 
 def _features(images: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.page import AFTER, DPI, histogram, new_figure
 
 if TYPE_CHECKING:
@@ -34,17 +33,14 @@ def save_grid(
     columns: int = 10,
     title: str = "",
 ) -> None:
-    """A picture of pairs: above what the base model drew, below what the aligned one drew from the same noise.
+    """An image of pairs: above those of the base model, below those of the aligned one from the same noise.
 
     ``before``, ``after`` and ``captions`` have one length; ``columns`` of them make a band of two rows.
     """
-    if not len(before) == len(after) == len(captions) > 0:
-        sizes = (len(before), len(after), len(captions))
-        raise invalid("after", sizes, "is not paired with before and captions", "pass one of each per picture")
     numpy = require("numpy", extra="train", purpose="drawing the report")
     width, height = before[0].size
     bands = -(-len(before) // columns)
-    # One array for all pictures: axes of their own would take matplotlib seconds. NaN stays white.
+    # One array for all images: axes of their own would take matplotlib seconds. NaN stays white.
     cell, band_height = 1.15 * width, 2.9 * height
     canvas = numpy.full((round(bands * band_height), round(columns * cell)), numpy.nan)
     figure = new_figure((0.8 * columns + 0.6, 2.0 * bands + 0.4))
@@ -73,8 +69,6 @@ def save_curves(
     title: str = "",
 ) -> None:
     """Curves over the optimizer steps of ``history``, and histograms of the samples' rewards (before, after)."""
-    if not history:
-        raise invalid("history", history, "is empty", "pass the history of a training run")
     figure = new_figure((3.2 * (len(keys) + 1), 2.8))
     *curves, last = figure.subplots(1, len(keys) + 1)
     steps = [row["step"] for row in history]

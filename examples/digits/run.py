@@ -1,4 +1,4 @@
-"""The demo: pairs of real digits, training through the ordinary trainer, before and after in numbers and pictures."""
+"""The demo: pairs of real digits, training through the ordinary trainer, before and after in numbers and images."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run_demo(
         seed: of the pairs, of training and of sampling.
         steps: optimizer steps; the recipe of the preference when None.
         output: directory to write; ``runs/demo/METHOD-PREFERENCE-SEED`` when None. An earlier demo there is replaced.
-        control: ``"shuffle"`` draws winners and losers at random: nothing should be learned.
+        control: ``"shuffle"`` makes winners and losers random: nothing should be learned.
         train_base: train the base model again first (5 to 8 minutes on one core) instead of using the shipped one.
         progress: show a progress bar, and print the table at the end.
 
@@ -130,7 +130,7 @@ def _run(
 
     judge = Judge()
     images = [draw_images(path, held_out.prompts, seed) for path in (base, result.model_directory)]
-    before, after = (judge.judge(preference, as_array(drawn), held_out.labels) for drawn in images)
+    before, after = (judge.judge(preference, as_array(one), held_out.labels) for one in images)
     rate = win_rate(after.rewards, before.rewards)
     title = f"{method}, preference {preference}, seed {seed}" + (f", control {control}" if control else "")
     _save_pictures(output, title, held_out, images, (before, after), result)
@@ -141,7 +141,7 @@ def _run(
         "control": control,
         "before": before.as_dict(),
         "after": after.as_dict(),
-        "win_rate": rate.as_dict(),
+        "win_rate": rate._asdict(),
         "network_evaluations": result.network_evaluations,
         "seconds": time.perf_counter() - began,
         "seconds_training": result.seconds,
@@ -217,7 +217,7 @@ def _smpo_scale(preference: str) -> float:
 
 
 def draw_images(model_path: str | Path, prompts: list[str], seed: int) -> list[Image]:
-    """One picture per prompt from the digits model in a directory; equal seeds start from equal noise."""
+    """One image per prompt from the digits model in a directory; equal seeds start from equal noise."""
     model = load_model("digits", model_path)
     latents = sample(
         model, model.network, prompts, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=1.0, seed=seed
@@ -226,7 +226,7 @@ def draw_images(model_path: str | Path, prompts: list[str], seed: int) -> list[I
 
 
 def as_array(images: list[Image]) -> np.ndarray:
-    """Gray pictures as uint8 ``(n, 8, 8)``."""
+    """Gray images as uint8 ``(n, 8, 8)``."""
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -249,7 +249,7 @@ def _save_pictures(
 ) -> None:
     # Three of each digit, so that a column shows one digit.
     places = [int(np.flatnonzero(held_out.labels == digit)[turn]) for turn in range(3) for digit in range(10)]
-    shown = [[drawn[place] for place in places] for drawn in images]
+    shown = [[one[place] for place in places] for one in images]
     captions = [digits.NAMES[held_out.labels[place]] for place in places]
     with output.file("before_after.png") as partial:
         save_grid(partial, shown[0], shown[1], captions, title=title)

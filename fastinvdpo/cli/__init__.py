@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TextIO
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
@@ -40,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastinvdpo.cli.app import app
 
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            # Without the place in the source that raised it, which says nothing to a user of the command.
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             app(arguments, prog_name="fastinvdpo")
         return 0
     except SystemExit as end:  # typer ends so, after --help and usage errors as well
@@ -67,15 +67,3 @@ class _Without:
 def _fail(message: str, status: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return status
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """A warning without the place in the source that raised it, which says nothing to a user of the command."""
-    print(f"warning: {message}", file=sys.stderr)

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -46,12 +46,6 @@ def _expanded(name: str, value: Any) -> Any:
     return type(value)(expand_path(str(value), name)) if is_path else value
 
 
-Progress: TypeAlias = Annotated[bool, typer.Option(help="Show a progress bar.", callback=quiet)]
-PairsPath: TypeAlias = Annotated[
-    str, typer.Argument(help="Pairs in any format that training reads.", show_default=False)
-]
-
-
 def with_checkpoint(name: str, prefix: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add ``--revision`` and ``--variant`` to a command, which gets its argument ``name`` as an ``Origin``."""
 
@@ -66,8 +60,8 @@ def with_checkpoint(name: str, prefix: str = "") -> Callable[[Callable[..., None
         def called(**given: Any) -> None:
             from fastinvdpo.models.base import Origin
 
-            told = {key: given.pop(f"{prefix}{key}") for key in helps}
-            command(**{**given, name: Origin(given[name], **told)})
+            origin = {key: given.pop(f"{prefix}{key}") for key in helps}
+            command(**{**given, name: Origin(given[name], **origin)})
 
         signature = inspect.signature(command, eval_str=True)
         keywords = [

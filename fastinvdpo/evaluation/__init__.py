@@ -2,7 +2,8 @@
 
 from fastinvdpo._extras import require
 
-require("numpy", extra="train", purpose="evaluation")
+for _package in ("numpy", "PIL", "pyarrow", "safetensors"):
+    require(_package, extra="train", purpose="evaluation")
 
 from fastinvdpo.evaluation.in_training import EvaluationCallback
 

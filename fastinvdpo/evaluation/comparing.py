@@ -1,9 +1,9 @@
-"""A base model beside the one that was aligned from it: pictures of the same prompts and noise, scored.
+"""A base model beside the one that was aligned from it: images of the same prompts and noise, scored.
 
 Layout of the output directory::
 
-    settings.json             what the pictures depend on: prompts, settings, contents of both models
-    base/00000.png, aligned/  a picture for each prompt, lossless, by its place in the list
+    settings.json             what the images depend on: prompts, settings, contents of both models
+    base/00000.png, aligned/  an image for each prompt, lossless, by its place in the list
     evaluation.json           scores and their statistics
     report.html               the same for a person, in one file
 """
@@ -13,52 +13,31 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from fastinvdpo.atomic import atomic_file, make_directory
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.evaluation.aligned import aligned_files, open_aligned, remarks
-from fastinvdpo.evaluation.metrics import win_rate
+from fastinvdpo.evaluation.aligned import aligned_files, differences_of, open_aligned
+from fastinvdpo.evaluation.metrics import statistics
 from fastinvdpo.evaluation.page import report_page
-from fastinvdpo.evaluation.sampling import sample
+from fastinvdpo.evaluation.sampling import Sampling, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, as_json, check_same, has_key, key_hash, plain, sealed, unsealed
-from fastinvdpo.models import checkpoint_files, load_model, own_guidance, resolve_family
+from fastinvdpo.models import DiffusionModel, checkpoint_files, load_model, own_guidance, resolve_family
 from fastinvdpo.models.base import Origin, check_guidance, check_prompts
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.opening import DTYPES
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from fastinvdpo.models import DiffusionModel
-
 SIDES = ("base", "aligned")
 SUMMARY, PAGE, _SETTINGS = "evaluation.json", "report.html", "settings.json"
 _PROMPTS = "content of the prompts"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn: DDIM steps, guidance (1 is none; None: as the base's own pipeline), the seed of the
-    noise, and how a network computes.
-
-    ``batch_size`` changes speed and last bits alone. ``dtype``: storage type of network and text encoders, ``fp32`` or
-    ``bf16``.
-    """
-
-    num_inference_steps: int = 25
-    guidance_scale: float | None = None
-    seed: int = 0
-    batch_size: int = 8
-    dtype: str = "fp32"
 
 
 def parse_sampling(options: Sequence[str]) -> Sampling:
@@ -87,10 +66,10 @@ def compare(
     sampling: Sampling | None = None,
     shown: int = 24,
 ) -> dict[str, Any]:
-    """Draw every prompt with both models from the same noise, score the pictures, and write what came out.
+    """Sample every prompt with both models from the same noise, score the images, and write what came out.
 
-    Pictures that an earlier call has drawn are kept, whole batches at a time, so that an interrupted evaluation
-    continues and ends with the same pictures; scores are computed again.
+    Images that an earlier call has sampled are kept, whole batches at a time, so that an interrupted evaluation
+    continues and ends with the same images; scores are computed again.
 
     Args:
         base: directory or hub id of the model before alignment; an ``Origin`` names revision and variant too.
@@ -98,15 +77,15 @@ def compare(
             ``base``.
         scorers: higher is better; the names must differ.
         output: directory to write, see above.
-        shown: pairs of pictures in the report, the first so many.
+        shown: pairs of images in the report, the first so many.
 
     Returns:
         What ``evaluation.json`` holds: for each scorer mean and median of both sides, the share of prompts whose
-        aligned picture scores higher, a tie counted half, with its 95 % interval, and the scores of every picture; in
+        aligned image scores higher, a tie counted half, with its 95 % interval, and the scores of every image; in
         ``notes`` what else the two sides differ in.
 
     Raises:
-        InvalidInput: an argument that cannot be used; ``output`` holds pictures of other settings or models.
+        InvalidInput: an argument that cannot be used; ``output`` holds images of other settings or models.
     """
     sampling = Sampling() if sampling is None else sampling
     before, after = Origin.of(base), Origin.of(aligned)
@@ -116,101 +95,62 @@ def compare(
     reads = [before.path, after.path]
     with OutputDirectory(output, earlier=lambda path: has_key(path / _SETTINGS, _PROMPTS), reads=reads) as place:
         place.claim(SUMMARY, PAGE, files=(_SETTINGS, *(f"{side}/*.png" for side in SIDES)))
-        return _compare(before, after, texts, scorers, place, family, sampling, shown)
-
-
-def _compare(
-    before: Origin,
-    after: Origin,
-    texts: list[str],
-    scorers: Sequence[Scorer],
-    output: OutputDirectory,
-    family: str,
-    sampling: Sampling,
-    shown: int,
-) -> dict[str, Any]:
-    root = output.path
-    files = {"base": checkpoint_files(family, before), "aligned": aligned_files(family, before, after)}
-    if sampling.guidance_scale is None:
-        sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
-    _check_settings(root / _SETTINGS, _key(files, texts, family, sampling))
-    notes = remarks(before, after, files)
-    openers: dict[str, Callable[[], DiffusionModel]] = {
-        "base": lambda: load_model(family, before, dtype=DTYPES[sampling.dtype]),
-        "aligned": lambda: open_aligned(family, before, after, dtype=DTYPES[sampling.dtype]),
-    }
-    for side in SIDES:
-        _draw(openers[side], root / side, texts, sampling)
-        gc.collect()  # two models need not fit into memory together
-    scores = {scorer.name: {side: _score(scorer, root / side, texts) for side in SIDES} for scorer in scorers}
-    summary = {
-        "base": str(before.path),
-        "aligned": str(after.path),
-        "notes": notes,
-        "family": family,
-        "prompts": len(texts),
-        **asdict(sampling),
-        "scorers": {
-            scorer.name: {**statistics(**scores[scorer.name]), "key": dict(getattr(scorer, "key", {}))}
-            for scorer in scorers
-        },
-        "samples": [
-            {
-                "prompt": text,
-                **{side: f"{side}/{_file_name(place)}" for side in SIDES},
-                "scores": {name: {side: both[side][place] for side in SIDES} for name, both in scores.items()},
-            }
-            for place, text in enumerate(texts)
-        ],
-    }
-    output.write(SUMMARY, summary)
-    output.write(PAGE, report_page(summary, root, shown=shown))
+        files = {"base": checkpoint_files(family, before), "aligned": aligned_files(family, before, after)}
+        if sampling.guidance_scale is None:
+            sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
+        _check_settings(place.path / _SETTINGS, _key(files, texts, family, sampling))
+        notes, dtype = differences_of(before, after, files), DTYPES[sampling.dtype]
+        openers: dict[str, Callable[[], DiffusionModel]] = {
+            "base": lambda: load_model(family, before, dtype=dtype),
+            "aligned": lambda: open_aligned(family, before, after, dtype=dtype),
+        }
+        for side in SIDES:
+            _sample_missing(openers[side], place.path / side, texts, sampling)
+            gc.collect()  # two models need not fit into memory together
+        scores = {scorer.name: {side: _score(scorer, place.path / side, texts) for side in SIDES} for scorer in scorers}
+        summary = {
+            "base": str(before.path),
+            "aligned": str(after.path),
+            "notes": notes,
+            "family": family,
+            "prompts": len(texts),
+            **asdict(sampling),
+            "scorers": {
+                scorer.name: {**statistics(**scores[scorer.name]), "key": dict(getattr(scorer, "key", {}))}
+                for scorer in scorers
+            },
+            "samples": [
+                {
+                    "prompt": text,
+                    **{side: f"{side}/{_file_name(number)}" for side in SIDES},
+                    "scores": {name: {side: both[side][number] for side in SIDES} for name, both in scores.items()},
+                }
+                for number, text in enumerate(texts)
+            ],
+        }
+        place.write(SUMMARY, summary)
+        place.write(PAGE, report_page(summary, place.path, shown=shown))
     return summary
 
 
-def statistics(*, base: Sequence[float], aligned: Sequence[float]) -> dict[str, Any]:
-    """Mean and median of both sides, and how often the aligned one is higher, of scores in the order of the prompts."""
-    pairs = list(zip(aligned, base, strict=True))
-    return {
-        "base": {"mean": fmean(base), "median": median(base)},
-        "aligned": {"mean": fmean(aligned), "median": median(aligned)},
-        "win_rate": win_rate(aligned, base).as_dict(),
-        "wins": sum(new > old for new, old in pairs),
-        "ties": sum(new == old for new, old in pairs),
-        "losses": sum(new < old for new, old in pairs),
-    }
-
-
 def read_image(path: Path) -> Image:
-    """A picture from a file, its checksums verified."""
+    """An image from a file, its checksums verified."""
     try:
         return decode(file_bytes(path, str(path)), str(path))
     except BrokenRow as error:
-        raise invalid("output", str(path), f"cannot be read ({error})", "delete it to have it drawn again") from error
-
-
-def _is_whole(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        read_image(path)
-    except InvalidInput:
-        warnings.warn(f"{path} is damaged, and drawn again with its batch", stacklevel=2)
-        return False
-    return True
+        problem = f"cannot be read ({error})"
+        raise invalid("output", str(path), problem, "delete it to have it sampled again") from error
 
 
 def _check(sampling: Sampling, shown: int) -> None:
-    for name, least in (("num_inference_steps", 1), ("batch_size", 1), ("seed", 0)):
-        value = getattr(sampling, name)
-        if value < least:
-            raise invalid(name, value, f"is below {least}", f"pass {least} or more")
+    values = {**asdict(sampling), "shown": shown}
+    for name, least in {"num_inference_steps": 1, "batch_size": 1, "seed": 0, "shown": 0}.items():
+        if values[name] < least:
+            raise invalid(name, values[name], f"is below {least}", f"pass {least} or more")
     if sampling.guidance_scale is not None:
         check_guidance(sampling.guidance_scale)
     if sampling.dtype not in DTYPES:
         raise invalid("dtype", sampling.dtype, "is not known", f"choose one of {', '.join(DTYPES)}")
-    if shown < 0:
-        raise invalid("shown", shown, "is negative", "pass 0 for no pictures in the report")
 
 
 def _key(
@@ -229,7 +169,7 @@ def _key(
 
 
 def _check_settings(file: Path, key: dict[str, Any]) -> None:
-    """Note what the pictures depend on, or raise when the directory holds those of something else."""
+    """Note what the images depend on, or raise when the directory holds those of something else."""
     if not file.is_file():
         with atomic_file(file) as partial:
             partial.write_text(as_json(_SETTINGS, sealed(key)), "utf-8")
@@ -242,43 +182,45 @@ def _check_settings(file: Path, key: dict[str, Any]) -> None:
     check_same("output", file.parent, stored, key)
 
 
-def _draw(open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling) -> None:
-    """Draw the pictures that ``folder`` lacks, in whole batches: another batch gives other last bits."""
+def _sample_missing(
+    open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling
+) -> None:
+    """Sample the images that ``folder`` lacks, in whole batches: another batch gives other last bits."""
     make_directory(folder)
-    size = sampling.batch_size
-    missing = [
-        start
-        for start in range(0, len(prompts), size)
-        if not all(_is_whole(folder / _file_name(place)) for place in range(start, min(start + size, len(prompts))))
+    batches = [
+        range(start, min(start + sampling.batch_size, len(prompts)))
+        for start in range(0, len(prompts), sampling.batch_size)
     ]
+    missing = [places for places in batches if not all(_is_whole(folder / _file_name(place)) for place in places)]
     if not missing:
         return
     model = open_model()
     if torch.cuda.is_available():
         model.to("cuda")
-    for start in missing:
-        places = range(start, min(start + size, len(prompts)))
-        latents = sample(
-            model,
-            model.network,
-            prompts[start : start + size],
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            seed=sampling.seed,
-            batch_size=size,
-            places=places,
-        )
-        for place, picture in zip(places, model.decode_latents(latents), strict=True):
+    for places in missing:
+        images = sample_images(model, model.network, [prompts[place] for place in places], places, sampling)
+        for place, image in zip(places, images, strict=True):
             with atomic_file(folder / _file_name(place)) as partial:
-                picture.save(partial, format="PNG")
+                image.save(partial, format="PNG")
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        read_image(path)
+    except InvalidInput:
+        warnings.warn(f"{path} is damaged, and sampled again with its batch", stacklevel=2)
+        return False
+    return True
 
 
 def _score(scorer: Scorer, folder: Path, prompts: Sequence[str]) -> list[float]:
     scores: list[float] = []
-    for start in range(0, len(prompts), scorer.batch_size):  # not all pictures in memory
+    for start in range(0, len(prompts), scorer.batch_size):  # not all images in memory
         texts = prompts[start : start + scorer.batch_size]
-        pictures = [read_image(folder / _file_name(start + place)) for place in range(len(texts))]
-        scores += in_batches(scorer, pictures, texts).tolist()
+        images = [read_image(folder / _file_name(start + place)) for place in range(len(texts))]
+        scores += in_batches(scorer, images, texts).tolist()
     return scores
 
 

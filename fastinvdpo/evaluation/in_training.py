@@ -16,25 +16,23 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastinvdpo.atomic import atomic_directory, atomic_file, make_directory
+from fastinvdpo.config.sections import EvaluationSection
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.prompts import load_prompts
-from fastinvdpo.evaluation.sampling import check_sampling, sample
+from fastinvdpo.evaluation.sampling import check_sampling, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
-from fastinvdpo.io import key_hash, sealed, unsealed
+from fastinvdpo.io import key_hash, plain, sealed, unsealed
+from fastinvdpo.models import DiffusionModel
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
 from fastinvdpo.trainer.opening import EVALUATION_FILES
 from fastinvdpo.trainer.state import random_state, set_random_state
-
-if TYPE_CHECKING:
-    from fastinvdpo.config.sections import EvaluationSection
-    from fastinvdpo.models import DiffusionModel
 
 Scores = dict[str, list[float]]
 
@@ -60,14 +58,15 @@ class EvaluationCallback(Callback):
         self.section, self.rows = section, list[dict[str, Any]]()
         self._texts = load_prompts(section.prompts, column=section.column, limit=section.samples)
         self._scorers = check_scorers(open_scorers(section.scorers, device=device) if scorers is None else scorers)
-        settings = {
-            "prompts": key_hash({"prompts": self._texts}),
-            "num_inference_steps": section.num_inference_steps,
-            "guidance_scale": section.guidance_scale,
-            "seed": section.seed,
-            "scorers": {scorer.name: dict(getattr(scorer, "key", {})) for scorer in self._scorers},
-        }
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.settings = plain(
+            {
+                "prompts": key_hash({"prompts": self._texts}),
+                "num_inference_steps": section.num_inference_steps,
+                "guidance_scale": section.guidance_scale,
+                "seed": section.seed,
+                "scorers": {scorer.name: dict(getattr(scorer, "key", {})) for scorer in self._scorers},
+            }
+        )
         self._base: Scores = {}
 
     def on_init(self, trainer: Run) -> None:
@@ -82,20 +81,23 @@ class EvaluationCallback(Callback):
 
     def on_start(self, trainer: Run) -> None:
         """Score the policy before its first step, or take over what an earlier attempt of the run has found."""
+        from accelerate.utils import broadcast_object_list
+
         main, output = trainer.accelerator.is_main_process, trainer.output
         if output is not None:
             output.claim(*(["best"] if self.section.keep_best else []), files=EVALUATION_FILES)
         stored = self._read(trainer) if main else None
-        if _anywhere(trainer, main and stored is None):
+        missing = [main and stored is None]
+        broadcast_object_list(missing)
+        if missing[0]:
             with _undisturbed():
                 scores = self._shared_scores(trainer)
             if output is not None:
                 make_directory(self._folder)
                 output.remove("best")
                 stored = {"settings": self.settings, "scores": scores, "rows": []}
-        if not main:
+        if stored is None:  # on the other processes
             return
-        assert stored is not None
         self._base = stored["scores"]
         self.rows = [row for row in stored["rows"] if row["step"] <= trainer.first_step]
         if not self.rows:
@@ -124,15 +126,12 @@ class EvaluationCallback(Callback):
         found, of = {row["step"]: row for row in self.rows}, self.section
         if not {0, step} <= found.keys():
             return []
+        rows = [f"| {name} | {found[0][name]:.6g} | {value:.6g} |" for name, value in found[step].items()]
         lines = [
             f"## Evaluation\n\nUp to {of.samples} prompts of `{of.prompts}`, sampled by both models from the same "
             f"noise in {of.num_inference_steps} steps with guidance {of.guidance_scale:g} and seed {of.seed}.\n",
             "| | base | this model |\n|---|---|---|",
-            *(
-                f"| {name} | {found[0][name]:.6g} | {value:.6g} |"
-                for name, value in found[step].items()
-                if name != "step"
-            ),
+            *rows[1:],  # the first is the step
         ]
         return ["\n".join(lines)]
 
@@ -143,37 +142,23 @@ class EvaluationCallback(Callback):
         for start in range(0, len(places), section.batch_size):
             chosen = places[start : start + section.batch_size]
             texts = [self._texts[place] for place in chosen]
-            latents = sample(
-                model,
-                network,
-                texts,
-                num_inference_steps=section.num_inference_steps,
-                guidance_scale=section.guidance_scale,
-                seed=section.seed,
-                batch_size=section.batch_size,
-                places=chosen,
-            )
-            images = model.decode_latents(latents)
+            images = sample_images(model, network, texts, chosen, section)
             for scorer in self._scorers:
                 found[scorer.name] += in_batches(scorer, images, texts).tolist()
         return found
 
     def _shared_scores(self, trainer: Run) -> Scores:
         """Those of all prompts, which the processes share out; whole on the first."""
+        from accelerate.utils import gather_object
+
         accelerator, total = trainer.accelerator, len(self._texts)
         several = accelerator.num_processes
-        places = [range(process, total, several) for process in range(several)]
-        own = places[accelerator.process_index]
-        parts = [self.scores(trainer.model, trainer.state.networks.policy_module, own) if own else {}]
-        if several > 1:
-            from accelerate.utils import gather_object
-
-            parts = gather_object(parts)
-        found = {name: [0.0] * total for name in parts[0]}
-        for taken, part in zip(places, parts, strict=False):
+        own = range(accelerator.process_index, total, several)
+        parts = gather_object([self.scores(trainer.model, trainer.state.networks.policy_module, own)])
+        found = {scorer.name: [0.0] * total for scorer in self._scorers}
+        for process, part in enumerate(parts):
             for name, scores in part.items():
-                for place, score in zip(taken, scores, strict=True):
-                    found[name][place] = score
+                found[name][process::several] = scores
         return found
 
     def _row(self, scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -193,10 +178,7 @@ class EvaluationCallback(Callback):
         except (OSError, ValueError) as error:
             remedy = "restore it, or delete it: the evaluation then starts over, and the best model with it"
             raise invalid("evaluation", str(file), f"cannot be read ({error})", remedy) from None
-        if stored["settings"] == self.settings:
-            if "rows" not in stored:  # of an earlier version
-                lines = (self._folder / "history.jsonl").read_text().splitlines()
-                stored["rows"] = [json.loads(line) for line in lines]
+        if stored["settings"] == self.settings and "rows" in stored:
             return stored
         trainer.say("The evaluation is another one than before: its rows and the best model start over.")
         return None
@@ -204,8 +186,13 @@ class EvaluationCallback(Callback):
     def _add(self, trainer: Run, row: dict[str, Any]) -> None:
         self.rows.append(row)
         stored = {"settings": self.settings, "scores": self._base, "rows": self.rows}
-        self._write("base.json", json.dumps(sealed(stored), indent=2) + "\n")
-        self._write("history.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        texts = {
+            "base.json": json.dumps(sealed(stored), indent=2) + "\n",
+            "history.jsonl": "".join(json.dumps(row) + "\n" for row in self.rows),
+        }
+        for name, text in texts.items():
+            with atomic_file(self._folder / name) as partial:
+                partial.write_text(text)
         trainer.reporting.scalars("evaluation", row)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
         trainer.say(f"Evaluation after step {row['step']}: {shown}.")
@@ -222,24 +209,10 @@ class EvaluationCallback(Callback):
             row = {"step": step, "scorer": scorer, "mean": mean}
             (temporary / "best.json").write_text(json.dumps(row, indent=2) + "\n")
 
-    def _write(self, name: str, text: str) -> None:
-        with atomic_file(self._folder / name) as partial:
-            partial.write_text(text)
-
-
-def _anywhere(trainer: Run, here: bool) -> bool:
-    """Whether it holds on the first process, told to all."""
-    told = [here]
-    if trainer.accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(told)
-    return told[0]
-
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Scorers and what they call may draw random numbers; the training must not notice."""
+    """Scorers and what they call may use random numbers; the training must not notice."""
     before = random_state()
     try:
         yield

@@ -11,32 +11,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import ImageDraw
+from PIL.Image import Image, Resampling
+from PIL.Image import new as new_image
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.images import decode, file_bytes
 from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.data.sources import files_of
 from fastinvdpo.data.transforms import Decisions, transform
 from fastinvdpo.diffusion.inversion import InversionPlan, InversionSettings, invert, plan_levels
-from fastinvdpo.diffusion.prompt import Conditioning, Prompt
+from fastinvdpo.diffusion.prompt import Conditioning
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.sampling import descending_levels, encode_prompt
 from fastinvdpo.models import load_model
 from fastinvdpo.models.base import DiffusionModel, Origin, check_guidance, check_images, check_prompts
 from fastinvdpo.output import OutputDirectory
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-_TILE = 128  # smallest side of a picture in the overview, in pixels
+_TILE = 128  # smallest side of an image in the overview, in pixels
 _INPUTS = "pass image files, or one parquet file or directory of parquet shards"
-_WRITTEN = ("latents.safetensors", "invert.png", "report.json")
-_LATENTS = ("clean", "inverted", "reconstructed")
+_LATENTS, _OVERVIEW, _REPORT = "latents.safetensors", "invert.png", "report.json"
 _COLUMNS = ("original", "inverted noise", "reconstruction")
 
 
@@ -47,11 +46,10 @@ class InversionResult:
     Attributes:
         clean_latents, latents, reconstructed_latents: float32 ``(n, C, h, w)``: the encoded images, the noise that they
             were inverted to, and what sampling from that noise gives.
-        prompts: the prompt of each image.
-        originals, reconstructions: pictures, in the color mode of the model.
+        originals, reconstructions: images, in the color mode of the model.
         latent_mse: ``(n,)`` mean squared error of the latents; the error of inversion alone.
         mse: ``(n,)`` mean squared error of the pixels on a scale of 0 to 1; the VAE's own error is part of it.
-        psnr: ``(n,)`` ``-10 log10(mse)`` in dB, infinite for equal pictures.
+        psnr: ``(n,)`` ``-10 log10(mse)`` in dB, infinite for equal images.
         network_evaluations: samples that passed the network.
     """
 
@@ -81,11 +79,11 @@ def invert_images(
     """Invert images along the levels of the checkpoint's scheduler to the last one, and sample back down.
 
     Args:
-        images: ``n`` pictures of one size that the model accepts.
+        images: ``n`` images of one size that the model accepts.
         prompts: one prompt for each image, or a single one for all of them.
         num_inference_steps: N, from 1 to the schedule's number of levels; the error falls as N grows.
         guidance_scale: used in both directions, with the meaning of :func:`~fastinvdpo.evaluation.sampling.sample`;
-            None: none, and FLUX.1-dev is told its pipeline's.
+            None: none, and for FLUX.1-dev its pipeline's.
         renoise_iterations: K of ReNoise for the way up.
         batch_size: images that pass the network at once.
 
@@ -100,7 +98,13 @@ def invert_images(
     levels = descending_levels(model, num_inference_steps).round().long().unique()
     model.guidance(guidance_scale)
     settings = InversionSettings(renoise_iterations=renoise_iterations)
-    counter = _CountingNetwork(model)
+    evaluations = 0
+
+    def network(latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        nonlocal evaluations
+        evaluations += len(latents)
+        return model.predict(model.network, latents, timesteps, conditioning)
+
     was_training = model.network.training
     model.network.eval()
     try:
@@ -108,45 +112,52 @@ def invert_images(
         for start in range(0, len(images), batch_size):
             clean = model.encode_images(images[start : start + batch_size])
             prompt = encode_prompt(model, texts[start : start + batch_size], guidance_scale)
-            parts.append((clean, *_there_and_back(counter, clean, prompt, settings, levels)))
+            up = plan_levels(levels, len(clean))
+            noise = invert(network, model.sampling_schedule, clean, up, prompt, settings)
+            # The way back is the same plan reversed, with the network at the level it leaves, which on the way up was
+            # the level it went to: both directions use the same model times.
+            source, target, lower, upper = (
+                column.flip(1) for column in (up.target, up.source, up.noise_lower, up.noise_upper)
+            )
+            down = InversionPlan(source, target, up.steps, lower, upper)
+            back = InversionSettings(model_time="source")
+            parts.append((clean, noise, invert(network, model.sampling_schedule, noise, down, prompt, back)))
     finally:
         model.network.train(was_training)
     clean, latents, reconstructed = (torch.cat(column) for column in zip(*parts, strict=True))
-    pictures = model.decode_latents(reconstructed)
-    originals = [image.convert(picture.mode) for image, picture in zip(images, pictures, strict=True)]
-    mse = torch.stack([_pixel_mse(a, b) for a, b in zip(originals, pictures, strict=True)])
+    reconstructions = model.decode_latents(reconstructed)
+    originals = [image.convert(new.mode) for image, new in zip(images, reconstructions, strict=True)]
+    mse = torch.stack([_pixel_mse(*both) for both in zip(originals, reconstructions, strict=True)])
     return InversionResult(
         clean_latents=clean,
         latents=latents,
         reconstructed_latents=reconstructed,
         prompts=texts,
         originals=originals,
-        reconstructions=pictures,
+        reconstructions=reconstructions,
         latent_mse=(reconstructed - clean).square().flatten(1).mean(1).cpu(),
         mse=mse,
         psnr=-10.0 * mse.log10(),
-        network_evaluations=counter.evaluations,
+        network_evaluations=evaluations,
     )
 
 
-def picture_of(model: DiffusionModel, result: InversionResult) -> Image:
-    """One row an image: original, inverted noise (decoded as if it were a picture), reconstruction."""
-    image_module = require("PIL.Image", extra="train", purpose="drawing the inversion overview")
-    draw_module = require("PIL.ImageDraw", extra="train", purpose="drawing the inversion overview")
+def overview(model: DiffusionModel, result: InversionResult) -> Image:
+    """One row an image: original, inverted noise (decoded as if it were an image), reconstruction."""
     rows = list(zip(result.originals, model.decode_latents(result.latents), result.reconstructions, strict=True))
     width, height = rows[0][0].size
     scale = max(1, math.ceil(_TILE / min(width, height)))
     width, height, margin, header = width * scale, height * scale, 8, 20
-    sheet = image_module.new(
-        "RGB", (3 * (width + margin) + margin, header + len(rows) * (height + margin) + margin), "white"
-    )
-    draw = draw_module.Draw(sheet)
+    size = (len(_COLUMNS) * (width + margin) + margin, header + len(rows) * (height + margin) + margin)
+    sheet = new_image("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(_COLUMNS):
-        draw.text((margin + column * (width + margin), margin // 2), title, fill="black")
+        left = margin + column * (width + margin)
+        draw.text((left, margin // 2), title, fill="black")
         for line, row in enumerate(rows):
             # Whole pixels stay whole: an 8x8 digit must not look smooth.
-            tile = row[column].convert("RGB").resize((width, height), image_module.Resampling.NEAREST)
-            sheet.paste(tile, (margin + column * (width + margin), header + margin + line * (height + margin)))
+            tile = row[column].convert("RGB").resize((width, height), Resampling.NEAREST)
+            sheet.paste(tile, (left, header + margin + line * (height + margin)))
     return sheet
 
 
@@ -176,14 +187,12 @@ def run_invert(
     Raises:
         InvalidInput: any argument that cannot be used; image files are read before the model is loaded.
     """
-    _check_numbers(num_inference_steps, guidance_scale, renoise_iterations, batch_size)
-    if not _is_count(max_images):
-        raise invalid("max_images", max_images, "is not a positive whole number", "pass 16, say")
+    _check_numbers(num_inference_steps, guidance_scale, renoise_iterations, batch_size, max_images)
     where = Origin.of(path).path
     with OutputDirectory(output, reads=[where, *inputs]) as place:
-        place.claim(*_WRITTEN)
+        place.claim(_LATENTS, _OVERVIEW, _REPORT)
         pair_set = _pair_set(inputs)
-        named = [] if pair_set else _open_files(inputs, max_images)
+        named = [] if pair_set else _open_files(inputs[:max_images])
         texts = None if prompts is None else check_prompts(prompts)
         if texts is not None and not pair_set:
             texts = _one_per_image(texts, len(named))
@@ -191,20 +200,19 @@ def run_invert(
         if torch.cuda.is_available():
             model.to("cuda")
         guidance_scale = _guidance(model, guidance_scale)
-        side = min(model.image_size)
-        captions = [""]
+        side, captions = min(model.image_size), [""]
         if pair_set:
             named, captions = _of_pair_set(pair_set, side, max_images)
-        images = [transform(image, side, Decisions())[0] for _, image in named]
         result = invert_images(
             model,
-            images,
+            [transform(image, side, Decisions())[0] for _, image in named],
             captions if texts is None else texts,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             renoise_iterations=renoise_iterations,
             batch_size=batch_size,
         )
+        columns = (result.latent_mse.tolist(), result.mse.tolist(), result.psnr.tolist())
         report = {
             "model": {"family": model.family, "path": str(where), "prediction_type": model.schedule.prediction_type},
             "num_inference_steps": num_inference_steps,
@@ -212,9 +220,19 @@ def run_invert(
             "renoise_iterations": renoise_iterations,
             "network_evaluations": result.network_evaluations,
             "mean": {"latent_mse": float(result.latent_mse.mean()), "mse": float(result.mse.mean())},
-            "images": _image_reports([name for name, _ in named], result),
+            "images": [
+                # JSON has no infinity: an image that came back unchanged has no PSNR.
+                {"image": name, "prompt": text, "latent_mse": latent, "mse": mse, "psnr": None if mse == 0 else psnr}
+                for (name, _), text, latent, mse, psnr in zip(named, result.prompts, *columns, strict=True)
+            ],
         }
-        _write(place, model, result, report)
+        latents = (result.clean_latents, result.latents, result.reconstructed_latents)
+        stored = dict(zip(("clean", "inverted", "reconstructed"), latents, strict=True))
+        with place.file(_LATENTS) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, partial)
+        with place.file(_OVERVIEW) as partial:
+            overview(model, result).save(partial, "PNG")
+        place.write(_REPORT, report)
     return report
 
 
@@ -224,57 +242,31 @@ def _guidance(model: DiffusionModel, scale: float | None) -> float:
     return scale
 
 
-class _CountingNetwork:
-    """The model's network as trajectories call it, counting the samples that pass."""
-
-    def __init__(self, model: DiffusionModel) -> None:
-        self.model, self.evaluations = model, 0
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        self.evaluations += latents.shape[0]
-        return self.model.predict(self.model.network, latents, timesteps, conditioning)
-
-
-def _there_and_back(
-    network: _CountingNetwork, clean: Tensor, prompt: Prompt, settings: InversionSettings, levels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``(latents at the last level, latents after sampling from them)``.
-
-    The way back is the same plan reversed. There the network is asked at the level it leaves, which on the way up was
-    the level it went to: both directions use the same model times.
-    """
-    schedule = network.model.sampling_schedule
-    up = plan_levels(levels, clean.shape[0])
-    columns = (up.target, up.source, up.noise_lower, up.noise_upper)
-    source, target, lower, upper = (levels.flip(1) for levels in columns)
-    down = InversionPlan(source, target, up.steps, lower, upper)
-    noise = invert(network, schedule, clean, up, prompt, settings)
-    return noise, invert(network, schedule, noise, down, prompt, InversionSettings(model_time="source"))
-
-
 def _one_per_image(prompts: Sequence[str], count: int) -> list[str]:
     texts = check_prompts(prompts)
     if len(texts) not in (1, count):
-        raise invalid(
-            "prompts", texts, f"are {len(texts)} for {count} images", "pass one for each image, or a single one"
-        )
+        problem = f"are {len(texts)} for {count} images"
+        raise invalid("prompts", texts, problem, "pass one for each image, or a single one")
     return texts * count if len(texts) == 1 else texts
 
 
 def _check_numbers(
-    num_inference_steps: int, guidance_scale: float | None, renoise_iterations: int, batch_size: int
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    renoise_iterations: int,
+    batch_size: int,
+    max_images: int = 1,
 ) -> None:
-    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
-        if not _is_count(value):
-            raise invalid(name, value, "is not a positive whole number", "pass 1 or more")
+    for name, value, least in (
+        ("num_inference_steps", num_inference_steps, 1),
+        ("renoise_iterations", renoise_iterations, 0),
+        ("batch_size", batch_size, 1),
+        ("max_images", max_images, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise invalid(name, value, f"is not a whole number of at least {least}", f"pass {least} or more")
     if guidance_scale is not None:
         check_guidance(guidance_scale)
-    if renoise_iterations != 0 and not _is_count(renoise_iterations):
-        raise invalid("renoise_iterations", renoise_iterations, "is not a whole number of at least 0", "pass 0 or 1")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _pixel_mse(first: Image, second: Image) -> Tensor:
@@ -282,15 +274,15 @@ def _pixel_mse(first: Image, second: Image) -> Tensor:
     return ((pixels[0].double() - pixels[1].double()) / 255.0).square().mean()
 
 
-def _open_files(inputs: Sequence[str | Path], max_images: int) -> list[tuple[str, Image]]:
-    """``[(name, picture)]`` of the first ``max_images`` files; every one of them must be an image."""
-    pictures = []
-    for number, file in enumerate(inputs[:max_images]):
+def _open_files(files: Sequence[str | Path]) -> list[tuple[str, Image]]:
+    """``[(name, image)]``; every file must be an image."""
+    images = []
+    for number, file in enumerate(files):
         try:
-            pictures.append((str(file), decode(file_bytes(Path(file), str(file)), str(file))))
+            images.append((str(file), decode(file_bytes(Path(file), str(file)), str(file))))
         except BrokenRow as error:
             raise invalid(f"inputs[{number}]", str(file), f"is not a readable image ({error})", _INPUTS) from error
-    return pictures
+    return images
 
 
 def _pair_set(inputs: Sequence[str | Path]) -> Path | None:
@@ -306,7 +298,7 @@ def _pair_set(inputs: Sequence[str | Path]) -> Path | None:
 
 
 def _of_pair_set(path: Path, side: int, max_images: int) -> tuple[list[tuple[str, Image]], list[str]]:
-    """``([(name, picture)], captions)``: winner and loser of the first pairs."""
+    """``([(name, image)], captions)``: winner and loser of the first pairs."""
     dataset = PairDataset(path, resolution=side)
     named: list[tuple[str, Image]] = []
     captions: list[str] = []
@@ -315,23 +307,3 @@ def _of_pair_set(path: Path, side: int, max_images: int) -> tuple[list[tuple[str
         named += [(f"row {pair.row}, winner", pair.winner), (f"row {pair.row}, loser", pair.loser)]
         captions += [pair.caption] * 2
     return named[:max_images], captions[:max_images]
-
-
-def _image_reports(names: Sequence[str], result: InversionResult) -> list[dict[str, Any]]:
-    columns = (result.latent_mse.tolist(), result.mse.tolist(), result.psnr.tolist())
-    return [
-        # JSON has no infinity: a picture that came back unchanged has no PSNR.
-        {"image": name, "prompt": text, "latent_mse": latent, "mse": mse, "psnr": psnr if math.isfinite(psnr) else None}
-        for name, text, latent, mse, psnr in zip(names, result.prompts, *columns, strict=True)
-    ]
-
-
-def _write(output: OutputDirectory, model: DiffusionModel, result: InversionResult, report: dict[str, Any]) -> None:
-    safetensors = require("safetensors.torch", extra="train", purpose="writing latents")
-    columns = (result.clean_latents, result.latents, result.reconstructed_latents)
-    stored = {name: tensor.cpu().contiguous() for name, tensor in zip(_LATENTS, columns, strict=True)}
-    with output.file(_WRITTEN[0]) as partial:
-        safetensors.save_file(stored, partial)
-    with output.file(_WRITTEN[1]) as partial:
-        picture_of(model, result).save(partial, "PNG")
-    output.write(_WRITTEN[2], report)

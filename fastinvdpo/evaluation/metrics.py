@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,17 +15,12 @@ from fastinvdpo.errors import invalid
 _Z95 = 1.959963984540054
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A proportion with its 95 % confidence interval."""
 
     mean: float
     ci_low: float
     ci_high: float
-
-    def as_dict(self) -> dict[str, float]:
-        """The three numbers, for a JSON file."""
-        return asdict(self)
 
 
 def wilson_interval(successes: float, trials: int) -> Interval:
@@ -33,12 +30,8 @@ def wilson_interval(successes: float, trials: int) -> Interval:
     then too wide rather than too narrow.
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise invalid(
-            "successes",
-            (successes, trials),
-            "is not a count out of trials",
-            "pass 0 <= successes <= trials, trials > 0",
-        )
+        remedy = "pass 0 <= successes <= trials, trials > 0"
+        raise invalid("successes", (successes, trials), "is not a count out of trials", remedy)
     share, z2 = successes / trials, _Z95**2
     center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
@@ -48,49 +41,21 @@ def wilson_interval(successes: float, trials: int) -> Interval:
 
 def win_rate(after: ArrayLike, before: ArrayLike) -> Interval:
     """Share of samples whose reward is higher ``after`` than ``before``, both ``(n,)``; a tie counts half."""
-    new, old = _finite("after", after), _finite("before", before)
-    if new.ndim != 1 or new.shape != old.shape or new.size == 0:
-        raise invalid("after", (new.shape, old.shape), "is not paired with before", "pass two vectors of one length")
-    wins, ties = int((new > old).sum()), int((new == old).sum())
-    return wilson_interval(wins + ties / 2, new.size)
+    new, old = (np.asarray(values, dtype=np.float64) for values in (after, before))
+    if new.ndim != 1 or new.shape != old.shape or new.size == 0 or not np.isfinite([new, old]).all():
+        problem = "is not paired with before, or holds NaN or infinity"
+        raise invalid("after", (new.shape, old.shape), problem, "pass two vectors of finite numbers, of one length")
+    return wilson_interval(int((new > old).sum()) + int((new == old).sum()) / 2, new.size)
 
 
-def accuracy(predicted: ArrayLike, expected: ArrayLike) -> float:
-    """Share of positions at which two label vectors ``(n,)`` agree."""
-    found, wanted = np.asarray(predicted), np.asarray(expected)
-    if found.shape != wanted.shape or found.size == 0:
-        raise invalid(
-            "predicted", (found.shape, wanted.shape), "is not paired with expected", "pass two vectors of one length"
-        )
-    return float((found == wanted).mean())
-
-
-def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
-    """Fréchet distance of the normal distributions fitted to two sets of features, ``(n, d)`` and ``(m, d)``.
-
-    ``|mu_1 − mu_2|² + tr(S_1 + S_2 − 2 (S_1^½ S_2 S_1^½)^½)`` (Dowson and Landau, 1982), the formula of FID. It
-    depends on the number of samples, so compare values only for equal n and m.
-    """
-    a, b = _finite("first", first), _finite("second", second)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise invalid(
-            "first", (a.shape, b.shape), "are not two sets of feature vectors", "pass (n, d) and (m, d), n and m > 1"
-        )
-    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    covariance_a, covariance_b = np.atleast_2d(covariance_a), np.atleast_2d(covariance_b)
-    root = _matrix_root(covariance_a)
-    cross = np.linalg.eigvalsh(root @ covariance_b @ root).clip(min=0)
-    shift = a.mean(0) - b.mean(0)
-    return float(shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(cross).sum())
-
-
-def _matrix_root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-
-
-def _finite(name: str, values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise invalid(name, f"{array.shape}", "holds NaN or infinity", "look at how the samples were made")
-    return array
+def statistics(*, base: Sequence[float], aligned: Sequence[float]) -> dict[str, Any]:
+    """Mean and median of both sides, and how often the aligned one is higher, of scores in the order of the prompts."""
+    pairs = list(zip(aligned, base, strict=True))
+    return {
+        "base": {"mean": fmean(base), "median": median(base)},
+        "aligned": {"mean": fmean(aligned), "median": median(aligned)},
+        "win_rate": win_rate(aligned, base)._asdict(),
+        "wins": sum(new > old for new, old in pairs),
+        "ties": sum(new == old for new, old in pairs),
+        "losses": sum(new < old for new, old in pairs),
+    }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pyarrow import ArrowException, parquet
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow
@@ -22,7 +23,7 @@ _REMEDY = "name a .txt, .jsonl, .json or .parquet file, a directory of parquet s
 
 
 def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> list[str]:
-    """The prompts of ``source`` as they stand there, repeated ones included; of a long list the first ``limit``.
+    """The prompts of ``source`` as they stand there, repeated ones included; the first ``limit`` of them.
 
     ``.txt``: one a line, empty lines left out. ``.jsonl`` and ``.json``: strings, or objects with the key ``column``.
     ``.parquet`` or a directory of shards: the column ``column``. Without ``column`` the first of ``prompt``,
@@ -36,7 +37,7 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     if limit is not None and limit < 1:
         raise invalid("limit", limit, "leaves no prompt", "pass a positive number, or none for all")
     name, path = str(source), Path(source)
-    if name in _PUBLISHED and not path.exists():
+    if name in ("partiprompts", "hpdv2") and not path.exists():
         found = _from_hub(name)
     elif path.is_dir() or path.suffix == ".parquet":
         found = _column(path, column)
@@ -74,8 +75,6 @@ def _entry(entry: Any, where: str, column: str | None) -> Any:
 
 
 def _column(path: Path, column: str | None) -> list[Any]:
-    arrow = require("pyarrow", extra="train", purpose="reading prompts")
-    parquet = require("pyarrow.parquet", extra="train", purpose="reading prompts")
     found: list[Any] = []
     for file in files_of(path, ".parquet"):
         try:
@@ -84,7 +83,7 @@ def _column(path: Path, column: str | None) -> list[Any]:
             found += table.read(columns=[chosen]).column(chosen).to_pylist()
         except InvalidInput:
             raise
-        except (OSError, ValueError, arrow.ArrowException) as error:
+        except (OSError, ValueError, ArrowException) as error:
             raise invalid("prompts", str(file), f"cannot be read as parquet ({error})", _REMEDY) from error
     return found
 
@@ -97,30 +96,20 @@ def _chosen(names: list[str], where: str, column: str | None) -> str:
     raise invalid("prompts", where, f"{problem}, only {', '.join(names)}", "name the column that holds the prompts")
 
 
-def _parti() -> list[Any]:
-    datasets = require("datasets", extra="train", purpose="loading PartiPrompts")
-    return list(datasets.load_dataset("nateraw/parti-prompts", split="train")["Prompt"])
-
-
-def _hpd() -> list[Any]:
-    # Four JSON lists of strings, which are no table.
-    fsspec = require("fsspec", extra="train", purpose="loading the prompts of HPDv2")
-    found: list[Any] = []
-    for style in _HPD_STYLES:
-        location = f"hf://datasets/zhwang/HPDv2/benchmark/{style}.json"
-        with fsspec.open(location, "r", encoding="utf-8") as file:
-            found += _json_list(file.read(), location, None)
-    return found
-
-
 def _from_hub(name: str) -> list[Any]:
     try:
-        return _PUBLISHED[name]()
+        if name == "partiprompts":
+            datasets = require("datasets", extra="train", purpose="loading PartiPrompts")
+            return list(datasets.load_dataset("nateraw/parti-prompts", split="train")["Prompt"])
+        fsspec = require("fsspec", extra="train", purpose="loading the prompts of HPDv2")
+        found: list[Any] = []
+        for style in _HPD_STYLES:  # JSON lists of strings, which are no table
+            location = f"hf://datasets/zhwang/HPDv2/benchmark/{style}.json"
+            with fsspec.open(location, "r", encoding="utf-8") as file:
+                found += _json_list(file.read(), location, None)
+        return found
     except (InvalidInput, MissingExtra):
         raise
     except Exception as error:  # the clients of the hub raise many kinds where there is no connection
         problem = f"cannot be loaded from the hub ({type(error).__name__}: {error})"
         raise invalid("prompts", name, problem, "check the connection, or name a file with these prompts") from error
-
-
-_PUBLISHED: dict[str, Callable[[], list[Any]]] = {"partiprompts": _parti, "hpdv2": _hpd}

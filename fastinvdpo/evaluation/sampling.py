@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
+from fastinvdpo.config.sections import EvaluationSection
 from fastinvdpo.diffusion.prompt import Prompt, evaluate
 from fastinvdpo.diffusion.schedule import affine_coefficients, stack_coefficients
 from fastinvdpo.errors import invalid
@@ -15,6 +18,35 @@ from fastinvdpo.ops import affine_step, philox
 
 # Keeps the initial noise apart from the random streams of training under the same seed.
 STREAM_SAMPLING = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled: DDIM steps, guidance (1 is none; None: as the base's own pipeline), the seed of the
+    noise, and how a network computes.
+
+    ``batch_size`` changes speed and last bits alone. ``dtype``: storage type of network and text encoders, ``fp32`` or
+    ``bf16``.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    dtype: str = "fp32"
+
+
+def sample_images(
+    model: DiffusionModel,
+    network: nn.Module,
+    prompts: Sequence[str],
+    places: Sequence[int],
+    settings: Sampling | EvaluationSection,
+) -> list[Image]:
+    """The images that ``network`` makes of some prompts of a list, which stand at ``places`` of it."""
+    names = ("num_inference_steps", "guidance_scale", "seed", "batch_size")
+    options = {name: getattr(settings, name) for name in names}
+    return model.decode_latents(sample(model, network, prompts, places=places, **options))
 
 
 @torch.no_grad()
@@ -29,13 +61,13 @@ def sample(
     batch_size: int = 100,
     places: Sequence[int] | None = None,
 ) -> Tensor:
-    """Latents ``(n, *model.latent_shape)``, float32, that ``network`` draws for ``n`` prompts.
+    """Latents ``(n, *model.latent_shape)``, float32, that ``network`` samples for ``n`` prompts.
 
     Steps go down the levels of the checkpoint's own scheduler, from standard normal noise at the top one to the clean
     end. The noise of a prompt depends on ``seed`` and its place in the list alone, not on the batch it travels in;
     ``places`` says which those are when ``prompts`` are a part of that list. ``guidance_scale`` means what it does to
     the checkpoint's pipeline, whose default it has when None: ``ε_uncond + g·(ε_cond − ε_uncond)`` with twice the
-    network evaluations, none up to 1; FLUX.1-dev is told it.
+    network evaluations, none up to 1; for FLUX.1-dev an input of the network.
 
     Raises InvalidInput for no prompts, another number of places, a step count, batch size or guidance scale that means
     nothing, or a model that does not start from noise.
@@ -54,10 +86,10 @@ def sample(
     try:
         parts = []
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            prompt = encode_prompt(model, batch, guidance_scale)
-            draws = torch.tensor(numbers[start : start + len(batch)], device=model.device)
-            noise = philox.normal(seed, STREAM_SAMPLING, draws, model.latent_shape)
+            batch = slice(start, start + batch_size)
+            prompt = encode_prompt(model, prompts[batch], guidance_scale)
+            index = torch.tensor(numbers[batch], device=model.device)
+            noise = philox.normal(seed, STREAM_SAMPLING, index, model.latent_shape)
             parts.append(_descend(model, network, noise, prompt, levels))
     finally:
         network.train(was_training)
@@ -65,11 +97,12 @@ def sample(
 
 
 def check_sampling(model: DiffusionModel, num_inference_steps: int, guidance_scale: float | None) -> None:
-    """Raise ``InvalidInput`` where the model cannot draw images like that."""
+    """Raise ``InvalidInput`` where the model cannot sample images like that."""
     if model.refines:
         path = None if model.origin is None else str(model.origin.path)
         problem = "is a refiner, which starts from another model's images and not from noise"
-        raise invalid("model.path", path, problem, "draw with base and refiner in diffusers, and use fastinvdpo score")
+        remedy = "sample with base and refiner in diffusers, and use fastinvdpo score"
+        raise invalid("model.path", path, problem, remedy)
     model.guidance(guidance_scale)
     descending_levels(model, num_inference_steps)
 
@@ -84,13 +117,13 @@ def descending_levels(model: DiffusionModel, num_inference_steps: int) -> Tensor
 
 
 def encode_prompt(model: DiffusionModel, prompts: Sequence[str], guidance_scale: float | None) -> Prompt:
-    """The encoded captions with what a guidance scale means to the model: the empty caption beside them, or what the
-    network is told.
+    """The encoded captions with what a guidance scale means to the model: the empty caption beside them, or an input
+    of the network.
     """
-    scale, told = model.guidance(guidance_scale)
+    scale, embedded = model.guidance(guidance_scale)
     conditioning = model.encode_prompts(prompts)
-    if told is not None:
-        conditioning["guidance"] = torch.full((len(prompts),), told, device=model.device)
+    if embedded is not None:
+        conditioning["guidance"] = torch.full((len(prompts),), embedded, device=model.device)
     return Prompt(conditioning, None if scale == 1 else model.encode_prompts([""] * len(prompts)), scale)
 
 

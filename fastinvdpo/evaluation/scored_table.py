@@ -7,6 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
+from pyarrow import parquet
+
 from fastinvdpo._extras import require
 from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow
@@ -35,13 +38,11 @@ def write_scored(
     Raises:
         InvalidInput: the pieces of the table do not have the same columns.
     """
-    arrow = require("pyarrow", extra="train", purpose="writing preference pairs")
-    parquet = require("pyarrow.parquet", extra="train", purpose="writing preference pairs")
     writer: Any = None
     schema: Any = None
     written = 0
     try:
-        for table in _pieces(arrow, source, rows):
+        for table in _pieces(source, rows):
             part = slice(written, written + table.num_rows)
             written += table.num_rows
             if labels:
@@ -73,9 +74,10 @@ def _relabeled(table: Any, stored: str, name: str, labels: Any) -> Any:
     return table if original in table.column_names else table.append_column(original, before)
 
 
-def _pieces(arrow: Any, source: PairSource, rows: Sequence[int]) -> Iterator[Any]:
+def _pieces(source: PairSource, rows: Sequence[int]) -> Iterator[Any]:
     if not source.column_names():
-        yield from (_built(arrow, source, rows[start : start + _ROWS_PER_PIECE]) for start in _starts(rows))
+        for start in range(0, len(rows), _ROWS_PER_PIECE):
+            yield _built(source, rows[start : start + _ROWS_PER_PIECE])
         return
     start = taken = 0
     for table in source.tables():
@@ -87,15 +89,11 @@ def _pieces(arrow: Any, source: PairSource, rows: Sequence[int]) -> Iterator[Any
         if len(own) < table.num_rows:
             table = table.take([row - start for row in own])
         if own:
-            yield _with_bytes(arrow, source, table, own) if source.format == "datasets" else table
+            yield _with_bytes(source, table, own) if source.format == "datasets" else table
         start = end
 
 
-def _starts(rows: Sequence[int]) -> range:
-    return range(0, len(rows), _ROWS_PER_PIECE)
-
-
-def _built(arrow: Any, source: PairSource, rows: Sequence[int]) -> Any:
+def _built(source: PairSource, rows: Sequence[int]) -> Any:
     """The schema's columns of a source whose rows are no table. Labels that say nothing become null."""
     number, image = arrow.float64(), arrow.binary()
     kinds = {"jpg_0": image, "jpg_1": image, "label_0": number, "label_1": number, "caption": arrow.string()}
@@ -115,7 +113,7 @@ def _labels(source: PairSource, row: int) -> tuple[float | None, float | None]:
     return labels_of(record) if record.keys() & set(LABELS) else _BY_SIDE[side]
 
 
-def _with_bytes(arrow: Any, source: PairSource, table: Any, rows: Sequence[int]) -> Any:
+def _with_bytes(source: PairSource, table: Any, rows: Sequence[int]) -> Any:
     """A repository may name image files by paths, which mean nothing elsewhere."""
     for side, name in enumerate(IMAGES):
         place = table.column_names.index(source.shown(name))

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from PIL.Image import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from fastinvdpo.errors import invalid
-from fastinvdpo.evaluation.clip import Clip
-from fastinvdpo.evaluation.heads import load_head
-from fastinvdpo.io import expand_path
+from fastinvdpo._extras import require
+from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.io import Digests, expand_path
+from fastinvdpo.models.checkpoints import check_loaded
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-_REMEDY = "write KIND=PATH, as in pickscore=yuvalkirstain/PickScore_v1, or MODULE:NAME of a scorer of your own"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"
 _OPTIONS = {
-    "pickscore": ("processor", "revision", "name"),
-    "hps": ("processor", "revision", "name"),
-    "clip": ("processor", "revision", "name"),
+    **dict.fromkeys(("pickscore", "hps", "clip"), ("processor", "revision", "name")),
     "aesthetic": ("clip", "processor", "revision", "name"),
 }
+_OWN = re.compile(r"([\w.]+):(\w+)")
+_PROCESSOR_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+# christophschuhmann/improved-aesthetic-predictor: five linear layers in an nn.Sequential, of widths 1024, 128, 64, 16
+# and 1, with dropout after the first three and no activation between them.
+_HEAD_LAYERS = (0, 2, 4, 6, 7)
+_REMEDY = "write KIND=PATH, as in pickscore=yuvalkirstain/PickScore_v1, or MODULE:NAME of a scorer of your own"
+_CLIP_REMEDY = "give a directory in transformers' format or the id of a hub repository that holds safetensors files"
+_HEAD_REMEDY = "give the published head, or a linear one (weight, bias), as .safetensors"
 
 
 class Scorer(Protocol):
@@ -61,42 +69,145 @@ class FunctionScorer:
         return torch.as_tensor(self.function(images, captions), dtype=torch.float32)
 
 
-class ClipScorer:
-    """Scores that are a function of the cosine between CLIP's embeddings of image and caption.
+class Clip:
+    """A ``CLIPModel`` of transformers with its tokenizer and image processor, in float32.
 
-    - ``pickscore``: ``exp(logit_scale)·cos`` (Pick-a-Pic, arXiv 2305.01569); the published scale is 100. SmPO's code
-      takes the bare cosine, so that its κ of 0.16658 is 16.658 here.
-    - ``hps``: ``100·cos`` (HPSv2, arXiv 2306.09341).
-    - ``clip``: ``max(100·cos, 0)`` (CLIPScore, arXiv 2104.08718, with 100 in the place of 2.5).
+    Images and captions become embeddings ``(n, width)``, each of norm 1, the same in any batch.
+
+    Args:
+        path: directory in transformers' format, or hub id; weights as safetensors only.
+        processor: where tokenizer and image processor lie; beside the weights when None, and if they are not there, at
+            ``fallback``.
+
+    Attributes:
+        key: SHA-256 of the files of weights and processor.
     """
 
-    def __init__(self, kind: str, clip: Clip, name: str, batch_size: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        processor: str | None = None,
+        fallback: str | None = None,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        transformers = require("transformers", extra="train", purpose="scoring images")
+        self.device = torch.device(device)
+        folder = _folder(path, "config.json", revision)
+        kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+        if kind != "clip":
+            raise invalid("scorer", path, f"holds a model of type {kind!r}", "name a CLIP model, such as CLIP-ViT-H-14")
+        try:
+            model, info = transformers.CLIPModel.from_pretrained(
+                path, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise invalid("scorer", path, f"cannot be loaded ({error})", _CLIP_REMEDY) from error
+        check_loaded("scorer", folder, info)
+        self._model = model.eval().requires_grad_(False).to(self.device)
+        where, place, of = _processor_place(path, processor, fallback, revision)
+        # The processor that works with PIL alone: with torchvision there, transformers would choose another one, whose
+        # resizing differs in the last bits.
+        reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=of, trust_remote_code=False)
+            self._processor = reader.from_pretrained(where, revision=of)
+        except (OSError, ValueError) as error:
+            problem = f"its tokenizer or image processor cannot be loaded ({error})"
+            raise invalid("scorer", where, problem, "name another place with the option processor") from error
+        self.scale = float(self._model.logit_scale.exp())
+        self.width: int = self._model.config.projection_dim
+        positions: int = self._model.config.text_config.max_position_embeddings
+        self._max_length = min(self._tokenizer.model_max_length, positions)
+        self.key: dict[str, Any] = {
+            "weights": Digests().of([folder / "config.json", *sorted(folder.glob("*.safetensors"))]),
+            "processor": Digests().of([place / name for name in _PROCESSOR_FILES if (place / name).is_file()]),
+        }
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[Image]) -> Tensor:
+        """Gray, palette and transparent images become RGB first."""
+        pixels = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        hidden = self._model.vision_model(pixel_values=pixels["pixel_values"].to(self.device)).pooler_output
+        return nn.functional.normalize(self._model.visual_projection(hidden), dim=-1)
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Captions beyond the model's length are cut off.
+
+        Every caption is padded to the full length, so that its embedding does not follow from the longest beside it.
+        """
+        tokens = self._tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+        )
+        hidden = self._model.text_model(
+            input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
+        ).pooler_output
+        return nn.functional.normalize(self._model.text_projection(hidden), dim=-1)
+
+
+class ClipScorer:
+    """Scores that follow from CLIP's embeddings.
+
+    - ``pickscore``: ``exp(logit_scale)·cos`` of image and caption (Pick-a-Pic, arXiv 2305.01569); the published scale
+      is 100. SmPO's code takes the bare cosine, so that its κ of 0.16658 is 16.658 here.
+    - ``hps``: ``100·cos`` (HPSv2, arXiv 2306.09341).
+    - ``clip``: ``max(100·cos, 0)`` (CLIPScore, arXiv 2104.08718, with 100 in the place of 2.5).
+    - ``aesthetic``: LAION's predictor, a head on the image's embedding, whatever the caption.
+    """
+
+    def __init__(self, kind: str, clip: Clip, name: str, batch_size: int, head: str | None = None) -> None:
         self.name, self.batch_size = name, batch_size
         self._kind, self._clip = kind, clip
-        self._scale = float(clip.logit_scale.exp()) if kind == "pickscore" else 100.0
+        self._scale = clip.scale if kind == "pickscore" else 100.0
         self.key: dict[str, Any] = {"kind": kind, **clip.key}
-
-    def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
-        distinct = list(dict.fromkeys(captions))
-        texts = self._clip.embed_captions(distinct)[[distinct.index(caption) for caption in captions]]
-        scores = self._scale * (self._clip.embed_images(images) * texts).sum(-1)
-        return (scores.clamp(min=0) if self._kind == "clip" else scores).cpu()
-
-
-class AestheticScorer:
-    """A head on CLIP's normalized image embedding, which does not look at the caption: LAION's aesthetic predictor."""
-
-    def __init__(self, clip: Clip, head: str, name: str, batch_size: int) -> None:
-        self.name, self.batch_size = name, batch_size
-        self._clip = clip
-        self._head, digest = load_head(head, clip.width)
-        self._head.to(clip.device)
-        self.key: dict[str, Any] = {"kind": "aesthetic", "head": digest, **clip.key}
+        self._head = None
+        if head is not None:
+            self._head = load_head(head, clip.width).to(clip.device)
+            self.key["head"] = Digests().of([Path(head)])
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
-        scores: Tensor = self._head(self._clip.embed_images(images)).squeeze(-1)
-        return scores.cpu()
+        embedded = self._clip.embed_images(images)
+        scores: Tensor
+        if self._head is not None:
+            scores = self._head(embedded).squeeze(-1)
+            return scores.cpu()
+        distinct = list(dict.fromkeys(captions))
+        texts = self._clip.embed_captions(distinct)[[distinct.index(caption) for caption in captions]]
+        scores = self._scale * (embedded * texts).sum(-1)
+        return (scores.clamp(min=0) if self._kind == "clip" else scores).cpu()
+
+
+def load_head(path: str, width: int) -> nn.Module:
+    """LAION's aesthetic head ``(n, width) -> (n, 1)`` for inference, in float32.
+
+    Either ``layers.0``, ``2``, ``4``, ``6``, ``7`` (the published predictor, without its dropouts, which do nothing
+    at inference) or one linear layer (``weight``, ``bias``). The heads are published as PyTorch files only; these are
+    read with ``weights_only=True``, which executes nothing.
+
+    Raises:
+        InvalidInput: not such a file, or made for embeddings of another width.
+    """
+    state = _read_head(Path(path))
+    prefixes = [f"layers.{number}." for number in _HEAD_LAYERS] if "layers.0.weight" in state else [""]
+    if set(state) != {f"{prefix}{kind}" for prefix in prefixes for kind in ("weight", "bias")}:
+        problem = f"has the tensors {sorted(state)}, which are no known aesthetic head"
+        raise invalid("scorer", path, problem, _HEAD_REMEDY)
+    layers, inputs = [], width
+    for prefix in prefixes:
+        weight, bias = (state[f"{prefix}{kind}"].float() for kind in ("weight", "bias"))
+        if weight.ndim != 2 or weight.shape[1] != inputs or bias.shape != weight.shape[:1]:
+            problem = f"its layer {prefix or 'weight'} is {tuple(weight.shape)}, and gets {inputs} numbers"
+            raise invalid("scorer", path, problem, "name the CLIP that the head was made for with the option clip")
+        inputs = len(weight)
+        layer = nn.Linear(weight.shape[1], inputs)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        layers.append(layer)
+    if inputs != 1:
+        raise invalid("scorer", path, f"gives {inputs} numbers for an image", _HEAD_REMEDY)
+    return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
 def open_scorer(spec: str, *, batch_size: int = 32, device: str | torch.device = "cpu") -> Scorer:
@@ -114,14 +225,11 @@ def open_scorer(spec: str, *, batch_size: int = 32, device: str | torch.device =
         InvalidInput: not such a description, or what it names cannot be loaded.
     """
     kind, path, options = parse_spec(spec)
-    name = options.get("name", kind)
-    processor, revision = options.get("processor"), options.get("revision")
-    if kind == "aesthetic":
-        clip = Clip(options.get("clip", AESTHETIC_CLIP), processor=processor, revision=revision, device=device)
-        return AestheticScorer(clip, path, name, batch_size)
+    name, below = options.pop("name", kind), options.pop("clip", AESTHETIC_CLIP)
+    head = path if kind == "aesthetic" else None
     fallback = PICKSCORE_PROCESSOR if kind == "pickscore" else None
-    clip = Clip(path, processor=processor, fallback=fallback, revision=revision, device=device)
-    return ClipScorer(kind, clip, name, batch_size)
+    clip = Clip(path if head is None else below, **options, fallback=fallback, device=device)
+    return ClipScorer(kind, clip, name, batch_size, head)
 
 
 def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
@@ -139,6 +247,41 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
             raise invalid("scorer", spec, f"{entry!r} is no option of {kind}", remedy)
         options[option] = value if option in ("name", "revision") else expand_path(value, "scorer")
     return kind, expand_path(path, "scorer"), options
+
+
+def open_scorers(specs: Sequence[str], *, batch_size: int = 32, device: str = "auto", own: bool = True) -> list[Scorer]:
+    """The scorers that ``specs`` describe, in their order.
+
+    A spec is one of :func:`open_scorer` (``KIND=PATH``), or with ``own`` also ``MODULE:NAME``: a :class:`Scorer`, or a
+    function of images and captions, in a module that Python can import from here. The module is imported, so name only
+    what you trust. ``device``: with ``auto`` a GPU where there is one.
+
+    Raises:
+        InvalidInput: no spec, one that describes nothing, two scorers of one name, or a device that cannot be used.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        shown = str(error).splitlines()[0]
+        raise invalid("device", device, f"cannot be used ({shown})", "use auto, cpu, cuda or cuda:1") from error
+    scorers = [
+        _own_scorer(spec) if own and _OWN.fullmatch(spec) else open_scorer(spec, batch_size=batch_size, device=device)
+        for spec in specs
+    ]
+    return check_scorers(scorers)
+
+
+def check_scorers(scorers: Sequence[Scorer]) -> list[Scorer]:
+    """The scorers as a list. Raises ``InvalidInput`` for none, or two of one name, whose results would be one."""
+    names = [scorer.name for scorer in scorers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names:
+        raise invalid("scorer", names, "names no scorer", _REMEDY)
+    if twice:
+        raise invalid("scorer", names, f"names {', '.join(twice)} twice", "give each a name, as in clip=PATH,name=NAME")
+    return list(scorers)
 
 
 def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
@@ -161,49 +304,12 @@ def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str])
     return torch.cat(found)
 
 
-def open_scorers(
-    specs: Sequence[str], *, batch_size: int = 32, device: str | torch.device | None = None
-) -> list[Scorer]:
-    """The scorers that ``specs`` describe, in their order.
-
-    A spec is one of :func:`open_scorer` (``KIND=PATH``), or ``MODULE:NAME``: a
-    :class:`Scorer`, or a function of images and captions, in a module that Python can import
-    from here. The module is imported, so name only what you trust. ``device``: a GPU where there is one when None.
-
-    Raises:
-        InvalidInput: no spec, one that describes nothing, or two scorers of one name.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not specs:
-        raise invalid("scorer", list(specs), "names no scorer", _REMEDY)
-    scorers = [
-        _own(spec) if _is_own(spec) else open_scorer(spec, batch_size=batch_size, device=device) for spec in specs
-    ]
-    return check_scorers(scorers)
-
-
-def check_scorers(scorers: Sequence[Scorer]) -> list[Scorer]:
-    """The scorers as a list. Raises ``InvalidInput`` for none, or two of one name, whose results would be one."""
-    names = [scorer.name for scorer in scorers]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if not names or twice:
-        problem = f"names {', '.join(twice)} twice" if twice else "names no scorer"
-        raise invalid("scorer", names, problem, "give each a name, as in clip=PATH,name=NAME")
-    return list(scorers)
-
-
-def _is_own(spec: str) -> bool:
-    module, colon, name = spec.partition(":")
-    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
-
-
-def _own(spec: str) -> Scorer:
-    module_name, _, name = spec.partition(":")
+def _own_scorer(spec: str) -> Scorer:
+    module, _, name = spec.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)  # a program installed elsewhere does not look where it is called
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise invalid("scorer", spec, f"cannot be imported ({error})", _REMEDY) from error
     finally:
@@ -212,3 +318,44 @@ def _own(spec: str) -> Scorer:
         raise invalid("scorer", spec, "cannot be called", "name a function of images and captions")
     own: Scorer = found if hasattr(found, "name") and hasattr(found, "batch_size") else FunctionScorer(found, name)
     return own
+
+
+def _folder(path: str, file: str, revision: str | None) -> Path:
+    """The local directory of a repository, by one of its files."""
+    transformers = require("transformers", extra="train", purpose="scoring images")
+    try:
+        found = transformers.utils.cached_file(path, file, revision=revision)
+    except (OSError, ValueError) as error:
+        raise invalid("scorer", path, f"cannot be loaded ({error})", _CLIP_REMEDY) from error
+    if found is None:
+        raise invalid("scorer", path, f"holds no {file}", _CLIP_REMEDY)
+    return Path(found).parent
+
+
+def _processor_place(
+    path: str, processor: str | None, fallback: str | None, revision: str | None
+) -> tuple[str, Path, str | None]:
+    """``(path or hub id, local directory, revision)`` of tokenizer and image processor."""
+    file = "preprocessor_config.json"
+    if processor is not None:
+        return processor, _folder(processor, file, None), None
+    try:
+        return path, _folder(path, file, revision), revision
+    except InvalidInput:
+        if fallback is None:
+            raise
+        return fallback, _folder(fallback, file, None), None
+
+
+def _read_head(file: Path) -> Mapping[str, Tensor]:
+    if not file.is_file():
+        raise invalid("scorer", str(file), "is no file", "name the file of the aesthetic head")
+    try:
+        own = file.suffix == ".safetensors"
+        state: Any = load_file(file) if own else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+        raise invalid("scorer", str(file), problem, _HEAD_REMEDY) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise invalid("scorer", str(file), "is no state dict of tensors", _HEAD_REMEDY)
+    return state

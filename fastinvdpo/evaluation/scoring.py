@@ -13,15 +13,19 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from PIL.Image import Image
+from pyarrow import ArrowException, parquet
 
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file, make_directory, prepare_folder
+from fastinvdpo.config.sections import DataSection
+from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, check_list, entry, jsonl
 from fastinvdpo.data.content import columns_of, content_of
 from fastinvdpo.data.images import decode
@@ -30,17 +34,10 @@ from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.scored_table import write_scored
-from fastinvdpo.evaluation.scorers import in_batches, open_scorer
+from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, check_same, key_hash, plain, sealed, unsealed
 from fastinvdpo.output import MARK, OutputDirectory
 from fastinvdpo.trainer.opening import open_data_source
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from fastinvdpo.config.sections import DataSection
-    from fastinvdpo.data import PairSource
-    from fastinvdpo.evaluation.scorers import Scorer
 
 FORMAT = 2  # 1: with a digest of the files
 ROWS_PER_PART = 256
@@ -50,7 +47,6 @@ _READ_BY_SCORE = frozenset(
 )
 _THREADS, _ROWS_AHEAD = 4, 16
 _Identity: TypeAlias = tuple[bytes, str]  # SHA-256 of an image, caption
-_Sides: TypeAlias = list[tuple[_Identity, "Image"]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,6 @@ class ScoreResult:
     Attributes:
         rows: rows of the data; pairs: those that are in the output. broken: the others, by cause.
         columns: of every scorer. ranges: κ of every scorer, over the pairs in the output.
-        computed: parts that this call computed.
     """
 
     output: Path
@@ -69,7 +64,6 @@ class ScoreResult:
     broken: dict[str, int]
     columns: dict[str, tuple[str, str]]
     ranges: dict[str, ScoreRange]
-    computed: int = 0
 
     def __str__(self) -> str:
         left_out = f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})"
@@ -93,28 +87,6 @@ def open_to_score(data: DataSection) -> PairSource:
         raise invalid(f"data.{name}", getattr(data, name), "changes nothing of what is scored", remedy)
     kind = detect_format(data.path) if data.format == "auto" else data.format
     return open_data_source(data.model_copy(update={"streaming": kind == "parquet", "shuffle_buffer": 1}))
-
-
-def run_scorers(
-    source: PairSource,
-    specs: Sequence[str],
-    output: Path,
-    *,
-    batch_size: int = 32,
-    device: str = "auto",
-    **options: Any,
-) -> ScoreResult:
-    """:func:`score_pairs` with the scorers that :func:`open_scorer` makes of ``specs``."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        shown = str(error).splitlines()[0]
-        raise invalid("device", device, f"cannot be used ({shown})", "use auto, cpu, cuda or cuda:1") from error
-    scorers = [open_scorer(spec, batch_size=batch_size, device=place) for spec in specs]
-    return score_pairs(source, scorers, output, **options)
 
 
 def score_pairs(
@@ -170,18 +142,27 @@ def score_pairs(
             check_same("output", parts, manifest["key"], key)
         with atomic_file(parts / _MANIFEST) as temporary:
             temporary.write_text(json.dumps(sealed({"key": key, "files": digests.remembered})))
-        work = _Work(source, scorers, parts, key_hash(key))
-        bad = BrokenRows(max_broken, len(source))
-        found = list(work.parts(bad, progress))
+        bad, found = BrokenRows(max_broken, len(source)), []
+        for part in _parts(source, scorers, parts, key_hash(key), progress):
+            for line in part.broken:
+                bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
+            found.append(part)
         result, scores, labels = _assembled(source, output, columns, found, bad, relabel)
-        metadata = {METADATA: json.dumps(_description(final, result)).encode()}
+        description = {
+            **{"key": final, "rows": result.rows, "pairs": result.pairs, "broken": result.broken},
+            "scores": [
+                {"name": name, "columns": list(result.columns[name]), "low": one.low, "high": one.high}
+                for name, one in result.ranges.items()
+            ],
+        }
         if bad.found:
             with atomic_file(list_of_broken(output)) as temporary:
                 temporary.write_text(jsonl(bad.lines()), "utf-8")
+        rows = [row for part in found for row in part.rows]
         with atomic_file(output, new=True) as temporary:
-            write_scored(source, temporary, [row for part in found for row in part.rows], scores, labels, metadata)
+            write_scored(source, temporary, rows, scores, labels, {METADATA: json.dumps(description).encode()})
         begun.remove()
-    return replace(result, computed=work.computed)
+    return result
 
 
 @dataclass(frozen=True)
@@ -194,78 +175,68 @@ class _Part:
     broken: list[dict[str, Any]]
 
 
-class _Work:
-    """Computes the parts that are missing.
+def _parts(
+    source: PairSource, scorers: Sequence[Scorer], directory: Path, identity: str, progress: bool
+) -> Iterator[_Part]:
+    """All parts in order; those that are missing are computed."""
+    tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
+    starts = range(0, len(source), ROWS_PER_PART)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for start in tqdm(starts, desc="scoring", unit=f"part of {ROWS_PER_PART} rows", disable=not progress):
+            path = directory / f"part-{start // ROWS_PER_PART:06d}.json"
+            part = _read_part(path, identity)
+            if part is None:
+                rows = range(start, min(start + ROWS_PER_PART, len(source)))
+                part = _Part(identity, *_scored(source, scorers, rows, threads))
+                with atomic_file(path) as temporary:
+                    temporary.write_text(json.dumps(sealed(asdict(part))))
+            yield part
 
-    Attributes:
-        computed: how many it did.
-    """
 
-    def __init__(self, source: PairSource, scorers: Sequence[Scorer], directory: Path, identity: str) -> None:
-        self._source, self._scorers = source, scorers
-        self._directory, self._hash = directory, identity
-        self._batch = max(scorer.batch_size for scorer in scorers)
-        self.computed = 0
+def _scored(
+    source: PairSource, scorers: Sequence[Scorer], rows: range, threads: ThreadPoolExecutor
+) -> tuple[list[int], list[list[list[float]]], list[dict[str, Any]]]:
+    """The rows that could be scored, their scores, and the broken ones."""
+    batch = max(scorer.batch_size for scorer in scorers)
+    known: dict[_Identity, list[float]] = {}
+    pending: dict[_Identity, Image] = {}
+    good: list[tuple[int, list[_Identity]]] = []
+    bad: list[dict[str, Any]] = []
 
-    def parts(self, bad: BrokenRows, progress: bool) -> Iterator[_Part]:
-        """All parts in order; adds their broken rows to ``bad``, which may raise."""
-        total = -(-len(self._source) // ROWS_PER_PART)
-        tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
-        with ThreadPoolExecutor(_THREADS) as threads:
-            for number in tqdm(
-                range(total), desc="scoring", unit=f"part of {ROWS_PER_PART} rows", disable=not progress
-            ):
-                path = self._directory / f"part-{number:06d}.json"
-                part = _read_part(path, self._hash)
-                if part is None:
-                    start = number * ROWS_PER_PART
-                    part = self._score(range(start, min(start + ROWS_PER_PART, len(self._source))), threads)
-                    with atomic_file(path) as temporary:
-                        temporary.write_text(json.dumps(sealed(asdict(part))))
-                    self.computed += 1
-                for line in part.broken:
-                    bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
-                yield part
+    def score_a_batch() -> None:
+        first = dict(list(pending.items())[:batch])
+        images, captions = list(first.values()), [caption for _, caption in first]
+        columns = [in_batches(scorer, images, captions) for scorer in scorers]
+        known.update(zip(first, torch.stack(columns, 1).tolist(), strict=True))
+        for identity in first:
+            del pending[identity]
 
-    def _score(self, rows: range, threads: ThreadPoolExecutor) -> _Part:
-        known: dict[_Identity, list[float]] = {}
-        pending: dict[_Identity, Image] = {}
-        good: list[tuple[int, list[_Identity]]] = []
-        bad: list[dict[str, Any]] = []
-
-        def score_a_batch() -> None:
-            first = dict(list(pending.items())[: self._batch])
-            images, captions = list(first.values()), [caption for _, caption in first]
-            columns = [in_batches(scorer, images, captions) for scorer in self._scorers]
-            known.update(zip(first, torch.stack(columns, 1).tolist(), strict=True))
-            for identity in first:
-                del pending[identity]
-
-        for row, sides in _ahead(rows, self._decode, threads):
-            if isinstance(sides, BrokenRow):
-                bad.append(entry(row, self._source.place(row), sides))
-                continue
-            good.append((row, [identity for identity, _ in sides]))
-            # An image that several pairs of a caption share is scored once.
-            pending |= {identity: image for identity, image in sides if identity not in known}
-            if len(pending) >= self._batch:
-                score_a_batch()
-        while pending:
+    for row, sides in _ahead(rows, partial(_decoded, source), threads):
+        if isinstance(sides, BrokenRow):
+            bad.append(entry(row, source.place(row), sides))
+            continue
+        good.append((row, [identity for identity, _ in sides]))
+        # An image that several pairs of a caption share is scored once.
+        pending |= {identity: image for identity, image in sides if identity not in known}
+        if len(pending) >= batch:
             score_a_batch()
-        scores = [[list(both) for both in zip(*(known[side] for side in sides), strict=True)] for _, sides in good]
-        return _Part(self._hash, [row for row, _ in good], scores, bad)
+    while pending:
+        score_a_batch()
+    scores = [[list(both) for both in zip(*(known[side] for side in sides), strict=True)] for _, sides in good]
+    return [row for row, _ in good], scores, bad
 
-    def _decode(self, row: int) -> _Sides | BrokenRow:
-        where = partial(self._source.where, row)
-        try:
-            caption = caption_of(self._source.record(row), where)
-            sides = []
-            for side, name in enumerate(IMAGES):
-                data = self._source.image(row, side)
-                sides.append(((hashlib.sha256(data).digest(), caption), decode(data, where(name))))
-        except BrokenRow as error:
-            return error
-        return sides
+
+def _decoded(source: PairSource, row: int) -> list[tuple[_Identity, Image]] | BrokenRow:
+    where = partial(source.where, row)
+    try:
+        caption = caption_of(source.record(row), where)
+        data = [source.image(row, side) for side in range(len(IMAGES))]
+        return [
+            ((hashlib.sha256(one).digest(), caption), decode(one, where(name)))
+            for one, name in zip(data, IMAGES, strict=True)
+        ]
+    except BrokenRow as error:
+        return error
 
 
 def _ahead(rows: Iterable[int], read: Any, threads: ThreadPoolExecutor) -> Iterator[tuple[int, Any]]:
@@ -282,19 +253,17 @@ def _ahead(rows: Iterable[int], read: Any, threads: ThreadPoolExecutor) -> Itera
 
 def _columns(scorers: Sequence[Scorer], named: bool, taken: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The columns of every scorer."""
-    if not scorers:
-        raise invalid("scorer", None, "is missing", "name at least one, as in --scorer pickscore=PATH")
     columns: dict[str, tuple[str, str]] = {}
-    for scorer in scorers:
+    for scorer in check_scorers(scorers):
         name = scorer.name
-        if not re.fullmatch(r"[\w-]+", name) or name in columns:
-            remedy = "give every scorer a name of its own, of letters, digits, _ and -, with the option name"
-            raise invalid("scorer", name, "cannot name columns, or names two scorers", remedy)
+        if not re.fullmatch(r"[\w-]+", name):
+            remedy = "give it a name of letters, digits, _ and -, with the option name"
+            raise invalid("scorer", name, "cannot name columns", remedy)
         prefix = f"score_{name}_" if named or len(scorers) > 1 else "score_"
         columns[name] = (f"{prefix}0", f"{prefix}1")
         for column in columns[name]:
             if column in taken:
-                remedy = "ask for columns with names (--named), or give the scorer another one with the option name"
+                remedy = "pass --named for columns with names, or give the scorer another one with the option name"
                 raise invalid("scorer", name, f"the data has a column {column!r} already", remedy)
     return columns
 
@@ -364,24 +333,13 @@ def _assembled(
     return ScoreResult(output, len(source), count, bad.counts(), dict(columns), ranges), scores, labels
 
 
-def _description(key: Mapping[str, Any], result: ScoreResult) -> dict[str, Any]:
-    """The metadata of the output."""
-    scores = [
-        {"name": name, "columns": list(result.columns[name]), "low": found.low, "high": found.high}
-        for name, found in result.ranges.items()
-    ]
-    return {"key": dict(key), "rows": result.rows, "pairs": result.pairs, "broken": result.broken, "scores": scores}
-
-
 def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
     """The result that is there already. Raises ``InvalidInput`` where something else is."""
     if not output.exists():
         return None
-    parquet = require("pyarrow.parquet", extra="train", purpose="writing preference pairs")
-    arrow = require("pyarrow", extra="train", purpose="writing preference pairs")
     try:
         found = json.loads((parquet.read_metadata(output).metadata or {})[METADATA])
-    except (OSError, KeyError, ValueError, arrow.ArrowException):
+    except (OSError, KeyError, ValueError, ArrowException):
         remedy = "name another output, or delete it"
         raise invalid("output", str(output), "is there, and fastinvdpo score did not write it", remedy) from None
     check_same("output", output, found["key"], key)

@@ -1,4 +1,4 @@
-"""`fastinvdpo evaluate`: numbers that follow from saved pictures, which are reused; what an aligned model may be."""
+"""`fastinvdpo evaluate`: numbers that follow from saved images, which are reused; what an aligned model may be."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from fastinvdpo import cli
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.evaluation import comparing
-from fastinvdpo.evaluation.comparing import Sampling, compare, parse_sampling, statistics
-from fastinvdpo.evaluation.metrics import wilson_interval
+from fastinvdpo.evaluation import comparing, metrics
+from fastinvdpo.evaluation.comparing import compare, parse_sampling
+from fastinvdpo.evaluation.sampling import Sampling
 from fastinvdpo.evaluation.scorers import FunctionScorer, check_scorers, open_scorers
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
@@ -49,59 +49,46 @@ def pixels(root: Path, side: str) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in sorted((root / side).iterdir())]).astype(int)
 
 
-# --- numbers ---
-
-
 def test_equal_models_tie_everywhere(models: tuple[Path, Path], tmp_path: Path) -> None:
-    found = evaluate((models[0], models[0]), tmp_path)["scorers"]["brightness"]
+    summary = evaluate((models[0], models[0]), tmp_path)
+    found = summary["scorers"]["brightness"]
     assert np.array_equal(pixels(tmp_path, "base"), pixels(tmp_path, "aligned"))
     assert (found["wins"], found["ties"], found["losses"]) == (0, len(PROMPTS), 0)
-    assert found["win_rate"] == wilson_interval(len(PROMPTS) / 2, len(PROMPTS)).as_dict()
+    assert found["win_rate"] == metrics.wilson_interval(len(PROMPTS) / 2, len(PROMPTS))._asdict()
     assert found["win_rate"]["mean"] == 0.5
     assert found["base"] == found["aligned"]
+    (note,) = summary["notes"]
+    assert note.startswith("Both sides have the same network") and note in (tmp_path / "report.html").read_text()
 
 
-def test_a_brighter_model_wins_and_the_numbers_follow_from_the_pictures(
-    models: tuple[Path, Path], tmp_path: Path
+def test_a_brighter_model_wins_the_numbers_follow_from_the_images_and_these_are_sampled_once(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = evaluate(models, tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == found
+    assert found["notes"] == []
     base, aligned = (tiny.recomputed(tmp_path, side) for side in ("base", "aligned"))
     assert (aligned > base + 1).all()
-    told = found["scorers"]["brightness"]
+    numbers = found["scorers"]["brightness"]
     for side, scores in (("base", base), ("aligned", aligned)):
-        assert told[side] == pytest.approx({"mean": scores.mean(), "median": np.median(scores)}, rel=1e-12)
-        assert [entry["scores"]["brightness"][side] for entry in found["samples"]] == scores.tolist()
-    assert told["win_rate"] == wilson_interval(len(PROMPTS), len(PROMPTS)).as_dict()
-    assert (told["wins"], told["ties"], told["losses"]) == (len(PROMPTS), 0, 0)
-    assert [entry["prompt"] for entry in found["samples"]] == PROMPTS
-    assert [entry["aligned"] for entry in found["samples"]] == [f"aligned/{place:05d}.png" for place in range(7)]
-
-
-def test_wins_ties_and_losses_are_counted() -> None:
-    found = statistics(base=[0.0, 1.0, 2.0, 3.0], aligned=[1.0, 1.0, 1.0, 4.0])
-    assert (found["wins"], found["ties"], found["losses"]) == (2, 1, 1)
-    assert found["win_rate"] == wilson_interval(2.5, 4).as_dict()
-    assert found["base"] == {"mean": 1.5, "median": 1.5} and found["aligned"] == {"mean": 1.75, "median": 1.0}
-
-
-# --- pictures that are there ---
-
-
-def test_pictures_are_drawn_once(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = evaluate(models, tmp_path)
-    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+        assert numbers[side] == pytest.approx({"mean": scores.mean(), "median": np.median(scores)}, rel=1e-12)
+        assert [sample["scores"]["brightness"][side] for sample in found["samples"]] == scores.tolist()
+    assert numbers["win_rate"] == metrics.wilson_interval(len(PROMPTS), len(PROMPTS))._asdict()
+    assert (numbers["wins"], numbers["ties"], numbers["losses"]) == (len(PROMPTS), 0, 0)
+    assert [sample["prompt"] for sample in found["samples"]] == PROMPTS
+    assert [sample["aligned"] for sample in found["samples"]] == [f"aligned/{place:05d}.png" for place in range(7)]
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
     monkeypatch.setattr(comparing, "load_model", refuse)
     monkeypatch.setattr(comparing, "open_aligned", refuse)
-    assert evaluate(models, tmp_path) == first
+    assert evaluate(models, tmp_path) == found
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")} == stamps
 
 
-def test_an_interrupted_evaluation_ends_with_the_same_pictures(
+def test_an_interrupted_evaluation_ends_with_the_same_images(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(models, tmp_path / "whole")
@@ -123,9 +110,8 @@ def test_an_interrupted_evaluation_ends_with_the_same_pictures(
     left.mkdir()
     (left / "lock").touch()
     damaged = tmp_path / "parts" / "base" / "00006.png"
-    whole_file = damaged.read_bytes()
-    damaged.write_bytes(whole_file[:40])
-    with pytest.warns(UserWarning, match=r"00006\.png is damaged, and drawn again"):
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.warns(UserWarning, match=r"00006\.png is damaged, and sampled again"):
         again = evaluate(models, tmp_path / "parts")
     assert calls == [3, 3, 1, 3, 3, 3, 1, 3, 1]
     assert again == whole
@@ -135,7 +121,7 @@ def test_an_interrupted_evaluation_ends_with_the_same_pictures(
         assert np.array_equal(pixels(tmp_path / "parts", side), pixels(tmp_path / "whole", side))
 
 
-def test_every_flipped_bit_of_a_picture_is_found(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_flipped_bit_of_an_image_is_found(models: tuple[Path, Path], tmp_path: Path) -> None:
     """Or it changes no pixel."""
     evaluate(models, tmp_path / "run")
     file = tmp_path / "run" / "aligned" / "00001.png"
@@ -155,7 +141,7 @@ def test_every_flipped_bit_of_a_picture_is_found(models: tuple[Path, Path], tmp_
         evaluate(models, tmp_path / "run")
 
 
-def test_pictures_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_images_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     evaluate(models, tmp_path)
     with pytest.raises(InvalidInput, match=r"different are num_inference_steps \(3 there, 4 here\), seed \(0 .*1 here"):
         evaluate(models, tmp_path, Sampling(num_inference_steps=4, guidance_scale=1.0, seed=1))
@@ -170,49 +156,33 @@ def test_pictures_of_another_evaluation_are_refused(models: tuple[Path, Path], t
         evaluate(models, tmp_path)
 
 
-# --- what an aligned model is ---
-
-
 def test_an_adapter_a_network_and_a_whole_model_are_one(tmp_path: Path) -> None:
-    tiny_training.write_model(tmp_path / "model")
-    tiny_training.write_data(tmp_path / "pairs.parquet")
-    sections = {"model": {"lora": {"rank": 2, "alpha": 2.0}}, "optimizer": {"learning_rate": 0.05}}
-    train(tiny_training.config(tmp_path, training={"steps": 2}, **sections), progress=False)
-    base = tmp_path / "model"
-    drawn = {}
-    for name in ("model", "adapter", "model/unet"):
-        output = tmp_path / "evaluations" / name.replace("/", "-")
-        evaluate((base, tmp_path / "run" / name), output)
-        drawn[name] = pixels(output, "aligned")
-    assert np.array_equal(drawn["model"], drawn["adapter"])
-    assert np.array_equal(drawn["model"], drawn["model/unet"])
-    assert not np.array_equal(drawn["model"], pixels(output, "base"))
-    other = tiny_models.write_digits(tmp_path / "other")
-    with pytest.raises(InvalidInput, match=r"aligned = .*adapter.*does not fit"):
-        evaluate((other, tmp_path / "run" / "adapter"), tmp_path / "evaluations" / "misfit")
-
-
-def test_an_adapter_stands_on_the_network_that_it_was_trained_on(tmp_path: Path) -> None:
-    tiny_training.write_model(tmp_path / "model")
+    """The adapter stands on the network that it was trained on."""
+    base = tiny_training.write_model(tmp_path / "model")
     tiny_training.write_data(tmp_path / "pairs.parquet")
     tuned = tiny_models.digits_unet()
     with torch.no_grad():
         tuned.conv_out.bias.add_(0.3)
     tuned.save_pretrained(tmp_path / "tuned" / "unet")
-    sections = {"model": {"lora": {"rank": 2}, "unet_init": str(tmp_path / "tuned")}}
-    train(tiny_training.config(tmp_path, training={"steps": 2}, **sections), progress=False)
-    drawn = {}
-    for name in ("model", "adapter"):
-        found = evaluate((tmp_path / "model", tmp_path / "run" / name), tmp_path / "evaluations" / name)
-        drawn[name] = pixels(tmp_path / "evaluations" / name, "aligned")
-    assert np.array_equal(drawn["model"], drawn["adapter"])
+    for run, init in (("plain", {}), ("tuned", {"unet_init": str(tmp_path / "tuned")})):
+        sections = {"model": {"lora": {"rank": 2, "alpha": 2.0}, **init}, "optimizer": {"learning_rate": 0.05}}
+        sections |= {"output": {"directory": str(tmp_path / run)}}
+        train(tiny_training.config(tmp_path, training={"steps": 2}, **sections), progress=False)
+        sampled = {}
+        for name in ("model", "model/unet", "adapter"):
+            output = tmp_path / "evaluations" / run / name.replace("/", "-")
+            found = evaluate((base, tmp_path / run / name), output)
+            sampled[name] = pixels(output, "aligned")
+        assert np.array_equal(sampled["model"], sampled["adapter"])
+        assert np.array_equal(sampled["model"], sampled["model/unet"])
+        assert not np.array_equal(sampled["model"], pixels(output, "base"))
     assert found["notes"] == [f"The adapter stands on the weights that it was trained on, {tmp_path / 'tuned'}."]
+    other = tiny_models.write_digits(tmp_path / "other")
+    with pytest.raises(InvalidInput, match=r"aligned = .*adapter.*does not fit"):
+        evaluate((other, tmp_path / "plain" / "adapter"), tmp_path / "evaluations" / "misfit")
 
 
-def test_what_else_the_sides_differ_in_is_told(models: tuple[Path, Path], tmp_path: Path) -> None:
-    assert evaluate(models, tmp_path / "digits")["notes"] == []
-    (told,) = evaluate((models[0], models[0]), tmp_path / "same")["notes"]
-    assert told.startswith("Both sides have the same network") and told in (tmp_path / "same/report.html").read_text()
+def test_what_else_the_sides_differ_in_is_noted(tmp_path: Path) -> None:
     for name, pipeline in {
         "base": tiny_models.sd_pipeline(),
         "other": tiny_models.sd_pipeline(
@@ -239,35 +209,6 @@ def test_weights_that_are_there_as_a_variant_and_guidance_by_default(tmp_path: P
     aligned = Origin(tmp_path / "same", variant="fp16")
     found = compare(base, aligned, *command, sampling=Sampling(num_inference_steps=1))
     assert found["guidance_scale"] == 5.0
-
-
-def test_stable_diffusion_with_an_adapter_in_diffusers_format(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model_state_dict
-
-    pipeline = tiny_models.sd_pipeline()
-    pipeline.save_pretrained(tmp_path / "base", safe_serialization=True)
-    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
-    torch.manual_seed(3)
-    for name, parameter in pipeline.unet.named_parameters():
-        if ".lora_" in name:
-            torch.nn.init.normal_(parameter)
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipeline.unet))
-    pipeline.unet.delete_adapters("default")
-    pipeline.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    pipeline.save_pretrained(tmp_path / "whole", safe_serialization=True)
-    drawn = {}
-    for name in ("lora", "whole"):
-        sampling, places = Sampling(num_inference_steps=2, batch_size=2), (tmp_path / "base", tmp_path / name)
-        compare(*places, ["a cat", "a dog"], [SCORER], tmp_path / f"{name}-out", sampling=sampling)
-        drawn[name] = pixels(tmp_path / f"{name}-out", "aligned")
-    assert drawn["lora"].shape == (2, 16, 16, 3)
-    assert np.array_equal(drawn["lora"], drawn["whole"])
-    assert not np.array_equal(drawn["lora"], pixels(tmp_path / "lora-out", "base"))
-
-
-# --- command line and bad input ---
 
 
 def test_the_command(
@@ -325,9 +266,8 @@ def test_bad_arguments(models: tuple[Path, Path], tmp_path: Path, arguments: dic
 
 def test_options_of_sampling() -> None:
     assert parse_sampling([]) == Sampling()
-    assert parse_sampling(["seed=3", "guidance_scale=2", "dtype=bf16"]) == Sampling(
-        seed=3, guidance_scale=2.0, dtype="bf16"
-    )
+    options = ["seed=3", "guidance_scale=2", "dtype=bf16"]
+    assert parse_sampling(options) == Sampling(seed=3, guidance_scale=2.0, dtype="bf16")
     for wrong in ("seed=x", "guidance_scale=", "seed", "num_inference_steps=2.5"):
         with pytest.raises(InvalidInput):
             parse_sampling([wrong])
@@ -346,9 +286,44 @@ def test_options_of_sampling() -> None:
 )
 def test_bad_scorers(specs: list[str], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        open_scorers(specs, device="cpu")
+        open_scorers(specs)
 
 
 def test_a_scorer_of_ones_own_is_taken_as_it_is() -> None:
-    assert check_scorers([SCORER]) == [SCORER]
-    assert open_scorers(["tests.evaluation.test_comparing:SCORER"], device="cpu") == [SCORER]
+    assert check_scorers([SCORER]) == open_scorers(["tests.evaluation.test_comparing:SCORER"]) == [SCORER]
+
+
+@pytest.mark.parametrize(("wins", "trials"), [(0, 7), (7, 7), (300, 300), (1, 300), (150, 300), (271, 300)])
+def test_wilson_interval_equals_scipy(wins: int, trials: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(wins, trials).proportion_ci(0.95, method="wilson")
+    found = metrics.wilson_interval(wins, trials)
+    assert (found.ci_low, found.ci_high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert found.mean == wins / trials
+    assert 0 <= found.ci_low <= found.mean <= found.ci_high <= 1
+
+
+def test_win_rate_counts_ties_half_and_is_antisymmetric() -> None:
+    before, after = [0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 4.0]
+    there, back = metrics.win_rate(after, before), metrics.win_rate(before, after)
+    assert there.mean == (2 + 0.5) / 4
+    assert tuple(there) == pytest.approx((1 - back.mean, 1 - back.ci_high, 1 - back.ci_low))
+    found = metrics.statistics(base=before, aligned=after)
+    assert (found["wins"], found["ties"], found["losses"], found["win_rate"]) == (2, 1, 1, there._asdict())
+    assert found["base"] == {"mean": 1.5, "median": 1.5} and found["aligned"] == {"mean": 1.75, "median": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: metrics.wilson_interval(3, 0), "successes"),
+        (lambda: metrics.wilson_interval(4, 3), "successes"),
+        (lambda: metrics.win_rate([1.0, 2.0], [1.0]), "after"),
+        (lambda: metrics.win_rate([], []), "after"),
+        (lambda: metrics.win_rate([float("nan")], [1.0]), "after"),
+    ],
+)
+def test_bad_statistics(call: Any, argument: str) -> None:
+    with pytest.raises(InvalidInput, match=argument):
+        call()

@@ -12,9 +12,6 @@ import yaml
 
 from fastinvdpo import cli
 from tests import documentation
-from tests.data.test_pairs import row, store
-from tests.evaluation import tiny_clip
-from tests.models import tiny
 
 COMMANDS = documentation.commands("docs/evaluation.md")
 (SECTION,) = documentation.blocks("docs/evaluation.md", "yaml")
@@ -22,34 +19,14 @@ COMMANDS = documentation.commands("docs/evaluation.md")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the files that the page names, before training."""
-    root = tmp_path_factory.mktemp("documentation")
-    tiny.sd_pipeline().save_pretrained(root / "base", safe_serialization=True)
-    tiny_clip.write_clip(root / "scorers" / "clip")
-    (root / "own.py").write_text("from tests.evaluation.tiny import brightness\n")
-    (root / "prompts.txt").write_text("a cat\na red cube\n")
-    store(root / "pairs.parquet", [row(i) for i in range(4)])
-    run = {
-        "method": {"name": "diffusion-dpo"},
-        "model": {"path": "base", "lora": {"rank": 2}},
-        "data": {"path": "pairs.parquet", "resolution": 16},
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
-        "training": {"steps": 2},
-        # A cache leaves VAE and text encoders on the disk; the evaluation needs them.
-        "cache": {"path": "cache"},
-        "output": {"directory": "run", "tensorboard": False},
-        **yaml.safe_load(SECTION),
-    }
-    (root / "run.yaml").write_text(yaml.safe_dump(run))
-    return root
-
-
-def test_the_page_has_commands() -> None:
-    assert len(COMMANDS) == 4
+    # A cache leaves VAE and text encoders on the disk; the evaluation needs them.
+    sections = {"method": {"name": "diffusion-dpo"}, "cache": {"path": "cache"}, **yaml.safe_load(SECTION)}
+    return documentation.write_place(tmp_path_factory.mktemp("documentation"), **sections)
 
 
 def test_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(place)
+    assert len(COMMANDS) == 4
     for command in sorted(COMMANDS, key=lambda command: "train" not in command):  # what the others evaluate comes first
         program, *arguments = shlex.split(command)
         assert program == "fastinvdpo"

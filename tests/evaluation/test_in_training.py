@@ -98,9 +98,8 @@ def test_training_does_not_notice(workspace: Path) -> None:
     assert [row["step"] for row in other.evaluation] == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("ema", [None, 0.5], ids=["weights", "averages"])
-def test_rows_are_the_scores_of_the_models(workspace: Path, ema: float | None) -> None:
-    result = run(workspace, "run", training={"ema_decay": ema}, output={"tensorboard": True})
+def test_rows_are_the_scores_of_the_averaged_models(workspace: Path) -> None:
+    result = run(workspace, "run", training={"ema_decay": 0.5}, output={"tensorboard": True})
     base, final = (scores_of(workspace, model) for model in (workspace / "model", result.model_directory))
     first, last = result.evaluation[0], result.evaluation[-1]
     assert first == {"step": 0, "brightness": np.mean(base), "brightness_win_rate": 0.5}
@@ -116,22 +115,22 @@ def test_rows_are_the_scores_of_the_models(workspace: Path, ema: float | None) -
     assert found == [(row["step"], pytest.approx(row["brightness"], rel=1e-6)) for row in result.evaluation]
 
 
-@pytest.mark.parametrize(("plan", "best"), [((9.0, 1.0, 3.0, 2.0), 4), ((0.0, 5.0, 5.0, 5.0), 2)])
-def test_the_best_model_is_kept(workspace: Path, plan: tuple[float, ...], best: int) -> None:
-    result = run(workspace, "run", Planned(*plan))
-    assert [row["brightness"] for row in result.evaluation] == list(plan)
-    told = json.loads((result.directory / "best" / "best.json").read_text())
-    assert told == {"step": best, "scorer": "brightness", "mean": plan[best // 2]}
+def test_the_first_of_equally_good_models_is_kept(workspace: Path) -> None:
+    result = run(workspace, "run", Planned(0.0, 5.0, 5.0, 5.0))
+    best = json.loads((result.directory / "best" / "best.json").read_text())
+    assert best == {"step": 2, "scorer": "brightness", "mean": 5.0}
     assert result.best_model_directory == result.directory / "best" / "model"
     kept = weights(result.best_model_directory)
-    _assert_same(kept, load_checkpoint(result.directory / "checkpoints" / f"step-{best:08d}").trainable)
+    _assert_same(kept, load_checkpoint(result.directory / "checkpoints" / "step-00000002").trainable)
     assert any(not torch.equal(value, weights(result.model_directory)[name]) for name, value in kept.items())
 
 
 def test_every_model_has_a_card_of_its_own_step(workspace: Path) -> None:
     """The best one after each of two steps, and the last."""
     result = run(workspace, "run", Planned(9.0, 1.0, 3.0, 2.0), model={"lora": {"rank": 2}})
+    assert [row["brightness"] for row in result.evaluation] == [9.0, 1.0, 3.0, 2.0]
     folders = result.directory / "best", result.directory
+    assert json.loads((folders[0] / "best.json").read_text())["step"] == 4  # of those after a step
     best, last = ((folder / "model" / "README.md").read_text() for folder in folders)
     for card, step, score, logged in ((best, 4, 3, 4), (last, 6, 2, 6)):
         assert f"after {step} steps of diffusion-dpo" in card
@@ -145,12 +144,6 @@ def test_every_model_has_a_card_of_its_own_step(workspace: Path) -> None:
     assert TrainConfig.from_mapping(yaml.safe_load(body)) == config
     for folder, card in zip(folders, (best, last), strict=True):
         assert (folder / "adapter" / "README.md").read_text() == card
-
-
-def test_the_best_model_can_be_left_out(workspace: Path) -> None:
-    result = run(workspace, "run", evaluation={"keep_best": False})
-    assert len(result.evaluation) == 4
-    assert result.best_model_directory is None and not (result.directory / "best").exists()
 
 
 def test_lora_in_bf16(workspace: Path) -> None:
@@ -168,12 +161,12 @@ def test_lora_in_bf16(workspace: Path) -> None:
 
 
 # Five samples are two batches: 1 and 2 of the base, 3 and 4 after step 2, 5 and 6 after step 4.
-@pytest.mark.parametrize(("what", "fatal", "left"), [("sample", 6, [0, 2]), ("save_checkpoint", 2, [0, 2, 4])])
+@pytest.mark.parametrize(("what", "fatal", "left"), [("sample_images", 6, [0, 2]), ("save_checkpoint", 2, [0, 2, 4])])
 def test_interrupted_and_resumed(
     workspace: Path, what: str, fatal: int, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(workspace, "whole")
-    module = in_training if what == "sample" else loop
+    module = in_training if what == "sample_images" else loop
     function, count = getattr(module, what), 0
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -198,9 +191,16 @@ def test_interrupted_and_resumed(
     _assert_same(weights(again.best_model_directory), weights(whole.best_model_directory))
 
 
-def test_another_evaluation_starts_over(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(workspace, "run", Planned(0.0, 9.0, 9.0), training={"steps": 4})
-    section = {"seed": 1}
+def test_another_evaluation_starts_over_and_a_damaged_list_of_scores_is_refused(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(workspace, "run", Planned(0.25, 9.0, 9.0), training={"steps": 4})
+    file, section = workspace / "run" / "evaluation" / "base.json", {"seed": 1}
+    whole = file.read_text()
+    file.write_text(whole.replace("0.25", "0.75", 1))
+    with pytest.raises(InvalidInput, match=r"evaluation = .*base\.json': cannot be read \(it was changed"):
+        run(workspace, "run")
+    file.write_text(whole)
     with caplog.at_level(logging.INFO, "fastinvdpo.trainer"):
         result = run(workspace, "run", evaluation=section)
     assert "its rows and the best model start over" in caplog.text
@@ -211,18 +211,12 @@ def test_another_evaluation_starts_over(workspace: Path, caplog: pytest.LogCaptu
     assert json.loads((result.directory / "best" / "best.json").read_text())["step"] == 6
 
 
-def test_a_damaged_list_of_scores_is_refused(workspace: Path) -> None:
-    run(workspace, "run", Planned(0.25, 9.0, 9.0), training={"steps": 4})
-    file = workspace / "run" / "evaluation" / "base.json"
-    file.write_text(file.read_text().replace("0.25", "0.75", 1))
-    with pytest.raises(InvalidInput, match=r"evaluation = .*base\.json': cannot be read \(it was changed"):
-        run(workspace, "run")
-
-
-def test_a_run_without_evaluation_may_continue_with_one(workspace: Path) -> None:
+def test_a_run_without_evaluation_may_continue_with_one_that_keeps_no_model(workspace: Path) -> None:
     plain = mapping(workspace, "run", training={"steps": 2}) | {"evaluation": None}
     train(TrainConfig.from_mapping(plain), progress=False)
-    assert [row["step"] for row in run(workspace, "run").evaluation] == [0, 4, 6]
+    result = run(workspace, "run", evaluation={"keep_best": False})
+    assert [row["step"] for row in result.evaluation] == [0, 4, 6]
+    assert result.best_model_directory is None and not (result.directory / "best").exists()
 
 
 def test_the_section_needs_a_callback(workspace: Path) -> None:

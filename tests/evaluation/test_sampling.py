@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from torch import Tensor, nn
 
+from fastinvdpo._examples.digits.base import SCHEDULER, WEIGHTS
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.inversion import invert_images
-from fastinvdpo.evaluation.sampling import sample
-from fastinvdpo.models import load_model
+from fastinvdpo.evaluation.sampling import STREAM_SAMPLING, sample
+from fastinvdpo.models import DiffusionModel, load_model
+from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.ops import philox
 from tests.cases import SD_SCHEDULER
 from tests.models import tiny
 from tests.models.test_stable_diffusion import picture
@@ -30,6 +35,98 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "second order": ("HeunDiscrete", {}),
     "second order, between": ("KDPM2Discrete", {}),
 }
+PROMPTS = ["a handwritten three", "a handwritten seven", "", "a handwritten zero", "a handwritten one"]
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    return load_model("digits", WEIGHTS / "clean")
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_sampling_equals_diffusers_ddim(model: DiffusionModel, guidance_scale: float) -> None:
+    ours = sample(model, model.network, PROMPTS, num_inference_steps=10, guidance_scale=guidance_scale, seed=4)
+    scheduler = diffusers.DDIMScheduler(**SCHEDULER)
+    scheduler.set_timesteps(10)
+    latents = philox.normal(4, STREAM_SAMPLING, torch.arange(len(PROMPTS)), model.latent_shape)
+    conditional, unconditional = model.encode_prompts(PROMPTS), model.encode_prompts([""] * len(PROMPTS))
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            times = timestep.expand(len(PROMPTS))
+            noise = model.predict(model.network, latents, times, conditional)
+            if guidance_scale != 1:
+                empty = model.predict(model.network, latents, times, unconditional)
+                noise = empty + guidance_scale * (noise - empty)
+            latents = scheduler.step(noise, timestep, latents).prev_sample
+    torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch(model: DiffusionModel) -> None:
+    whole = sample(model, model.network, PROMPTS, num_inference_steps=4, seed=1)
+    split = sample(model, model.network, PROMPTS, num_inference_steps=4, seed=1, batch_size=2)
+    torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-5)
+    other = sample(model, model.network, PROMPTS, num_inference_steps=4, seed=2)
+    assert (whole - other).abs().mean() > 0.1
+
+
+class Oracle(nn.Module):
+    """Predicts what leads to one known image, in any prediction type, and counts the samples of its forward passes."""
+
+    def __init__(self, schedule: Any, clean: Tensor, fail: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.schedule, self.clean, self.fail = schedule, clean, fail
+        self.seen: list[int] = []
+
+    def forward(self, latents: Tensor, timesteps: Tensor, **options: Any) -> tuple[Tensor]:
+        if self.fail or self.training:
+            raise RuntimeError("a forward pass while failing or in training mode")
+        self.seen.append(len(latents))
+        signal, noise = (rate.float().view(-1, 1, 1, 1) for rate in self.schedule.rates(timesteps))
+        epsilon = (latents - signal * self.clean) / noise
+        if self.schedule.prediction_type == "epsilon":
+            return (epsilon,)
+        if self.schedule.prediction_type == "v_prediction":
+            return (signal * epsilon - noise * self.clean,)
+        return (self.clean.expand_as(latents),)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_an_oracle_is_followed_to_its_image(prediction_type: str) -> None:
+    configuration = {**SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": True}
+    clean = torch.linspace(-1, 1, 64).view(1, 8, 8)
+    model = DigitsModel(nn.Identity(), configuration)
+    oracle = Oracle(model.schedule, clean).eval()
+    model.network = oracle
+    sampled = sample(model, oracle, PROMPTS, num_inference_steps=7, guidance_scale=2.0, batch_size=3)
+    torch.testing.assert_close(sampled, clean.expand(5, 1, 8, 8), rtol=1e-5, atol=2e-5)
+    assert sum(oracle.seen) == 5 * 7 * 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored_even_after_an_error(training: bool) -> None:
+    model = DigitsModel(nn.Identity(), SCHEDULER)
+    for fail in (False, True):
+        model.network = Oracle(model.schedule, torch.zeros(1, 8, 8), fail).train(training)
+        with pytest.raises(RuntimeError) if fail else nullcontext():
+            sample(model, model.network, PROMPTS, num_inference_steps=2)
+        assert model.network.training is training
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("prompts", []),
+        ("batch_size", 0),
+        ("num_inference_steps", 0),
+        ("guidance_scale", -1.0),
+        ("guidance_scale", float("nan")),
+    ],
+)
+def test_bad_sampling_arguments(model: DiffusionModel, argument: str, value: Any) -> None:
+    arguments = {"prompts": PROMPTS, argument: value}
+    with pytest.raises(InvalidInput, match=argument):
+        sample(model, model.network, **arguments)
 
 
 def opened(folder: Path, scheduler: str, config: dict[str, Any]) -> Any:

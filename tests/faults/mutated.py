@@ -40,31 +40,10 @@ from fastinvdpo.evaluation.scoring import score_pairs
 
 SECONDS, GROWTH_KIB, CASES_PER_PROCESS = 20, 1 << 20, 50
 ODD = [
-    *(
-        "9" * 400,
-        "-1",
-        "1e999",
-        "NaN",
-        "null",
-        "true",
-        '""',
-        "[]",
-        "{}",
-        "[" * 100_000,
-        '"\\ud83d"',
-        '"\\u0000"',
-        "0.5",
-    ),
-    *(
-        '"/etc/passwd"',
-        '"../../../etc/passwd"',
-        '"/dev/zero"',
-        '"fifo"',
-        '"images"',
-        '"' + "x" * 5000 + '"',
-        "!!python/object:os.x {}",
-    ),
-    *("&a [*a]", "*a", "'", '"', "#", "{", "]", ",", ":", "\t", "\x00", "\ufeff", "\u2028"),
+    *("9" * 400, "-1", "1e999", "NaN", "null", "true", "0.5", '""', "[]", "{}", "[" * 100_000),
+    *('"\\ud83d"', '"\\u0000"', '"/etc/passwd"', '"../../../etc/passwd"', '"/dev/zero"', '"fifo"', '"images"'),
+    *('"' + "x" * 5000 + '"', "!!python/object:os.x {}", "&a [*a]", "*a"),
+    *("'", '"', "#", "{", "]", ",", ":", "\t", "\x00", "\ufeff", "\u2028"),
 ]
 
 
@@ -86,18 +65,12 @@ def write_inputs(root: Path) -> None:
     for name in ("folder", "ranked", "images"):
         (root / name / "images").mkdir()
         os.mkfifo(root / name / "fifo")
-        for number, (kind, options) in enumerate(
-            [("PNG", {}), ("JPEG", {}), ("GIF", {}), ("TIFF", {}), ("WEBP", {}), ("BMP", {})]
-        ):
-            picture.convert("RGB").save(root / name / "images" / f"{number}.img", kind, **options)
+        for number, kind in enumerate(("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")):
+            picture.convert("RGB").save(root / name / "images" / f"{number}.img", kind)
     lines = [
         {
-            "image_0": f"images/{i}.img",
-            "image_1": f"images/{(i + 1) % 6}.img",
-            "label": i % 2,
-            "caption": f"a {i}",
-            "score_0": 1,
-            "score_1": 2.5,
+            **{f"image_{side}": f"images/{(i + side) % 6}.img" for side in (0, 1)},
+            **{"label": i % 2, "caption": f"a {i}", "score_0": 1, "score_1": 2.5},
         }
         for i in range(6)
     ]

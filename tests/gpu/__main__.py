@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -48,15 +49,6 @@ class Part(NamedTuple):
     alone: bool = False
 
 
-class Running(NamedTuple):
-    """``log``: where its output goes; None: to the terminal. ``start``: seconds of a clock."""
-
-    part: Part
-    process: subprocess.Popen[bytes]
-    log: IO[bytes] | None
-    start: float
-
-
 def parts(sanitizer: str | None, extra: list[str], processes: int = 1) -> list[Part]:
     """What is run, the slowest first. ``processes``: of each call of pytest; above one it needs pytest-xdist."""
     pytest = [sys.executable, "-m", "pytest", "-q"]
@@ -80,46 +72,54 @@ def parts(sanitizer: str | None, extra: list[str], processes: int = 1) -> list[P
 
 
 def run(chosen: Sequence[Part], jobs: int) -> Iterator[tuple[Part, bool]]:
-    """Every part with whether it passed, as they end. What parts say side by side is shown when they end."""
-    waiting, running = list(chosen), list[Running]()
+    """Every part with whether it passed, as they end. What parts print side by side is shown when they end."""
+    running: set[subprocess.Popen[bytes]] = set()
+
+    def passed(part: Part) -> bool:
+        print(f"== {part.backend}: {part.what} begins: {' '.join(part.command)}", flush=True)
+        begin = time.monotonic()
+        with tempfile.TemporaryFile() if jobs > 1 else contextlib.nullcontext() as log:
+            errors = None if log is None else subprocess.STDOUT
+            process = subprocess.Popen(
+                part.command, cwd=ROOT, env=_environment(part), stdout=log, stderr=errors, start_new_session=True
+            )
+            running.add(process)
+            late = False
+            try:
+                process.wait(LONGEST)
+            except subprocess.TimeoutExpired:
+                late = True
+            _end(process)
+            running.discard(process)
+            lines = [f"\n== {part.backend}: {part.what}, {time.monotonic() - begin:.0f} s"]
+            if log is not None:
+                log.seek(0)
+                lines.append(log.read().decode(errors="replace"))
+            if late:
+                lines.append(f"stopped after {LONGEST} seconds: a kernel may wait for ever")
+            print("\n".join(lines), flush=True)
+        return not late and process.returncode == 0
+
+    pool = ThreadPoolExecutor(jobs)
     try:
-        while waiting or running:
-            while waiting and _may_start(waiting[0], running, jobs):
-                running.append(_start(waiting.pop(0), quiet=jobs > 1))
-            for each in list(running):
-                late = time.monotonic() - each.start > LONGEST
-                if each.process.poll() is None and not late:
-                    continue
-                running.remove(each)
-                _end(each.process)
-                _show(each)
-                if late:
-                    print(f"stopped after {LONGEST} seconds: a kernel may wait for ever", flush=True)
-                yield each.part, not late and each.process.returncode == 0
-            time.sleep(0.05)
+        beside = {pool.submit(passed, part): part for part in chosen if not part.alone}
+        for future in as_completed(beside):
+            yield beside[future], future.result()
+        yield from ((part, passed(part)) for part in chosen if part.alone)
     finally:
-        for each in running:
-            _end(each.process)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            _end(process)
 
 
-def _may_start(part: Part, running: Sequence[Running], jobs: int) -> bool:
-    return not running or (len(running) < jobs and not part.alone and not running[0].part.alone)
-
-
-def _start(part: Part, quiet: bool) -> Running:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in (dispatch.VARIABLE, "TRITON_INTERPRET")
-    }
+def _environment(part: Part) -> dict[str, str]:
+    chosen_outside = (dispatch.VARIABLE, "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in chosen_outside}
     environment.setdefault("OMP_NUM_THREADS", "1")
     if part.what in TOOLS:
         # PyTorch's own allocator hands out parts of large allocations, past whose ends nobody would notice an access.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    print(f"== {part.backend}: {part.what} begins: {' '.join(part.command)}", flush=True)
-    log = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115 - closed when the part has ended
-    process = subprocess.Popen(
-        part.command, cwd=ROOT, env=environment, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
-    )
-    return Running(part, process, log, time.monotonic())
+    return environment
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -127,14 +127,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _show(ended: Running) -> None:
-    print(f"\n== {ended.part.backend}: {ended.part.what}, {time.monotonic() - ended.start:.0f} s")
-    if ended.log is not None:
-        ended.log.seek(0)
-        print(ended.log.read().decode(errors="replace"), flush=True)
-        ended.log.close()
 
 
 def find_sanitizer() -> str | None:

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 1500.0  # seconds for one call
 IMPORTED = (
     *("peft", "datasets", "diffusers", "transformers", "accelerate.utils", "pyarrow.dataset", "pyarrow.parquet"),
-    *("fastinvdpo.cli.app", "fastinvdpo.cli.train", "fastinvdpo.evaluation.scoring", "fastinvdpo.config.files"),
-    *("fastinvdpo.models.digits", "fastinvdpo.evaluation.clip", "fastinvdpo.evaluation.in_training"),
+    *("fastinvdpo.cli.app", "fastinvdpo.evaluation.scoring", "fastinvdpo.config.files"),
+    *("fastinvdpo.models.digits", "fastinvdpo.evaluation.scorers", "fastinvdpo.evaluation.in_training"),
     *("tests.evaluation.tiny", "tests.trainer.tiny"),
 )
 
