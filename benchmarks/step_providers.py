@@ -25,7 +25,7 @@ from fastinvdpo.methods import (
     PairBatch,
 )
 from fastinvdpo.methods.base import STREAM_INVERSION, STREAM_NOISE, STREAM_TIMESTEP
-from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability
+from fastinvdpo.methods.smpo import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import PreferenceTrainer

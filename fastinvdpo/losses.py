@@ -6,19 +6,17 @@ each; ``docs/losses.md`` says which script's block it replaces.
 
 from __future__ import annotations
 
+from fastinvdpo.methods.alpha_dpo import AlphaDPOLoss, alpha_dpo
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPOLoss, diffusion_dpo_loss
+from fastinvdpo.methods.dmpo import dmpo
+from fastinvdpo.methods.dspo import dspo
 from fastinvdpo.methods.flow_dpo import FlowDPOLoss, flow_dpo, latent_mask, pnapo
 from fastinvdpo.methods.kto import HALOS, KTO, KTOLoss, kto, mean_reward
-from fastinvdpo.methods.margin_losses import (
-    AlphaDPOLoss,
-    LinearDPOLoss,
-    alpha_dpo,
-    linear_dpo,
-    poly_dpo,
-    update_reference,
-)
-from fastinvdpo.methods.margins import MaPOLoss, mapo, snpo
-from fastinvdpo.methods.sdpo import SafeguardedLoss, dmpo, dspo, sdpo
+from fastinvdpo.methods.linear_dpo import LinearDPOLoss, linear_dpo, update_reference
+from fastinvdpo.methods.mapo import MaPOLoss, mapo
+from fastinvdpo.methods.poly_dpo import poly_dpo
+from fastinvdpo.methods.sdpo import SafeguardedLoss, sdpo
+from fastinvdpo.methods.snpo import snpo
 from fastinvdpo.methods.statistics import AutoBeta
 
 diffusion_dpo = diffusion_dpo_loss

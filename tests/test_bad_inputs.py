@@ -15,7 +15,7 @@ from fastinvdpo.diffusion.inversion import InversionSettings, plan_inversion
 from fastinvdpo.diffusion.prompt import Prompt
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.methods import PairBatch
-from fastinvdpo.methods.inverting import preference_probability, smoothed_pair_weight
+from fastinvdpo.methods.smpo import preference_probability, smoothed_pair_weight
 from fastinvdpo.ops import philox
 from tests.cases import SD_SCHEDULER, sd_schedule
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastinvdpo import NoiseSchedule, PairBatch, build_objective, cli
 from fastinvdpo.methods import Draws
-from fastinvdpo.methods.inverting import preference_probability, smoothed_pair_weight
+from fastinvdpo.methods.smpo import preference_probability, smoothed_pair_weight
 from tests import documentation
 from tests.cases import SD_SCHEDULER
 from tests.data import test_documentation as data_page

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastinvdpo import InvalidInput, losses
 from fastinvdpo.losses import AutoBeta
-from fastinvdpo.methods.margin_losses import alpha_divergence
+from fastinvdpo.methods.alpha_dpo import alpha_divergence
 from tests.cases import GOLDEN, load_golden, predictions
 
 Recorded = dict[str, Tensor]

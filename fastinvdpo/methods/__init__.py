@@ -14,14 +14,20 @@ from typing import Any
 
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
+from fastinvdpo.methods.alpha_dpo import AlphaDPO
 from fastinvdpo.methods.base import Draws, Follows, Method, Objective, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
+from fastinvdpo.methods.dmpo import DMPO
+from fastinvdpo.methods.dspo import DSPO
+from fastinvdpo.methods.inpo import InPO
 from fastinvdpo.methods.inversion_dpo import VARIANTS, ChainObjective, InversionDPO
-from fastinvdpo.methods.inverting import InPO, SmPO
-from fastinvdpo.methods.margin_losses import AlphaDPO, LinearDPO, PolyDPO
-from fastinvdpo.methods.margins import SNPO, MaPO
-from fastinvdpo.methods.sdpo import DMPO, DSPO, SDPO
+from fastinvdpo.methods.linear_dpo import LinearDPO
+from fastinvdpo.methods.mapo import MaPO
+from fastinvdpo.methods.poly_dpo import PolyDPO
+from fastinvdpo.methods.sdpo import SDPO
 from fastinvdpo.methods.single_timestep import SingleTimestepObjective, TimestepSampling
+from fastinvdpo.methods.smpo import SmPO
+from fastinvdpo.methods.snpo import SNPO
 
 __all__ = [
     "DMPO", "DSPO", "METHODS", "SDPO", "SNPO", "VARIANTS", "AlphaDPO", "ChainObjective", "DiffusionDPO", "Draws",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, softplus
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.inverting import smoothed_pair_weight
+from fastinvdpo.methods.smpo import smoothed_pair_weight
 from fastinvdpo.methods.statistics import AutoBeta, pair_margin, reference_mse
 from fastinvdpo.ops import PreferenceLoss, preference_loss
 from fastinvdpo.ops.pair_statistics import pair_statistics

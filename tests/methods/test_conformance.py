@@ -18,7 +18,7 @@ from fastinvdpo.diffusion.inversion import InversionSettings, inversion_steps, p
 from fastinvdpo.diffusion.prompt import Prompt, weighted_sum
 from fastinvdpo.diffusion.schedule import NoiseSchedule, ancestral_variance
 from fastinvdpo.methods import Draws, ObjectiveOutput, PairBatch, build_objective
-from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
+from fastinvdpo.methods.smpo import PICKSCORE_RANGE, preference_probability, smoothed_pair_weight
 from tests.cases import GOLDEN, load_golden
 from tests.methods.problems import relative
 

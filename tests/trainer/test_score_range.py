@@ -15,7 +15,7 @@ from fastinvdpo.data.score_range import ScoreRange, stored_range
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.evaluation.scoring import score_pairs
-from fastinvdpo.methods.inverting import PICKSCORE_RANGE, preference_probability
+from fastinvdpo.methods.smpo import PICKSCORE_RANGE, preference_probability
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from tests.trainer import tiny
 
