@@ -234,9 +234,25 @@ def json_lines(path: Path, argument: str = "data.path") -> Iterator[tuple[int, A
     """``(line, value)`` of a JSON Lines file, lines counted from 1; empty ones are skipped. A line that is not JSON
     gives the ``BrokenRow`` that says so.
     """
-    for line, text in enumerate(io.BytesIO(_content(path, argument)), start=1):
+    for line, text in enumerate(_lines(path, argument), start=1):
         if text.strip():
             yield line, caught(parsed, text, f"{path.name}, line {line}")
+
+
+def _lines(path: Path, argument: str) -> Iterator[bytes]:
+    """Line by line, since a listing may be larger than memory; UTF-16 at once."""
+    try:
+        with io.BufferedReader(_Bounded(path)) as file:
+            if file.peek(2)[:2] in UTF_16:
+                yield from _content(path, argument).splitlines()
+                return
+            while line := file.readline(_LARGEST_TEXT):
+                if len(line) == _LARGEST_TEXT:
+                    raise OSError(errno.EFBIG, f"a line has more than {_LARGEST_TEXT:,} bytes")
+                yield line
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+        raise invalid(argument, str(path), problem, "name a readable file") from None
 
 
 def _json_records(path: Path) -> Iterator[tuple[int, Any]]:

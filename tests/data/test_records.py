@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastinvdpo.data import PairDataset, open_source
+from fastinvdpo.data import PairDataset, open_source, records
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import encoded, image
@@ -98,6 +98,16 @@ def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
     assert dataset.broken.lines()[1]["place"] == "row 2 (pairs.jsonl, line 3)"
     with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '10 bytes': is not valid JSON"):
         PairDataset(path)
+
+
+def test_a_listing_is_read_line_by_line_and_a_line_has_a_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_LARGEST_LISTING", 10)
+    good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
+    write_lines(root / "pairs.jsonl", [good] * 3)
+    assert len(PairDataset(root)) == 3
+    monkeypatch.setattr(records, "_LARGEST_TEXT", 50)
+    with pytest.raises(InvalidInput, match=r"pairs.jsonl'?: cannot be read \(a line has more than 50 bytes\)"):
+        PairDataset(root)
 
 
 def test_broken_entries_of_ranked_images(root: Path) -> None:
