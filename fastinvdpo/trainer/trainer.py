@@ -17,6 +17,7 @@ from fastinvdpo.data.broken import DataSummary, copy_report, write_report
 from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
+from fastinvdpo.io import key_hash
 from fastinvdpo.methods import Method
 from fastinvdpo.models import DiffusionModel
 from fastinvdpo.output import OutputDirectory
@@ -190,6 +191,8 @@ class PreferenceTrainer:
             if switches := changes(meta.get("performance", {}), self.performance.model_dump()):
                 self.say(f"Other performance switches than the checkpoint's: {switches}; last bits may differ.")
             restore_state(state, self._stored, accelerator)
+            if accelerator.is_main_process and meta.get("history", self._history()) != self._history():
+                self.say("history.jsonl is not what the checkpoint's run had logged: it was changed or damaged.")
             self._stored = None  # its weights need not stay in memory
             self.say(f"Resuming after step {self.first_step}.")
 
@@ -299,6 +302,7 @@ class PreferenceTrainer:
             "contents": self._contents,
             "attempts": self._attempts,
             "remembered": self._remembered,
+            "history": self._history(),
             "performance": self.performance.model_dump(),
             "next_draw": step * self.order.effective_batch,
             "network_evaluations": self._evaluations(),
@@ -308,6 +312,9 @@ class PreferenceTrainer:
             keep = self.config.output.keep_checkpoints
             self._last_checkpoint = save_checkpoint(self._checkpoints, step, checkpoint, keep)
         self.accelerator.wait_for_everyone()
+
+    def _history(self) -> str:
+        return key_hash({"rows": self.reporting.rows})
 
     def _finish(self) -> TrainResult:
         steps = max(self.first_step, self.config.training.steps)

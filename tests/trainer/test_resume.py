@@ -84,7 +84,7 @@ def history(directory: Path, steps: list[int]) -> list[dict[str, Any]]:
     ]
 
 
-def test_more_steps_and_another_micro_batch_continue_a_run(workspace: Path) -> None:
+def test_more_steps_and_another_micro_batch_continue_a_run(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert tiny.trained(workspace, training={"steps": 2, "batch_size": 4}).steps == 2
     more = {"steps": 4, "batch_size": 2, "gradient_accumulation_steps": 2}
     result = tiny.trained(workspace, training=more)
@@ -94,9 +94,17 @@ def test_more_steps_and_another_micro_batch_continue_a_run(workspace: Path) -> N
     # Adam divides by the size of the gradient, so that rounding of one part in 1e7 becomes a part of a step of 1e-3.
     for name, value in once.items():
         torch.testing.assert_close(tiny.weights(result)[name], value, rtol=0, atol=2e-4)
-    again = tiny.trained(workspace, training=more)  # a finished run is returned as it is
+    changed = "history.jsonl is not what the checkpoint's run had logged"
+    with caplog.at_level("INFO"):
+        again = tiny.trained(workspace, training=more)  # a finished run is returned as it is
+        assert "Resuming after step 4" in caplog.text and changed not in caplog.text
     assert (again.steps, again.network_evaluations) == (result.steps, result.network_evaluations)
     assert again.history == result.history
+    logged = workspace / "run" / "history.jsonl"
+    logged.write_text(logged.read_text().replace('"loss": 0.', '"loss": 1.', 1))
+    with caplog.at_level("INFO"):
+        tiny.trained(workspace, training=more)
+    assert changed in caplog.text
 
 
 def test_another_run_is_refused_by_name(workspace: Path) -> None:
