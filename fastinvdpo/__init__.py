@@ -13,12 +13,12 @@ from fastinvdpo.ops import PairStatistics, PreferenceLoss, affine_step, pair_sta
 from fastinvdpo.ops.dispatch import use_backend
 
 if TYPE_CHECKING:
-    from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler
+    from fastinvdpo.diffusion.inverse_scheduler import DDIMInverseScheduler as DDIMInverseScheduler
 
 __version__ = "0.1.0"
 
+# Without DDIMInverseScheduler: importing all of these works with torch alone.
 __all__ = [
-    "DDIMInverseScheduler",
     "DiffusionDPOLoss",
     "Draws",
     "InvalidInput",

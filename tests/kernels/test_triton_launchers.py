@@ -90,3 +90,16 @@ def test_weights_for_all_pairs_are_not_copied(noted: Noted, weight: tuple[int, .
         assert (given.data_ptr() != table.data_ptr()) == copied
         pitch = 4 if copied else table.stride(0)
         assert given.stride() == (pitch, 1) and [a for a in arguments if isinstance(a, int)][:3] == [3, 4, pitch]
+
+
+def test_arrivals_are_counted_from_zero(noted: Noted) -> None:
+    """One counter for all pairs and one for each, of this launch alone."""
+    p = problem(300, pairs=3)
+    for _ in range(2):
+        forward(p)
+    counters = [
+        [a for a in arguments if isinstance(a, Tensor) and a.dtype == torch.int32] for _, arguments, _ in noted.launches
+    ]
+    (one,), (other,) = counters
+    assert one.tolist() == other.tolist() == [0] * 4
+    assert one.data_ptr() != other.data_ptr()
