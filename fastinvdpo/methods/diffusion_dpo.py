@@ -31,7 +31,7 @@ class DiffusionDPO(SingleTimestepMethod):
     beta: float = 5000.0
 
     def trajectory(
-        self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
+        self, schedule: NoiseSchedule, network: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
     ) -> tuple[Tensor, Tensor]:
         noise = draws.noise
         if noise is None:

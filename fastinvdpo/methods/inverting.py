@@ -1,9 +1,10 @@
-"""Methods whose policy inverts every latent to its pair's timestep."""
+"""Methods that invert every latent to its pair's timestep."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from fastinvdpo.diffusion.inversion import (
 )
 from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import NoiseSchedule, recover_noise
+from fastinvdpo.errors import invalid
 from fastinvdpo.methods.base import Draws, PairBatch, check_count
 from fastinvdpo.methods.single_timestep import SingleTimestepMethod, SingleTimestepObjective
+
+Inverter = Literal["policy", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class InvertingMethod(SingleTimestepMethod):
     """The policy inverts every latent to its timestep; the noise that this amounts to is recovered.
 
     Attributes:
+        inverter: ``"policy"``, as published, or ``"reference"``, from which the policy should not go far: noisy latents
+            then do not depend on what is trained.
         num_inference_steps: N, steps of the inversion's grid over the whole schedule.
         model_time: the level that the network gets in a step: its ``"destination"``, or its ``"source"``.
         static_shapes: all forward passes of an inversion have one shape (``diffusion/inversion.py``).
@@ -36,24 +42,34 @@ class InvertingMethod(SingleTimestepMethod):
     compats = ("released", "released-diffusers-0.20")
 
     num_inference_steps: int
+    inverter: Inverter = "policy"
     model_time: ModelTime = "destination"
     static_shapes: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_inference_steps", self.num_inference_steps)
+        if self.inverter not in get_args(Inverter):
+            raise invalid("inverter", self.inverter, "is not known", f"use one of {get_args(Inverter)}")
+        if self.inverter == "reference" and self.compat is not None:
+            raise invalid(
+                "inverter", self.inverter, "is not what was released", "set compat to null, or inverter to policy"
+            )
         self.settings()
 
     @abstractmethod
     def settings(self, seed: int = 0) -> InversionSettings:
         """How the steps of the inversion are made."""
 
+    def inverting_network(self, policy: Network, reference: Network) -> Network:
+        return reference if self.inverter == "reference" else policy
+
     @property
     def fixed_shapes(self) -> bool:
         return self.static_shapes
 
     def trajectory(
-        self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
+        self, schedule: NoiseSchedule, network: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
     ) -> tuple[Tensor, Tensor]:
         if self.compat:
             old = self.compat == "released-diffusers-0.20"
@@ -61,7 +77,7 @@ class InvertingMethod(SingleTimestepMethod):
         else:
             plan = plan_inversion(schedule, timesteps, self.num_inference_steps)
         noisy = invert(
-            policy,
+            network,
             schedule,
             batch.latents,
             plan,

@@ -159,9 +159,13 @@ class SingleTimestepMethod(Method):
 
     @abstractmethod
     def trajectory(
-        self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
+        self, schedule: NoiseSchedule, network: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
     ) -> tuple[Tensor, Tensor]:
         """``(noisy latents, noise)`` at ``timesteps`` int64 ``(2B,)`` on the host, both ``(2B, …)``."""
+
+    def inverting_network(self, policy: Network, reference: Network) -> Network:
+        """The network that :meth:`trajectory` gets."""
+        return policy
 
     def pair_weight(self, batch: PairBatch) -> Tensor | None:
         """What each pair's margin counts, ``(B,)``; None: 1."""
@@ -262,7 +266,8 @@ class SingleTimestepObjective(Objective):
         if drawn is None:
             drawn = self.method.timesteps.draw(self.schedule, seed, STREAM_TIMESTEP, batch.sample_index)
         timesteps = drawn.repeat(2)
-        noisy, noise = self.method.trajectory(self.schedule, policy, batch, timesteps, draws, seed)
+        inverting = self.method.inverting_network(policy, reference)
+        noisy, noise = self.method.trajectory(self.schedule, inverting, batch, timesteps, draws, seed)
         target = prediction_target(self.schedule, batch.latents, noise, timesteps)
         times = timesteps.to(noisy.device)
         policy_pred = policy(noisy, times, batch.conditioning)

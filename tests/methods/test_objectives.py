@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fastinvdpo.diffusion.schedule import PREDICTION_TYPES, affine_coefficients, recover_noise
+from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import METHODS, Draws, SmPO, build_objective
 from fastinvdpo.methods.base import STREAM_TIMESTEP
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule
-from tests.methods.problems import REFERENCE, SCHEDULE, Policy, chain_objective, pairs, select
+from tests.methods.problems import REFERENCE, SCHEDULE, Policy, chain_objective, networks, pairs, select
 
 SMALL = {
     "inpo": {"num_inference_steps": 4},
@@ -147,6 +148,23 @@ def test_inpo_draws_noise_for_each_side() -> None:
     same = dataclasses.replace(batch, latents=batch.latents[:4].repeat(2, 1, 1, 1))
     output = objective(Policy(), REFERENCE, same, seed=0, draws=Draws(timesteps=torch.full((4,), 500)))
     assert not torch.equal(output.noisy_latents[:4], output.noisy_latents[4:])
+
+
+@pytest.mark.parametrize("name", ["inpo", "smpo"])
+def test_the_reference_may_invert(name: str) -> None:
+    """The latents are then those of the reference, and the policy makes one forward pass, with gradient."""
+    (policy, reference), batch = networks(), pairs()
+    output = build_objective(name, SCHEDULE, inverter="reference", **SMALL[name])(policy, reference, batch, seed=2)
+    assert (policy.evaluations(True), policy.evaluations(False)) == (8, 0)
+    swapped = build_objective(name, SCHEDULE, **SMALL[name])(reference, policy, batch, seed=2)
+    for found in ("noisy_latents", "target"):
+        assert torch.equal(getattr(output, found), getattr(swapped, found))
+    assert torch.equal(output.policy_pred, swapped.reference_pred)
+    assert torch.equal(output.reference_pred, swapped.policy_pred)
+    with pytest.raises(InvalidInput, match=r"^inverter = 'student': is not known"):
+        build_objective(name, SCHEDULE, inverter="student")
+    with pytest.raises(InvalidInput, match=r"^inverter = 'reference': is not what was released"):
+        build_objective(name, SCHEDULE, inverter="reference", compat="released")
 
 
 def test_smpo_weighs_a_tie_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:

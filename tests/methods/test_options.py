@@ -137,7 +137,7 @@ class Toy(SingleTimestepMethod):
             raise InvalidInput(f"loudness = {self.loudness}: must be positive. Remedy: use 1.")
 
     def trajectory(
-        self, schedule: NoiseSchedule, policy: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
+        self, schedule: NoiseSchedule, network: Network, batch: PairBatch, timesteps: Tensor, draws: Draws, seed: int
     ) -> tuple[Tensor, Tensor]:
         noise = torch.full_like(batch.latents, self.loudness)
         return add_noise(schedule, batch.latents, noise, timesteps), noise
