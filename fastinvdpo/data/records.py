@@ -159,12 +159,15 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str])
         named += [ending.startswith(("winner.", "loser.")) for ending in found]
     stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
     row = in_schema(stored, f"{place}.json", names, images)
-    if "txt" in texts and "caption" not in row:
+    if "txt" in texts:
         try:
-            row["caption"] = decoded(texts["txt"]).strip()
+            caption = decoded(texts["txt"]).strip()
         except UnicodeDecodeError as error:
             problem, start = f"is not UTF-8 ({error.reason})", texts["txt"][:40]
             raise broken("malformed caption", f"{place}.txt", start, problem, "write it again as UTF-8") from None
+        if str(row.setdefault("caption", caption)).strip() != caption:
+            problem = f"is not the caption in {place}.json, {row['caption']!r}"
+            raise broken("malformed caption", f"{place}.txt", caption, problem, "keep one of them")
     if any(named) and choices(names):
         row["members"] = 0
     return row

@@ -130,8 +130,15 @@ def in_schema(
         raise stored
     if not isinstance(stored, Mapping):
         raise broken("malformed row", where, stored, "is not an object", "write an object with images and caption")
-    keys = {name: next((key for key in stored_under(name, names) if key in stored), None) for name in SCHEMA}
-    row = {name: stored[key] for name, key in keys.items() if key is not None}
+    row: dict[str, Any] = {}
+    for name in SCHEMA:
+        for key in stored_under(name, names):
+            if name in row and key in stored and row[name] != stored[key]:
+                problem = f"is another {name} than {row[name]!r}"
+                remedy = f"keep one, or name the key that counts, as in data.columns.{name}={key}"
+                raise broken("malformed row", f"{where}, {key}", stored[key], problem, remedy)
+            if key in stored:
+                row[name] = stored[key]
     row |= {key: stored[key] for key in choices(names) if key in stored}
     if images is not None:
         return {**row, **images}

@@ -161,9 +161,13 @@ class TableSource(PairSource):
 
     def _found(self, file: str, schema: Any, required: Sequence[str]) -> dict[str, str]:
         """Which column of a file serves each part of the schema."""
-        found = {
-            name: key for name in SCHEMA for key in reversed(stored_under(name, self.names)) if key in schema.names
-        }
+        found: dict[str, str] = {}
+        for name in SCHEMA:
+            for key in set(schema.names).intersection(stored_under(name, self.names)):
+                if found.setdefault(name, key) != key:
+                    problem = f"has two columns for {name}: {' and '.join(stored_under(name, self.names))}"
+                    remedy = f"name the one that counts, as in data.columns.{name}={name}"
+                    raise invalid("data.path", file, problem, remedy)
         for name in choices(self.names):
             kind = schema.field(name).type if name in schema.names else None
             if kind is not None and not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):

@@ -95,6 +95,14 @@ def test_keys_name_bytes_caption_and_transform(write: Write) -> None:
     assert len({(pair.winner.tobytes(), pair.winner_key) for pair in (flipped.pair(0, draw=i) for i in range(20))}) == 2
 
 
+def test_of_two_columns_for_one_thing_a_user_names_the_one_that_counts(tmp_path: Path) -> None:
+    path = store(tmp_path / "pairs.parquet", [row(1, prompt="another")])
+    with pytest.raises(InvalidInput, match=r"two columns for caption: caption and prompt. .*columns.caption=caption"):
+        PairDataset(path)
+    for key, caption in {"caption": "caption 1", "prompt": "another"}.items():
+        assert PairDataset(path, columns={"caption": key}).caption(0) == caption
+
+
 def test_columns_can_be_mapped(write: Write) -> None:
     mine = {"jpg_0": "left", "jpg_1": "right", "caption": "prompt", "score_0": "s0", "score_1": "s1"}
     renamed = {mine.get(name, name): value for name, value in row(0, score_0=1.0, score_1=2.0).items()}

@@ -100,6 +100,22 @@ def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
         PairDataset(path)
 
 
+def test_two_values_of_one_key_are_a_broken_row_unless_they_agree(root: Path) -> None:
+    good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
+    records = [good | {"prompt": "a"}, good | {"prompt": "b"}, good | {"jpg_1": "images/1-1.png"}]
+    path = write_lines(root / "pairs.jsonl", records)
+    with pytest.warns(UserWarning, match=r"left out 2 broken rows \[1, 2\] \(2 malformed row\)"):
+        assert [pair.caption for pair in PairDataset(root, max_broken=2)] == ["a"]
+    with pytest.raises(InvalidInput, match=r"line 2, prompt = 'b': is another caption than 'a'.*caption=prompt"):
+        PairDataset(root)
+    write_lines(path, records[:2])
+    assert captions(root, columns={"caption": "prompt"}) == ["a", "b"]
+    texts = [{"json": b'{"caption": " a"}', "txt": b"a\n"}, {"json": b'{"caption": "a"}', "txt": b"b"}]
+    shard = write_tar(root / "s.tar", [PNGS | text for text in texts])
+    with pytest.warns(UserWarning, match=r"left out 1 broken rows \[1\] \(1 malformed caption\)"):
+        assert PairDataset(shard, max_broken=1).caption(0) == " a"
+
+
 def test_a_listing_is_read_line_by_line_and_a_line_has_a_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "_LARGEST_LISTING", 10)
     good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
