@@ -14,13 +14,19 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parents[1]
+OPS = ("affine_step", "pair_statistics", "preference_loss")
 
 
 @cache
 def _load() -> tuple[ModuleType | None, str, bool]:
     """The extension, why there is none, and whether somebody wanted one."""
     try:
-        return importlib.import_module("fastinvdpo._C"), "", True
+        module = importlib.import_module("fastinvdpo._C")
+        missing = [name for name in OPS if not hasattr(torch.ops.fastinvdpo_native, name)]
+        if missing:
+            lacking = f"is of an older version, without {', '.join(missing)}"
+            return None, f"the extension fastinvdpo._C {lacking}. Remedy: build it again", True
+        return module, "", True
     except ImportError as error:
         if error.name != "fastinvdpo._C":
             return None, f"the extension fastinvdpo._C cannot be loaded: {error}", True

@@ -217,6 +217,9 @@ class PreferenceTrainer:
         if stored is not None:
             check_same_run(meta, self.config.as_dict(), self._identity, self._contents)
         self.first_step: int = meta.get("step", 0)
+        if self.first_step > (steps := self.config.training.steps):
+            problem = f"has been passed: {path} is of step {self.first_step}"
+            raise invalid("training.steps", steps, problem, "ask for more steps, or name another output.directory")
         self._seconds_before: float = meta.get("seconds", 0.0)
         self._evaluations_before: dict[str, int] = meta.get("network_evaluations", {})
         self._attempts = attempts(meta, self.config, self._contents)

@@ -83,6 +83,16 @@ def test_kernels_that_should_be_there_are_missed_aloud_and_once(
     assert len(told) == (reason is not None)
 
 
+def test_an_extension_of_an_older_version_is_missed_aloud(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    if native.unavailable() is not None:
+        pytest.skip(str(native.unavailable()))
+    monkeypatch.setattr(native, "OPS", ("affine_step", "of_tomorrow"))
+    for remembered in (native._load, native.warn_of_fault):
+        monkeypatch.setattr(native, remembered.__name__, remembered.__wrapped__)
+    with pytest.warns(RuntimeWarning, match=r"NATIVE KERNELS MISSING: .* without of_tomorrow. Remedy: build it again"):
+        assert dispatch.choose("affine_step", "cpu") == "reference"
+
+
 def test_float64_is_for_the_reference_alone() -> None:
     assert dispatch.choose("affine_step", "cpu", float64=True) == "reference"
     with dispatch.use_backend("native"), pytest.raises(InvalidInput, match="compute in float32"):

@@ -94,6 +94,8 @@ def test_more_steps_and_another_micro_batch_continue_a_run(workspace: Path, capl
     # Adam divides by the size of the gradient, so that rounding of one part in 1e7 becomes a part of a step of 1e-3.
     for name, value in once.items():
         torch.testing.assert_close(tiny.weights(result)[name], value, rtol=0, atol=2e-4)
+    with pytest.raises(InvalidInput, match=r"training.steps = 3: has been passed: .*step-00000004 is of step 4"):
+        tiny.trained(workspace, training={**more, "steps": 3})
     changed = "history.jsonl is not what the checkpoint's run had logged"
     with caplog.at_level("INFO"):
         again = tiny.trained(workspace, training=more)  # a finished run is returned as it is
