@@ -234,7 +234,13 @@ def test_a_tiny_demo_leaves_everything(
 ) -> None:
     monkeypatch.setattr(run, "PAIRS", 40)
     monkeypatch.setattr(run, "NUM_INFERENCE_STEPS", 2)
-    summary = run.run_demo(method=method, steps=2, seed=5, output=tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        summary = run.run_demo(method=method, steps=2, seed=5, output=tmp_path)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert {key: summary[key] for key in ("method", "preference", "seed", "steps", "status")} == {
         "method": method, "preference": "slant", "seed": 5, "steps": 2, "status": "ok",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fastinvdpo._examples.digits import base as base_models
 from fastinvdpo._examples.digits import digits
@@ -93,9 +94,15 @@ def run_demo(
     """
     check_arguments(method, preference, steps, control)
     name = "-".join([method, preference, str(seed), *([control] if control else [])])
-    with OutputDirectory(Path("runs") / "demo" / name if output is None else output) as place:
-        place.claim(*WRITTEN, *(["base"] if train_base else []))
-        return _run(place, method, preference, seed, steps, control, train_base, progress)
+    threads = torch.get_num_threads()
+    # Several gain little on images of 8x8, and where other processes need the cores, lose much waiting for one another.
+    torch.set_num_threads(1)
+    try:
+        with OutputDirectory(Path("runs") / "demo" / name if output is None else output) as place:
+            place.claim(*WRITTEN, *(["base"] if train_base else []))
+            return _run(place, method, preference, seed, steps, control, train_base, progress)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(
