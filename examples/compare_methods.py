@@ -23,7 +23,7 @@ import numpy as np
 from fastinvdpo._examples.digits import base as base_models
 from fastinvdpo._examples.digits import digits
 from fastinvdpo._examples.digits.judge import Judge
-from fastinvdpo._examples.digits.run import as_array, draw_images
+from fastinvdpo._examples.digits.run import BATCH_SIZE, CHAIN, PAIRS, as_array, draw_images, run_settings
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.metrics import win_rate
@@ -33,7 +33,7 @@ from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import TrainConfig, train
 from fastinvdpo.trainer.dry_run import count_evaluations
 
-PREFERENCE, PAIRS = "slant", 2000
+PREFERENCE, BASE = "slant", base_models.WEIGHTS / "clean"
 EVALUATIONS = 80_000
 LEARNING_RATES = (1e-5, 3e-5, 1e-4)
 SEEDS = (0, 1, 2)
@@ -41,7 +41,7 @@ FIDELITY = 0.95
 _BETA = {"beta": 1000.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "smpo": {**_BETA, "preference_scale": 10.0},
-    "inversion-dpo": {**_BETA, "num_inference_steps": 10, "guidance_scale": 1.0, "timesteps_per_step": 1},
+    "inversion-dpo": {**_BETA, **CHAIN},
     "dspo": {**_BETA, "variant": "sdxl"},  # sd15 at its published β is fine-tuning on winners
     "mapo": {},  # β weighs the margin's term, and is the published one
     "poly-dpo": {**_BETA, "alpha": 1.0},  # the published 8 is for labels as noisy as Pick-a-Pic's
@@ -94,27 +94,23 @@ def compare(
 
 
 def method_config(
-    method: str, evaluations: int, learning_rate: float, seed: int, data: Path, scale: float
+    method: str, evaluations: int, learning_rate: float, seed: int, directory: Path, scale: float
 ) -> TrainConfig:
-    """The configuration of one run in the directory of ``data``, with as many steps as its evaluations allow."""
+    """The configuration of one run in a directory, with as many steps as its evaluations allow."""
     options = OPTIONS.get(method, _BETA)
     if METHODS[method].needs_scores:
         options = {**options, "score_range": scale}
-    settings: dict[str, Any] = {
-        "method": {"name": method, **options},
-        "model": {"family": "digits", "path": str(base_models.WEIGHTS / "clean")},
-        "data": {"path": str(data), "relabel_by_score": METHODS[method].needs_scores},
-        "optimizer": {"learning_rate": learning_rate, "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_steps": 1},
-        "training": {"steps": 1, "batch_size": 32, "seed": seed},
-        "output": {"directory": str(data.parent / "training"), "keep_checkpoints": 1, "tensorboard": False},
-    }
-    counted = count_evaluations(TrainConfig.from_mapping(settings))
-    steps = round(evaluations / (32 * (counted.with_gradient + counted.without_gradient)))
+
+    def config(steps: int) -> TrainConfig:
+        settings = run_settings(method, options, BASE, directory, learning_rate, steps, seed)
+        settings["output"]["tensorboard"] = False
+        return TrainConfig.from_mapping(settings)
+
+    counted = count_evaluations(config(1))
+    steps = round(evaluations / (BATCH_SIZE * (counted.with_gradient + counted.without_gradient)))
     if steps < 1:
         raise invalid("evaluations", evaluations, f"is less than one step of {method} needs", "give more")
-    settings["training"]["steps"] = settings["output"]["checkpoint_every"] = steps
-    settings["optimizer"]["warmup_steps"] = min(20, steps)
-    return TrainConfig.from_mapping(settings)
+    return config(steps)
 
 
 class _Referee:
@@ -132,7 +128,7 @@ class _Referee:
     def base(self, seed: int) -> Any:
         """The verdict of the model before, on the noise of a seed."""
         if seed not in self._drawn:
-            self._drawn[seed] = self.verdict(base_models.WEIGHTS / "clean", seed)
+            self._drawn[seed] = self.verdict(BASE, seed)
         return self._drawn[seed]
 
 
@@ -147,14 +143,13 @@ def _kept(output: OutputDirectory, judge: _Referee, settings: Mapping[str, Any])
         rows = digits.make_pairs(
             judge.train_set, PREFERENCE, PAIRS, settings["seed"], shuffle=settings["control"] == "shuffle"
         )
-        data = Path(scratch) / "pairs.parquet"
-        write_pairs(data, rows)
+        write_pairs(Path(scratch) / "pairs.parquet", rows)
         config = method_config(
             settings["method"],
             settings["evaluations"],
             settings["learning_rate"],
             settings["seed"],
-            data,
+            Path(scratch),
             digits.score_range(rows),
         )
         result = train(config, resume="never", progress=False)

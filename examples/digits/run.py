@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
 from fastinvdpo.evaluation.sampling import sample
+from fastinvdpo.methods import METHODS as METHOD_TABLE
 from fastinvdpo.methods import DiffusionDPO, InPO, InversionDPO, SmPO
 from fastinvdpo.models import load_model
 from fastinvdpo.output import OutputDirectory
@@ -34,7 +36,9 @@ METHODS = {method.name: method for method in (DiffusionDPO, InPO, SmPO, Inversio
 """Those that the recipes were found for: the others mean something else by β."""
 CONTROLS = ("shuffle",)
 WRITTEN = ("pairs.parquet", "config.yaml", "before_after.png", "curves.png", "summary.json")
-PAIRS = 2000
+CHAIN = {"num_inference_steps": 10, "guidance_scale": 1.0, "timesteps_per_step": 1}
+"""Options of Inversion-DPO on digits."""
+PAIRS, BATCH_SIZE = 2000, 32
 NUM_INFERENCE_STEPS = 25
 
 
@@ -178,40 +182,35 @@ def build_config(
 ) -> TrainConfig:
     """The training configuration of a demo run: 32 pairs a step, AdamW without weight decay, 20 warm-up steps."""
     recipe, chosen = RECIPES[preference], METHODS[method]
+    options: dict[str, Any] = {"beta": recipe.inverting_beta if chosen.policy_inverts else recipe.beta}
+    if chosen.needs_scores:
+        options |= {"score_range": score_range, "preference_scale": _smpo_scale(preference)}
+    if chosen.whole_chain:
+        options |= CHAIN
     steps = recipe.steps if steps is None else steps
-    options: dict[str, dict[str, Any]] = {
-        "smpo": {"score_range": score_range, "preference_scale": _smpo_scale(preference)},
-        "inversion-dpo": {"num_inference_steps": 10, "guidance_scale": 1.0, "timesteps_per_step": 1},
+    settings = run_settings(method, options, base, directory, recipe.learning_rate, steps, seed)
+    settings["cache"] = {"path": str(directory / "training" / "cache") if chosen.whole_chain else None}
+    settings["output"]["log_every"] = 5
+    return TrainConfig.from_mapping(settings)
+
+
+def run_settings(
+    method: str, options: Mapping[str, Any], base: Path, directory: Path, learning_rate: float, steps: int, seed: int
+) -> dict[str, Any]:
+    """The sections of a configuration that trains on ``directory/pairs.parquet`` into ``directory/training``."""
+    return {
+        "method": {"name": method, **options},
+        "model": {"family": "digits", "path": str(base)},
+        "data": {"path": str(directory / "pairs.parquet"), "relabel_by_score": METHOD_TABLE[method].needs_scores},
+        "optimizer": {
+            "learning_rate": learning_rate,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "warmup_steps": min(20, steps),
+        },
+        "training": {"steps": steps, "batch_size": BATCH_SIZE, "seed": seed},
+        "output": {"directory": str(directory / "training"), "checkpoint_every": steps, "keep_checkpoints": 1},
     }
-    return TrainConfig.from_mapping(
-        {
-            "method": {
-                "name": method,
-                "beta": recipe.inverting_beta if chosen.policy_inverts else recipe.beta,
-                **options.get(method, {}),
-            },
-            "model": {"family": "digits", "path": str(base)},
-            "data": {"path": str(directory / "pairs.parquet"), "relabel_by_score": chosen.needs_scores},
-            "optimizer": {
-                "learning_rate": recipe.learning_rate,
-                "weight_decay": 0.0,
-                "max_grad_norm": 1.0,
-                "warmup_steps": min(20, steps),
-            },
-            "training": {
-                "steps": steps,
-                "batch_size": 32,
-                "seed": seed,
-            },
-            "cache": {"path": str(directory / "training" / "cache") if chosen.whole_chain else None},
-            "output": {
-                "directory": str(directory / "training"),
-                "checkpoint_every": steps,
-                "keep_checkpoints": 1,
-                "log_every": 5,
-            },
-        }
-    )
 
 
 def _smpo_scale(preference: str) -> float:

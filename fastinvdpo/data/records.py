@@ -19,7 +19,7 @@ from typing import Any
 from fastinvdpo.data.broken import BrokenRow, broken, caught
 from fastinvdpo.data.images import file_below, file_bytes
 from fastinvdpo.data.rows import IMAGES, SCORES, PairSource, choices, in_schema, number
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import UTF_16, decoded, read_bounded
 
 PAIRS_FILE = "pairs.jsonl"
@@ -254,8 +254,7 @@ def _lines(path: Path, argument: str) -> Iterator[bytes]:
                     raise OSError(errno.EFBIG, f"a line has more than {_LARGEST_TEXT:,} bytes")
                 yield line
     except OSError as error:
-        problem = f"cannot be read ({error.strerror or error})"
-        raise invalid(argument, str(path), problem, "name a readable file") from None
+        raise _unreadable(path, argument, error) from None
 
 
 def _json_records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -277,8 +276,12 @@ def _content(path: Path, argument: str = "data.path") -> bytes:
         data = read_bounded(path, _LARGEST_LISTING)
         return data.decode("utf-16").encode() if data.startswith(UTF_16) else data
     except (OSError, UnicodeError) as error:
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise invalid(argument, str(path), problem, "name a readable file") from None
+        raise _unreadable(path, argument, error) from None
+
+
+def _unreadable(path: Path, argument: str, error: OSError | UnicodeError) -> InvalidInput:
+    problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return invalid(argument, str(path), problem, "name a readable file")
 
 
 def looks_ranked(path: Path) -> bool:

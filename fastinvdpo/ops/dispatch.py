@@ -24,11 +24,7 @@ VARIABLE = "FASTINVDPO_BACKEND"
 BACKENDS = ("cuda", "triton", "native", "reference")
 """Every backend's name, in the order in which ``auto`` tries them."""
 
-IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "affine_step": BACKENDS,
-    "pair_statistics": BACKENDS,
-    "preference_loss": BACKENDS,
-}
+IMPLEMENTED: dict[str, tuple[str, ...]] = dict.fromkeys(native.OPS, BACKENDS)
 """The backends that have a kernel for each op."""
 
 # Delete a line once `make test-gpu` has passed for that backend: from then on ``auto`` chooses it.

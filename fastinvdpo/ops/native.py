@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parents[1]
 OPS = ("affine_step", "pair_statistics", "preference_loss")
+"""All ops; an extension without one of them was built for an older version."""
 
 
 @cache

@@ -191,7 +191,7 @@ class PreferenceTrainer:
             if switches := changes(meta.get("performance", {}), self.performance.model_dump()):
                 self.say(f"Other performance switches than the checkpoint's: {switches}; last bits may differ.")
             restore_state(state, self._stored, accelerator)
-            if accelerator.is_main_process and meta.get("history", self._history()) != self._history():
+            if accelerator.is_main_process and meta.get("history") not in (None, self._history()):
                 self.say("history.jsonl is not what the checkpoint's run had logged: it was changed or damaged.")
             self._stored = None  # its weights need not stay in memory
             self.say(f"Resuming after step {self.first_step}.")

@@ -17,7 +17,7 @@ from fastinvdpo.trainer.dry_run import count_evaluations
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gets_as_many_evaluations_up_to_half_a_step(method: str, tmp_path: Path) -> None:
-    config = compare_methods.method_config(method, 20_000, 1e-5, 0, tmp_path / "pairs.parquet", 2.0)
+    config = compare_methods.method_config(method, 20_000, 1e-5, 0, tmp_path, 2.0)
     found = count_evaluations(config)
     step = config.training.batch_size * (found.with_gradient + found.without_gradient)
     assert abs(config.training.steps * step - 20_000) <= step / 2
@@ -51,4 +51,4 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_methods.main(["--output", str(tmp_path), "--methods", "ppo"]) == 2
     assert "--methods = 'ppo': is not known" in capsys.readouterr().err
     with pytest.raises(InvalidInput, match="less than one step of mapo"):
-        compare_methods.method_config("mapo", 3, 1e-5, 0, tmp_path / "pairs.parquet", 2.0)
+        compare_methods.method_config("mapo", 3, 1e-5, 0, tmp_path, 2.0)
