@@ -75,6 +75,7 @@ def read_text(path: Path, argument: str, limit: int, remedy: str) -> str:
         return decoded(read_bounded(path, limit))
     except (OSError, UnicodeError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        remedy = "save it as UTF-8" if isinstance(error, UnicodeError) else remedy
         raise invalid(argument, str(path), problem, remedy) from None
 
 

@@ -18,7 +18,7 @@ from fastinvdpo._examples.structured.schema import StructuredImage, read_structu
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file, prepare_folder
 from fastinvdpo.data.images import decode, file_below, file_bytes
-from fastinvdpo.data.writing import write_pairs
+from fastinvdpo.data.writing import check_parquet_name, write_pairs
 from fastinvdpo.errors import invalid
 
 NO_RELATION = "(none)"
@@ -86,8 +86,7 @@ def build_pairs(
     """
     source, target = Path(structured), Path(output)
     card = target.with_suffix(".md")
-    if card == target:
-        raise invalid("output", str(output), "is the name of the data card", "name it .parquet")
+    check_parquet_name(target)
     prepare_folder(Path(os.path.realpath(target)).parent)
     lines = read_structured(source)
     images = [image for _, image in lines]

@@ -50,6 +50,12 @@ def write_pairs(
     return count
 
 
+def check_parquet_name(output: Path) -> None:
+    """Raise ``InvalidInput`` for a name by which the data would not be found to be parquet."""
+    if output.suffix != ".parquet":
+        raise invalid("output", str(output), "is not the name of a parquet file", "let it end in .parquet")
+
+
 def encode_png(image: Any) -> bytes:
     """The PIL image as PNG bytes."""
     buffer = io.BytesIO()

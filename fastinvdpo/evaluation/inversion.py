@@ -281,7 +281,8 @@ def _open_files(files: Sequence[str | Path]) -> list[tuple[str, Image]]:
         try:
             images.append((str(file), decode(file_bytes(Path(file), str(file)), str(file))))
         except BrokenRow as error:
-            raise invalid(f"inputs[{number}]", str(file), f"is not a readable image ({error})", _INPUTS) from error
+            problem = str(error).partition(". Remedy:")[0]
+            raise invalid(f"inputs[{number}]", str(file), f"is not a readable image ({problem})", _INPUTS) from error
     return images
 
 

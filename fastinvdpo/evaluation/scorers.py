@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastinvdpo._extras import require
-from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
 from fastinvdpo.io import Digests, expand_path
 from fastinvdpo.models.checkpoints import check_loaded
 
@@ -288,12 +289,12 @@ def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str])
     """Scores of any number of images, float32 ``(n,)``, in calls of the scorer's batch size.
 
     Raises:
-        InvalidInput: the scorer gives another number of scores than it got images, or one that is not finite.
+        InvalidInput: the scorer fails, gives another number of scores than it got images, or one that is not finite.
     """
     found = [torch.empty(0)]
     for start in range(0, len(images), scorer.batch_size):
         part = images[start : start + scorer.batch_size]
-        scores = scorer(part, captions[start : start + scorer.batch_size]).float().cpu()
+        scores = _scores(scorer, part, captions[start : start + scorer.batch_size])
         if scores.shape != (len(part),):
             problem = f"gives scores of shape {tuple(scores.shape)} for {len(part)} images"
             raise invalid("scorer", scorer.name, problem, "return one number for each image")
@@ -302,6 +303,18 @@ def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str])
             raise invalid("scorer", scorer.name, "gives scores that are not finite", remedy)
         found.append(scores)
     return torch.cat(found)
+
+
+def _scores(scorer: Scorer, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
+    try:
+        return torch.as_tensor(scorer(images, captions), dtype=torch.float32).cpu()
+    except (InvalidInput, MissingExtra):
+        raise
+    except Exception as error:  # anybody's code
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"fails on a batch of {len(images)} images ({type(error).__name__}: {error})"
+        remedy = f"look at {frame.filename}, line {frame.lineno}; what is finished is kept"
+        raise invalid("scorer", scorer.name, problem, remedy) from error
 
 
 def _own_scorer(spec: str) -> Scorer:

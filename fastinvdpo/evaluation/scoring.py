@@ -32,6 +32,7 @@ from fastinvdpo.data.images import decode
 from fastinvdpo.data.rows import IMAGES, LABELS, caption_of
 from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
+from fastinvdpo.data.writing import check_parquet_name
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
@@ -119,6 +120,7 @@ def score_pairs(
     columns = _columns(scorers, named, source.column_names() or sorted(stored))
     if relabel is not None and relabel not in columns:
         raise invalid("relabel", relabel, "is the name of no scorer", f"use one of {', '.join(columns)}")
+    check_parquet_name(output)
     place, own = output.resolve().parent, Path(source.path).resolve()
     if own.is_dir() and (place == own or (source.format == "datasets" and place.is_relative_to(own))):
         remedy = "name another directory: the next run would read the output"

@@ -13,6 +13,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.io import read_object
 from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import model_index
+from fastinvdpo.output import MARK
 
 # family name -> (module, class); modules are imported when needed, since they need diffusers.
 _FAMILIES = {
@@ -29,6 +30,7 @@ _PIPELINES = {
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux",
 }
+_RESULTS = ("model", "adapter", "best/model", "best/adapter")  # what a run saves for others
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -133,4 +135,9 @@ def _origin(path: str | Path | Origin, options: Mapping[str, Any]) -> tuple[Orig
     """The checkpoint, and the options that do not belong to it."""
     given = {name: value for name, value in options.items() if value is not None}
     own = {name: given.pop(name) for name in Origin._fields if name in given}
-    return Origin.of(path)._replace(**own), given
+    origin = Origin.of(path)._replace(**own)
+    run = Path(origin.path)
+    results = [str(run / name) for name in _RESULTS if (run / name).is_dir()]
+    if results and (run / MARK).is_file() and not (run / "scheduler").is_dir():
+        raise invalid("model.path", str(run), "is the output directory of a run", f"name {' or '.join(results)}")
+    return origin, given

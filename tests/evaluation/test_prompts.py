@@ -58,6 +58,7 @@ def test_columns_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.txt", None, "cannot be read"),
         ("p.csv", "a", "is no prompt list"),
+        ("p.txt", b"caf\xe9", "Remedy: save it as UTF-8"),
         ("p.jsonl", "{", "line 1 = '1 bytes': is not valid JSON"),
         ("p.jsonl", '{"id": 1}', "has none of prompt"),
         ("p.jsonl", '"a"\n{"prompt": ""}', "entry 2 .*is no prompt"),
@@ -72,10 +73,10 @@ def test_columns_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("pipe.txt", None, "is no regular file"),
     ],
 )
-def test_bad_lists(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_bad_lists(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InvalidInput, match=message):
         load_prompts(tmp_path / name)
 

@@ -202,6 +202,12 @@ def test_what_cannot_be_loaded_is_said(clip: Path, tmp_path: Path) -> None:
 def test_a_function_is_a_scorer() -> None:
     scorer = FunctionScorer(lambda images, captions: [float(len(caption)) for caption in captions], "length", 2)
     assert in_batches(scorer, pictures(), CAPTIONS).tolist() == [2.0, 6.0, 0.0, 23.0, 2.0]
-    for wrong, match in ((lambda i, c: [1.0], "shape"), (lambda i, c: [float("nan")] * len(i), "not finite")):
+    for wrong, match in (
+        (lambda i, c: [1.0], "shape"),
+        (lambda i, c: [float("nan")] * len(i), "not finite"),
+        (lambda i, c: ["good"] * len(i), r"wrong': fails on a batch of 3 images \(ValueError"),
+        (lambda i, c: None, "fails"),
+        (lambda i, c: 1 / 0, r"ZeroDivisionError.*Remedy: look at .*test_scorers\.py, line"),
+    ):
         with pytest.raises(InvalidInput, match=match):
             in_batches(FunctionScorer(wrong, "wrong", 3), pictures(), CAPTIONS)

@@ -204,7 +204,7 @@ def test_finished_parts_are_not_computed_again(ten: Path, tmp_path: Path) -> Non
             raise RuntimeError("out of memory, says the test")
         return shade(images, captions)
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InvalidInput, match="out of memory, says the test"):
         score_pairs(open_source(ten), [scorer(function=failing)], output)
     assert not output.exists()
     SCORED.clear()
@@ -282,6 +282,8 @@ def test_columns_and_files_that_are_there_are_not_overwritten(ten: Path, tmp_pat
     score_pairs(open_source(ten), [scorer()], first)
     with pytest.raises(InvalidInput, match="has a column 'score_0' already"):
         score_pairs(open_source(first), [scorer()], second)
+    with pytest.raises(InvalidInput, match=r"third\.txt': is not the name of a parquet file"):
+        score_pairs(open_source(ten), [scorer()], tmp_path / "third.txt")
     score_pairs(open_source(first), [scorer()], second, named=True)
     assert read(second)["score_shade_0"] == read(second)["score_0"]
     with pytest.raises(InvalidInput, match="lies among the files that are read"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import DiffusionModel, load_model
+from fastinvdpo.output import OutputDirectory
 from tests.models import tiny
 
 
@@ -137,6 +139,16 @@ def test_bad_calls(model: DiffusionModel) -> None:
 def test_bad_loads(directory: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         load_model(**{"family": "digits", "path": directory, **change})
+
+
+@pytest.mark.parametrize("family", ["digits", "stable-diffusion", "auto"])
+def test_the_directory_of_a_run_is_no_model_and_names_those_in_it(directory: Path, tmp_path: Path, family: str) -> None:
+    run = tmp_path / "run"
+    with OutputDirectory(run) as output, output.directory("best") as best:
+        shutil.copytree(directory, best / "model")
+    with pytest.raises(InvalidInput, match=r"run': is the output directory of a run\. Remedy: name .*run/best/model\."):
+        load_model(family, run)
+    assert load_model("auto", run / "best" / "model").schedule.num_train_timesteps == 1000
 
 
 def test_damaged_models_are_refused(tmp_path: Path) -> None:
