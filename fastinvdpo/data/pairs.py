@@ -126,7 +126,11 @@ class PairDataset:
         self.bucket_of: list[int] = []
         self.image_sizes: Counter[Size] = Counter()
         kept, self.dropped_ties = self._read_rows(relabel_by_score, ties)
+        self._alike: list[int] = []
         self._kept, self.image_size = self._check_images(kept)
+        if self._alike:
+            shown = f"{len(self._alike)} pairs have one image on both sides, the first in row {min(self._alike)}"
+            warnings.warn(f"{path}: {shown}; there is nothing to learn from them", stacklevel=2)
         found = self.dropped_ties + sum(pair.tie for pair in self._kept), ties == "keep"
         self.summary = DataSummary(path, self.source.format, total, len(self), *found, self.broken.counts())
         if self.broken.found:
@@ -253,6 +257,8 @@ class PairDataset:
     def _sizes(self, whole: bool, row: int) -> list[Size]:
         """The sizes of both images of a row; ``whole`` decodes them, otherwise the headers are read."""
         images = [(self.source.image(row, side), self.source.where(row, name)) for side, name in enumerate(IMAGES)]
+        if images[0][0] == images[1][0]:
+            self._alike.append(row)
         sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
         if isinstance(self.resolution, int):
             for size, (_, where) in zip(sizes, images, strict=True):

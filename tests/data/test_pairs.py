@@ -84,6 +84,12 @@ def test_scores_travel_with_their_images_and_may_decide_the_winner(write: Write)
     assert pairs.dropped_ties == 1, "equal scores are the ties"
 
 
+def test_pairs_of_one_image_are_counted(write: Write) -> None:
+    with pytest.warns(UserWarning, match="2 pairs have one image on both sides, the first in row 1"):
+        same = {"jpg_0": encoded(image(9)), "jpg_1": encoded(image(9))}
+        assert len(PairDataset(write(row(0), row(1, **same), row(2, **same)))) == 3
+
+
 def test_keys_name_bytes_caption_and_transform(write: Write) -> None:
     same = row(0)
     path = write(same, {**same, "caption": "other"}, row(0, 0))
