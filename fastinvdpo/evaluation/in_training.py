@@ -10,6 +10,7 @@ Layout, in the output directory::
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -19,12 +20,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from fastinvdpo.atomic import atomic_directory, atomic_file, make_directory
 from fastinvdpo.config.sections import EvaluationSection
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
+from fastinvdpo.evaluation.page import grid, scores_figure
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import check_sampling, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
@@ -35,6 +38,7 @@ from fastinvdpo.trainer.opening import EVALUATION_FILES
 from fastinvdpo.trainer.state import random_state, set_random_state
 
 Scores = dict[str, list[float]]
+_SHOWN = 16  # samples in a tracker's image
 
 
 class EvaluationCallback(Callback):
@@ -68,6 +72,7 @@ class EvaluationCallback(Callback):
             }
         )
         self._base: Scores = {}
+        self._shown: list[Image.Image] = []
 
     def on_init(self, trainer: Run) -> None:
         if str(trainer.accelerator.distributed_type.value) == "FSDP":
@@ -101,7 +106,7 @@ class EvaluationCallback(Callback):
         self._base = stored["scores"]
         self.rows = [row for row in stored["rows"] if row["step"] <= trainer.first_step]
         if not self.rows:
-            self._add(trainer, {"step": 0, **self._row(self._base)})
+            self._add(trainer, {"step": 0, **self._row(self._base)}, self._base)
 
     def on_step(self, trainer: Run, step: int) -> None:
         if step % self.section.every and step != trainer.config.training.steps:
@@ -112,7 +117,7 @@ class EvaluationCallback(Callback):
             with nullcontext() if ema is None else ema.applied():
                 scores = self._shared_scores(trainer)
             if trainer.accelerator.is_main_process:
-                self._add(trainer, {"step": step, **self._row(scores)})
+                self._add(trainer, {"step": step, **self._row(scores)}, scores)
                 if self.section.keep_best:
                     self._keep(trainer, step)
             trainer.accelerator.wait_for_everyone()
@@ -139,10 +144,12 @@ class EvaluationCallback(Callback):
         """Scores, by scorer, of the prompts at ``places`` of the list, in their order."""
         section = self.section
         found: Scores = {scorer.name: [] for scorer in self._scorers}
+        self._shown = []
         for start in range(0, len(places), section.batch_size):
             chosen = places[start : start + section.batch_size]
             texts = [self._texts[place] for place in chosen]
             images = sample_images(model, network, texts, chosen, section)
+            self._shown += images[: _SHOWN - len(self._shown)]
             for scorer in self._scorers:
                 found[scorer.name] += in_batches(scorer, images, texts).tolist()
         return found
@@ -183,7 +190,7 @@ class EvaluationCallback(Callback):
         trainer.say("The evaluation is another one than before: its rows and the best model start over.")
         return None
 
-    def _add(self, trainer: Run, row: dict[str, Any]) -> None:
+    def _add(self, trainer: Run, row: dict[str, Any], scores: Scores) -> None:
         self.rows.append(row)
         stored = {"settings": self.settings, "scores": self._base, "rows": self.rows}
         texts = {
@@ -194,8 +201,17 @@ class EvaluationCallback(Callback):
             with atomic_file(self._folder / name) as partial:
                 partial.write_text(text)
         trainer.reporting.scalars("evaluation", row)
+        trainer.reporting.images("evaluation", lambda: self._images(scores), row["step"])
         shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
         trainer.say(f"Evaluation after step {row['step']}: {shown}.")
+
+    def _images(self, scores: Scores) -> dict[str, Image.Image]:
+        """For trackers: the first samples, and for each scorer the scores beside the base's."""
+        images = {"samples": grid(self._shown)}
+        for name, found in scores.items():
+            png = scores_figure((self._base[name], found), name, ("base", "now"))
+            images[f"{name}_histogram"] = Image.open(io.BytesIO(png)).convert("RGB")
+        return images
 
     def _keep(self, trainer: Run, step: int) -> None:
         scorer = next(iter(self._base))

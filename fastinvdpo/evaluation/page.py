@@ -26,6 +26,8 @@ figure { margin: 0; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
 img { max-width: 100%; }
 .pair img { width: 100%; }
+.pair img + img { position: relative; }
+.pair img:first-child:hover + img { left: calc(-100% - .3rem); pointer-events: none; }
 .small img { image-rendering: pixelated; }
 figcaption, .note { font-size: 13px; color: #555; overflow-wrap: anywhere; }
 """
@@ -58,6 +60,7 @@ def report_page(summary: Mapping[str, Any], root: Path, *, shown: int) -> str:
     ]
     if pairs:
         parts.append(f"<h2>Images: base left, aligned right, from the same noise ({len(pairs)} of {len(samples)})</h2>")
+        parts.append('<p class="note">Over a base image, the pointer lays the aligned one on top of it.</p>')
         parts.append(f'<div class="grid">{"".join(pairs)}</div>')
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -93,19 +96,35 @@ def _result(scored: tuple[str, Mapping[str, Any]]) -> str:
 
 
 def _plot(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
-    """Histograms of the scores of both sides, and the difference of every prompt, sorted."""
     base, aligned = ([sample["scores"][name][side] for sample in samples] for side in _SIDES)
+    png = scores_figure((base, aligned), name)
+    return _image("image/png", png, f"scores of {name}")
+
+
+def scores_figure(sides: tuple[Sequence[float], Sequence[float]], name: str, labels: tuple[str, str] = _SIDES) -> bytes:
+    """PNG: histograms of the scores of both sides, and the difference of every prompt, sorted."""
+    base, aligned = sides
     figure = new_figure((9.6, 3.0))
     left, right = figure.subplots(1, 2)
-    histogram(left, (base, aligned), _SIDES)
+    histogram(left, sides, labels)
     left.set(xlabel=name, ylabel="images")
     gains = sorted(new - old for old, new in zip(base, aligned, strict=True))
     right.axhline(0, color="black", linewidth=0.5)
     right.step([(place + 0.5) / len(gains) for place in range(len(gains))], gains, where="mid", color=AFTER)
-    right.set(xlabel="share of the prompts", ylabel="aligned − base", xlim=(0, 1))
+    right.set(xlabel="share of the prompts", ylabel=f"{labels[1]} − {labels[0]}", xlim=(0, 1))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    return _image("image/png", buffer.getvalue(), f"scores of {name}")
+    return buffer.getvalue()
+
+
+def grid(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one size as one RGB image, four in a row."""
+    width, height = images[0].size
+    columns = min(4, len(images))
+    page = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for number, image in enumerate(images):
+        page.paste(image.convert("RGB"), (number % columns * width, number // columns * height))
+    return page
 
 
 def _pair(sample: Mapping[str, Any], root: Path) -> str:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
+from PIL.Image import Image
+
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file
 
@@ -158,6 +161,14 @@ class Reporting(Callback):
         """Numbers for the trackers alone, below ``group``; ``row["step"]`` is the step they belong to."""
         values = {f"{group}/{name}": value for name, value in row.items() if name != "step"}
         self._accelerator.log(values, step=row["step"])
+
+    def images(self, group: str, make: Callable[[], Mapping[str, Image]], step: int) -> None:
+        """RGB images for the trackers that take them; without one, ``make`` is not called."""
+        trackers = [tracker for tracker in self._accelerator.trackers if tracker.name in ("tensorboard", "wandb")]
+        images = make() if trackers else {}
+        named = {f"{group}/{name}": np.asarray(image)[None] for name, image in images.items()}
+        for tracker in trackers:
+            tracker.log_images(named, step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
     def say(self, message: str) -> None:
         """Show a line above the bar, or where there is none, log it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from fastinvdpo.errors import InvalidInput
@@ -113,6 +115,15 @@ def test_rows_are_the_scores_of_the_averaged_models(workspace: Path) -> None:
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("evaluation/brightness")]
     assert found == [(row["step"], pytest.approx(row["brightness"], rel=1e-6)) for row in result.evaluation]
+    for name in ("samples", "brightness_histogram"):
+        assert [image.step for image in events.Images(f"evaluation/{name}")] == [0, 2, 4, 6]
+    first, *_, last = (
+        np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) for image in events.Images("evaluation/samples")
+    )
+    assert first.shape == (16, 32, 3)  # five samples of 8 x 8
+    assert np.mean([first[:8, 8 * i : 8 * i + 8].mean() for i in range(4)]) == pytest.approx(np.mean(base[:4]))
+    assert first[8:, :8].mean() == pytest.approx(base[4]) and (first[8:, 8:] == 255).all()
+    assert not np.array_equal(first, last)
 
 
 def test_the_first_of_equally_good_models_is_kept(workspace: Path) -> None:
