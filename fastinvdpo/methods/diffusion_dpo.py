@@ -27,6 +27,7 @@ class DiffusionDPO(SingleTimestepMethod):
     """
 
     name = "diffusion-dpo"
+    draw_options = ("compat",)
 
     beta: float = 5000.0
 
