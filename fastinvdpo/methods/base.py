@@ -38,10 +38,9 @@ class PairBatch:
         unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
         scores: preference scores ``(2B,)``; needed by SmPO.
         trajectory: what :meth:`ChainObjective.reference_trajectory` gave for these latents, ``(2B, …)``, or
-            :meth:`SingleTimestepObjective.reference_draws`; computed when None.
+            :meth:`SingleTimestepObjective.store_draws`; computed when None.
         reference_pred: what :meth:`ChainObjective.reference_predictions` gave for that trajectory, ``(2B, N, …)``, or
-            :meth:`SingleTimestepObjective.reference_draws`; the reference makes forward passes when None, and none
-            otherwise.
+            :meth:`SingleTimestepObjective.store_draws`; the reference makes forward passes when None.
         stored_draw: int64 ``(B,)`` on the host, where ``reference_pred`` is of draws that were made before: what the
             sample index was then. It keys the random numbers instead.
     """
@@ -259,8 +258,8 @@ class Method(ABC):
 
     @property
     def reference_draws(self) -> dict[str, Any] | None:
-        """The options that decide single draws (timestep, noise, and what the reference predicts there) which a cache may
-        hold; None: there are none that stay the same while the policy learns.
+        """The options that decide draws (timestep, noise, what the reference predicts there) that a cache may hold;
+        None: the policy, or a reference that follows it, has a part in them.
         """
         return None
 

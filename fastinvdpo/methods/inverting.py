@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class InvertingMethod(SingleTimestepMethod):
     """
 
     policy_inverts = True
-    draw_options = ("name", "compat", "num_inference_steps", "model_time")
+    draw_options: ClassVar[tuple[str, ...]] = ("name", "compat", "num_inference_steps", "model_time")
     compats = ("released", "released-diffusers-0.20")
 
     num_inference_steps: int

@@ -289,26 +289,25 @@ class SingleTimestepObjective(Objective):
                                policy_pred=policy_pred, reference_pred=known)  # fmt: skip
 
     @torch.no_grad()
-    def reference_draws(
-        self, reference: Network, batch: PairBatch, *, seed: int, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """What may be stored of the draws of a batch, ``(2B, …)`` as ``dtype``: ``reference_pred``, and ``trajectory``,
-        the noisy latents, where the reference made them; forward noising gives its own again. With these and the sample
-        indices as ``stored_draw`` a batch needs no reference.
+    def store_draws(self, reference: Network, batch: PairBatch, *, seed: int, dtype: torch.dtype) -> PairBatch:
+        """The batch with what may be stored of its draws, as ``dtype``, after which it needs no reference:
+        ``reference_pred``, and where the reference makes them ``trajectory``, the noisy latents.
         """
         check_batch(batch)
-        batch, timesteps, noisy, _ = self._noised(reference, reference, batch, seed)
-        stored = {}
+        seen, timesteps, noisy, _ = self._noised(reference, reference, batch, seed)
+        trajectory = None
         if self.method.policy_inverts:  # rounded before it is used, so that training sees what the reference saw
-            stored["trajectory"] = noisy.to(dtype)
-            noisy = stored["trajectory"].to(noisy)
-        prediction = reference(noisy, timesteps.to(noisy.device), batch.conditioning)
-        return {**stored, "reference_pred": prediction.to(dtype)}
+            trajectory = noisy.to(dtype)
+            noisy = trajectory.to(noisy)
+        prediction = reference(noisy, timesteps.to(noisy.device), seen.conditioning).to(dtype)
+        return dataclasses.replace(
+            batch, trajectory=trajectory, reference_pred=prediction, stored_draw=batch.sample_index
+        )
 
     def _noised(
         self, policy: Network, reference: Network, batch: PairBatch, seed: int, draws: Draws = Draws()
     ) -> tuple[PairBatch, Tensor, Tensor, Tensor]:
-        """The batch as the method sees it, timesteps ``(2B,)``, noisy latents and their noise."""
+        """The batch as the method sees it, timesteps ``(2B,)`` on the host, noisy latents and their noise."""
         if batch.stored_draw is not None:
             batch = dataclasses.replace(batch, sample_index=batch.stored_draw)
         batch = self.method.prepare(batch, seed)

@@ -40,10 +40,10 @@ def build(name: str) -> SingleTimestepObjective:
 def stored_batch(objective: SingleTimestepObjective, reference: Any, dtype: torch.dtype) -> tuple[PairBatch, PairBatch]:
     """A batch of four draws, with what a cache stores of them as ``dtype`` and without, at other sample indices."""
     keyed = dataclasses.replace(problems.pairs(), sample_index=torch.tensor([9, 4, 2**40, 7]))
-    stored = objective.reference_draws(reference, keyed, seed=3, dtype=dtype)
-    assert {tensor.dtype for tensor in stored.values()} == {dtype}
-    assert ("trajectory" in stored) == objective.method.policy_inverts
-    return dataclasses.replace(problems.pairs(), stored_draw=keyed.sample_index, **stored), keyed
+    stored = objective.store_draws(reference, keyed, seed=3, dtype=dtype)
+    assert stored.reference_pred is not None and stored.reference_pred.dtype == dtype
+    assert (stored.trajectory is not None) == objective.method.policy_inverts
+    return dataclasses.replace(stored, sample_index=problems.pairs().sample_index), keyed
 
 
 @pytest.mark.parametrize("name", METHODS_AND_OPTIONS)
