@@ -146,7 +146,7 @@ def stored_metadata(path: Path) -> dict[str, Any]:
 
 
 def taken_draws(seed: int, sample_index: Tensor, draws: int) -> Tensor:
-    """Which of its pair's stored draws each sample index takes, int64 ``(n,)``: all equally likely, anew at every visit."""
+    """Which of its pair's stored draws each sample index takes, int64 ``(n,)``: at every visit any, equally likely."""
     return philox.integers(seed, STREAM_STORED, sample_index, draws)
 
 
