@@ -24,10 +24,12 @@ from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, drops_caption, s
 from fastinvdpo.trainer.cache import PairCache, taken_draws
 from fastinvdpo.trainer.dry_run import count_evaluations, described
 from fastinvdpo.trainer.networks import Networks
+from tests.models import tiny as models
 from tests.trainer import tiny
 from tests.trainer.forked import Server
 from tests.trainer.test_cache import PAIRS, mapping, refuse
 from tests.trainer.test_contents import another_network, another_schedule
+from tests.trainer.test_families import LENGTH, write_two_pairs
 
 DRAWS = 3
 METHODS: dict[str, dict[str, Any]] = {
@@ -167,6 +169,24 @@ def test_training_makes_two_evaluations_a_pair_and_has_no_reference(
         InvalidInput, match=r"belongs to another run; different are cache\.draws \(3 there, None here\)"
     ):
         train(other, progress=False)
+
+
+def test_flow_matching_from_stored_draws(tmp_path: Path) -> None:
+    """With text encoders and a VAE, in bfloat16: what is stored as bfloat16 of predictions in it is exact."""
+    models.PIPELINES["sd3"]().save_pretrained(tmp_path / "model", safe_serialization=True)
+    write_two_pairs(tmp_path)
+    config = drawn(
+        tmp_path,
+        model={"family": "auto", "max_sequence_length": LENGTH},
+        data={"resolution": 16},
+        training={"steps": 2, "mixed_precision": "bf16"},
+        optimizer={"warmup_steps": 0, "learning_rate": 1e-3},
+        cache={"dtype": "bf16"},
+        output={"log_every": 1},
+    )
+    first, last = train(config, progress=False).history
+    assert first["margin"] == 0 and first["policy_mse_winner"] == first["reference_mse_winner"] > 0
+    assert last["margin"] != 0 and last["network_evaluations_without_gradient"] == 0
 
 
 def test_draws_depend_on_seed_and_pair_alone(workspace: Path, small_shards: None) -> None:
