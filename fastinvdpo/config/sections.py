@@ -180,11 +180,14 @@ class CacheSection(Section):
     """What does not depend on the policy, stored by ``fastinvdpo precompute`` and read in training.
 
     ``dtype``: of embeddings, trajectories and reference predictions. fp32 gives the losses of training without a cache;
-    bf16 needs half the space, and rounds them to 8 bits. ``batch_size``: pairs that are encoded and inverted at once;
-    ``training.batch_size`` when null.
+    bf16 needs half the space, and rounds them to 8 bits. ``draws``: store K draws (timestep and noise) of every pair,
+    with the reference's predictions; a visit of the pair takes one of them, and training needs no reference. null:
+    every visit draws anew. ``batch_size``: pairs that are encoded and inverted at once; ``training.batch_size`` when
+    null.
     """
 
     path: Place | None = None
+    draws: Count | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     batch_size: Count | None = None
 
@@ -285,6 +288,11 @@ class RunSections(Section):
     def effective_batch(self, processes: int = 1) -> int:
         """Pairs per optimizer step over all processes."""
         return self.training.batch_size * self.training.gradient_accumulation_steps * processes
+
+    @property
+    def reference_options(self) -> dict[str, Any] | None:
+        """The method's options that decide what a cache holds of the reference; None: it holds nothing of it."""
+        return self.method.reference_draws if self.cache.draws else self.method.reference_chain
 
 
 def known_keys(path: tuple[str, ...]) -> list[str]:

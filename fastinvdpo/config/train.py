@@ -170,6 +170,8 @@ def _training(config: TrainConfig) -> Iterator[InvalidInput]:
 
 def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
     data, path = config.data, config.cache.path
+    if config.cache.draws is not None:
+        yield from _draws(config, config.cache.draws)
     if path is None:
         return
     if Path(path).exists() and not Path(path).is_dir():
@@ -179,9 +181,29 @@ def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
         if used:
             problem = f"needs the same latents at every visit, and {name} changes them"
             yield invalid("cache.path", path, problem, f"drop {name}, or set cache.path to null")
-    if config.method.reference_chain and data.caption_dropout > 0:
+    if config.cache.draws is None and config.method.reference_chain and data.caption_dropout > 0:
         problem = "holds trajectories, which follow the captions, and data.caption_dropout changes those"
         yield invalid("cache.path", path, problem, "drop data.caption_dropout, or set cache.path to null")
+
+
+def _draws(config: TrainConfig, draws: int) -> Iterator[InvalidInput]:
+    method, off = config.method, "set cache.draws to null"
+    if config.cache.path is None:
+        yield invalid("cache.draws", draws, "are stored in a cache, and there is none", f"set cache.path, or {off}")
+    if method.reference_draws is not None:
+        return
+    problem, remedy = f"are not stored for method {method.name}", off
+    if method.whole_chain:
+        problem = f"are of one timestep each, and {method.name} scores a chain, which the cache holds without them"
+    elif not method.needs_reference:
+        problem = f"hold what a reference predicts, and {method.name} has none"
+    elif method.reference_follows is not None:
+        problem = "hold what the reference predicts, and method.reference = ema changes that"
+        remedy = f"set method.reference to frozen, or {off}"
+    elif method.policy_inverts:
+        problem = f"hold noisy latents, and {method.name} makes them with the policy, which changes"
+        remedy = f"set method.inverter to reference, or {off}"
+    yield invalid("cache.draws", draws, problem, remedy)
 
 
 def _performance(config: TrainConfig) -> Iterator[InvalidInput]:

@@ -24,6 +24,7 @@ STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 
 # Offsets of the random streams of one pair; an inversion uses one offset per step, the strata one each.
 STREAM_TIMESTEP, STREAM_NOISE, STREAM_SWAP, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 2, 1 << 16, 1 << 17
+STREAM_STORED = 1 << 18  # which of its stored draws a pair takes
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class PairBatch:
         sample_index: int64 ``(B,)`` on the host: each pair's number in the whole run. It keys all random numbers.
         unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
         scores: preference scores ``(2B,)``; needed by SmPO.
-        trajectory: what :meth:`ChainObjective.reference_trajectory` gave for these latents, ``(2B, …)``; computed when
-            None.
-        reference_pred: what :meth:`ChainObjective.reference_predictions` gave for that trajectory, ``(2B, N, …)``; the
-            reference makes forward passes when None, and none otherwise.
+        trajectory: what :meth:`ChainObjective.reference_trajectory` gave for these latents, ``(2B, …)``, or
+            :meth:`SingleTimestepObjective.store_draws`; computed when None.
+        reference_pred: what :meth:`ChainObjective.reference_predictions` gave for that trajectory, ``(2B, N, …)``, or
+            :meth:`SingleTimestepObjective.store_draws`; the reference makes forward passes when None.
+        stored_draw: int64 ``(B,)`` on the host, where ``reference_pred`` is of draws that were made before: what the
+            sample index was then. It keys the random numbers instead.
     """
 
     latents: Tensor
@@ -49,6 +52,7 @@ class PairBatch:
     scores: Tensor | None = None
     trajectory: Tensor | None = None
     reference_pred: Tensor | None = None
+    stored_draw: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -250,6 +254,13 @@ class Method(ABC):
     @property
     def reference_chain(self) -> dict[str, Any] | None:
         """The options that decide a chain which the reference inverts and a cache may hold; None: there is none."""
+        return None
+
+    @property
+    def reference_draws(self) -> dict[str, Any] | None:
+        """The options that decide draws (timestep, noise, what the reference predicts there) that a cache may hold;
+        None: the policy, or a reference that follows it, has a part in them.
+        """
         return None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class DiffusionDPO(SingleTimestepMethod):
     """
 
     name = "diffusion-dpo"
+    draw_options: ClassVar[tuple[str, ...]] = ("compat",)
 
     beta: float = 5000.0
 

@@ -20,6 +20,7 @@ class InPO(InvertingMethod):
     """
 
     name = "inpo"
+    draw_options = (*InvertingMethod.draw_options, "eta")
 
     beta: float = 2000.0
     num_inference_steps: int = 10

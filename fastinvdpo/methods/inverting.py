@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class InvertingMethod(SingleTimestepMethod):
     """
 
     policy_inverts = True
+    draw_options: ClassVar[tuple[str, ...]] = ("name", "compat", "num_inference_steps", "model_time")
     compats = ("released", "released-diffusers-0.20")
 
     num_inference_steps: int
@@ -63,6 +64,10 @@ class InvertingMethod(SingleTimestepMethod):
 
     def inverting_network(self, policy: Network, reference: Network) -> Network:
         return reference if self.inverter == "reference" else policy
+
+    @property
+    def reference_draws(self) -> dict[str, Any] | None:
+        return super().reference_draws if self.inverter == "reference" else None
 
     @property
     def fixed_shapes(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.diffusion.prompt import Network
-from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule, prediction_target
+from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule, prediction_target, recover_noise
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.base import (
     STREAM_TIMESTEP,
@@ -131,6 +132,8 @@ class SingleTimestepMethod(Method):
 
     beta_scales_margin: ClassVar[bool] = True
     """Whether the loss depends on β by the margin alone, which is proportional to it."""
+    draw_options: ClassVar[tuple[str, ...]] = ()
+    """The options that decide noisy latents and what is predicted there; none where draws cannot be stored."""
 
     timesteps: TimestepSampling = TimestepSampling()
     safeguard: float | None = None
@@ -246,6 +249,13 @@ class SingleTimestepMethod(Method):
             loss = loss + self.sft_weight * statistics.policy_mse.chunk(2)[0].mean()
         return PreferenceLoss(loss, scored.margin, statistics.policy_mse, reference_mse(statistics))
 
+    @property
+    def reference_draws(self) -> dict[str, Any] | None:
+        if not self.draw_options or not self.needs_reference or self.reference_follows is not None:
+            return None
+        timesteps = {f"timesteps.{name}": value for name, value in dataclasses.asdict(self.timesteps).items()}
+        return timesteps | {name: getattr(self, name) for name in self.draw_options}
+
     def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
         self.timesteps.check(schedule)
         return SingleTimestepObjective(schedule, self, auto_beta=self.new_auto_beta())
@@ -261,20 +271,53 @@ class SingleTimestepObjective(Objective):
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
     ) -> ObjectiveOutput:
         check_batch(batch)
-        batch = self.method.prepare(batch, seed)
-        drawn = draws.timesteps
-        if drawn is None:
-            drawn = self.method.timesteps.draw(self.schedule, seed, STREAM_TIMESTEP, batch.sample_index)
-        timesteps = drawn.repeat(2)
-        inverting = self.method.inverting_network(policy, reference)
-        noisy, noise = self.method.trajectory(self.schedule, inverting, batch, timesteps, draws, seed)
+        batch, timesteps, noisy, noise = self._noised(policy, reference, batch, seed, draws)
         target = prediction_target(self.schedule, batch.latents, noise, timesteps)
         times = timesteps.to(noisy.device)
         policy_pred = policy(noisy, times, batch.conditioning)
-        with torch.no_grad():
-            known = target if not self.method.needs_reference else reference(noisy, times, batch.conditioning)
+        if not self.method.needs_reference:
+            known = target
+        elif batch.reference_pred is not None:
+            known = batch.reference_pred.to(noisy)
+        else:
+            with torch.no_grad():
+                known = reference(noisy, times, batch.conditioning)
         given = known if self.method.needs_reference else None
         weight = self.method.pair_weight(batch)
         result = self.method.loss(policy_pred, given, target, weight, gather=self.gather, auto_beta=self.auto_beta)
         return ObjectiveOutput(**vars(result), timesteps=timesteps, noisy_latents=noisy, target=target,
                                policy_pred=policy_pred, reference_pred=known)  # fmt: skip
+
+    @torch.no_grad()
+    def store_draws(self, reference: Network, batch: PairBatch, *, seed: int, dtype: torch.dtype) -> PairBatch:
+        """The batch with what may be stored of its draws, as ``dtype``, after which it needs no reference:
+        ``reference_pred``, and where the reference makes them ``trajectory``, the noisy latents.
+        """
+        check_batch(batch)
+        seen, timesteps, noisy, _ = self._noised(reference, reference, batch, seed)
+        trajectory = None
+        if self.method.policy_inverts:  # rounded before it is used, so that training sees what the reference saw
+            trajectory = noisy.to(dtype)
+            noisy = trajectory.to(noisy)
+        prediction = reference(noisy, timesteps.to(noisy.device), seen.conditioning).to(dtype)
+        return dataclasses.replace(
+            batch, trajectory=trajectory, reference_pred=prediction, stored_draw=batch.sample_index
+        )
+
+    def _noised(
+        self, policy: Network, reference: Network, batch: PairBatch, seed: int, draws: Draws = Draws()
+    ) -> tuple[PairBatch, Tensor, Tensor, Tensor]:
+        """The batch as the method sees it, timesteps ``(2B,)`` on the host, noisy latents and their noise."""
+        if batch.stored_draw is not None:
+            batch = dataclasses.replace(batch, sample_index=batch.stored_draw)
+        batch = self.method.prepare(batch, seed)
+        drawn = draws.timesteps
+        if drawn is None:
+            drawn = self.method.timesteps.draw(self.schedule, seed, STREAM_TIMESTEP, batch.sample_index)
+        timesteps = drawn.repeat(2)
+        if batch.trajectory is not None:
+            noisy = batch.trajectory.to(batch.latents)
+            return batch, timesteps, noisy, recover_noise(self.schedule, noisy, batch.latents, timesteps)
+        inverting = self.method.inverting_network(policy, reference)
+        noisy, noise = self.method.trajectory(self.schedule, inverting, batch, timesteps, draws, seed)
+        return batch, timesteps, noisy, noise

@@ -53,6 +53,7 @@ class SmPO(InvertingMethod):
     """
 
     name = "smpo"
+    draw_options = (*InvertingMethod.draw_options, "renoise_iterations")
     needs_scores = True
 
     beta: float = 2000.0

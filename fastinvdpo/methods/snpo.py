@@ -34,6 +34,7 @@ class SNPO(DiffusionDPO):
     """
 
     name = "snpo"
+    draw_options = (*DiffusionDPO.draw_options, "swap_probability")
     utilities = ("snpo",)
 
     beta: float = 2000.0

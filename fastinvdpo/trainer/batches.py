@@ -155,9 +155,10 @@ class EncodedPair:
 
     Attributes:
         winner, loser: ``latents`` ``(C, h, w)``; ``geometry.NAME``: the conditioning that follows from size and crop
-            (SDXL); from a cache of Inversion-DPO also ``trajectory`` and ``reference_pred``.
+            (SDXL); from a cache that holds them also ``trajectory`` and ``reference_pred``.
         caption: the conditioning that follows from the caption.
         tie: neither won; the first image stands for the winner.
+        stored_draw: the number, among all pairs', of the stored draw that ``trajectory`` and ``reference_pred`` are of.
     """
 
     winner: Tensors
@@ -166,6 +167,7 @@ class EncodedPair:
     scores: tuple[float, float] | None
     row: int
     tie: bool = False
+    stored_draw: int | None = None
 
 
 class EncodedPairs(Protocol):
@@ -311,7 +313,9 @@ class BatchBuilder:
         sides = [pair.loser if swap else pair.winner for pair, swap in swaps]
         sides += [pair.winner if swap else pair.loser for pair, swap in swaps]
         stacked = {name: self._stack([side[name] for side in sides]) for name in sides[0]}
-        dropped = [drops_caption(seed, draw, self._caption_dropout) for draw in draws]
+        # What a stored draw saw is what it was stored with.
+        keys = [draw if pair.stored_draw is None else pair.stored_draw for draw, pair in zip(draws, pairs, strict=True)]
+        dropped = [drops_caption(seed, key, self._caption_dropout) for key in keys]
         conditioning, unconditional = geometry_of(stacked), geometry_of(stacked)
         for name, empty in self._pairs.unconditional.items():
             captions = [empty[0] if drop else pair.caption[name] for pair, drop in zip(pairs, dropped, strict=True)]
@@ -326,6 +330,7 @@ class BatchBuilder:
             scores=self._scores(pairs, swapped, stacked["latents"].dtype),
             trajectory=stacked.get("trajectory"),
             reference_pred=stacked.get("reference_pred"),
+            stored_draw=None if pairs[0].stored_draw is None else torch.tensor(keys),
         )
 
     def _scores(self, pairs: Sequence[EncodedPair], swapped: Sequence[bool], dtype: torch.dtype) -> Tensor | None:

@@ -1,24 +1,26 @@
 """``fastinvdpo precompute``: fill a cache with everything that does not depend on the policy.
 
-For every pair latents and embeddings; for Inversion-DPO also the reference's trajectories, targets and predictions.
-InPO and SmPO invert with the policy, which changes at every step, so there is nothing more of them to store.
+For every pair latents and embeddings; for Inversion-DPO also the reference's trajectories, targets and predictions, and
+with ``cache.draws`` what the reference predicts at K draws of every pair. Where the policy inverts, it changes at every
+step, and there is nothing more to store.
 
 A cache serves a run exactly when all entries of its key agree. The pairs enter with digests of what they hold, files of
-the model with the SHA-256 of their content. For caches of a method that does not invert with the reference, neither
-UNet nor noise schedule enters: they change nothing that is stored.
+the model with the SHA-256 of their content. Where nothing of the reference is stored, neither UNet nor noise schedule
+enters: they change nothing.
 
 Shards are computed in fixed batches of their own, so their content does not depend on which process makes them, nor on
-how often the work was interrupted.
+how often the work was interrupted. Draws are made last, from the shards of all pairs, as a run would make them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,7 @@ from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.batches import Tensors, embed, encode_images, geometry_of
 from fastinvdpo.trainer.cache import (
     INDEX,
+    KINDS,
     MANIFEST,
     PAIRS_PER_SHARD,
     UNCONDITIONAL,
@@ -48,11 +51,13 @@ from fastinvdpo.trainer.cache import (
     PairCache,
     PairIndex,
     checksum,
+    reference_key,
     shard_path,
     stored_metadata,
     write_tensors,
 )
 from fastinvdpo.trainer.checkpoint import frozen_contents
+from fastinvdpo.trainer.draw_making import DrawMaker
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up
 
@@ -84,7 +89,8 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
     if manifest is None or not manifest.complete(directory):
         known = manifest is not None or "hash" in stored_metadata(directory / INDEX)
         manifest = manifest or Manifest(key, key_hash(key), PAIRS_PER_SHARD)
-        _complete(config, directory, replace(manifest, sizes=None, files=digests.remembered), known, progress)
+        unfinished = replace(manifest, sizes=None, draw_sizes=[], files=digests.remembered)
+        _complete(config, directory, unfinished, known, progress)
         manifest = Manifest.read(directory)
         assert manifest is not None
     cache = PairCache(directory, manifest)
@@ -100,7 +106,8 @@ def _complete(config: TrainConfig, directory: Path, manifest: Manifest, known: b
     opened = OutputDirectory(directory, "cache.path", earlier=lambda _: known, reads=reads) if main else nullcontext()
     with opened as output:
         if output is not None:
-            output.claim(*REPORT, files=(MANIFEST, INDEX, UNCONDITIONAL, "pairs-??????.safetensors", ".lock"))
+            patterns = [f"{of}-??????.safetensors" for of in KINDS]
+            output.claim(*REPORT, files=(MANIFEST, INDEX, UNCONDITIONAL, *patterns, ".lock"))
         dataset = opening.open_dataset(config)
         if output is not None:
             manifest.write(directory)
@@ -111,11 +118,14 @@ def _complete(config: TrainConfig, directory: Path, manifest: Manifest, known: b
         frozen = _fill(config, manifest, dataset, accelerator, progress=progress)
         accelerator.wait_for_everyone()
         if main:
-            files = [shard_path(directory, shard) for shard in range(PairIndex(directory).shards)]
+            shards, stores = range(PairIndex(directory).shards), ("pairs", *(["draws"] if config.cache.draws else []))
+            files = {of: [shard_path(directory, shard, of) for shard in shards] for of in stores}
+            evaluations = [stored_metadata(file)["network_evaluations"] for of in stores for file in files[of]]
             replace(
                 manifest,
-                sizes=[file.stat().st_size for file in files],
-                network_evaluations=sum(stored_metadata(file)["network_evaluations"] for file in files),
+                sizes=[file.stat().st_size for file in files["pairs"]],
+                draw_sizes=[file.stat().st_size for file in files.get("draws", ())],
+                network_evaluations=sum(evaluations),
                 digests={name: Digests().one(directory / name) for name in (INDEX, UNCONDITIONAL, *REPORT)},
                 frozen=frozen,
             ).write(directory)
@@ -126,7 +136,8 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     """Everything that changes what is stored for ``config``, as plain types by the name of the configuration's key; of
     ``data.path`` and ``model.path`` the content found there. Raises ``InvalidInput`` where there is none.
     """
-    model, data, chain = config.model, config.data, config.method.reference_chain
+    model, data, reference = config.model, config.data, reference_key(config)
+    held = "draws" if config.cache.draws else "trajectories, reference predictions"
     encoding = ("ties", "resolution", "relabel_by_score", "max_broken", "latents")
 
     def given(*names: str) -> dict[str, Any]:
@@ -143,7 +154,7 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     network = "unet" if "unet" in files else "transformer"
     key: dict[str, Any] = {
         "format": FORMAT,
-        "contents": "latents, embeddings" + (", trajectories, reference predictions" if chain is not None else ""),
+        "contents": "latents, embeddings" + (f", {held}" if reference else ""),
         "cache.dtype": config.cache.dtype,
         **content_of(source, digests),
         **{f"data.{name}": getattr(data, name) for name in encoding},
@@ -152,14 +163,14 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
         **{f"model {part}": digests.of(paths) for part, paths in files.items() if part not in (network, "scheduler")},
         **given("max_sequence_length"),
     }
-    if chain is not None:
+    if reference:
         (schedule,) = [file for file in files["scheduler"] if file.name == "scheduler_config.json"]
         settings = read_object(schedule, "model.path")
         key |= {
             f"model {network}": digests.of(files[network]),
             **given("zero_terminal_snr", "guidance_embedding"),
             **{f"scheduler {name}": value for name, value in settings.items() if not name.startswith("_")},
-            **{f"method.{name}": value for name, value in chain.items()},
+            **reference,
             "training.mixed_precision": config.training.mixed_precision,
             "model.reference_dtype": model.reference_dtype,
             **given("quantization", "reference_quantization"),
@@ -202,28 +213,47 @@ def _fill(
     """
     directory = Path(str(config.cache.path))
     index = PairIndex(directory)
-    paths = {shard: shard_path(directory, shard) for shard in range(index.shards)}
-    missing = [shard for shard in paths if stored_metadata(paths[shard]).get("hash") != manifest.hash]
-    own = [shard for shard in missing if shard % accelerator.num_processes == accelerator.process_index]
-    _LOGGER.info("%s: computing %d of %d shards (%d pairs)", directory, len(missing), len(paths), len(index))
     model = opening.open_model(config)
     frozen = frozen_contents(model) if accelerator.is_main_process else {}
     maker = _ShardMaker(config, manifest, model, dataset, index, accelerator)
     if accelerator.is_main_process and stored_metadata(directory / UNCONDITIONAL).get("hash") != manifest.hash:
         write_tensors(directory / UNCONDITIONAL, maker.unconditional, hash=manifest.hash)
-    tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
-    hidden = not (progress and accelerator.is_local_main_process)
-    for shard in tqdm(own, desc="precomputing", unit="shard", disable=hidden):
-        before = maker.networks.evaluations["without_gradient"]
-        tensors = maker.make(shard)
-        evaluations = maker.networks.evaluations["without_gradient"] - before
-        checksums = {kind: [checksum(record) for record in _records(tensors, kind)] for kind in ("image", "caption")}
-        write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations, crc32=checksums)
+    write = partial(_write, directory, manifest, accelerator, maker.networks, progress=progress)
+    write("pairs", range(index.shards), maker.make)
+    if config.cache.draws is not None:
+        accelerator.wait_for_everyone()
+        write("draws", range(index.shards), DrawMaker(config, manifest, maker.networks, model, accelerator).make)
     return frozen
 
 
+def _write(
+    directory: Path,
+    manifest: Manifest,
+    accelerator: Accelerator,
+    networks: Networks,
+    of: str,
+    shards: range,
+    make: Callable[[int], Tensors],
+    *,
+    progress: bool,
+) -> None:
+    """Write this process's share of the missing shards of pairs or draws."""
+    paths = {shard: shard_path(directory, shard, of) for shard in shards}
+    missing = [shard for shard in paths if stored_metadata(paths[shard]).get("hash") != manifest.hash]
+    own = [shard for shard in missing if shard % accelerator.num_processes == accelerator.process_index]
+    _LOGGER.info("%s: computing %d of %d shards of %s", directory, len(missing), len(paths), of)
+    tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
+    hidden = not (progress and accelerator.is_local_main_process)
+    for shard in tqdm(own, desc=f"precomputing {of}", unit="shard", disable=hidden):
+        before = networks.evaluations["without_gradient"]
+        tensors = make(shard)
+        evaluations = networks.evaluations["without_gradient"] - before
+        checksums = {kind: [checksum(record) for record in _records(tensors, kind)] for kind in KINDS[of]}
+        write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations, crc32=checksums)
+
+
 def _records(tensors: Tensors, kind: str) -> Iterator[Tensors]:
-    """The images or captions of a shard, one by one."""
+    """The images, captions or draws of a shard, one by one."""
     own = {name.removeprefix(f"{kind}."): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
     for place in range(len(next(iter(own.values()), ()))):
         yield {name: tensor[place] for name, tensor in own.items()}
@@ -288,7 +318,7 @@ class _ShardMaker:
         shapes = [pairs[i].loser_geometry if side else pairs[i].winner_geometry for i, side in sides]
         keys = [pairs[i].loser_key if side else pairs[i].winner_key for i, side in sides]
         stored = encode_images(self._model, images, shapes, keys if config.data.latents == "sampled" else None)
-        if config.method.reference_chain is None:
+        if config.cache.draws is not None or config.method.reference_chain is None:
             return stored
         objective = config.method.objective(self._model.schedule)
         assert isinstance(objective, ChainObjective)

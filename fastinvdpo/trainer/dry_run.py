@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.io import read_object
-from fastinvdpo.methods import ChainObjective, Objective, PairBatch
+from fastinvdpo.methods import ChainObjective, Objective, PairBatch, SingleTimestepObjective
 from fastinvdpo.trainer.accounting import gradient_passes
 from fastinvdpo.trainer.batches import DrawOrder
 from fastinvdpo.trainer.opening import FLOW_FAMILIES
@@ -68,8 +68,9 @@ def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
 def described(config: TrainConfig) -> str:
     """The counts as comment lines that may follow the configuration in YAML."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    found, pairs = count_evaluations(config, processes), config.effective_batch(processes)
-    return (
+    found, pairs, draws = count_evaluations(config, processes), config.effective_batch(processes), config.cache.draws
+    stored = "" if draws is None else f"# Draws stored a pair: {draws}, of which a visit takes one.\n"
+    return stored + (
         f"# Network evaluations a pair: {found.with_gradient:.6g} with gradient, {found.without_gradient:.6g} without"
         f" (mean of the first {found.pairs} pairs).\n"
         f"# Pairs a step: {pairs:,}, processes: {processes}; the run: "
@@ -87,16 +88,18 @@ def _schedule(config: TrainConfig) -> NoiseSchedule:
 
 
 def _batch(config: TrainConfig, objective: Objective, draws: range) -> PairBatch:
-    """A batch of latents of one element; with a cache that stores the reference's chain, its predictions too."""
+    """A batch of latents of one element; with a cache of the reference's predictions, these too."""
     count = 2 * len(draws)
     latents, prompts = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
     batch = PairBatch(latents, prompts, torch.arange(draws.start, draws.stop), prompts, scores=torch.zeros(count))
-    if config.cache.path is None or config.method.reference_chain is None:
+    if config.cache.path is None or config.reference_options is None:
         return batch
 
     def uncounted(latents: Tensor, *others: Any) -> Tensor:
         return torch.zeros_like(latents)  # what precompute evaluates, before the run
 
+    if isinstance(objective, SingleTimestepObjective):
+        return objective.store_draws(uncounted, batch, seed=config.training.seed, dtype=torch.float32)
     assert isinstance(objective, ChainObjective)
     chain = objective.reference_trajectory(uncounted, latents, prompts, prompts)
     predictions = objective.reference_predictions(uncounted, chain, prompts, prompts)

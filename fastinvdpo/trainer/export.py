@@ -95,6 +95,11 @@ def model_card(
             f"The adapter was trained on the base model with its linear layers in {kind}. `model` is the base model as "
             "it was, with the adapter merged."
         )
+    if (draws := config.cache.draws) is not None:
+        notes.append(
+            f"Every visit of a pair took one of {draws} draws (timestep, noise) that were fixed before the first step "
+            "and stored with the reference's predictions."
+        )
     content = {name: value for name, value in attempts[-1].items() if name.startswith("data ")}
     parts = [
         f"---\n{data.to_yaml()}\n---",

@@ -42,7 +42,7 @@ def build_state(
     training, method, follows = config.training, config.method, config.method.reference_follows
     if config.model.quantization is not None and model.unquantized is None:
         quantize_network(model, config.model.quantization)
-    needed = method.needs_reference and not (reference_is_cached and method.reference_chain is not None)
+    needed = method.needs_reference and not reference_is_cached
     networks = Networks(
         model,
         lora=config.model.lora,

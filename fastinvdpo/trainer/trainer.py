@@ -24,7 +24,7 @@ from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.accounting import choose_max_batch, gradient_passes, measure_costs, peak_memory
 from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, PairEncoder, Pairs, epoch_order
-from fastinvdpo.trainer.cache import PairCache
+from fastinvdpo.trainer.cache import PairCache, reference_key
 from fastinvdpo.trainer.callbacks import Callback, Place, Reporting, TrainResult
 from fastinvdpo.trainer.checkpoint import (
     Checkpoint,
@@ -92,6 +92,8 @@ class PreferenceTrainer:
         if self.cache is None and config.cache.path is not None:
             problem = "belongs to the files that the configuration names, not to pairs at hand"
             raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
+        if self.cache is not None:
+            self.cache.check_draws(reference_key(config))
         opening.check_scores(config, pairs.has_scores)
         self._last_checkpoint = find_checkpoint(resume, self._checkpoints)
         self.accelerator = opening.open_accelerator(config)
@@ -169,7 +171,9 @@ class PreferenceTrainer:
             accelerator,
             self.performance,
             effective_batch=self.order.effective_batch,
-            reference_is_cached=self.cache is not None and self.cache.has_reference,
+            reference_is_cached=self.cache is not None
+            and self.cache.has_reference
+            and config.reference_options is not None,
         )
         state.auto_beta = self.objective.auto_beta
         pair = self.builder.build(self.order.micro_batch(0, 0)[:1])
@@ -184,6 +188,8 @@ class PreferenceTrainer:
         # The probes of size and cost see the networks as they are: each size would be compiled otherwise.
         speed_up(state.networks, self.performance)
         self.say(shown(self.performance))
+        if config.cache.draws is not None:
+            self.say(f"Draws: one of {config.cache.draws} a pair that are stored with the reference's predictions.")
         if self._stored is not None:
             meta = self._stored.meta
             if libraries := changes(meta["versions"], versions()):

@@ -38,29 +38,33 @@ def small_shards(run: dict[str, Any]) -> None:
     train(TrainConfig.from_mapping(run), progress=False)
 
 
+@pytest.mark.parametrize(("method", "draws"), [("inversion-dpo", None), ("diffusion-dpo", 3)])
 @pytest.mark.usefixtures("small_shards")
-def test_two_processes_equal_one(workspace: Path, forks: Server) -> None:
+def test_two_processes_equal_one(workspace: Path, forks: Server, method: str, draws: int | None) -> None:
     """The gradient of every method, in one pass and two: shared_gradients.py."""
 
-    def run(name: str, steps: int, batch: int) -> dict[str, Any]:
+    # With draws one pair at once: a margin at policy = reference is rounded as what was stored, and 0.
+    batch = 1 if draws else 2
+
+    def run(name: str, steps: int, batch: int, accumulation: int) -> dict[str, Any]:
         return tiny.mapping(
             workspace,
-            "inversion-dpo",
+            method,
             model={"lora": {"rank": 2}},
-            training={"steps": steps, "batch_size": batch, "gradient_accumulation_steps": 2, "max_batch": 4},
+            training={"steps": steps, "max_batch": 4, "batch_size": batch, "gradient_accumulation_steps": accumulation},
             optimizer={**SMOOTH, "learning_rate": 0.1},
             output={"directory": str(workspace / name), "log_every": 1},
             # Two processes share the work of theirs; one pair at once in both, so that they hold the same bits.
-            cache={"path": str(workspace / f"{name}-cache"), "batch_size": 1},
+            cache={"path": str(workspace / f"{name}-cache"), "batch_size": 1, "draws": draws},
         )
 
-    alone = train(TrainConfig.from_mapping(run("alone", 4, 2)), progress=False)
-    forks.together(small_shards, run("together", 2, 1))
+    alone = train(TrainConfig.from_mapping(run("alone", 4, batch, 4 // batch)), progress=False)
+    forks.together(small_shards, run("together", 2, 1, 2))
     files = {path.name for path in (workspace / "alone-cache").glob("*.safetensors")}
-    assert len(files) == 2 + 4  # index, unconditional, shards
+    assert len(files) == 2 + 4 + (4 if draws else 0)  # index, unconditional, shards of pairs and of draws
     for name in files:
         assert (workspace / "together-cache" / name).read_bytes() == (workspace / "alone-cache" / name).read_bytes()
-    together = train(TrainConfig.from_mapping(run("together", 4, 2)), progress=False)
+    together = train(TrainConfig.from_mapping(run("together", 4, batch, 4 // batch)), progress=False)
     # Each row holds the metrics of all processes, and the evaluations of both count.
     keys = ("step", "loss", "margin", "policy_mse_winner", "gradient_norm", "network_evaluations_with_gradient")
     for row, expected in zip(together.history, alone.history, strict=True):

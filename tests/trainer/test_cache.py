@@ -215,7 +215,7 @@ def test_only_the_rows_that_are_drawn_are_read(
     monkeypatch.setattr(cache, "_OPEN_SHARDS", 1)
     one_open = PairCache(workspace / "cache", cache.Manifest.read(workspace / "cache"))  # type: ignore[arg-type]
     original = one_open._open
-    monkeypatch.setattr(one_open, "_shard", lambda shard: opened.append(shard) or original(shard))
+    monkeypatch.setattr(one_open, "_shard", lambda of, shard: opened.append(shard) or original(of, shard))
     for reader in (stored, one_open):
         found = torch.stack([reader._read("image", number)["trajectory"] for number in numbers])
         assert torch.equal(found, everything[numbers])

@@ -202,8 +202,9 @@ def test_what_was_damaged_or_written_by_others_is_not_trusted(workspace: Path) -
         train(config_of(workspace), progress=False)
 
 
-def test_every_flipped_bit_of_a_cache_is_found(workspace: Path, small_shards: None) -> None:
-    """Or it changes nothing of what is read."""
+@pytest.mark.parametrize("method", ["inversion-dpo", "diffusion-dpo"])
+def test_every_flipped_bit_of_a_cache_is_found(workspace: Path, method: str, small_shards: None) -> None:
+    """Or it changes nothing of what is read: chains, or draws."""
 
     def contents() -> list[Any]:
         manifest = cache.Manifest.read(workspace / "cache")
@@ -211,10 +212,11 @@ def test_every_flipped_bit_of_a_cache_is_found(workspace: Path, small_shards: No
         opened = PairCache(workspace / "cache", manifest)
         pairs = [opened.fetch(i, i) for i in range(PAIRS)]
         read = [[side[name] for name in sorted(side)] for p in pairs for side in (p.winner, p.loser, p.caption)]
+        read += [list(opened._read("draw", number).values()) for number in range(opened.index.first["draw"][-1])]
         others = [(p.scores, p.row, p.tie) for p in pairs], opened.unconditional, opened.summary, opened.contents
         return [read, *others, manifest.key, manifest.sizes, manifest.network_evaluations]
 
-    fill(workspace)
+    fill(workspace, method, cache={"draws": 2 if method == "diffusion-dpo" else None})
     expected, draw = contents(), random.Random(0)
     for file in [path for path in sorted((workspace / "cache").iterdir()) if not path.name.startswith(".")]:
         content = file.read_bytes()
