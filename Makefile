@@ -15,7 +15,7 @@ PYTHONS ?= $(PYTHON)
 # Set, Python would compile anew in every process what pip leaves uncompiled below.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-deep test-faults test-oldest test-gpu check bench wheels constraints
+.PHONY: help demo test test-deep test-faults test-oldest test-gpu check bench docs wheels constraints
 
 help:
 	@echo "make demo      align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-gpu  what only a GPU can check: ARGS='--jobs 4 --no-sanitizer'"
 	@echo "make check     ruff and mypy"
 	@echo "make wheels    into dist/, one for each of PYTHONS='python3.10 python3.13'"
+	@echo "make docs      these pages and the API reference as a site, into site/"
 	@echo "make bench     time the ops beside plain PyTorch: ARGS='--quick --filter sdxl'"
 	@echo "make constraints  the newest versions: resolved, tested, then kept as .ci/constraints.txt"
 
@@ -98,6 +99,19 @@ wheels: $(READY)
 # The results are kept in the checkout, by device.
 bench: $(READY)
 	$(RUN) -m fastinvdpo bench --output benchmarks/results $(ARGS)
+
+# The site has an environment of its own for the extra `docs`, which sees the packages of the other: the quickstart is run while it is built.
+.venv-docs/.ready: pyproject.toml $(READY)
+	$(RUN) -m venv .venv-docs
+	$(RUN) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > .venv-docs/project.pth
+	mv .venv-docs/project.pth .venv-docs/lib/python*/site-packages
+	$(RUN) -c 'from tests.layout import pyproject; print(*pyproject()["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/docs.txt
+	.venv-docs/bin/python -m pip install --quiet --no-compile --requirement .venv-docs/docs.txt
+	@touch $@
+
+# A dead link, a missing page or anchor, an unknown name or a cell that fails ends it.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
 
 # uv reads pyproject.toml, and answers with a version of every package for each Python.
 RESOLVE = .venv-uv/bin/uv pip compile --quiet --no-header --no-annotate --extra train --extra dev pyproject.toml

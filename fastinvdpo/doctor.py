@@ -51,7 +51,7 @@ def report() -> dict[str, Any]:
     ]
     requested_by, requested = dispatch.requested()
     requirements = _requirements()
-    extras = sorted({extra for _, _, extra in requirements} - {"", "dev"})
+    extras = sorted({extra for _, _, extra in requirements} - {"", "dev", "docs"})
     return {
         "fastinvdpo": fastinvdpo.__version__,
         "python": platform.python_version(),
@@ -64,7 +64,7 @@ def report() -> dict[str, Any]:
         "too_old": {
             package: bound
             for package, bound, extra in requirements
-            if extra != "dev" and bound and (found := _version(package)) and TorchVersion(found) < bound
+            if extra not in ("dev", "docs") and bound and (found := _version(package)) and TorchVersion(found) < bound
         },
         "devices": devices,
         "cuda": cuda,

@@ -1,7 +1,7 @@
 """Loss blocks of the training scripts of preference methods, for people who bring their own loop.
 
 Each takes predictions and gives what its script computes and logs, forward and backward over the predictions in one op
-each; ``docs/losses.md`` says which script's block it replaces.
+each; ``docs/guides/losses.md`` says which script's block it replaces.
 """
 
 from __future__ import annotations

@@ -89,6 +89,7 @@ def test_missing_and_old_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
             "torch>=2.10",
             'peft>=0.18; extra == "train"',
             'ruff==0.17.*; extra == "dev"',
+            'mkdocs-material==9.*; extra == "docs"',
             'rich>=14.0; extra == "train"',
         ),
         *('typer>=0.20; extra == "train"', 'xformers; extra == "xformers"'),

@@ -1,6 +1,7 @@
 """Every command that README.md and docs/ show runs: on a tiny Stable Diffusion checkpoint, two steps of one pair.
 
-docs/data.md and docs/evaluation.md have tests of their own. What no test runs is listed in ``NOT_RUN`` with the reason.
+docs/guides/data.md and docs/guides/evaluation.md have tests of their own. What no test runs is listed in ``NOT_RUN``
+with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.cases import SD_SCHEDULER
 from tests.data import test_documentation as data_page
 from tests.evaluation import test_documentation as evaluation_page
 
-OTHER_TESTS = {"docs/data.md": data_page.COMMANDS, "docs/evaluation.md": evaluation_page.COMMANDS}
+OTHER_TESTS = {"docs/guides/data.md": data_page.COMMANDS, "docs/guides/evaluation.md": evaluation_page.COMMANDS}
 
 _INSTALLS = "installs from a package index; tests/kernels/packaging.py builds and installs the wheel"
 _LAUNCHES = "wants eight GPUs; tests/trainer/launched.py starts two processes this way"
@@ -33,6 +34,7 @@ NOT_RUN = {
     "make test": "this suite",
     "make test-deep": "what .ci/run calls beside this suite",
     "make test-faults": "hours",
+    "make docs": "wants packages of its own; the tests below hold pages, links and their place in the navigation",
     "pip install torch": _INSTALLS,
     "pip install 'setuptools>=77' wheel ninja": _INSTALLS,
     "pip install --no-build-isolation .": _INSTALLS,
@@ -93,7 +95,7 @@ def test_commands_run(
         arguments = arguments_of(command)
         if "train" in arguments and "--dry-run" not in arguments and not _has_own_directory(arguments):
             trained += 1  # the runs of one page do not continue each other
-            arguments.append(f"output.directory={Path(page).stem}-{trained}")
+            arguments.append(f"output.directory={page.replace('/', '-')}-{trained}")
         assert cli.main(arguments) == 0, (command, capsys.readouterr().err)
         shown = capsys.readouterr().out
         assert shown
@@ -151,8 +153,8 @@ def test_every_method_has_a_page_in_the_table() -> None:
 
     readme = (documentation.ROOT / "README.md").read_text("utf-8")
     for method in METHODS:
-        assert f"docs/{method}.md" in documentation.PAGES
-        assert f"[`{method}`](docs/{method}.md)" in readme
+        assert f"docs/methods/{method}.md" in documentation.PAGES
+        assert f"[`{method}`](docs/methods/{method}.md)" in readme
 
 
 # --- numbers that the pages give and that can be computed ---
@@ -205,7 +207,7 @@ COSTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_network_evaluations_of_a_pair() -> None:
-    rows = table("docs/diffusion-dpo.md", "a pair of")
+    rows = table("docs/methods/diffusion-dpo.md", "a pair of")
     base = 3 * 2 + 2
     found = {}
     for name, with_gradient, without_gradient, relative in rows:
@@ -225,7 +227,7 @@ def test_share_of_the_noise_in_the_target_of_an_inversion() -> None:
     schedule, network = NoiseSchedule.from_config(SD_SCHEDULER), Counted()
     black = torch.zeros(2, 1, dtype=torch.float64)
     batch = PairBatch(black, {"prompts": black}, torch.tensor([0]))
-    for level, ours, today, pinned in table("docs/inpo.md", "t |"):
+    for level, ours, today, pinned in table("docs/methods/inpo.md", "t |"):
         for compat, told in ((None, ours), ("released", today), ("released-diffusers-0.20", pinned)):
             objective = build_objective("inpo", schedule, eta=0.0, compat=compat)
             draws = Draws(timesteps=torch.tensor([int(level)]))
@@ -235,7 +237,7 @@ def test_share_of_the_noise_in_the_target_of_an_inversion() -> None:
 
 
 def test_weights_of_smoothed_preferences() -> None:
-    for difference, cosine, logit in table("docs/smpo.md", "difference"):
+    for difference, cosine, logit in table("docs/methods/smpo.md", "difference"):
         for scale, told in ((1.0, cosine), (100.0, logit)):
             scores = torch.tensor([scale * float(difference)]), torch.zeros(1)
             weight = smoothed_pair_weight(preference_probability(*scores))

@@ -1,1 +1,3 @@
-"""Pairs from several scored images per prompt, with objects and relations (docs/data.md): ``fastinvdpo data build``."""
+"""Pairs from several scored images per prompt, described by objects and relations: ``fastinvdpo data build``
+(docs/guides/data.md).
+"""

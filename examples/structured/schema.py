@@ -158,5 +158,5 @@ def _explained(line: int, mistake: dict[str, Any]) -> str:
     field = f", {'.'.join(map(str, mistake['loc']))}" if mistake["loc"] else ""
     value = None if mistake["type"] == "missing" else mistake["input"]
     message = mistake["msg"].removeprefix("Value error, ")
-    remedy = _REMEDIES.get(mistake["type"], "see the schema in docs/data.md")
+    remedy = _REMEDIES.get(mistake["type"], "see the schema in docs/guides/data.md")
     return str(invalid(f"line {line}{field}", value, message[:1].lower() + message[1:].rstrip("."), remedy))

@@ -105,8 +105,9 @@ class BucketsSection(Section):
 
 
 class DataSection(Section):
-    """The pairs (docs/data.md). ``cache_gib``: host memory for latents and prompt embeddings that are the same at every
-    visit. ``split``, ``revision``, ``subset``: of a ``datasets`` repository. ``max_broken``: a count, or a share.
+    """The pairs (docs/guides/data.md). ``cache_gib``: host memory for latents and prompt embeddings, where they are the
+    same at every visit. ``split``, ``revision``, ``subset``: of a ``datasets`` repository. ``max_broken``: a count or
+    share.
     ``latents``: the mean of the VAE's posterior, or a sample of it, the same at every visit of an image.
     """
 
@@ -212,9 +213,9 @@ class PerformanceSection(Section):
 
 
 class EvaluationSection(Section):
-    """Scores of samples in the course of a run (docs/evaluation.md): of the first ``samples`` prompts, every so many
-    steps and after the last one. ``guidance_scale``: null: as the model's own pipeline. ``keep_best``: keep the model
-    with the highest mean of the first scorer.
+    """Scores of samples in the course of a run (docs/guides/evaluation.md): of the first ``samples`` prompts, every so
+    many steps and after the last one. ``guidance_scale``: null: as the model's own pipeline. ``keep_best``: keep the
+    model with the highest mean of the first scorer.
     """
 
     every: Count = 500

@@ -70,8 +70,8 @@ class PairEntry:
 class PairDataset:
     """Preference pairs of a source: parquet, a folder, ranked images, webdataset shards, a ``datasets`` repository.
 
-    docs/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all rows are
-    checked when the set is opened; the images themselves are decoded when a pair is read.
+    docs/guides/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all
+    rows are checked when the set is opened; the images themselves are decoded when a pair is read.
 
     Args:
         source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``.

@@ -1,4 +1,4 @@
-"""The commands of docs/data.md run, on files as it describes them; its examples are read."""
+"""The commands of docs/guides/data.md run, on files as it describes them; its examples are read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests import documentation
 from tests.data.test_pairs import encoded, image, row, store
 from tests.evaluation import tiny_clip as tiny
 
-COMMANDS = documentation.commands("docs/data.md")
-EXAMPLES = documentation.blocks("docs/data.md", "json")
+COMMANDS = documentation.commands("docs/guides/data.md")
+EXAMPLES = documentation.blocks("docs/guides/data.md", "json")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The commands of docs/evaluation.md run, with its training configuration, on a tiny Stable Diffusion checkpoint."""
+"""The commands of docs/guides/evaluation.md run, with its training configuration, on a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import yaml
 from fastinvdpo import cli
 from tests import documentation
 
-COMMANDS = documentation.commands("docs/evaluation.md")
-(SECTION,) = documentation.blocks("docs/evaluation.md", "yaml")
+COMMANDS = documentation.commands("docs/guides/evaluation.md")
+(SECTION,) = documentation.blocks("docs/guides/evaluation.md", "yaml")
 
 
 @pytest.fixture(scope="module")
