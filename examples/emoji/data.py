@@ -14,6 +14,7 @@ from fastinvdpo._extras import require
 
 IMAGES = Path(__file__).with_name("emoji.parquet")
 DESIGNERS = ("twemoji", "noto")
+HELD_OUT = 300
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Emoji:
             [self.categories[place] for place in places],
             self.images[:, places],
         )
+
+
+@functools.cache
+def split() -> tuple[np.ndarray, np.ndarray]:
+    """Places of the emoji for training, and of the 300 held-out ones; the same everywhere (legacy NumPy)."""
+    order = np.random.RandomState(0).permutation(len(load_emoji()))
+    return order[HELD_OUT:], order[:HELD_OUT]
 
 
 @functools.cache

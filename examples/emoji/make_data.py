@@ -2,8 +2,9 @@
 
     python -m fastinvdpo._examples.emoji.make_data --twemoji DIRECTORY --noto DIRECTORY [--output emoji.parquet]
 
-The directories are the unpacked npm packages ``emoji-datasource-twitter`` and ``emoji-datasource-google``, version 16.0.0
-(``npm pack NAME`` fetches one, ``tar xzf`` unpacks it into ``package/``). Both hold ``emoji.json`` and 64x64 images.
+The directories are the unpacked npm packages ``emoji-datasource-twitter`` and ``emoji-datasource-google``, version
+16.0.0 (``npm pack NAME`` fetches one, ``tar xzf`` unpacks it into ``package/``). Both hold ``emoji.json`` and images of
+64x64 pixels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ LICENSES = {
 def read_package(directory: str | Path, designer: str) -> list[dict[str, Any]]:
     """One row an emoji from an unpacked package, in the order of Unicode's charts.
 
-    ``image`` holds the bytes of a 32x32 RGB PNG on white, ``name`` the caption (lower case, unique within the designer),
+    ``image`` holds the bytes of a 32x32 RGB PNG on white, ``name`` the caption (lower case, unique in a package),
     ``keywords`` other names, ``category`` and ``subcategory`` Unicode's groups, ``designer`` the argument.
 
     Raises ``InvalidInput`` where the package's files are not there.
@@ -44,19 +46,17 @@ def read_package(directory: str | Path, designer: str) -> list[dict[str, Any]]:
     if not listing.is_file():
         raise invalid(designer, str(directory), "holds no emoji.json", "name an unpacked package, as described above")
     entries = sorted(json.loads(listing.read_text()), key=lambda entry: entry["sort_order"])
-    rows, seen = [], set()
+    named, rows = Counter(entry["name"] for entry in entries), []
     for entry in entries:
         file = directory / "img" / DESIGNERS[designer] / "64" / entry["image"]
         if not file.is_file():
             raise invalid(designer, str(file), "is missing", "unpack the whole package")
         short_names = [name.replace("_", " ") for name in entry["short_names"]]
         name = " ".join(entry["name"].lower().split())
-        name = short_names[0] if name in seen else name
-        seen.add(name)
         rows.append(
             {
                 "image": shrink(file),
-                "name": name,
+                "name": short_names[0] if named[entry["name"]] > 1 else name,
                 "keywords": short_names,
                 "category": entry["category"],
                 "subcategory": entry["subcategory"],

@@ -2,10 +2,11 @@
 
     python -m fastinvdpo._examples.emoji.train_base --output runs/emoji [--steps 20000] [--device cuda]
 
-Two stages: the autoencoder (32x32x3 to 4x8x8), then text encoder and UNet together on its latents. Both run at a constant
-learning rate that falls to zero over the last steps, and the exponential average of their weights is what is kept; so a
-longer run continues a shorter one. Each stage writes a checkpoint every few minutes, and the same command continues
-from it. What a step draws depends on the seed and its number alone: an interrupted run ends as an uninterrupted one.
+Two stages: the autoencoder (32x32x3 to 4x8x8), then text encoder and UNet together on its latents. Both run at a
+constant learning rate that falls to zero over the last steps, and the exponential average of their weights is what is
+kept; so a longer run continues a shorter one. Each stage writes a checkpoint every few minutes, and the same command
+continues from it. What a step draws depends on the seed and its number alone: an interrupted run ends as an
+uninterrupted one.
 
 ``OUTPUT/pipeline`` is a diffusers ``StableDiffusionPipeline`` in fp16, written at every checkpoint of the second stage.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo._examples.emoji.data import load_emoji
+from fastinvdpo._examples.emoji.data import Emoji, load_emoji
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_directory, atomic_file
 
@@ -317,12 +318,18 @@ def save_pipeline(directory: Path, tokenizer: Any, vae: nn.Module, text: nn.Modu
 
 
 def train_base(
-    output: Path, autoencoder: Stage, diffusion: Stage, *, device: str = "cpu", seed: int = 0, minutes: float = 5.0
+    emoji: Emoji,
+    output: Path,
+    autoencoder: Stage,
+    diffusion: Stage,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    minutes: float = 5.0,
 ) -> Path:
-    """Both stages; the directory of the pipeline."""
+    """Both stages, with a checkpoint every ``minutes``; the directory of the pipeline."""
     output.mkdir(parents=True, exist_ok=True)
     transformers = require("transformers", extra="train", purpose="training the demo's base model")
-    emoji = load_emoji()
     images = emoji.images.reshape(-1, *emoji.images.shape[2:])
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).astype(np.float32) / 127.5 - 1).to(device)
     options = {"seed": seed, "minutes": minutes}
@@ -354,6 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="between two checkpoints")
     chosen = parser.parse_args(arguments)
     train_base(
+        load_emoji(),
         chosen.output,
         Stage("autoencoder", chosen.vae_steps, 16, 2e-3, decay=chosen.vae_steps // 3, average=0.99),
         Stage("diffusion", chosen.steps, 64, 1e-3, decay=chosen.decay),
