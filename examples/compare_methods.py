@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from fastinvdpo._examples.demonstration import BATCH_SIZE, Run, as_array, run_settings
 from fastinvdpo._examples.digits import base as base_models
 from fastinvdpo._examples.digits import digits
 from fastinvdpo._examples.digits.judge import Judge
-from fastinvdpo._examples.digits.run import BATCH_SIZE, CHAIN, PAIRS, as_array, draw_images, run_settings
+from fastinvdpo._examples.digits.run import CHAIN, PAIRS, draw_images
+from fastinvdpo._examples.pairs import score_range
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.metrics import win_rate
@@ -102,7 +104,9 @@ def method_config(
         options = {**options, "score_range": scale}
 
     def config(steps: int) -> TrainConfig:
-        settings = run_settings(method, options, BASE, directory, learning_rate, steps, seed)
+        run, model = Run(method, PREFERENCE, seed, steps), {"family": "digits", "path": str(BASE)}
+        settings = run_settings(run, options, model, directory, learning_rate)
+        del settings["cache"]  # every method makes all of its evaluations
         settings["output"]["tensorboard"] = False
         return TrainConfig.from_mapping(settings)
 
@@ -150,7 +154,7 @@ def _kept(output: OutputDirectory, judge: _Referee, settings: Mapping[str, Any])
             settings["learning_rate"],
             settings["seed"],
             Path(scratch),
-            digits.score_range(rows),
+            score_range(rows),
         )
         result = train(config, resume="never", progress=False)
         after, before = judge.verdict(result.model_directory, settings["seed"]), judge.base(settings["seed"])

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from fastinvdpo._examples.digits import base, digits, run
-from fastinvdpo._examples.digits.judge import Judge, frechet_distance
+from fastinvdpo._examples.digits.judge import Judge
+from fastinvdpo._examples.judging import frechet_distance
+from fastinvdpo._examples.pairs import score_range
 from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
@@ -141,7 +143,7 @@ def test_impossible_pairs(preference: str, count: int, argument: str, splits: Sp
     with pytest.raises(InvalidInput, match=argument):
         digits.make_pairs(splits[0], preference, count, seed=0)
     rows = [{"score_0": 0.5, "score_1": -1.0}, {"score_0": 0.0, "score_1": 2.0}]
-    assert digits.score_range(rows) == 3.0
+    assert score_range(rows) == 3.0
 
 
 def test_judge_reads_real_scans(judge: Judge, splits: Splits) -> None:

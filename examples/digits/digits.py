@@ -5,12 +5,12 @@ The scans are 8x8 gray images of 17 levels; they ship with scikit-learn, so noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from fastinvdpo._examples.pairs import check_preference, pair_row
 from fastinvdpo._extras import require
 from fastinvdpo.data.writing import encode_png
 from fastinvdpo.errors import invalid
@@ -70,7 +70,7 @@ def boldness(images: np.ndarray) -> np.ndarray:
 
 def scores(preference: str, images: np.ndarray, labels: np.ndarray, prompted: np.ndarray) -> np.ndarray:
     """Graded score of images under a preference; ``digit`` gives 1 where the label is the prompted digit, else 0."""
-    check_preference(preference)
+    check_preference(preference, PREFERENCES)
     if preference == "slant":
         return slant(images)
     if preference == "bold":
@@ -86,7 +86,7 @@ def make_pairs(digits: Digits, preference: str, count: int, seed: int, *, shuffl
     control experiment: the images and the multiset of score differences stay, and a coin decides which side is
     called the winner.
     """
-    check_preference(preference)
+    check_preference(preference, PREFERENCES)
     if count < 1:
         raise invalid("count", count, "must be positive", "pass 1 or more")
     random = np.random.RandomState(seed)
@@ -102,32 +102,6 @@ def make_pairs(digits: Digits, preference: str, count: int, seed: int, *, shuffl
             continue
         if shuffle:
             score = score[random.permutation(2)]
-        rows.append(_row(digits.images[pair], score, prompt_of(digit)))
+        images = [encode_png(Image.fromarray(image)) for image in digits.images[pair]]
+        rows.append(pair_row(images, score.tolist(), prompt_of(digit)))
     return rows
-
-
-def _row(images: np.ndarray, score: np.ndarray, caption: str) -> dict:
-    label = (score > score[::-1]).astype(float)
-    return {
-        "jpg_0": encode_png(Image.fromarray(images[0])),
-        "jpg_1": encode_png(Image.fromarray(images[1])),
-        "label_0": float(label[0]),
-        "label_1": float(label[1]),
-        "caption": caption,
-        "score_0": float(score[0]),
-        "score_1": float(score[1]),
-    }
-
-
-def score_range(rows: Sequence[dict]) -> float:
-    """Largest minus smallest score of a set of pairs: the kappa that SmPO divides score differences by."""
-    values = [row[key] for row in rows for key in ("score_0", "score_1")]
-    return max(values) - min(values)
-
-
-def check_preference(preference: str) -> None:
-    """Raise InvalidInput unless ``preference`` is one of the demo's."""
-    if preference not in PREFERENCES:
-        raise invalid(
-            "preference", preference, "is not a preference of the demo", f"choose one of {', '.join(PREFERENCES)}"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +41,11 @@ def save_grid(
     numpy = require("numpy", extra="train", purpose="drawing the report")
     width, height = before[0].size
     bands = -(-len(before) // columns)
-    # One array for all images: axes of their own would take matplotlib seconds. NaN stays white.
+    # One array for all images: axes of their own would take matplotlib seconds.
     cell, band_height = 1.15 * width, 2.9 * height
-    canvas = numpy.full((round(bands * band_height), round(columns * cell)), numpy.nan)
-    figure = new_figure((0.8 * columns + 0.6, 2.0 * bands + 0.4))
+    canvas = numpy.full((round(bands * band_height), round(columns * cell), 3), 255, dtype=numpy.uint8)
+    inches = 8.0 / columns
+    figure = new_figure((inches * columns + 0.6, 2.5 * inches * bands + 0.4))
     axis = figure.subplots()
     axis.set_axis_off()
     for place, (old, new, caption) in enumerate(zip(before, after, captions, strict=True)):
@@ -51,11 +53,12 @@ def save_grid(
         left, top = round(column * cell), round((band + 0.2) * band_height)
         for offset, image, label in ((0, old, "before "), (round(1.15 * height), new, "after ")):
             row = top + offset
-            canvas[row : row + height, left : left + width] = numpy.asarray(image.convert("L"))
+            canvas[row : row + height, left : left + width] = numpy.asarray(image.convert("RGB"))
             if column == 0:
                 axis.text(left - 0.5, row + height / 2, label, ha="right", va="center", fontsize=7)
-        axis.text(left + width / 2 - 0.5, top - 0.8, caption, ha="center", va="bottom", fontsize=7)
-    axis.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        words = textwrap.fill(caption, round(18 * inches))
+        axis.text(left + width / 2 - 0.5, top - 0.1 * height, words, ha="center", va="bottom", fontsize=7)
+    axis.imshow(canvas, interpolation="nearest")
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, format="png", dpi=DPI)
 
