@@ -9,17 +9,18 @@ A directory with::
     unconditional.safetensors  the embedding of the empty prompt
     pairs-000000.safetensors   the images and captions that occur first in pairs 0 … 31, and so on
 
-An image that occurs in several pairs under one caption is stored once, and so is a caption. Tensors of a shard, one row
-an image or caption::
+An image that occurs in several pairs under one caption and mask is stored once, and so is a caption. Tensors of a
+shard, one row an image or caption::
 
     image.latents              (n, C, h, w) float32
     image.geometry.NAME        (n, …) float32: the part of the conditioning that follows from size and crop (SDXL)
+    image.mask                 (n, 1, h, w) float32, of data with masks
     image.trajectory           (n, N, …), Inversion-DPO: the chain inverted by the reference; (n, 2N, …) with targets
     image.reference_pred       (n, N, …), Inversion-DPO: the reference's guided predictions there
     caption.NAME               (m, …): the rest of the conditioning
 
-Clean latents and geometry are float32 always; the others are of the type ``cache.dtype``. Files appear atomically. The
-header of a shard has a CRC-32 of each image and caption, which is verified whenever one is read.
+Clean latents, geometry and masks are float32 always; the others are of the type ``cache.dtype``. Files appear
+atomically. The header of a shard has a CRC-32 of each image and caption, which is verified whenever one is read.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class PairCache:
         unconditional: the conditioning of the empty prompt, ``(1, …)``, without geometry.
         contents: digests of the pairs, and of what encoded them.
         stored: names of the tensors of an ``"image"`` and of a ``"caption"``.
+        has_masks: whether the images have masks.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
         network_evaluations: what the whole cache cost.
     """
@@ -178,6 +180,7 @@ class PairCache:
         self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
         names = [name.split(".", 1) for name in list(self._shard(0)[0].keys())]
         self.stored = {kind: [name for of, name in names if of == kind] for kind in ("image", "caption")}
+        self.has_masks = "mask" in self.stored["image"]
         self.has_scores, self.has_reference = self.index.scores is not None, "reference_pred" in self.stored["image"]
 
     def __len__(self) -> int:
