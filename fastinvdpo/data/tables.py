@@ -187,7 +187,7 @@ class TableSource(PairSource):
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
                 if not self._locations:
-                    self._loaded[number] = self._repository_table().select(columns)
+                    self._loaded[number] = self._repository_table()
                 elif self.streaming:
                     self._loaded[number] = _read(*self._groups[number][:2], columns)
                 else:
