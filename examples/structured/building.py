@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from fastinvdpo._examples.structured.schema import StructuredImage, read_structured
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_file, prepare_folder
-from fastinvdpo.data.images import decode, file_below, file_bytes
+from fastinvdpo.data.images import decode, decode_mask, file_below, file_bytes
 from fastinvdpo.data.writing import check_parquet_name, write_pairs
 from fastinvdpo.errors import invalid
 
@@ -206,8 +206,13 @@ def _rows(
             line, image = lines[number]
             where = f"line {line}, image {image.image!r}"
             data = file_bytes(file_below([root], image.image, where), where)
-            decode(data, where)
+            size = decode(data, where).size[::-1]
             row[f"jpg_{side}"] = bytes(data)
+            if image.mask is not None:
+                where = f"line {line}, mask {image.mask!r}"
+                mask = file_bytes(file_below([root], image.mask, where), where)
+                decode_mask(mask, where, size)
+                row[f"mask_{side}"] = bytes(mask)
             if rule.weights:
                 row[f"score_{side}"] = rule.total(image.scores)
         yield row

@@ -8,7 +8,8 @@ One JSON object a line::
      "relations": [{"subject": "a", "predicate": "left of", "object": "b"}],
      "scores": {"objects": 0.9, "relations": 0.7}}
 
-Images with the same ``prompt_id`` compete. Their prompt is composed from the structure, unless ``prompt`` gives one.
+Images with the same ``prompt_id`` compete. Their prompt is composed from the structure, unless ``prompt`` gives one;
+``mask`` names an image that says what counts.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class StructuredImage(_Part):
     relations: list[RelationPart] = []
     scores: Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
     prompt: Text | None = None
+    mask: Text | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> StructuredImage:
@@ -108,7 +110,7 @@ def read_structured(path: str | Path) -> list[tuple[int, StructuredImage]]:
 
     Raises:
         InvalidInput: naming line, field, value and remedy of every mistake (the first twenty); among them images of one
-            prompt with different prompts, and images without a score that others have.
+            prompt with different prompts, and images without a score or a mask that others have.
     """
     found: list[tuple[int, StructuredImage]] = []
     mistakes: list[str] = []
@@ -133,6 +135,7 @@ def read_structured(path: str | Path) -> list[tuple[int, StructuredImage]]:
 def _disagreements(images: list[tuple[int, StructuredImage]]) -> Iterator[str]:
     first: dict[str, tuple[int, str]] = {}
     names = sorted({name for _, image in images for name in image.scores})
+    masked = next((line for line, image in images if image.mask is not None), None)
     for line, image in images:
         prompt = image.compose()
         known_line, known = first.setdefault(image.prompt_id, (line, prompt))
@@ -140,6 +143,11 @@ def _disagreements(images: list[tuple[int, StructuredImage]]) -> Iterator[str]:
             problem = f"differs from {known!r} of line {known_line}, which has the same prompt_id"
             remedy = "describe the same prompt in both, or use another prompt_id"
             yield str(invalid(f"line {line}, prompt", prompt, problem, remedy))
+        if image.mask is None and masked is not None:
+            problem = f"is missing, and line {masked} has one"
+            yield str(
+                invalid(f"line {line}, mask", None, problem, "give every image a mask; a white one counts everything")
+            )
         absent = [name for name in names if name not in image.scores]
         if absent:
             problem = f"lacks {absent}, which other images have"

@@ -107,8 +107,8 @@ class BucketsSection(Section):
 class DataSection(Section):
     """The pairs (docs/guides/data.md). ``cache_gib``: host memory for latents and prompt embeddings, where they are the
     same at every visit. ``split``, ``revision``, ``subset``: of a ``datasets`` repository. ``max_broken``: a count or
-    share.
-    ``latents``: the mean of the VAE's posterior, or a sample of it, the same at every visit of an image.
+    share. ``latents``: the mean of the VAE's posterior, or a sample of it, the same at every visit of an image.
+    ``masks``: only what is white in the columns ``mask``, or ``mask_0`` and ``mask_1``, counts.
     """
 
     path: Place
@@ -130,6 +130,7 @@ class DataSection(Section):
     max_broken: CountOrShare = 0
     caption_dropout: Share = 0.0
     latents: Literal["mean", "sampled"] = "mean"
+    masks: bool = False
     cache_gib: NonNegative = 2.0
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from fastinvdpo.config.explain import explain
 from fastinvdpo.config.sections import RunSections, known_keys, write_method
 from fastinvdpo.data import Buckets
-from fastinvdpo.data.rows import SCHEMA
+from fastinvdpo.data.rows import MASKS, SCHEMA
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import as_written
 from fastinvdpo.methods import Method
@@ -55,7 +55,10 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
     given["method"] = write_method(method) if isinstance(method, Method) else dict(method)
     path = "a model at hand" if origin is None else as_written(str(origin.path))
     given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
-    given["data"] = {"path": as_written(str(getattr(source, "path", "pairs at hand"))), **given.get("data", {})}
+    at_hand: dict[str, Any] = {"path": as_written(str(getattr(source, "path", "pairs at hand")))}
+    if getattr(pairs, "has_masks", False):
+        at_hand["masks"] = True
+    given["data"] = {**at_hand, **given.get("data", {})}
     return TrainConfig.from_mapping(given)
 
 
@@ -114,6 +117,12 @@ def _data(config: TrainConfig) -> Iterator[InvalidInput]:
             yield invalid(f"data.columns.{name}", data.columns[name], problem, remedy)
     if ("score_0" in data.columns) != ("score_1" in data.columns):
         yield invalid("data.columns", data.columns, "names the score of one side only", "name both score_0 and score_1")
+    if not data.masks and (named := [name for name in MASKS if name in data.columns]):
+        problem = f"leaves {named[0]} unread, which data.columns names"
+        yield invalid("data.masks", False, problem, "set it to true, or drop the name")
+    if data.masks and config.method.compat is not None:
+        problem = "reproduces code that has no masks"
+        yield invalid("method.compat", config.method.compat, problem, "set it to null, or data.masks to false")
     if not data.center_crop and data.resolution is None:
         problem = "means a random crop of unknown size"
         yield invalid("data.center_crop", False, problem, "set data.resolution as well")

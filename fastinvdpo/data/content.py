@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from fastinvdpo.io import DIGEST, Digests, key_hash
 
 # Of pairs that no source reads at most so many are looked at, evenly spaced: each may be made anew when it is read.
 _LOOKED_AT = 4096
+_Read = Callable[[int, int], Any]  # the encoded bytes of a row's image or mask 0 or 1
 _ROWS_HASHED = 256  # at once; another number gives another digest
 
 
@@ -41,12 +42,16 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
         for name, part in parts.items():
             part.update(f"{values[name]!r}\n".encode())
     found: dict[str, Any] = {f"data {name}": DIGEST + part.hexdigest() for name, part in parts.items()}
-    if not images:
-        found["data images"] = "not hashed (output.data_hash)"
-    elif source.remote:
-        found["data images"] = "not hashed (read from a remote place)"
-    else:
-        found["data images"] = _of_images(source, digests, places.hexdigest())
+    read: dict[str, tuple[_Read, tuple[str, ...]]] = {"data images": (source.image, IMAGES)}
+    if source.mask_names is not None:
+        read["data masks"] = source.mask, source.mask_names
+    for name, (encoded, columns) in read.items():
+        if not images:
+            found[name] = "not hashed (output.data_hash)"
+        elif source.remote:
+            found[name] = "not hashed (read from a remote place)"
+        else:
+            found[name] = _of_images(source, encoded, columns, digests, places.hexdigest())
     return {"data rows": len(source), **found}
 
 
@@ -59,6 +64,8 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
         pair = pairs.pair(i, draw=i)
         known = (pair.caption, pair.winner_score, pair.loser_score, pair.tie, pair.winner.size, pair.loser.size)
         digest.update(repr(known).encode() + pair.winner.tobytes() + pair.loser.tobytes())
+        for mask in (pair.winner_mask, pair.loser_mask):
+            digest.update(b"" if mask is None else mask.tobytes())
     name = "data pairs" if len(seen) == total else f"data pairs, {len(seen)} of them"
     return {"data rows": total, name: DIGEST + digest.hexdigest()}
 
@@ -81,9 +88,9 @@ def columns_of(source: PairSource, digests: Digests) -> str:
     return _once(source, digests, {"but": images}, make)
 
 
-def _of_images(source: PairSource, digests: Digests, places: str) -> str:
+def _of_images(source: PairSource, encoded: _Read, names: Sequence[str], digests: Digests, places: str) -> str:
     def one(row: int, side: int) -> str:
-        return hashlib.sha256(source.image(row, side)).hexdigest()
+        return hashlib.sha256(encoded(row, side)).hexdigest()
 
     def make() -> str:
         digest = hashlib.sha256()
@@ -93,7 +100,7 @@ def _of_images(source: PairSource, digests: Digests, places: str) -> str:
             digest.update(repr(some).encode())
         return DIGEST + digest.hexdigest()
 
-    columns = [source.shown(name) for name in IMAGES]
+    columns = [source.shown(name) for name in names]
     return _once(source, digests, {"columns": columns, "places": places}, make)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as arrow
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from fastinvdpo.data.broken import BrokenRow, broken
 from fastinvdpo.io import read_bounded
@@ -98,6 +98,26 @@ def decode(data: memoryview, where: str) -> Image.Image:
             return _as_seen(opened)
     except _DAMAGED as error:
         raise _broken(data, where, error) from error
+
+
+def decode_mask(data: memoryview, where: str, size: tuple[int, int]) -> Image.Image:
+    """The mask of an image of ``size`` ``(height, width)`` as 8-bit gray: what is white counts, what is black does not.
+    Raises ``BrokenRow`` for one of another size, with colors, or where nothing counts.
+    """
+    image, remedy = decode(data, where), "store a gray image as large as the one it belongs to, 255 where it counts"
+    gray = image.convert("L")
+    if image.size[::-1] != size:
+        raise broken("malformed mask", where, image.size[::-1], f"is not the size of its image, {size}", remedy)
+    if image.mode != "L" and ImageChops.difference(image, gray.convert("RGB")).getbbox() is not None:
+        raise broken("malformed mask", where, image.mode, "has colors", remedy)
+    if most_of(gray) < 2:  # 1: of a mask in zeros and ones
+        raise broken("malformed mask", where, f"0 to {most_of(gray)}", "is black, so that nothing counts", remedy)
+    return gray
+
+
+def most_of(mask: Image.Image) -> int:
+    """The lightest gray of a mask."""
+    return int(mask.getextrema()[1])  # type: ignore[arg-type]  # a pair of numbers, as there is one channel
 
 
 def _as_seen(image: Any) -> Image.Image:

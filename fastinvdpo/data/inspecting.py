@@ -37,9 +37,15 @@ def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int =
         f"captions  {len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
         f"characters, median {statistics.median(lengths):g}",
         f"scores    {_scores(dataset)}",
+        f"masks     {_masks(dataset)}",
         f"sheet     {output.path / SHEET}",
     ]
     return "\n".join(lines)
+
+
+def _masks(dataset: PairDataset) -> str:
+    names = ", ".join(map(dataset.source.shown, dataset.source.stored_masks))
+    return (names if dataset.has_masks else f"{names}, not read (data.masks)") if names else "none"
 
 
 def _scores(dataset: PairDataset) -> str:

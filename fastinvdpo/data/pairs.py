@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, read_ahead
-from fastinvdpo.data.images import decode, probe
+from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, broken, read_ahead
+from fastinvdpo.data.images import decode, decode_mask, most_of, probe
 from fastinvdpo.data.rows import IMAGES, SCORES, TIE, PairSource, caption_of, scores_of, winner_of
 from fastinvdpo.data.sources import open_source
 from fastinvdpo.data.transforms import Buckets, Decisions, ImageGeometry, Size, decide, scaled, transform
@@ -30,9 +30,12 @@ class Pair:
     Attributes:
         winner_score, loser_score: preference scores of the two images, where the file has them.
         row: row in the file(s), counted over all shards.
-        winner_key, loser_key: SHA-256 of encoded bytes, caption and (where one was applied) transform, as cache keys.
+        winner_key, loser_key: SHA-256 of encoded bytes, caption, mask and (where one was applied) transform, as cache
+            keys.
         winner_geometry, loser_geometry: original size and crop, for models conditioned on them.
         tie: neither won; the first image stands for the winner.
+        winner_mask, loser_mask: 8-bit gray, cut as the images; white counts, black does not. None where masks are not
+            read.
     """
 
     winner: Image.Image
@@ -46,6 +49,8 @@ class Pair:
     winner_geometry: ImageGeometry
     loser_geometry: ImageGeometry
     tie: bool = False
+    winner_mask: Image.Image | None = None
+    loser_mask: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class PairEntry:
     Attributes:
         winner: the side that won, or stands for the winner of a tie.
         scores: those of winner and loser, where the file has them.
-        winner_key, loser_key: SHA-256 of encoded bytes and caption; equal for equal images of one caption.
+        winner_key, loser_key: SHA-256 of encoded bytes, caption and mask; equal for equal images of one caption.
     """
 
     row: int
@@ -74,7 +79,8 @@ class PairDataset:
     rows are checked when the set is opened; the images themselves are decoded when a pair is read.
 
     Args:
-        source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``.
+        source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``; with masks
+            ``open_source(path).with_masks()``.
         ties: ``"drop"``, ``"keep"`` (``Pair.tie`` is set) or ``"error"``; all are counted.
         resolution: shorter side in pixels after resizing, and side of the square crop; or :class:`Buckets`, among which
             the shape of each pair chooses. ``None`` keeps the images, which then must all have one size.
@@ -88,7 +94,7 @@ class PairDataset:
 
     Attributes:
         summary: what became of every row. broken: the rows that were left out.
-        has_scores: whether pairs carry preference scores.
+        has_scores, has_masks: whether pairs carry preference scores, and masks.
         image_sizes: how many images have which ``(height, width)``; empty where they were not looked at.
         bucket_of, bucket_sizes: with buckets, the number of every pair's bucket, and the buckets' sizes.
 
@@ -117,7 +123,7 @@ class PairDataset:
         scored = sorted(stored & set(SCORES))
         if len(scored) == 1:
             raise invalid("data.columns", scored, "has no other side beside it", "store both scores or neither")
-        self.has_scores = bool(scored)
+        self.has_scores, self.has_masks = bool(scored), self.source.mask_names is not None
         path, total = self.source.path, len(self.source)
         if not total:
             raise invalid("data.path", path, "holds no rows", "write at least one pair")
@@ -158,13 +164,17 @@ class PairDataset:
         sides = [self._side(kept, side, target, decisions) for side in (kept.winner, 1 - kept.winner)]
         (won, won_at, won_key), (lost, lost_at, lost_key) = sides
         better, worse = kept.scores or (None, None)
-        return Pair(won, lost, kept.caption, better, worse, kept.row, won_key, lost_key, won_at, lost_at, kept.tie)
+        masks = [
+            self._mask(kept.row, side, geometry.original_size, target, decisions)
+            for side, geometry in ((kept.winner, won_at), (1 - kept.winner, lost_at))
+        ]
+        known = (better, worse, kept.row, won_key, lost_key, won_at, lost_at, kept.tie)
+        return Pair(won, lost, kept.caption, *known, *masks)
 
     def entry(self, i: int) -> PairEntry:
         """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
         kept = self._kept[i]
-        images = [self.source.image(kept.row, side) for side in (kept.winner, 1 - kept.winner)]
-        won, lost = (_content_key(image, kept.caption).hexdigest() for image in images)
+        won, lost = (self._content_key(kept, side).hexdigest() for side in (kept.winner, 1 - kept.winner))
         return replace(kept, winner_key=won, loser_key=lost)
 
     def scores(self) -> list[tuple[float, float]] | None:
@@ -193,10 +203,31 @@ class PairDataset:
         image, geometry = transform(decode(data, where), target, decisions, where)
         if target is None and geometry.target_size != self.image_size:
             raise _another_size(where, geometry.target_size, self.image_size)
-        key = _content_key(data, kept.caption)
+        key = self._content_key(kept, side)
         if target is not None or decisions.flip:
             key.update(repr((target, decisions.flip, geometry)).encode())
         return image, geometry, key.hexdigest()
+
+    def _mask(
+        self, row: int, side: int, size: Size, target: int | Size | None, decisions: Decisions
+    ) -> Image.Image | None:
+        """The mask of an image of ``size``, cut as the image is."""
+        data = self.source.mask(row, side)
+        if data is None or self.source.mask_names is None:
+            return None
+        where = self.source.where(row, self.source.mask_names[side])
+        mask, _ = transform(decode_mask(data, where, size), target, decisions, where)
+        if self.center_crop and most_of(mask) == 0:  # a crop elsewhere may miss it now and then
+            problem = f"is black in the crop to {target}, so that nothing counts"
+            raise broken("malformed mask", where, size, problem, "crop image and mask yourself, or leave the row out")
+        return mask
+
+    def _content_key(self, kept: PairEntry, side: int) -> Any:
+        key = hashlib.sha256(self.source.image(kept.row, side))
+        key.update(b"\0" + kept.caption.encode())
+        if (mask := self.source.mask(kept.row, side)) is not None:
+            key.update(b"\0" + hashlib.sha256(mask).digest())
+        return key
 
     def _read_rows(self, by_score: bool, ties: str) -> tuple[list[PairEntry], int]:
         """The rows whose images are wanted, and how many ties were dropped."""
@@ -260,16 +291,15 @@ class PairDataset:
         if images[0][0] == images[1][0]:
             self._alike.append(row)
         sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
-        if isinstance(self.resolution, int):
+        target = self.resolution
+        if isinstance(target, int):
             for size, (_, where) in zip(sizes, images, strict=True):
-                scaled(size, (self.resolution, self.resolution), where)
+                scaled(size, (target, target), where)
+        if self.has_masks:  # small when encoded, and often wrong: they are always looked at
+            cut = target.sizes[target.choose(*sizes)] if isinstance(target, Buckets) else target
+            for side, size in enumerate(sizes):
+                self._mask(row, side, size, cut, Decisions())
         return sizes
-
-
-def _content_key(data: memoryview, caption: str) -> Any:
-    key = hashlib.sha256(data)
-    key.update(b"\0" + caption.encode())
-    return key
 
 
 def _another_size(where: str, found: Size, size: Size | None) -> InvalidInput:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken, caught
 from fastinvdpo.data.images import file_below, file_bytes
-from fastinvdpo.data.rows import IMAGES, SCORES, PairSource, choices, in_schema, number
+from fastinvdpo.data.rows import IMAGES, MASKS, SCORES, PairSource, choices, in_schema, number
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import UTF_16, decoded, read_bounded
 
@@ -30,7 +30,7 @@ _KINDS = ("jpg", "jpeg", "png", "webp")
 _ENDINGS = {
     side: (side, *(f"{number}.{kind}" for kind in _KINDS), *(f"{word}.{kind}" for kind in _KINDS))
     for number, (side, word) in enumerate(zip(IMAGES, ("winner", "loser"), strict=True))
-}
+} | {mask: (mask, *(f"{mask}.{kind}" for kind in _KINDS)) for mask in MASKS}
 Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
 
 
@@ -54,14 +54,14 @@ class RecordSource(PairSource):
         return len(self.rows)
 
     def resolve(self, required: Sequence[str]) -> set[str]:
-        # A row that lacks something is broken, not the whole set; scores are there when some row has them.
+        # A row that lacks something is broken, not the whole set; scores and masks are there when some row has them.
         readable = [values for _, values in self.rows if isinstance(values, dict)]
-        scored = {name for name in SCORES if any(values.get(name) is not None for values in readable)}
+        scored = {name for name in (*SCORES, *MASKS) if any(values.get(name) is not None for values in readable)}
         for name in SCORES:
             if name in required and name not in scored:
                 remedy = "add score_0 and score_1, or name yours in data.columns"
                 raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
-        return {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} | scored
+        return self.choose_masks({"jpg_0", "jpg_1", "label_0", "label_1", "caption"} | scored)
 
     def record(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row][1]
@@ -69,8 +69,7 @@ class RecordSource(PairSource):
             raise values
         return values
 
-    def image(self, row: int, side: int) -> memoryview:
-        name = f"jpg_{side}"
+    def encoded(self, row: int, name: str) -> memoryview:
         where, place = self.where(row, name), self.record(row).get(name)
         if isinstance(place, tuple):
             file, offset, size = place
@@ -85,7 +84,7 @@ class RecordSource(PairSource):
             return list(self.listed)
         images = set()
         rows = [values for _, values in self.rows if isinstance(values, dict)]
-        for named in {str(values.get(name)) for values in rows for name in IMAGES}:
+        for named in {str(values.get(name)) for values in rows for name in (*IMAGES, *(self.mask_names or ()))}:
             try:
                 image = file_below([self.root], named, self.path)
                 images |= {image} if image.is_file() else set()
@@ -155,7 +154,8 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str])
         found = [e for e in ((names[name],) if name in names else endings) if e in members]
         if len(found) > 1:
             raise broken("malformed row", place, found, f"are several images for {name}", "keep one, or name it")
-        images[name] = (file, *members[found[0]]) if found and members[found[0]][1] else None
+        if found or name in IMAGES:
+            images[name] = (file, *members[found[0]]) if found and members[found[0]][1] else None
         named += [ending.startswith(("winner.", "loser.")) for ending in found]
     stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
     row = in_schema(stored, f"{place}.json", names, images)

@@ -10,12 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastinvdpo.data.broken import BrokenRow, broken
+from fastinvdpo.errors import invalid
 
-SCHEMA = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
 LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
+MASKS = ("mask", "mask_0", "mask_1")  # one for both images, or one for each
+SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *MASKS)
 # Other ways to say which of two images won: the number, name or path of one of them. In a row there may be "members"
 # besides, 0 where the images themselves are named winner and loser.
 CHOICES = ("winner", "loser", "label")
@@ -37,6 +39,8 @@ class PairSource(ABC):
         streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
         remote: rows are read from another machine.
         groups_per_window: how many groups are mixed with one another.
+        masks: whether masks are read; mask_names: then those of image 0 and of image 1, after :meth:`resolve`.
+        stored_masks: those of :data:`MASKS` that are stored, after :meth:`resolve`.
     """
 
     path: str
@@ -46,6 +50,9 @@ class PairSource(ABC):
     streaming: bool = False
     remote: bool = False
     groups_per_window: int = 1
+    masks: bool = False
+    mask_names: tuple[str, str] | None = None
+    stored_masks: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -65,8 +72,37 @@ class PairSource(ABC):
         """
 
     @abstractmethod
+    def encoded(self, row: int, name: str) -> memoryview:
+        """The encoded bytes of one of :data:`IMAGES` or :data:`MASKS`. Raises ``BrokenRow`` where there are none."""
+
     def image(self, row: int, side: int) -> memoryview:
         """The encoded bytes of image 0 or 1. Raises ``BrokenRow`` where there are none."""
+        return self.encoded(row, IMAGES[side])
+
+    def mask(self, row: int, side: int) -> memoryview | None:
+        """The encoded bytes of the mask of image 0 or 1, None where masks are not read."""
+        return None if self.mask_names is None else self.encoded(row, self.mask_names[side])
+
+    def with_masks(self, read: bool = True) -> Self:
+        """The source itself, which reads masks from the next :meth:`resolve` on: ``mask`` for both images of a row, or
+        ``mask_0`` and ``mask_1``.
+        """
+        self.masks = read
+        return self
+
+    def choose_masks(self, stored: set[str]) -> set[str]:
+        """``stored``, which :meth:`resolve` is to return; its masks are those that count from now on. Raises
+        ``InvalidInput`` where masks are to be read, and there are none, or not one for each image.
+        """
+        self.stored_masks = tuple(name for name in MASKS if name in stored)
+        if self.masks:
+            names = {MASKS[:1]: (MASKS[0], MASKS[0]), MASKS[1:]: MASKS[1:]}.get(self.stored_masks)
+            if names is None:
+                found = " and ".join(map(self.shown, self.stored_masks)) or "no masks"
+                remedy = "store mask, or mask_0 and mask_1; name yours in data.columns; or set data.masks to false"
+                raise invalid("data.masks", True, f"{self.path} has {found}", remedy)
+            self.mask_names = names[0], names[1]
+        return stored
 
     @abstractmethod
     def files(self) -> list[Path]:

@@ -21,7 +21,7 @@ from pyarrow import compute, parquet, types
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.images import image_bytes
-from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, SCHEMA, PairSource, choices, stored_under
+from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, MASKS, SCHEMA, PairSource, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.errors import InvalidInput, invalid
 
@@ -94,20 +94,19 @@ class TableSource(PairSource):
             file, problem = self._locations[scored.index(True)], "was written by fastinvdpo score, and others were not"
             raise invalid("data.path", file, problem, "name one of the files, or move it")
         self._columns = found[0]
-        small = {name: column for name, column in self._columns.items() if name not in IMAGES}
+        small = {name: column for name, column in self._columns.items() if name not in (*IMAGES, *MASKS)}
         stored = list(dict.fromkeys(small.values()))
         tables = [_validated(_read(file, None, stored), file) for file in self._locations]
         tables = tables or [self._repository_table()]
         values = {column: [v for table in tables for v in table.column(column).to_pylist()] for column in stored}
         self._values = {name: values[column] for name, column in small.items()}
-        return set(self._columns)
+        return self.choose_masks(set(self._columns))
 
     def record(self, row: int) -> Mapping[str, Any]:
         return {name: values[row] for name, values in self._values.items()}
 
-    def image(self, row: int, side: int) -> memoryview:
+    def encoded(self, row: int, name: str) -> memoryview:
         number = bisect_right(self._starts, row) - 1
-        name = f"jpg_{side}"
         cell = self._group(number).column(self._columns[name])[row - self._starts[number]]
         roots = None
         if self.format == "datasets":  # which may name images below its place, or where `datasets` keeps what it loaded
@@ -129,7 +128,7 @@ class TableSource(PairSource):
         if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        for column in (table.column(self.shown(name)) for name in IMAGES):
+        for column in (table.column(self.shown(name)) for name in (*IMAGES, *(self.mask_names or ()))):
             if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
                 bare = compute.is_null(compute.struct_field(column, "bytes"))  # stored by their paths alone
                 images.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
@@ -183,12 +182,12 @@ class TableSource(PairSource):
         return found
 
     def _group(self, number: int) -> Any:
-        """The images of a group."""
-        columns = list(dict.fromkeys(self._columns[name] for name in IMAGES))
+        """The images of a group, and the masks if they are read."""
+        columns = list(dict.fromkeys(self._columns[name] for name in (*IMAGES, *(self.mask_names or ()))))
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
                 if not self._locations:
-                    self._loaded[number] = self._repository_table().select(columns)
+                    self._loaded[number] = self._repository_table()
                 elif self.streaming:
                     self._loaded[number] = _read(*self._groups[number][:2], columns)
                 else:

@@ -12,7 +12,7 @@ import pyarrow as arrow
 from pyarrow import parquet
 
 from fastinvdpo.atomic import atomic_file
-from fastinvdpo.data.rows import IMAGES, SCHEMA, SCORES, number
+from fastinvdpo.data.rows import IMAGES, MASKS, SCHEMA, SCORES, number
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_GROUP = 1000
@@ -24,8 +24,9 @@ def write_pairs(
     """Write pairs to one parquet file and return how many.
 
     Each row has ``jpg_0``, ``jpg_1`` (encoded bytes, or a PIL image, which becomes lossless PNG), ``label_0``,
-    ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``. The file appears under its
-    name only when it is complete; rows are streamed, so they need not fit into memory.
+    ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``, and images ``mask`` or
+    ``mask_0``, ``mask_1``. The file appears under its name only when it is complete; rows are streamed, so they need
+    not fit into memory.
 
     Args:
         new: raise ``FileExistsError`` rather than replace a file.
@@ -38,8 +39,9 @@ def write_pairs(
     first = next(remaining, None)
     if first is None:
         raise invalid("rows", 0, "holds no pairs", "write at least one")
-    names = [name for name in SCHEMA if name not in SCORES or "score_0" in first]
-    kinds = {"jpg_0": arrow.binary(), "jpg_1": arrow.binary(), "caption": arrow.string()}
+    optional = {**dict.fromkeys(SCORES, "score_0"), "mask": "mask", "mask_0": "mask_0", "mask_1": "mask_0"}
+    names = [name for name in SCHEMA if optional.get(name, name) in first or name not in optional]
+    kinds = {**dict.fromkeys((*IMAGES, *MASKS), arrow.binary()), "caption": arrow.string()}
     schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names], metadata)
     numbered = enumerate(chain([first], remaining))
     count = 0
@@ -71,7 +73,7 @@ def _checked(row: Mapping[str, Any], i: int, names: list[str]) -> dict[str, Any]
 
 
 def _checked_value(name: str, value: Any, where: str) -> Any:
-    if name in IMAGES:
+    if name in (*IMAGES, *MASKS):
         data = encode_png(value) if hasattr(value, "save") else value
         if not isinstance(data, bytes) or not data:
             raise invalid(where, type(value).__name__, "is no image", "give encoded bytes or a PIL image")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as arrow
-from pyarrow import parquet
+from pyarrow import parquet, types
 
 from fastinvdpo._extras import require
 from fastinvdpo.data import PairSource
-from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.broken import BrokenRow, caught
 from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, TIE, caption_of, labels_of, winner_of
 from fastinvdpo.errors import invalid
 
@@ -97,7 +97,9 @@ def _built(source: PairSource, rows: Sequence[int]) -> Any:
     """The schema's columns of a source whose rows are no table. Labels that say nothing become null."""
     number, image = arrow.float64(), arrow.binary()
     kinds = {"jpg_0": image, "jpg_1": image, "label_0": number, "label_1": number, "caption": arrow.string()}
-    columns: dict[str, list[Any]] = {n: [bytes(source.image(r, side)) for r in rows] for side, n in enumerate(IMAGES)}
+    kinds |= dict.fromkeys(source.stored_masks, image)
+    columns: dict[str, list[Any]] = {name: [bytes(source.encoded(row, name)) for row in rows] for name in IMAGES}
+    columns |= {name: [_encoded(source, row, name) for row in rows] for name in source.stored_masks}
     both = [_labels(source, row) for row in rows]
     columns |= {name: [labels[side] for labels in both] for side, name in enumerate(LABELS)}
     columns["caption"] = [caption_of(source.record(row), partial(source.where, row)) for row in rows]
@@ -113,11 +115,19 @@ def _labels(source: PairSource, row: int) -> tuple[float | None, float | None]:
     return labels_of(record) if record.keys() & set(LABELS) else _BY_SIDE[side]
 
 
+def _encoded(source: PairSource, row: int, name: str) -> bytes | None:
+    """An image, or None where there is none: of the rows written here only a mask may be missing."""
+    found = caught(source.encoded, row, name)
+    return None if isinstance(found, BrokenRow) else bytes(found)
+
+
 def _with_bytes(source: PairSource, table: Any, rows: Sequence[int]) -> Any:
     """A repository may name image files by paths, which mean nothing elsewhere."""
-    for side, name in enumerate(IMAGES):
+    for name in (*IMAGES, *source.stored_masks):
         place = table.column_names.index(source.shown(name))
-        data = arrow.array([bytes(source.image(row, side)) for row in rows], arrow.binary())
+        if name not in IMAGES and not types.is_struct(table.column(place).type):
+            continue  # bytes already, or no mask at all
+        data = arrow.array([_encoded(source, row, name) for row in rows], arrow.binary())
         table = table.set_column(place, table.column_names[place], data)
     return table
 

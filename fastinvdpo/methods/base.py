@@ -37,6 +37,8 @@ class PairBatch:
         sample_index: int64 ``(B,)`` on the host: each pair's number in the whole run. It keys all random numbers.
         unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
         scores: preference scores ``(2B,)``; needed by SmPO.
+        mask: ``k`` in [0, 1], ``(2B, 1, h, w)`` or another shape that :func:`pair_statistics` takes for 2B samples:
+            what every element of a prediction counts in the errors and their products, 1 when None.
         trajectory: what :meth:`ChainObjective.reference_trajectory` gave for these latents, ``(2B, …)``, or
             :meth:`SingleTimestepObjective.store_draws`; computed when None.
         reference_pred: what :meth:`ChainObjective.reference_predictions` gave for that trajectory, ``(2B, N, …)``, or
@@ -53,6 +55,7 @@ class PairBatch:
     trajectory: Tensor | None = None
     reference_pred: Tensor | None = None
     stored_draw: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -88,7 +91,7 @@ class ObjectiveOutput(PreferenceLoss):
     reference_pred: Tensor
 
 
-def check_batch(batch: PairBatch) -> None:
+def check_batch(batch: PairBatch, method: Method) -> None:
     samples = batch.latents.shape[0]
     if samples == 0 or samples % 2:
         raise invalid("batch.latents.shape", tuple(batch.latents.shape), "must be (2B, …)", "stack [winners; losers]")
@@ -96,6 +99,11 @@ def check_batch(batch: PairBatch) -> None:
         shown = (tuple(batch.sample_index.shape), batch.sample_index.dtype)
         remedy = f"pass shape ({samples // 2},)"
         raise invalid("batch.sample_index", shown, "must be int64 of one number per pair", remedy)
+    if batch.mask is not None and method.compat is not None:
+        remedy = "set it to null, or pass no mask"
+        raise invalid("compat", method.compat, "reproduces code that has no masks", remedy)
+    if batch.mask is not None and batch.mask.shape[:1] != (samples,):
+        raise invalid("batch.mask.shape", tuple(batch.mask.shape), "must have 2B rows", f"pass ({samples}, 1, h, w)")
     for name, tensor in batch.conditioning.items():
         if tensor.shape[0] != samples:
             shape = f"batch.conditioning[{name!r}].shape"

@@ -187,7 +187,7 @@ class ChainObjective(Objective):
     def __call__(
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
     ) -> ObjectiveOutput:
-        check_batch(batch)
+        check_batch(batch, self.method)
         chain, stored = self._reference(policy, reference, batch)
         positions, weight = self._scored_positions(batch, seed)
         rows, k = torch.arange(2 * batch.pairs), positions.shape[1]
@@ -202,6 +202,7 @@ class ChainObjective(Objective):
             policy_pred,
             reference_pred,
             target,
+            mask=None if batch.mask is None else batch.mask.unsqueeze(1),
             timestep_weight=weight.to(noisy.device, torch.promote_types(noisy.dtype, torch.float32)),
             **self.method.preference,
         )
@@ -220,7 +221,7 @@ class ChainObjective(Objective):
         parameters: Sequence[nn.Parameter] = (),
     ) -> LossTerms:
         """See :meth:`Objective.stream`; memory does not depend on the number of timesteps."""
-        check_batch(batch)
+        check_batch(batch, self.method)
         if passes not in (1, 2):
             raise invalid("passes", passes, "is not known", "use 1 or 2")
         policy, reference = chunked(policy, max_batch), chunked(reference, max_batch)
@@ -242,6 +243,7 @@ class ChainObjective(Objective):
                 torch.cat([policy_pred, reference_pred]),
                 torch.cat([reference_pred, reference_pred]),
                 None if inputs.target is None else torch.cat([inputs.target, inputs.target]),
+                mask=None if batch.mask is None else batch.mask[rows.to(batch.mask.device)],
                 pair_weight=signed.to(chain.device, torch.promote_types(inputs.noisy.dtype, torch.float32)),
                 **self.method.preference,
             )

@@ -185,20 +185,23 @@ class SingleTimestepMethod(Method):
         target: Tensor,
         pair_weight: Tensor | None = None,
         *,
+        mask: Tensor | None = None,
         gather: Gather | None = None,
         auto_beta: AutoBeta | None = None,
     ) -> PreferenceLoss:
         """The loss of predictions ``(2B, …)``, in one op where it is a utility of the margin and nothing else.
 
         Args:
+            mask: as of :func:`preference_loss`, in all sums, those of ``anchor``, ``sft_weight`` and ``safeguard`` too.
             gather, auto_beta: as of :class:`Objective`; with the option ``auto_beta`` one of :meth:`new_auto_beta`,
                 the same at every call.
         """
         added = self.anchor or self.sft_weight or self.safeguard is not None or self.auto_beta is not None
         if self.utility in UTILITIES and not added:
             assert reference_pred is not None
-            return preference_loss(policy_pred, reference_pred, target, pair_weight=pair_weight, **self.preference)
-        return self.finish(self.score(policy_pred, reference_pred, target, pair_weight, gather, auto_beta))
+            given = {"pair_weight": pair_weight, "mask": mask, **self.preference}
+            return preference_loss(policy_pred, reference_pred, target, **given)
+        return self.finish(self.score(policy_pred, reference_pred, target, pair_weight, gather, auto_beta, mask))
 
     def new_auto_beta(self) -> AutoBeta | None:
         """What chooses β for the option ``auto_beta``, before the first step; None without it."""
@@ -212,9 +215,10 @@ class SingleTimestepMethod(Method):
         pair_weight: Tensor | None = None,
         gather: Gather | None = None,
         auto_beta: AutoBeta | None = None,
+        mask: Tensor | None = None,
     ) -> Scored:
         """What :meth:`finish` makes a loss of; arguments as of :meth:`loss`."""
-        statistics = pair_statistics(policy_pred, reference_pred, target)
+        statistics = pair_statistics(policy_pred, reference_pred, target, mask)
         safeguarded, scale = statistics, None
         if self.safeguard is not None:
             elements = policy_pred[0].numel() if self.compat else None
@@ -270,7 +274,7 @@ class SingleTimestepObjective(Objective):
     def __call__(
         self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
     ) -> ObjectiveOutput:
-        check_batch(batch)
+        check_batch(batch, self.method)
         batch, timesteps, noisy, noise = self._noised(policy, reference, batch, seed, draws)
         target = prediction_target(self.schedule, batch.latents, noise, timesteps)
         times = timesteps.to(noisy.device)
@@ -284,7 +288,9 @@ class SingleTimestepObjective(Objective):
                 known = reference(noisy, times, batch.conditioning)
         given = known if self.method.needs_reference else None
         weight = self.method.pair_weight(batch)
-        result = self.method.loss(policy_pred, given, target, weight, gather=self.gather, auto_beta=self.auto_beta)
+        result = self.method.loss(
+            policy_pred, given, target, weight, mask=batch.mask, gather=self.gather, auto_beta=self.auto_beta
+        )
         return ObjectiveOutput(**vars(result), timesteps=timesteps, noisy_latents=noisy, target=target,
                                policy_pred=policy_pred, reference_pred=known)  # fmt: skip
 
@@ -293,7 +299,7 @@ class SingleTimestepObjective(Objective):
         """The batch with what may be stored of its draws, as ``dtype``, after which it needs no reference:
         ``reference_pred``, and where the reference makes them ``trajectory``, the noisy latents.
         """
-        check_batch(batch)
+        check_batch(batch, self.method)
         seen, timesteps, noisy, _ = self._noised(reference, reference, batch, seed)
         trajectory = None
         if self.method.policy_inverts:  # rounded before it is used, so that training sees what the reference saw

@@ -71,8 +71,9 @@ class SNPO(DiffusionDPO):
             return torch.where(where, empty, conditional[rows.to(conditional.device)])
 
         conditioning = {name: chosen(value, batch.unconditional[name]) for name, value in batch.conditioning.items()}
-        latents = batch.latents[rows.to(batch.latents.device)]
-        return dataclasses.replace(batch, latents=latents, conditioning=conditioning)
+        rows = rows.to(batch.latents.device)
+        mask = None if batch.mask is None else batch.mask[rows]
+        return dataclasses.replace(batch, latents=batch.latents[rows], conditioning=conditioning, mask=mask)
 
     def margin(self, statistics: PairStatistics) -> Tensor:
         winner, loser = (self.error_scale * statistics.difference).chunk(2)

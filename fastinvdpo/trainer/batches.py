@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import PairBatch
+from fastinvdpo.methods.flow_dpo import latent_mask
+from fastinvdpo.models.base import pixels_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -155,7 +157,8 @@ class EncodedPair:
 
     Attributes:
         winner, loser: ``latents`` ``(C, h, w)``; ``geometry.NAME``: the conditioning that follows from size and crop
-            (SDXL); from a cache that holds them also ``trajectory`` and ``reference_pred``.
+            (SDXL); ``mask`` ``(1, h, w)`` of data with masks; from a cache that holds them also ``trajectory`` and
+            ``reference_pred``.
         caption: the conditioning that follows from the caption.
         tie: neither won; the first image stands for the winner.
         stored_draw: the number, among all pairs', of the stored draw that ``trajectory`` and ``reference_pred`` are of.
@@ -228,7 +231,8 @@ class PairEncoder:
         images = [image for pair in pairs for image in (pair.winner, pair.loser)]
         keys = [key for pair in pairs for key in (pair.winner_key, pair.loser_key)]
         shapes = [shape for pair in pairs for shape in (pair.winner_geometry, pair.loser_geometry)]
-        stacked = encode_images(self._model, images, shapes, keys if self._sampled else None)
+        masks = [mask for pair in pairs for mask in (pair.winner_mask, pair.loser_mask)]
+        stacked = encode_images(self._model, images, shapes, keys if self._sampled else None, masks)
         sides = [{name: tensor[i] for name, tensor in stacked.items()} for i in range(len(images))]
         captions = self._embed([pair.caption for pair in pairs])
         encoded = []
@@ -331,6 +335,7 @@ class BatchBuilder:
             trajectory=stacked.get("trajectory"),
             reference_pred=stacked.get("reference_pred"),
             stored_draw=None if pairs[0].stored_draw is None else torch.tensor(keys),
+            mask=stacked.get("mask"),
         )
 
     def _scores(self, pairs: Sequence[EncodedPair], swapped: Sequence[bool], dtype: torch.dtype) -> Tensor | None:
@@ -348,14 +353,22 @@ class BatchBuilder:
 
 
 def encode_images(
-    model: DiffusionModel, images: Sequence[Image], shapes: Sequence[ImageGeometry], keys: Sequence[str] | None
+    model: DiffusionModel,
+    images: Sequence[Image],
+    shapes: Sequence[ImageGeometry],
+    keys: Sequence[str] | None,
+    masks: Sequence[Image | None] = (),
 ) -> Tensors:
-    """``latents`` of images and what follows from their ``shapes``, ``geometry.NAME``; every tensor ``(n, …)``.
-    ``keys``: SHA-256 of the images, in hexadecimal: a sample of the posterior, one for each key. None: means.
+    """``latents`` of images, what follows from their ``shapes``, ``geometry.NAME``, and of ``masks`` ``mask``, the mean
+    over a latent's area; every tensor ``(n, …)``. ``keys``: SHA-256 of the images, in hexadecimal: a sample of the
+    posterior, one for each key. None: means.
     """
     samples = () if keys is None else (torch.tensor([int(key[:15], 16) for key in keys]),)  # 60 bits
-    geometry = {f"{_GEOMETRY}{name}": tensor for name, tensor in model.encode_geometry(shapes).items()}
-    return {"latents": model.encode_images(images, *samples), **geometry}
+    encoded = {f"{_GEOMETRY}{name}": tensor for name, tensor in model.encode_geometry(shapes).items()}
+    encoded["latents"] = latents = model.encode_images(images, *samples)
+    if given := [mask for mask in masks if mask is not None]:
+        encoded["mask"] = latent_mask(pixels_of(given, "L"), (latents.shape[2], latents.shape[3])).to(latents.device)
+    return encoded
 
 
 def geometry_of(tensors: Tensors) -> Tensors:

@@ -10,11 +10,12 @@ A directory with::
     pairs-000000.safetensors   the images and captions that occur first in pairs 0 … 31, and so on
     draws-000000.safetensors   with ``cache.draws`` = K: the K draws of each of these pairs
 
-An image that occurs in several pairs under one caption is stored once, and so is a caption. Tensors of a shard, one row
-an image or caption::
+An image that occurs in several pairs under one caption and mask is stored once, and so is a caption. Tensors of a
+shard, one row an image or caption::
 
     image.latents              (n, C, h, w) float32
     image.geometry.NAME        (n, …) float32: the part of the conditioning that follows from size and crop (SDXL)
+    image.mask                 (n, 1, h, w) float32, of data with masks
     image.trajectory           (n, N, …), Inversion-DPO: the chain inverted by the reference; (n, 2N, …) with targets
     image.reference_pred       (n, N, …), Inversion-DPO: the reference's guided predictions there
     caption.NAME               (m, …): the rest of the conditioning
@@ -24,8 +25,8 @@ an image or caption::
 A draw's random numbers are keyed by its number among those of all pairs, pair·K + k; noise follows from that and is not
 stored.
 
-Clean latents and geometry are float32 always; the others are of the type ``cache.dtype``. Files appear atomically. The
-header of a shard has a CRC-32 of each image, caption and draw, which is verified whenever one is read.
+Clean latents, geometry and masks are float32 always; the others are of the type ``cache.dtype``. Files appear
+atomically. The header of a shard has a CRC-32 of each image, caption and draw, which is verified whenever one is read.
 """
 
 from __future__ import annotations
@@ -194,6 +195,7 @@ class PairCache:
         contents: digests of the pairs, and of what encoded them.
         stored: names of the tensors of an ``"image"``, of a ``"caption"`` and of a ``"draw"``.
         draws: K, how many draws of every pair are stored; 0 for none.
+        has_masks: whether the images have masks.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
         network_evaluations: what the whole cache cost.
     """
@@ -216,7 +218,7 @@ class PairCache:
         files = [self._shard("pairs", 0)[0], *([self._shard("draws", 0)[0]] if self.draws else [])]
         names = [name.split(".", 1) for file in files for name in list(file.keys())]
         self.stored = {kind: [name for of, name in names if of == kind] for kind in self.index.first}
-        self.has_scores = self.index.scores is not None
+        self.has_scores, self.has_masks = self.index.scores is not None, "mask" in self.stored["image"]
         self.has_reference = any("reference_pred" in self.stored[kind] for kind in ("image", "draw"))
 
     def __len__(self) -> int:

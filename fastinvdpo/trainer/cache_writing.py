@@ -146,6 +146,7 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
 
     source = opening.open_data_source(data)
     source.resolve((*IMAGES, "caption"))
+    opening.warn_of_masks(source)
     if source.remote:
         source.files()  # raises
     family = resolve_family(model.family, model.path, model.revision)
@@ -317,7 +318,9 @@ class _ShardMaker:
         images = [pairs[i].loser if side else pairs[i].winner for i, side in sides]
         shapes = [pairs[i].loser_geometry if side else pairs[i].winner_geometry for i, side in sides]
         keys = [pairs[i].loser_key if side else pairs[i].winner_key for i, side in sides]
-        stored = encode_images(self._model, images, shapes, keys if config.data.latents == "sampled" else None)
+        masks = [pairs[i].loser_mask if side else pairs[i].winner_mask for i, side in sides]
+        sampled = keys if config.data.latents == "sampled" else None
+        stored = encode_images(self._model, images, shapes, sampled, masks)
         if config.cache.draws is not None or config.method.reference_chain is None:
             return stored
         objective = config.method.objective(self._model.schedule)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,22 @@ def open_data_source(data: DataSection) -> PairSource:
         *("format", "columns", "split", "revision", "subset"),
         *("streaming", "shuffle_buffer", "image_root", "rank_pairs"),
     )
-    return open_source(data.path, **{key: getattr(data, key) for key in keys})
+    return open_source(data.path, **{key: getattr(data, key) for key in keys}).with_masks(data.masks)
+
+
+def check_masks(config: TrainConfig, has_masks: bool) -> None:
+    """Raise ``InvalidInput`` when pairs at hand have masks and the configuration says they have none, or vice versa."""
+    if has_masks != config.data.masks:
+        problem = f"is not what the pairs at hand were opened with, which {'have' if has_masks else 'have no'} masks"
+        remedy = "set it to what they have, or open them with open_source(…).with_masks()"
+        raise invalid("data.masks", config.data.masks, problem, remedy)
+
+
+def warn_of_masks(source: PairSource | None) -> None:
+    """One line where masks are stored, and not read."""
+    if source is not None and source.stored_masks and not source.masks:
+        names = " and ".join(map(source.shown, source.stored_masks))
+        warnings.warn(f"data.masks is false: {names} of {source.path} is left unread, everything counts", stacklevel=1)
 
 
 def check_scores(config: TrainConfig, has_scores: bool) -> None:

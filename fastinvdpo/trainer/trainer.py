@@ -95,6 +95,7 @@ class PreferenceTrainer:
         if self.cache is not None:
             self.cache.check_draws(reference_key(config))
         opening.check_scores(config, pairs.has_scores)
+        opening.check_masks(config, getattr(pairs, "has_masks", False))
         self._last_checkpoint = find_checkpoint(resume, self._checkpoints)
         self.accelerator = opening.open_accelerator(config)
         opening.check_launch(config, self.accelerator)
@@ -139,6 +140,7 @@ class PreferenceTrainer:
         config, pairs = self.config, self._pairs
         self.summary: DataSummary | None = getattr(pairs, "summary", None)
         if self.accelerator.is_main_process:
+            opening.warn_of_masks(getattr(pairs, "source", None))
             if self.output is None:
                 self.output = self._opened.enter_context(opening.open_output(config))
             make_directory(self._checkpoints)

@@ -84,13 +84,14 @@ def between(tensor: Tensor, gap: int) -> Tensor:
     return tensor.as_strided((len(tensor), gap), (tensor.stride(0), 1), after)
 
 
-def check_public(backend: str, p: Problem, weight: Tensor | None = None) -> None:
+def check_public(backend: str, p: Problem, weight: Tensor | None = None, mask: Tensor | None = None) -> None:
     """``preference_loss`` forward, and backward of its loss, of its other outputs and of all. ``weight``: what to pass
-    for p's ``timestep_weight``.
+    for p's ``timestep_weight``; ``mask``: of zeros and ones, where it is 0 both predictions might as well be right.
     """
     policy = p.policy.detach().requires_grad_()
     names = ("beta", "pair_weight", "timestep_weight", "utility", "label_smoothing")
     options = {name: getattr(p, name) for name in names} | ({} if weight is None else {"timestep_weight": weight})
+    options |= {} if mask is None else {"mask": mask}
     with fastinvdpo.use_backend(backend):
         result = fastinvdpo.preference_loss(policy, p.reference, p.target, **options)
         outputs = (result.loss, result.margin, result.policy_mse)
@@ -99,6 +100,13 @@ def check_public(backend: str, p: Problem, weight: Tensor | None = None) -> None
         (of_rest,) = torch.autograd.grad(outputs[1:], policy, grads[1:], retain_graph=True)
         (of_all,) = torch.autograd.grad(outputs, policy, grads)
     outputs = (*outputs, result.reference_mse)
+    if mask is not None:
+        tau = p.reference if p.target is None else p.target
+        kept = mask.bool().repeat(len(policy) // len(mask), *[1] * (mask.ndim - 1))
+        predictions = [torch.where(kept, pred, tau).to(pred.dtype) for pred in (p.policy, p.reference)]
+        exact_tau = all(torch.equal(tau.to(pred.dtype).to(tau.dtype), tau) for pred in (p.policy, p.reference))
+        assert exact_tau, "the target can be had in the predictions' types"
+        p = p._replace(policy=predictions[0], reference=predictions[1])
     check_loss(p, [tensor.detach() for tensor in outputs])
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in outputs)
     given = ((grads[0], None, None), (None, *grads[1:]), grads)

@@ -157,11 +157,12 @@ SMOOTHING = {name: 0.1 if item.smoothed else 0.0 for name, item in UTILITIES.ite
 
 
 @pytest.mark.parametrize("utility", UTILITIES)
-@pytest.mark.parametrize("target_free", [False, True])
-def test_derivatives_of_preference_loss(utility: str, target_free: bool) -> None:
+@pytest.mark.parametrize(("target_free", "masked"), [(False, False), (True, False), (False, True)])
+def test_derivatives_of_preference_loss(utility: str, target_free: bool, masked: bool) -> None:
     policy, reference, target = predictions(PAIRS, (3, 2, 2), gap=0.3)
     weight, rho = torch.rand(PAIRS, 3, dtype=torch.float64), torch.tensor([0.7, -1.2], dtype=torch.float64)
     options = {"utility": utility, "label_smoothing": SMOOTHING[utility], "beta": 2.0}
+    options |= {"mask": torch.rand(2 * PAIRS, 3, 1, 2)} if masked else {}
 
     def outputs(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tau = None if target_free else target

@@ -33,8 +33,8 @@ def latents(
     return p._replace(policy=tensors[0], reference=tensors[1], target=tensors[2])  # type: ignore[arg-type]
 
 
-def check(place: Place, p: Problem, weight: Tensor | None = None) -> None:
-    check_public(place.backend, p, weight)
+def check(place: Place, p: Problem, weight: Tensor | None = None, mask: Tensor | None = None) -> None:
+    check_public(place.backend, p, weight, mask)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -132,6 +132,20 @@ def test_weights_of_other_dtypes_and_strides(place: Place, dtype: torch.dtype) -
 @pytest.mark.parametrize("shape", [(1,), (4, 64, 64)], ids=str)
 def test_small_and_real_sizes(place: Place, shape: tuple[int, ...]) -> None:
     check(place, latents(place, shape, pairs=1))
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("dtypes", "steps", "samples", "channels", "with_target"),
+    pairwise([(F32,) * 3, (BF16,) * 3, (F32, F16, BF16)], [None, 3], [1, 3, 6], [1, 4], [True, False]),
+)
+def test_masks(
+    place: Place, dtypes: tuple[torch.dtype, ...], steps: int | None, samples: int, channels: int, with_target: bool
+) -> None:
+    p = latents(place, steps=steps, dtypes=dtypes, with_target=with_target)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(samples, *([] if steps is None else [steps]), channels, 5, 6, generator=generator) > 0.4
+    check(place, p, p.timestep_weight, mask.to(place.device))
 
 
 # affine_step

@@ -31,6 +31,7 @@ LOSS = {
     "pair_weight": torch.ones(PAIRS),
     "timestep_weight": torch.ones(PAIRS, 3),
 }
+MASKED = {**LOSS, "mask": torch.linspace(0, 1, 12).view(4, 3, 1)}
 SCRIPT = {"model_pred": X, "ref_pred": X.flip(0), "target": X.flip(1)}
 
 
@@ -44,15 +45,21 @@ def loss(**arguments: Tensor) -> Tensor:
     return fastinvdpo.preference_loss(policy, reference, arguments.pop("target"), beta=3.0, **arguments).loss
 
 
+def masked_loss(**arguments: Tensor) -> Tensor:
+    return loss(**arguments)
+
+
 def script_loss(**arguments: Tensor) -> Tensor:
     return fastinvdpo.diffusion_dpo_loss(**arguments, beta_dpo=3.0).loss
 
 
-CALLS: list[tuple[Callable[..., Tensor], dict[str, Tensor]]] = [(step, STEP), (loss, LOSS), (script_loss, SCRIPT)]
+CALLS: list[tuple[Callable[..., Tensor], dict[str, Tensor]]] = [
+    (step, STEP), (loss, LOSS), (masked_loss, MASKED), (script_loss, SCRIPT)]  # fmt: skip
 ARGUMENTS = [
     pytest.param(call, {**arguments, name: value}, name, id=f"{call.__name__} {name}")
     for call, arguments in CALLS
     for name, value in (arguments | (INTO if call is step else {})).items()
+    if call is not masked_loss or name == "mask"
 ]
 arguments = pytest.mark.parametrize(("call", "given", "name"), ARGUMENTS)
 real = [each for each in ARGUMENTS if (each.values[1][each.values[2]]).is_floating_point()]
@@ -111,7 +118,7 @@ def test_no_gradient_is_dropped(call: Callable[..., Tensor], given: dict[str, Te
 
 
 @pytest.mark.parametrize("place", CPU)
-@pytest.mark.parametrize("call", [step, loss, script_loss])
+@pytest.mark.parametrize("call", [step, loss, masked_loss, script_loss])
 def test_transforms_of_functions(call: Callable[..., Tensor], place: Place) -> None:
     """``torch.func`` and batched gradients against derivatives of the op itself, one by one."""
     given = dict(CALLS)[call]
@@ -155,7 +162,7 @@ class Renamed(Tensor):
     """A subclass that changes nothing."""
 
 
-@pytest.mark.parametrize("call", [step, loss, script_loss])
+@pytest.mark.parametrize("call", [step, loss, masked_loss, script_loss])
 @pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x.as_subclass(Renamed)], ids=["Parameter", "subclass"])
 def test_subclasses_are_tensors(call: Callable[..., Tensor], kind: Callable[[Tensor], Tensor]) -> None:
     given = dict(CALLS)[call]

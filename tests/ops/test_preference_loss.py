@@ -24,12 +24,14 @@ def by_definition(
     beta: float,
     rho: Tensor | float = 1.0,
     weight: Tensor | None = None,
+    mask: Tensor | float = 1.0,
 ) -> Tensor:
-    """z, from the two squared errors and not from the product form."""
+    """z, from the two squared errors and not from the product form; ``mask`` broadcasts against a prediction."""
+    policy_error, reference_error = (mask * (prediction - target) ** 2 for prediction in (policy, reference))
     if weight is None:
-        policy, reference, target = (tensor.unsqueeze(1) for tensor in (policy, reference, target))
+        policy_error, reference_error = policy_error.unsqueeze(1), reference_error.unsqueeze(1)
         weight = torch.ones(1, dtype=policy.dtype)
-    difference = ((policy - target) ** 2).flatten(2).mean(-1) - ((reference - target) ** 2).flatten(2).mean(-1)
+    difference = policy_error.flatten(2).mean(-1) - reference_error.flatten(2).mean(-1)
     winner, loser = difference.chunk(2)
     return -beta / 2 * rho * (weight * (winner - loser)).sum(-1)
 
@@ -56,6 +58,77 @@ def test_timesteps(shared: bool) -> None:
     z = by_definition(policy, reference, target, 20.0, weight=weight)
     torch.testing.assert_close(result.margin, z, rtol=1e-11, atol=1e-11)
     assert result.policy_mse.shape == result.reference_mse.shape == (6, 5)
+
+
+# The samples and timesteps of a mask, as factors of 2B = 6 samples and K = 5 timesteps, and whether channels share it.
+MASKS = {"samples": (6, 5, False), "pairs, channels": (3, 5, True), "one": (1, 5, True), "shared": (6, 1, True),
+         "a pair's": (3, 1, False), "one for all": (1, 1, True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [None, 5])
+@pytest.mark.parametrize("utility", ["sigmoid", "robust"])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_weighs_every_element(name: str, utility: str, steps: int | None) -> None:
+    """Forward and backward, of every output that has a gradient; the mean is over all elements, masked or not."""
+    samples, timesteps, channels = MASKS[name]
+    image = (4, 3, 2)
+    policy, reference, target = predictions(3, image if steps is None else (5, *image), gap=0.1)
+    kept = torch.rand(samples, timesteps, 1 if channels else 4, 3, 2, dtype=torch.float64)
+    kept = (kept * (kept > 0.4))[:, 0] if steps is None else kept * (kept > 0.4)
+    rho, weight = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64)
+    weight = None if steps is None else weight
+    wide, inner = kept.repeat(6 // samples, *[1] * (kept.ndim - 1)), 1 if steps is None else 2
+    cotangents = torch.randn(3, dtype=torch.float64), torch.randn(policy.shape[:inner], dtype=torch.float64)
+    leaf, twin = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+    options = {"beta": 50.0, "utility": utility, "label_smoothing": SMOOTHING[utility]}
+    found = fastinvdpo.preference_loss(
+        leaf, reference, target, mask=kept, pair_weight=rho, timestep_weight=weight, **options
+    )
+    z = by_definition(twin, reference, target, 50.0, rho, weight, wide)
+    errors = [(wide * (p - target) ** 2).flatten(inner).mean(-1) for p in (twin, reference)]
+    expected = (UTILITIES[utility].value(z, 50.0, SMOOTHING[utility]).mean(), z, *errors)
+    for one, other in zip((found.loss, found.margin, found.policy_mse, found.reference_mse), expected, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-11, atol=1e-12)
+    assert not found.reference_mse.requires_grad
+    gradients = [
+        torch.autograd.grad(3 * loss + (margin * cotangents[0]).sum() + (mse * cotangents[1]).sum(), p)[0]
+        for p, (loss, margin, mse) in ((leaf, (found.loss, found.margin, found.policy_mse)), (twin, expected[:3]))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+    assert not gradients[0][(wide == 0).expand_as(policy)].any()
+
+
+def test_a_mask_of_the_distance_to_the_reference() -> None:
+    policy, reference, _ = predictions(3, gap=0.1)
+    kept = torch.rand(6, 1, 8, 8, dtype=torch.float64)
+    result = fastinvdpo.preference_loss(policy, reference, None, beta=20.0, mask=kept)
+    torch.testing.assert_close(result.margin, by_definition(policy, reference, reference, 20.0, mask=kept))
+    assert not result.reference_mse.any()
+
+
+def test_a_masked_loss_compiles_without_graph_break() -> None:
+    policy, reference, target = predictions(3, (2, 4, 5), gap=0.1, dtype=torch.float32)
+    kept = torch.rand(6, 1, 4, 5) > 0.5
+
+    def loss(p: Tensor) -> Tensor:
+        return fastinvdpo.preference_loss(p * 1.5, reference, target, beta=20.0, mask=kept).loss
+
+    leaves = [policy.clone().requires_grad_() for _ in range(2)]
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(leaves[0]).backward()
+    loss(leaves[1]).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+def test_a_mask_of_ones_changes_nothing() -> None:
+    """To float32's rounding, on whatever backend is the default."""
+    policy, reference, target = predictions(8, (4, 64, 64), gap=1e-3, dtype=torch.float32)
+    outcomes = []
+    for kept in (None, torch.ones(8, 1, 64, 64, dtype=torch.bool)):
+        leaf = policy.clone().requires_grad_()
+        result = fastinvdpo.preference_loss(leaf, reference, target, beta=5000.0, mask=kept)
+        outcomes.append([result.loss, result.policy_mse, *torch.autograd.grad(result.loss, leaf)])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=0)
 
 
 def test_reference_as_target() -> None:

@@ -84,13 +84,14 @@ def pair_statistics(
     remedy = "stack [winners; losers] as (2B, …), or pass paired=False for images without partners"
     check_predictions(predictions, paired, remedy if paired else "pass (N, …)")
     if mask is not None:
-        _check_mask(mask, policy_pred, paired)
+        check_mask(mask, policy_pred, paired)
     policy_mse, *others = pair_statistics_op(policy_pred, reference_pred, target, mask, paired)
     cross, shift_mse, pair_cross, mask_mean = (other if len(other) else None for other in others)
     return PairStatistics(policy_mse, cross, shift_mse, pair_cross, mask_mean)
 
 
-def _check_mask(mask: Tensor, policy: Tensor, paired: bool) -> None:
+def check_mask(mask: Tensor, policy: Tensor, paired: bool = True) -> None:
+    """Raise unless ``mask`` is one for the samples of ``policy``, or for its pairs."""
     check_tensor("mask", mask, None, policy, dtypes=(*FLOATING, torch.bool))
     shape = tuple(policy.shape)
     batches = {shape[0], 1} | ({shape[0] // 2} if paired else set())

@@ -6,10 +6,10 @@ against a sample, with N, B or 1 samples of its own.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastinvdpo.ops.checks import arithmetic_dtype
+from fastinvdpo.ops.layout import like
 
 
 def forward(
@@ -61,7 +61,7 @@ def backward(
         partner, weight = error.roll(len(error) // 2, 0), pair_mask(k, len(error))
         partner = partner if weight is None else _of_samples(weight, error) * partner
         gradient = gradient + _of_samples(grad_pair_cross, error) * partner
-    return torch.empty_like(policy).copy_(gradient * (len(policy) / policy.numel()))
+    return like((gradient * (len(policy) / policy.numel())).to(policy.dtype), policy)
 
 
 def pair_mask(mask: Tensor | None, samples: int) -> Tensor | None:

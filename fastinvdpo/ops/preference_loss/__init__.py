@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastinvdpo.errors import invalid
 from fastinvdpo.ops.checks import check_predictions, check_tensor
+from fastinvdpo.ops.pair_statistics import check_mask, pair_statistics
+from fastinvdpo.ops.preference_loss import reference
 from fastinvdpo.ops.preference_loss.schema import preference_loss_op
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES, check_utility
 
@@ -23,7 +26,7 @@ class PreferenceLoss:
     Attributes:
         loss: ``mean_i u(z_i)``, scalar.
         margin: ``z`` per pair, ``(B,)``: positive where the policy prefers the winner more than the reference does.
-        policy_mse: ``m((p − τ)²)`` per sample, ``(2B,)`` or ``(2B, K)``.
+        policy_mse: ``m((p − τ)²)``, with a mask ``m(k·(p − τ)²)``, per sample, ``(2B,)`` or ``(2B, K)``.
         reference_mse: ``m((r − τ)²)`` likewise; carries no gradient.
     """
 
@@ -44,6 +47,7 @@ def preference_loss(
     target: Tensor | None,
     *,
     beta: float,
+    mask: Tensor | None = None,
     pair_weight: Tensor | None = None,
     timestep_weight: Tensor | None = None,
     utility: str = "sigmoid",
@@ -67,6 +71,11 @@ def preference_loss(
         target: ``τ``, same shape, or None: the reference is itself the target, ``Δ = m((p − r)²)`` (Inversion-DPO as
             released).
         beta: ``β > 0``, the strength of the tie to the reference.
+        mask: ``k ≥ 0``, what every element counts, 1 when None; floating point or bool, of as many dimensions as the
+            predictions: one for each sample (2B), for each pair (B), or one; every other dimension that of the
+            predictions or 1, as in ``(2B, 1, H, W)``. ``m`` stays the mean over all elements, as in
+            :func:`pair_statistics`, whose kernels run then, one launch forward and one backward, with the utility of
+            B margins in plain PyTorch.
         pair_weight: ``ρ``, ``(B,)``, any sign; 1 when None.
         timestep_weight: ``w``, ``(K,)`` or ``(B, K)``. Required for K timesteps per pair: ``1/K`` for their mean.
         utility: ``u``: sigmoid (``−log σ``), cdpo, robust, hinge, ipo or linear.
@@ -94,8 +103,30 @@ def preference_loss(
         steps = policy_pred.shape[1]
         check_tensor("timestep_weight", timestep_weight, ((steps,), (pairs, steps)), policy_pred)
         timestep_weight = timestep_weight.expand(pairs, steps)
-    tensors = (policy_pred, reference_pred, target, pair_weight, timestep_weight)
-    return PreferenceLoss(*preference_loss_op(*tensors, float(beta), utility, float(label_smoothing)))
+    settings = (pair_weight, timestep_weight, float(beta), utility, float(label_smoothing))
+    if mask is not None:
+        check_mask(mask, policy_pred)
+        return _masked(policy_pred, reference_pred, target, mask, *settings)
+    return PreferenceLoss(*preference_loss_op(policy_pred, reference_pred, target, *settings))
+
+
+def _masked(
+    policy: Tensor, reference_pred: Tensor, target: Tensor | None, mask: Tensor, *settings: Any
+) -> PreferenceLoss:
+    """From the sums of ``pair_statistics``, whose kernels read a mask: each timestep of a sample is a sample there."""
+    errors = policy.shape[: 1 if settings[1] is None else 2]
+    tau = reference_pred if target is None else target
+    if len(errors) == 2:
+        samples = max(len(mask), len(policy) // 2)  # a mask for all becomes one for each pair
+        mask = mask.expand(samples, errors[1], *mask.shape[2:]).flatten(0, 1)
+        policy, reference_pred, tau = (tensor.flatten(0, 1) for tensor in (policy, reference_pred, tau))
+    # No product of winner and loser is wanted, but a mask for both of them is one of pairs.
+    paired = len(mask) == len(policy) // 2
+    sums = pair_statistics(policy, None if target is None else reference_pred, tau, mask, paired=paired)
+    delta = sums.policy_mse if target is None else sums.difference
+    loss, margin = reference.of_differences(delta.view(errors), *settings)
+    reference_mse = (sums.policy_mse - delta).detach()
+    return PreferenceLoss(loss, margin, sums.policy_mse.view(errors), reference_mse.view(errors))
 
 
 def check_beta(beta: float, name: str = "beta") -> None:

@@ -34,12 +34,24 @@ def forward(
     reference_mse = (r - tau).square().mean(-1)
     # The difference of the two, without subtracting two nearly equal means.
     delta = ((p - r) * ((p - tau) + (r - tau))).mean(-1)
+    results = of_differences(delta, pair_weight, timestep_weight, beta, utility, label_smoothing)
+    return *results, policy_mse, reference_mse
+
+
+def of_differences(
+    delta: Tensor,
+    pair_weight: Tensor | None,
+    timestep_weight: Tensor | None,
+    beta: float,
+    utility: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """``(loss (), margin (B,))`` of ``Δ`` per sample and timestep."""
     winner, loser = delta.chunk(2)
     margin = pair_scale(beta, pair_weight, timestep_weight, winner) * (winner - loser)
     if timestep_weight is not None:
         margin = margin.sum(1)
-    loss = UTILITIES[utility].value(margin, beta, label_smoothing).mean()
-    return loss, margin, policy_mse, reference_mse
+    return UTILITIES[utility].value(margin, beta, label_smoothing).mean(), margin
 
 
 def backward(  # noqa: PLR0913 - the op's schema
