@@ -4,7 +4,8 @@ A directory with::
 
     manifest.json              what it was computed from, and when complete the size of every shard, and digests of the
                                other files but those
-    index.safetensors          which images and which caption belong to each pair, its row in the data and its scores
+    index.safetensors          which images and which caption belong to each pair, its row in the data and its scores;
+                               of single images (Diffusion-KTO) a pair is one image, and whether it was liked
     data.json, broken.jsonl    what became of the rows of the data, and the ones that were left out
     unconditional.safetensors  the embedding of the empty prompt
     pairs-000000.safetensors   the images and captions that occur first in pairs 0 … 31, and so on
@@ -133,17 +134,17 @@ class PairIndex:
     """Which images and captions the pairs of a cache consist of.
 
     Attributes:
-        images: int64 ``(pairs, 2)``, the numbers of winner and loser.
+        images: int64 ``(pairs, 2)``, the numbers of winner and loser; ``(n, 1)`` of single images.
         captions, rows: int64 ``(pairs,)``, the number of the caption, and the row in the data.
         scores: float64 ``(pairs, 2)``, or None.
-        ties: bool ``(pairs,)``, pairs without a winner.
+        ties: bool ``(pairs,)``, pairs without a winner. liked: bool ``(n,)``, of single images; None of pairs.
         first: for ``"image"`` and ``"caption"`` the number of the first one of every shard, and the count at the end.
     """
 
     def __init__(self, directory: Path) -> None:
         tensors: Tensors = safetensors.torch.load_file(directory / INDEX)
         self.images, self.captions, self.rows = tensors["images"], tensors["captions"], tensors["rows"]
-        self.scores = tensors.get("scores")
+        self.scores, self.liked = tensors.get("scores"), tensors.get("liked")
         self.ties = tensors.get("ties", torch.zeros(self.rows.shape[0], dtype=torch.bool))
         self.first = {kind: tensors[f"first_{kind}"].tolist() for kind in ("image", "caption")}
         self.shards = len(self.first["image"]) - 1
@@ -160,6 +161,7 @@ class PairCache:
         contents: digests of the pairs, and of what encoded them.
         stored: names of the tensors of an ``"image"`` and of a ``"caption"``.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
+        unpaired: whether it holds single images; liked: of each of them.
         network_evaluations: what the whole cache cost.
     """
 
@@ -179,6 +181,8 @@ class PairCache:
         names = [name.split(".", 1) for name in list(self._shard(0)[0].keys())]
         self.stored = {kind: [name for of, name in names if of == kind] for kind in ("image", "caption")}
         self.has_scores, self.has_reference = self.index.scores is not None, "reference_pred" in self.stored["image"]
+        self.unpaired = self.index.liked is not None
+        self.liked: list[bool] = [] if self.index.liked is None else self.index.liked.tolist()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -186,10 +190,11 @@ class PairCache:
     def fetch(self, index: int, draw: int) -> EncodedPair:
         """A pair, in the stored types. Raises ``InvalidInput`` for a shard that is damaged or not ours."""
         known = self.index
-        winner, loser = (self._read("image", int(number)) for number in known.images[index])
+        sides = tuple(self._read("image", int(number)) for number in known.images[index])
         scores = None if known.scores is None else tuple(known.scores[index].tolist())
         caption = self._read("caption", int(known.captions[index]))
-        return EncodedPair(winner, loser, caption, scores, int(known.rows[index]), bool(known.ties[index]))
+        liked = self.liked[index] if self.unpaired else None
+        return EncodedPair(sides, caption, scores, int(known.rows[index]), bool(known.ties[index]), liked)
 
     def encode(self, fetched: Sequence[EncodedPair]) -> list[EncodedPair]:
         return list(fetched)
