@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mapo": {},  # β weighs the margin's term, and is the published one
     "poly-dpo": {**_BETA, "alpha": 1.0},  # the published 8 is for labels as noisy as Pick-a-Pic's
     "snpo": {"beta": 500.0},  # without the ½ of the others
+    "kto": {"beta": 500.0},  # likewise
 }
 """Beside the methods' own defaults; β alone for those that are not here."""
 
@@ -104,6 +105,7 @@ def method_config(
     def config(steps: int) -> TrainConfig:
         settings = run_settings(method, options, BASE, directory, learning_rate, steps, seed)
         settings["output"]["tensorboard"] = False
+        settings["data"]["form"] = "pairs"  # whose winners are likes
         return TrainConfig.from_mapping(settings)
 
     counted = count_evaluations(config(1))

@@ -189,7 +189,7 @@ def test_training_from_the_cache_is_the_same_bit_for_bit(likes: Path, small_shar
     stored = precompute(TrainConfig.from_mapping(mapping(likes, data=dropout, cache=cache)), progress=False)
     assert stored.unpaired and sum(stored.liked) == LIKED and stored.index.images.shape == (IMAGES, 1)
     pairs = tiny.mapping(likes, cache=cache)
-    with pytest.raises(InvalidInput, match="different are .*data.form"):
+    with pytest.raises(InvalidInput, match=r"different are .*data\.form"):
         train(TrainConfig.from_mapping(pairs), progress=False)
 
 
