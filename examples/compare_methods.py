@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mapo": {},  # β weighs the margin's term, and is the published one
     "poly-dpo": {**_BETA, "alpha": 1.0},  # the published 8 is for labels as noisy as Pick-a-Pic's
     "snpo": {"beta": 500.0},  # without the ½ of the others
+    "kto": {"beta": 500.0},  # likewise
 }
 """Beside the methods' own defaults; β alone for those that are not here."""
 
@@ -108,6 +109,7 @@ def method_config(
         settings = run_settings(run, options, model, directory, learning_rate)
         del settings["cache"]  # every method makes all of its evaluations
         settings["output"]["tensorboard"] = False
+        settings["data"]["form"] = "pairs"  # whose winners are likes
         return TrainConfig.from_mapping(settings)
 
     counted = count_evaluations(config(1))

@@ -106,8 +106,9 @@ def precompute(arguments: Configuration = None, preset: Preset = None, progress:
     cache = fill(config, progress=progress)
     if os.environ.get("RANK", "0") == "0":
         images, captions = cache.index.first["image"][-1], cache.index.first["caption"][-1]
+        what = "single images" if cache.unpaired else "pairs"
         typer.echo(
-            f"{len(cache)} pairs: {images} images, {captions} captions, {cache.network_evaluations:,} network "
+            f"{len(cache)} {what}: {images} images, {captions} captions, {cache.network_evaluations:,} network "
             f"evaluations. Cache: {cache.directory}"
         )
         if cache.summary is not None:

@@ -105,13 +105,16 @@ class BucketsSection(Section):
 
 
 class DataSection(Section):
-    """The pairs (docs/guides/data.md). ``cache_gib``: host memory for latents and prompt embeddings, where they are the
-    same at every visit. ``split``, ``revision``, ``subset``: of a ``datasets`` repository. ``max_broken``: a count or
-    share. ``latents``: the mean of the VAE's posterior, or a sample of it, the same at every visit of an image.
-    ``masks``: only what is white in the columns ``mask``, or ``mask_0`` and ``mask_1``, counts.
+    """The data (docs/guides/data.md). ``form``: what a row is, a pair, or an image that was liked or disliked; of
+    pairs, a method that trains on single images takes winners for likes. ``cache_gib``: host memory for latents and
+    prompt embeddings that are the same at every visit. ``split``, ``revision``, ``subset``: of a ``datasets``
+    repository. ``max_broken``: a count, or a share. ``latents``: the mean of the VAE's posterior, or a sample of it,
+    the same at every visit of an image. ``masks``: only what is white in the columns ``mask``, or ``mask_0`` and
+    ``mask_1``, counts.
     """
 
     path: Place
+    form: Literal["pairs", "likes"] = "pairs"
     format: Literal["auto", "parquet", "folder", "hpd", "webdataset", "datasets"] = "auto"
     split: NonEmpty = "train"
     revision: NonEmpty | None = None
@@ -157,7 +160,7 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    """``batch_size`` counts pairs per micro-batch and process.
+    """``batch_size`` counts pairs per micro-batch and process; of methods that train on single images, images.
 
     ``max_batch``: network evaluations in one call at most. It also sets the memory of a step that scores a whole
     trajectory, whose gradient is streamed in calls of that size; null: as many as memory has room for

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from fastinvdpo.config.explain import explain
 from fastinvdpo.config.sections import RunSections, known_keys, write_method
 from fastinvdpo.data import Buckets
-from fastinvdpo.data.rows import MASKS, SCHEMA
+from fastinvdpo.data.rows import FORMS, MASKS
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import as_written
 from fastinvdpo.methods import Method
@@ -38,6 +38,8 @@ class TrainConfig(RunSections):
             config = cls.model_validate(dict(mapping))
         except ValidationError as error:
             raise explain(error, known_keys) from None
+        if config.method.unpaired and "form" not in config.data.model_fields_set:
+            config = config.model_copy(update={"data": config.data.model_copy(update={"form": "likes"})})
         _check_combinations(config)
         return config
 
@@ -55,9 +57,10 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
     given["method"] = write_method(method) if isinstance(method, Method) else dict(method)
     path = "a model at hand" if origin is None else as_written(str(origin.path))
     given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
+    form = next((name for name, form in FORMS.items() if form is getattr(source, "form", None)), None)
     at_hand: dict[str, Any] = {"path": as_written(str(getattr(source, "path", "pairs at hand")))}
-    if getattr(pairs, "has_masks", False):
-        at_hand["masks"] = True
+    at_hand |= {} if form is None else {"form": form}
+    at_hand |= {"masks": True} if getattr(pairs, "has_masks", False) else {}
     given["data"] = {**at_hand, **given.get("data", {})}
     return TrainConfig.from_mapping(given)
 
@@ -109,10 +112,17 @@ def _model(config: TrainConfig) -> Iterator[InvalidInput]:
 
 
 def _data(config: TrainConfig) -> Iterator[InvalidInput]:
-    data = config.data
+    data, method = config.data, config.method
+    schema = FORMS[data.form].schema
+    if data.form == "likes" and not method.unpaired:
+        problem = f"has no pairs to compare, as method {method.name} does"
+        yield invalid("data.form", data.form, problem, "set it to pairs, or method.name to kto")
+    if method.like_share is not None and data.buckets is not None:
+        problem = "balances labels draw by draw, and data.buckets want batches of one shape"
+        yield invalid("method.like_share", method.like_share, problem, "set it to null, or drop data.buckets")
     for name in data.columns:
-        if name not in SCHEMA:
-            remedy = f"use the names {', '.join(SCHEMA)} on the left, your file's names on the right"
+        if name not in schema:
+            remedy = f"use the names {', '.join(schema)} on the left, your file's names on the right"
             problem = "does not translate a column that is read"
             yield invalid(f"data.columns.{name}", data.columns[name], problem, remedy)
     if ("score_0" in data.columns) != ("score_1" in data.columns):
@@ -123,6 +133,8 @@ def _data(config: TrainConfig) -> Iterator[InvalidInput]:
     if data.masks and config.method.compat is not None:
         problem = "reproduces code that has no masks"
         yield invalid("method.compat", config.method.compat, problem, "set it to null, or data.masks to false")
+    if data.masks and method.unpaired:
+        yield invalid("data.masks", True, f"means nothing for {method.name}", "set it to false")
     if not data.center_crop and data.resolution is None:
         problem = "means a random crop of unknown size"
         yield invalid("data.center_crop", False, problem, "set data.resolution as well")

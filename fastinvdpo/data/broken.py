@@ -67,6 +67,8 @@ class DataSummary:
         rows: rows in the data; pairs: those that are trained on, kept ties among them.
         ties: rows without a winner; ties_kept: whether they are among the pairs.
         broken: how many rows were left out, by cause.
+        liked: of single images, which ``pairs`` then counts, those that were liked; both: those of them that another
+            row dislikes. None of pairs.
     """
 
     path: str
@@ -76,9 +78,14 @@ class DataSummary:
     ties: int
     ties_kept: bool
     broken: dict[str, int]
+    liked: int | None = None
+    both: int | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows: {self.pairs} pairs"]
+        if self.liked is not None:
+            both = f" ({self.both} also disliked)" if self.both else ""
+            parts = [f"{self.rows} rows: {self.pairs} images, {self.liked} liked{both}"]
         if self.ties:
             parts.append(f"{self.ties} of them ties" if self.ties_kept else f"{self.ties} ties dropped")
         if self.broken:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, caught, read_ahead
-from fastinvdpo.data.rows import IMAGES, PairSource, caption_of, scores_of, winner_of
+from fastinvdpo.data.rows import PAIRS, PairSource, caption_of, liked_of, scores_of, winner_of
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import DIGEST, Digests, key_hash
 
@@ -26,7 +26,8 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
         digests: remembers the digest of the images until one of the source's files changes.
         images: False leaves the images out, which are read for this.
     """
-    parts = {name: hashlib.sha256() for name in ("captions", "winners", "scores")}
+    names = ("captions", "winners", "scores") if source.form is PAIRS else ("captions", "likes")
+    parts = {name: hashlib.sha256() for name in names}
     places = hashlib.sha256()
     for row in range(len(source)):
         where = partial(source.where, row)
@@ -34,15 +35,16 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
         places.update(repr(record).encode())
         values: dict[str, Any] = dict.fromkeys(parts, record)
         if not isinstance(record, str):
-            values = {
-                "captions": _or_cause(caption_of, record, where),
-                "winners": _or_cause(winner_of, record, where, source.names),
-                "scores": _or_cause(scores_of, record, where),
-            }
+            values = {"captions": _or_cause(caption_of, record, where)}
+            if source.form is PAIRS:
+                values["winners"] = _or_cause(winner_of, record, where, source.names)
+                values["scores"] = _or_cause(scores_of, record, where)
+            else:
+                values["likes"] = _or_cause(liked_of, record, where)
         for name, part in parts.items():
             part.update(f"{values[name]!r}\n".encode())
     found: dict[str, Any] = {f"data {name}": DIGEST + part.hexdigest() for name, part in parts.items()}
-    read: dict[str, tuple[_Read, tuple[str, ...]]] = {"data images": (source.image, IMAGES)}
+    read: dict[str, tuple[_Read, tuple[str, ...]]] = {"data images": (source.image, source.form.images)}
     if source.mask_names is not None:
         read["data masks"] = source.mask, source.mask_names
     for name, (encoded, columns) in read.items():
@@ -62,17 +64,17 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for i in seen:
         pair = pairs.pair(i, draw=i)
-        known = (pair.caption, pair.winner_score, pair.loser_score, pair.tie, pair.winner.size, pair.loser.size)
-        digest.update(repr(known).encode() + pair.winner.tobytes() + pair.loser.tobytes())
-        for mask in (pair.winner_mask, pair.loser_mask):
-            digest.update(b"" if mask is None else mask.tobytes())
+        images = [side.image for side in pair.sides]
+        known = (pair.caption, *pair.judged, *(image.size for image in images))
+        digest.update(repr(known).encode() + b"".join(image.tobytes() for image in images))
+        digest.update(b"".join(side.mask.tobytes() for side in pair.sides if side.mask is not None))
     name = "data pairs" if len(seen) == total else f"data pairs, {len(seen)} of them"
     return {"data rows": total, name: DIGEST + digest.hexdigest()}
 
 
 def columns_of(source: PairSource, digests: Digests) -> str:
     """A digest of all columns of a table but the images; the same for any source whose rows are no table."""
-    images = [source.shown(name) for name in IMAGES]
+    images = [source.shown(name) for name in source.form.images]
     names = [name for name in source.column_names() if name not in images]
 
     def make() -> str:
@@ -94,7 +96,9 @@ def _of_images(source: PairSource, encoded: _Read, names: Sequence[str], digests
 
     def make() -> str:
         digest = hashlib.sha256()
-        found = read_ahead(lambda row: [_or_cause(one, row, side) for side in (0, 1)], range(len(source)))
+        found = read_ahead(
+            lambda row: [_or_cause(one, row, side) for side in range(len(source.form.images))], range(len(source))
+        )
         hashes = (both for _, both in found)
         while some := list(islice(hashes, _ROWS_HASHED)):
             digest.update(repr(some).encode())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageOps
 
 from fastinvdpo.data.broken import by_cause, write_report
+from fastinvdpo.data.likes import LikedDataset, LikedImage
 from fastinvdpo.data.pairs import Pair, PairDataset
 from fastinvdpo.data.rows import SCORES
 from fastinvdpo.output import OutputDirectory
@@ -17,7 +19,7 @@ _WON, _LOST, _TIED = (46, 125, 50), (198, 40, 40), (117, 117, 117)
 _SIZES_SHOWN = 5
 
 
-def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int = 8) -> str:
+def inspect_pairs(dataset: PairDataset | LikedDataset, output: OutputDirectory, *, pairs: int = 8) -> str:
     """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return a summary as text."""
     write_report(dataset.summary, dataset.broken, output)
     with output.file(SHEET) as partial:
@@ -30,8 +32,7 @@ def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int =
     lines = [
         f"path      {found.path} ({found.format})",
         f"rows      {found.rows}",
-        f"pairs     {found.pairs}",
-        f"ties      {found.ties} ({'kept' if found.ties_kept else 'dropped'})",
+        *_kept(dataset),
         f"broken    {by_cause(found.broken) or 'none'}",
         f"images    {', '.join(sizes) or 'not looked at (streaming)'}",
         f"captions  {len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
@@ -43,13 +44,21 @@ def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int =
     return "\n".join(lines)
 
 
-def _masks(dataset: PairDataset) -> str:
+def _masks(dataset: PairDataset | LikedDataset) -> str:
     names = ", ".join(map(dataset.source.shown, dataset.source.stored_masks))
     return (names if dataset.has_masks else f"{names}, not read (data.masks)") if names else "none"
 
 
-def _scores(dataset: PairDataset) -> str:
-    scores = dataset.scores()
+def _kept(dataset: PairDataset | LikedDataset) -> list[str]:
+    found = dataset.summary
+    if isinstance(dataset, LikedDataset):
+        liked = sum(dataset.liked)
+        return [f"liked     {liked} ({dataset.both} also disliked)", f"disliked  {len(dataset) - liked}"]
+    return [f"pairs     {found.pairs}", f"ties      {found.ties} ({'kept' if found.ties_kept else 'dropped'})"]
+
+
+def _scores(dataset: PairDataset | LikedDataset) -> str:
+    scores = None if isinstance(dataset, LikedDataset) else dataset.scores()
     if scores is None:
         return "none"
     won, lost = (statistics.fmean(side) for side in zip(*scores, strict=True))
@@ -58,14 +67,16 @@ def _scores(dataset: PairDataset) -> str:
     return f"{columns}: winners {won:.4g}, losers {lost:.4g} on average; the winner's is higher in {higher:.1%}"
 
 
-def sheet(pairs: list[Pair]) -> Image.Image:
-    """One line a pair: winner (green), loser (red; both gray for a tie), row, caption, scores."""
+def sheet(pairs: Sequence[Pair | LikedImage]) -> Image.Image:
+    """One line a pair: winner (green), loser (red; both gray for a tie), row, caption, scores; or a line for each image
+    that was liked (green) or disliked (red).
+    """
     cell = _SIDE + 2 * _GAP
     page = Image.new("RGB", (2 * cell + _TEXT, max(1, len(pairs)) * cell), "white")
     draw = ImageDraw.Draw(page)
     for line, pair in enumerate(pairs):
-        frames = (_TIED, _TIED) if pair.tie else (_WON, _LOST)
-        for column, (image, frame) in enumerate(zip((pair.winner, pair.loser), frames, strict=True)):
+        frames = (_TIED, _TIED) if pair.tie else (_LOST,) if pair.liked is False else (_WON, _LOST)
+        for column, ((image, *_), frame) in enumerate(zip(pair.sides, frames, strict=False)):
             way = Image.Resampling.NEAREST if max(image.size) * 4 < _SIDE else Image.Resampling.BICUBIC
             small = ImageOps.expand(ImageOps.contain(image.convert("RGB"), (_SIDE, _SIDE), way), 3, frame)
             place = (column * cell + (cell - small.width) // 2, line * cell + (cell - small.height) // 2)
@@ -74,10 +85,10 @@ def sheet(pairs: list[Pair]) -> Image.Image:
     return page
 
 
-def _label(pair: Pair) -> str:
+def _label(pair: Pair | LikedImage) -> str:
     lines = [f"row {pair.row}" + (", tie" if pair.tie else "")]
-    if pair.winner_score is not None and pair.loser_score is not None:
-        lines.append(f"scores {pair.winner_score:.4g}, {pair.loser_score:.4g}")
+    if pair.scores is not None:
+        lines.append(f"scores {pair.scores[0]:.4g}, {pair.scores[1]:.4g}")
     text = pair.caption.encode("ascii", "replace").decode()  # the built-in font has little more
     lines += [text[start : start + 56] for start in range(0, min(len(text), 56 * 7), 56)]
     return "\n".join(lines)

@@ -11,16 +11,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
 
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, broken, read_ahead
 from fastinvdpo.data.images import decode, decode_mask, most_of, probe
-from fastinvdpo.data.rows import IMAGES, SCORES, TIE, PairSource, caption_of, scores_of, winner_of
+from fastinvdpo.data.rows import PAIRS, SCORES, TIE, PairSource, caption_of, scores_of, winner_of
 from fastinvdpo.data.sources import open_source
 from fastinvdpo.data.transforms import Buckets, Decisions, ImageGeometry, Size, decide, scaled, transform
 from fastinvdpo.errors import InvalidInput, invalid
+
+
+class Side(NamedTuple):
+    """An image as a model sees it, its original size and crop, its key, and its mask, where masks are read."""
+
+    image: Image.Image
+    geometry: ImageGeometry
+    key: str
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -51,16 +60,38 @@ class Pair:
     tie: bool = False
     winner_mask: Image.Image | None = None
     loser_mask: Image.Image | None = None
+    liked: ClassVar[None] = None
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Winner and loser."""
+        return (
+            Side(self.winner, self.winner_geometry, self.winner_key, self.winner_mask),
+            Side(self.loser, self.loser_geometry, self.loser_key, self.loser_mask),
+        )
+
+    @property
+    def scores(self) -> tuple[float, float] | None:
+        """Both scores, None where one is missing."""
+        if self.winner_score is None or self.loser_score is None:
+            return None
+        return self.winner_score, self.loser_score
+
+    @property
+    def judged(self) -> tuple[Any, ...]:
+        """What is known of the preference beside who won."""
+        return self.winner_score, self.loser_score, self.tie
 
 
 @dataclass(frozen=True, slots=True)
 class PairEntry:
-    """What is known of a pair without decoding its images.
+    """What is known of a pair, or of an image that was liked or not, without decoding.
 
     Attributes:
-        winner: the side that won, or stands for the winner of a tie.
+        winner: the side that won, or stands for the winner of a tie; of a single image its own side.
         scores: those of winner and loser, where the file has them.
-        winner_key, loser_key: SHA-256 of encoded bytes, caption and mask; equal for equal images of one caption.
+        keys: SHA-256 of encoded bytes, caption and mask, of winner and loser; equal for equal images of one caption.
+        liked: of a single image.
     """
 
     row: int
@@ -68,39 +99,18 @@ class PairEntry:
     tie: bool
     caption: str
     scores: tuple[float, float] | None
-    winner_key: str = ""
-    loser_key: str = ""
+    keys: tuple[str, ...] = ()
+    liked: bool | None = None
 
 
-class PairDataset:
-    """Preference pairs of a source: parquet, a folder, ranked images, webdataset shards, a ``datasets`` repository.
-
-    docs/guides/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all
-    rows are checked when the set is opened; the images themselves are decoded when a pair is read.
-
-    Args:
-        source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``; with masks
-            ``open_source(path).with_masks()``.
-        ties: ``"drop"``, ``"keep"`` (``Pair.tie`` is set) or ``"error"``; all are counted.
-        resolution: shorter side in pixels after resizing, and side of the square crop; or :class:`Buckets`, among which
-            the shape of each pair chooses. ``None`` keeps the images, which then must all have one size.
-        random_flip, center_crop: mirror half of the samples; crop the middle instead of a random place.
-        relabel_by_score: the winner is the image with the higher score, equal scores are the ties, and labels are not
-            read (SmPO-Diffusion, arXiv 2506.02698).
-        seed: seed of flips and crops.
-        max_broken: how many rows that cannot be used may be left out, as a count or as a share below 1 of all rows;
-            they are listed in ``broken``, with a warning. Above zero every image is decoded once when the set is
-            opened. Zero: the first one is an error.
-
-    Attributes:
-        summary: what became of every row. broken: the rows that were left out.
-        has_scores, has_masks: whether pairs carry preference scores, and masks.
-        image_sizes: how many images have which ``(height, width)``; empty where they were not looked at.
-        bucket_of, bucket_sizes: with buckets, the number of every pair's bucket, and the buckets' sizes.
-
-    Raises:
-        InvalidInput: naming row and column of the value that cannot be used, or the option.
+class RowDataset:
+    """What :class:`PairDataset` and :class:`fastinvdpo.data.LikedDataset` share: rows that are read and checked when
+    the set is opened, and images that are transformed when they are drawn. Arguments and attributes are those of
+    :class:`PairDataset`.
     """
+
+    unpaired = False
+    """Whether an entry is one image."""
 
     def __init__(
         self,
@@ -116,17 +126,19 @@ class PairDataset:
         max_broken: int | float = 0,
     ) -> None:
         _check_options(ties, resolution, max_broken)
-        self.source = source if isinstance(source, PairSource) else open_source(source, columns=columns)
+        self.source = source if isinstance(source, PairSource) else self._open(source, columns)
         self.resolution, self.random_flip, self.center_crop = resolution, random_flip, center_crop
         self.seed = seed
-        stored = self.source.resolve((*IMAGES, "caption", *(SCORES if relabel_by_score else ("label_0",))))
+        form = self.source.form
+        by_score = relabel_by_score and form is PAIRS
+        stored = self.source.resolve((*form.images, "caption", *(SCORES if by_score else form.labels[:1])))
         scored = sorted(stored & set(SCORES))
         if len(scored) == 1:
             raise invalid("data.columns", scored, "has no other side beside it", "store both scores or neither")
         self.has_scores, self.has_masks = bool(scored), self.source.mask_names is not None
         path, total = self.source.path, len(self.source)
         if not total:
-            raise invalid("data.path", path, "holds no rows", "write at least one pair")
+            raise invalid("data.path", path, "holds no rows", "write at least one")
         self.broken = BrokenRows(max_broken, total)
         self.bucket_sizes: list[Size] = resolution.sizes if isinstance(resolution, Buckets) else []
         self.bucket_of: list[int] = []
@@ -143,43 +155,11 @@ class PairDataset:
             left_out = f"left out {len(self.broken.found)} broken rows {self.broken.shown()}"
             warnings.warn(f"{path}: {left_out}", stacklevel=2)
 
+    def _open(self, path: str | Path, columns: Mapping[str, str] | None) -> PairSource:
+        return open_source(path, columns=columns)
+
     def __len__(self) -> int:
         return len(self._kept)
-
-    def __getitem__(self, i: int) -> Pair:
-        return self.pair(i, draw=i)
-
-    def pair(self, i: int, draw: int) -> Pair:
-        """Pair ``i`` at the sample index ``draw``: flip and crop follow from ``(seed, draw)``, equal on both sides.
-
-        Raises:
-            IndexError: ``i`` out of range. InvalidInput: image data that turns out to be broken.
-        """
-        if not 0 <= i < len(self._kept):
-            raise IndexError(f"pair {i} of a set of {len(self._kept)} pairs")
-        kept = self._kept[i]
-        target = self.bucket_sizes[self.bucket_of[i]] if self.bucket_of else self.resolution
-        assert not isinstance(target, Buckets)  # then there are bucket numbers
-        decisions = decide(self.seed, draw, random_flip=self.random_flip, center_crop=self.center_crop)
-        sides = [self._side(kept, side, target, decisions) for side in (kept.winner, 1 - kept.winner)]
-        (won, won_at, won_key), (lost, lost_at, lost_key) = sides
-        better, worse = kept.scores or (None, None)
-        masks = [
-            self._mask(kept.row, side, geometry.original_size, target, decisions)
-            for side, geometry in ((kept.winner, won_at), (1 - kept.winner, lost_at))
-        ]
-        known = (better, worse, kept.row, won_key, lost_key, won_at, lost_at, kept.tie)
-        return Pair(won, lost, kept.caption, *known, *masks)
-
-    def entry(self, i: int) -> PairEntry:
-        """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
-        kept = self._kept[i]
-        won, lost = (self._content_key(kept, side).hexdigest() for side in (kept.winner, 1 - kept.winner))
-        return replace(kept, winner_key=won, loser_key=lost)
-
-    def scores(self) -> list[tuple[float, float]] | None:
-        """Scores of winner and loser of all pairs, None where the data has none."""
-        return [pair.scores for pair in self._kept if pair.scores is not None] if self.has_scores else None
 
     def caption(self, i: int) -> str:
         return self._kept[i].caption
@@ -195,18 +175,27 @@ class PairDataset:
             found[bisect_right(ends, pair.row)].append(i)
         return [group for group in found if group]
 
-    def _side(
-        self, kept: PairEntry, side: int, target: int | Size | None, decisions: Decisions
-    ) -> tuple[Image.Image, ImageGeometry, str]:
+    def _drawn(self, i: int, draw: int, *others: int) -> list[Side]:
+        """The images of entry ``i`` at the sample index ``draw``: its own side, and ``others`` relative to it."""
+        if not 0 <= i < len(self._kept):
+            raise IndexError(f"pair {i} of a set of {len(self._kept)} pairs")
+        kept = self._kept[i]
+        target = self.bucket_sizes[self.bucket_of[i]] if self.bucket_of else self.resolution
+        assert not isinstance(target, Buckets)  # then there are bucket numbers
+        decisions = decide(self.seed, draw, random_flip=self.random_flip, center_crop=self.center_crop)
+        return [self._side(kept, abs(other - kept.winner), target, decisions) for other in (0, *others)]
+
+    def _side(self, kept: PairEntry, side: int, target: int | Size | None, decisions: Decisions) -> Side:
         data = self.source.image(kept.row, side)
-        where = self.source.where(kept.row, IMAGES[side])
+        where = self.source.where(kept.row, self.source.form.images[side])
         image, geometry = transform(decode(data, where), target, decisions, where)
         if target is None and geometry.target_size != self.image_size:
             raise _another_size(where, geometry.target_size, self.image_size)
-        key = self._content_key(kept, side)
+        key = self._key(kept, side)
         if target is not None or decisions.flip:
             key.update(repr((target, decisions.flip, geometry)).encode())
-        return image, geometry, key.hexdigest()
+        mask = self._mask(kept.row, side, geometry.original_size, target, decisions)
+        return Side(image, geometry, key.hexdigest(), mask)
 
     def _mask(
         self, row: int, side: int, size: Size, target: int | Size | None, decisions: Decisions
@@ -222,9 +211,9 @@ class PairDataset:
             raise broken("malformed mask", where, size, problem, "crop image and mask yourself, or leave the row out")
         return mask
 
-    def _content_key(self, kept: PairEntry, side: int) -> Any:
-        key = hashlib.sha256(self.source.image(kept.row, side))
-        key.update(b"\0" + kept.caption.encode())
+    def _key(self, kept: PairEntry, side: int) -> Any:
+        """SHA-256 of the encoded bytes, caption and mask."""
+        key = content_key(self.source.image(kept.row, side), kept.caption)
         if (mask := self.source.mask(kept.row, side)) is not None:
             key.update(b"\0" + hashlib.sha256(mask).digest())
         return key
@@ -274,10 +263,10 @@ class PairDataset:
             size = size or sizes[0]
             self.image_sizes.update(sizes)
             if isinstance(square, Buckets):
-                self.bucket_of.append(square.choose(*sizes))
-            elif square is None and sizes != [size, size]:
+                self.bucket_of.append(square.choose(sizes[0], sizes[-1]))
+            elif square is None and set(sizes) != {size}:
                 side = int(sizes[0] == size)
-                raise _another_size(self.source.where(row, IMAGES[side]), sizes[side], size)
+                raise _another_size(self.source.where(row, self.source.form.images[side]), sizes[side], size)
         if not kept:
             problem = f"every row that is no tie is broken: {self.broken.shown()}"
             raise invalid("data.path", self.source.path, problem, "repair the file")
@@ -286,9 +275,12 @@ class PairDataset:
         return kept, size if square is None else (square, square)
 
     def _sizes(self, whole: bool, row: int) -> list[Size]:
-        """The sizes of both images of a row; ``whole`` decodes them, otherwise the headers are read."""
-        images = [(self.source.image(row, side), self.source.where(row, name)) for side, name in enumerate(IMAGES)]
-        if images[0][0] == images[1][0]:
+        """The sizes of the images of a row; ``whole`` decodes them, otherwise the headers are read."""
+        images = [
+            (self.source.image(row, side), self.source.where(row, name))
+            for side, name in enumerate(self.source.form.images)
+        ]
+        if len(images) == 2 and images[0][0] == images[1][0]:
             self._alike.append(row)
         sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
         target = self.resolution
@@ -300,6 +292,68 @@ class PairDataset:
             for side, size in enumerate(sizes):
                 self._mask(row, side, size, cut, Decisions())
         return sizes
+
+
+def content_key(data: memoryview, caption: str) -> Any:
+    key = hashlib.sha256(data)
+    key.update(b"\0" + caption.encode())
+    return key
+
+
+class PairDataset(RowDataset):
+    """Preference pairs of a source: parquet, a folder, ranked images, webdataset shards, a ``datasets`` repository.
+
+    docs/guides/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all
+    rows are checked when the set is opened; the images themselves are decoded when a pair is read.
+
+    Args:
+        source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``; with masks
+            ``open_source(path).with_masks()``.
+        ties: ``"drop"``, ``"keep"`` (``Pair.tie`` is set) or ``"error"``; all are counted.
+        resolution: shorter side in pixels after resizing, and side of the square crop; or :class:`Buckets`, among which
+            the shape of each pair chooses. ``None`` keeps the images, which then must all have one size.
+        random_flip, center_crop: mirror half of the samples; crop the middle instead of a random place.
+        relabel_by_score: the winner is the image with the higher score, equal scores are the ties, and labels are not
+            read (SmPO-Diffusion, arXiv 2506.02698).
+        seed: seed of flips and crops.
+        max_broken: how many rows that cannot be used may be left out, as a count or as a share below 1 of all rows;
+            they are listed in ``broken``, with a warning. Above zero every image is decoded once when the set is
+            opened. Zero: the first one is an error.
+
+    Attributes:
+        summary: what became of every row. broken: the rows that were left out.
+        has_scores, has_masks: whether pairs carry preference scores, and masks.
+        image_sizes: how many images have which ``(height, width)``; empty where they were not looked at.
+        bucket_of, bucket_sizes: with buckets, the number of every pair's bucket, and the buckets' sizes.
+
+    Raises:
+        InvalidInput: naming row and column of the value that cannot be used, or the option.
+    """
+
+    def __getitem__(self, i: int) -> Pair:
+        return self.pair(i, draw=i)
+
+    def pair(self, i: int, draw: int) -> Pair:
+        """Pair ``i`` at the sample index ``draw``: flip and crop follow from ``(seed, draw)``, equal on both sides.
+
+        Raises:
+            IndexError: ``i`` out of range. InvalidInput: image data that turns out to be broken.
+        """
+        (won, won_at, won_key, won_mask), (lost, lost_at, lost_key, lost_mask) = self._drawn(i, draw, 1)
+        kept = self._kept[i]
+        better, worse = kept.scores or (None, None)
+        known = (better, worse, kept.row, won_key, lost_key, won_at, lost_at, kept.tie)
+        return Pair(won, lost, kept.caption, *known, won_mask, lost_mask)
+
+    def entry(self, i: int) -> PairEntry:
+        """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
+        kept = self._kept[i]
+        keys = (self._key(kept, side).hexdigest() for side in (kept.winner, 1 - kept.winner))
+        return replace(kept, keys=tuple(keys))
+
+    def scores(self) -> list[tuple[float, float]] | None:
+        """Scores of winner and loser of all pairs, None where the data has none."""
+        return [pair.scores for pair in self._kept if pair.scores is not None] if self.has_scores else None
 
 
 def _another_size(where: str, found: Size, size: Size | None) -> InvalidInput:

@@ -18,19 +18,22 @@ from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken, caught
 from fastinvdpo.data.images import file_below, file_bytes
-from fastinvdpo.data.rows import IMAGES, MASKS, SCORES, PairSource, choices, in_schema, number
+from fastinvdpo.data.rows import IMAGES, MASKS, PAIRS, SCORES, Form, PairSource, choices, in_schema, number
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import UTF_16, decoded, read_bounded
 
-PAIRS_FILE = "pairs.jsonl"
 _LARGEST_LISTING, _LARGEST_TEXT, _MOST_MEMBERS = 2**30, 2**24, 2**20  # bytes, bytes, a number
 _RANKED = {"rank": -1.0, "human_preference": 1.0}  # and whether higher is better
 _IMAGE_LISTS = ("image_path", "file_path", "images")
 _KINDS = ("jpg", "jpeg", "png", "webp")
-_ENDINGS = {
-    side: (side, *(f"{number}.{kind}" for kind in _KINDS), *(f"{word}.{kind}" for kind in _KINDS))
-    for number, (side, word) in enumerate(zip(IMAGES, ("winner", "loser"), strict=True))
-} | {mask: (mask, *(f"{mask}.{kind}" for kind in _KINDS)) for mask in MASKS}
+_ENDINGS = (
+    {
+        side: (side, *(f"{number}.{kind}" for kind in _KINDS), *(f"{word}.{kind}" for kind in _KINDS))
+        for number, (side, word) in enumerate(zip(IMAGES, ("winner", "loser"), strict=True))
+    }
+    | {mask: (mask, *(f"{mask}.{kind}" for kind in _KINDS)) for mask in MASKS}
+    | {"image": _KINDS}
+)
 Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
 
 
@@ -49,6 +52,7 @@ class RecordSource(PairSource):
     listed: list[Path]
     root: Path | None = None
     streaming: bool = False
+    form: Form = PAIRS
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,7 +65,7 @@ class RecordSource(PairSource):
             if name in required and name not in scored:
                 remedy = "add score_0 and score_1, or name yours in data.columns"
                 raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
-        return self.choose_masks({"jpg_0", "jpg_1", "label_0", "label_1", "caption"} | scored)
+        return self.choose_masks(set(self.form.schema) - set(SCORES) - set(MASKS) | scored)
 
     def record(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row][1]
@@ -84,7 +88,8 @@ class RecordSource(PairSource):
             return list(self.listed)
         images = set()
         rows = [values for _, values in self.rows if isinstance(values, dict)]
-        for named in {str(values.get(name)) for values in rows for name in (*IMAGES, *(self.mask_names or ()))}:
+        names = (*self.form.images, *(self.mask_names or ()))
+        for named in {str(values.get(name)) for values in rows for name in names}:
             try:
                 image = file_below([self.root], named, self.path)
                 images |= {image} if image.is_file() else set()
@@ -96,11 +101,11 @@ class RecordSource(PairSource):
         return f"row {row} ({self.rows[row][0]})"
 
 
-def folder_rows(listing: Path, names: Mapping[str, str]) -> Iterator[Row]:
+def folder_rows(listing: Path, names: Mapping[str, str], form: Form = PAIRS) -> Iterator[Row]:
     """Of a file with one JSON object a line; see :func:`fastinvdpo.data.rows.in_schema` for the keys."""
     for line, record in json_lines(listing):
         place = f"{listing.name}, line {line}"
-        yield place, caught(in_schema, record, place, names)
+        yield place, caught(in_schema, record, place, names, None, form)
 
 
 def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Iterator[Row]:
@@ -130,35 +135,35 @@ def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Ite
             yield place, {"jpg_0": images[first], "jpg_1": images[second], "caption": caption, **labels}
 
 
-def shard_rows(files: Sequence[Path], names: Mapping[str, str]) -> Iterator[Row]:
+def shard_rows(files: Sequence[Path], names: Mapping[str, str], form: Form = PAIRS) -> Iterator[Row]:
     """Of webdataset shards: members that share the name up to the first dot make a row.
 
-    Two images (``KEY.0.jpg`` and ``KEY.1.jpg``, ``KEY.jpg_0`` and ``KEY.jpg_1``, or ``KEY.winner.jpg`` and
-    ``KEY.loser.jpg``; other kinds likewise), ``KEY.json`` with labels, caption and scores, and ``KEY.txt`` with the
-    caption if the JSON has none. ``names`` maps images to endings, the rest to keys of the JSON. Headers and small
-    members are read; images are jumped over.
+    One image (``KEY.jpg``) or two (``KEY.0.jpg`` and ``KEY.1.jpg``, ``KEY.jpg_0`` and ``KEY.jpg_1``, or
+    ``KEY.winner.jpg`` and ``KEY.loser.jpg``; other kinds likewise), ``KEY.json`` with labels, caption and scores, and
+    ``KEY.txt`` with the caption if the JSON has none. ``names`` maps images to endings, the rest to keys of the JSON.
+    Headers and small members are read; images are jumped over.
     """
     for file, shard in enumerate(files):
         for key, sample in _samples(shard).items():
             place = f"{shard.name}, {key}"
-            yield place, caught(_shard_row, file, sample, place, names)
+            yield place, caught(_shard_row, file, sample, place, names, form)
 
 
-def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str]) -> dict[str, Any]:
+def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str], form: Form) -> dict[str, Any]:
     members, texts = sample.members, sample.texts
     if sample.twice is not None:
         raise broken("malformed row", place, sample.twice, "is the name of two members", "write each member once")
     images: dict[str, Any] = {}
     named = []
-    for name, endings in _ENDINGS.items():
-        found = [e for e in ((names[name],) if name in names else endings) if e in members]
+    for name in (*form.images, *(name for name in MASKS if name in form.schema)):
+        found = [e for e in ((names[name],) if name in names else _ENDINGS[name]) if e in members]
         if len(found) > 1:
             raise broken("malformed row", place, found, f"are several images for {name}", "keep one, or name it")
-        if found or name in IMAGES:
+        if found or name in form.images:
             images[name] = (file, *members[found[0]]) if found and members[found[0]][1] else None
         named += [ending.startswith(("winner.", "loser.")) for ending in found]
     stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
-    row = in_schema(stored, f"{place}.json", names, images)
+    row = in_schema(stored, f"{place}.json", names, images, form)
     if "txt" in texts:
         try:
             caption = decoded(texts["txt"]).strip()

@@ -1,4 +1,5 @@
-"""Where pairs come from, and what a stored row says of winner, caption and scores: read by value, or refused as broken.
+"""Where images come from, and what a stored row says of winner, caption and scores, or whether an image was liked: read
+by value, or refused as broken.
 
 A source is a numbered list of rows. Labels, captions and scores of all rows are in memory, since they are small; the
 encoded bytes of an image are read when they are needed.
@@ -9,11 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from fastinvdpo.data.broken import BrokenRow, broken
-from fastinvdpo.errors import invalid
+from fastinvdpo.errors import InvalidInput, invalid
 
 LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
 MASKS = ("mask", "mask_0", "mask_1")  # one for both images, or one for each
@@ -22,19 +24,61 @@ SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *MASKS)
 # besides, 0 where the images themselves are named winner and loser.
 CHOICES = ("winner", "loser", "label")
 TIE = -1
-_ALIASES = {"jpg_0": ("jpg_0", "image_0"), "jpg_1": ("jpg_1", "image_1"), "caption": ("caption", "prompt")}
+_ALIASES = {
+    **{"jpg_0": ("jpg_0", "image_0"), "jpg_1": ("jpg_1", "image_1"), "image": ("image", "jpg")},
+    "caption": ("caption", "prompt"),
+}
 _SIDES: dict[Any, int] = {0: 0, 1: 1, 0.5: TIE, "0": 0, "1": 1, "tie": TIE}
 _SUM_TOLERANCE = 1e-6
 _LABEL_REMEDY = "store 1/0 or 0/1 for a winner, 0.5/0.5 for a tie"
+_LIKED: dict[Any, bool] = {
+    **dict.fromkeys((0, "0", "false", "dislike", "disliked"), False),
+    **dict.fromkeys((1, "1", "true", "like", "liked"), True),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a row holds: the names of its ``images``, of all its parts (``schema``) and of those among them that say
+    which image is preferred (``labels``); ``choices``: other keys that may say so; ``listing``: the file that lists the
+    rows of a folder; ``remedy``: what to do about a row that does not say it.
+    """
+
+    images: tuple[str, ...]
+    schema: tuple[str, ...]
+    labels: tuple[str, ...]
+    choices: tuple[str, ...]
+    listing: str
+    remedy: str
+
+
+PAIRS = Form(
+    IMAGES,
+    SCHEMA,
+    LABELS,
+    CHOICES,
+    "pairs.jsonl",
+    f"store the winner in label_0, label_1 or one of {', '.join(CHOICES)}",
+)
+LIKES = Form(
+    ("image",), ("image", "liked", "caption"), ("liked",), ("label",), "likes.jsonl", "store 1 or 0 in liked or label"
+)
+FORMS = {"pairs": PAIRS, "likes": LIKES}
+"""By their names in the configuration: two images that were compared, or one that was liked or disliked."""
 
 Where = Callable[..., str]  # names of the schema -> row and columns, for messages
 
 
+class WrongForm(InvalidInput):
+    """The data have rows of another form."""
+
+
 class PairSource(ABC):
-    """Rows of pairs, addressed by number.
+    """Rows of pairs, or of the images of another form, addressed by number.
 
     Attributes:
-        path: what the user named; format: one of :data:`fastinvdpo.data.sources.FORMATS`; names: data.columns.
+        path: what the user named; form: what a row is; format: one of :data:`fastinvdpo.data.sources.FORMATS`;
+            names: data.columns.
         split: the part of a ``datasets`` repository; None for other formats.
         streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
         remote: rows are read from another machine.
@@ -46,6 +90,7 @@ class PairSource(ABC):
     path: str
     format: str
     names: Mapping[str, str]
+    form: Form = PAIRS
     split: str | None = None
     streaming: bool = False
     remote: bool = False
@@ -61,7 +106,7 @@ class PairSource(ABC):
     def resolve(self, required: Sequence[str]) -> set[str]:
         """Names of the schema that are stored. Raises ``InvalidInput`` where a required one is not.
 
-        ``label_0`` stands for every way to name the winner.
+        The first label of the form stands for every way to say what is preferred.
         """
 
     @abstractmethod
@@ -73,11 +118,11 @@ class PairSource(ABC):
 
     @abstractmethod
     def encoded(self, row: int, name: str) -> memoryview:
-        """The encoded bytes of one of :data:`IMAGES` or :data:`MASKS`. Raises ``BrokenRow`` where there are none."""
+        """The encoded bytes of one of ``form.images`` or :data:`MASKS`. Raises ``BrokenRow`` where there are none."""
 
     def image(self, row: int, side: int) -> memoryview:
         """The encoded bytes of image 0 or 1. Raises ``BrokenRow`` where there are none."""
-        return self.encoded(row, IMAGES[side])
+        return self.encoded(row, self.form.images[side])
 
     def mask(self, row: int, side: int) -> memoryview | None:
         """The encoded bytes of the mask of image 0 or 1, None where masks are not read."""
@@ -95,6 +140,8 @@ class PairSource(ABC):
         ``InvalidInput`` where masks are to be read, and there are none, or not one for each image.
         """
         self.stored_masks = tuple(name for name in MASKS if name in stored)
+        if self.masks and self.form is not PAIRS:
+            raise invalid("data.masks", True, "is read of pairs alone", "set it to false")
         if self.masks:
             names = {MASKS[:1]: (MASKS[0], MASKS[0]), MASKS[1:]: MASKS[1:]}.get(self.stored_masks)
             if names is None:
@@ -146,15 +193,15 @@ def stored_under(name: str, names: Mapping[str, str]) -> tuple[str, ...]:
     return (names[name],) if name in names else _ALIASES.get(name, (name,))
 
 
-def choices(names: Mapping[str, str]) -> tuple[str, ...]:
+def choices(names: Mapping[str, str], form: Form = PAIRS) -> tuple[str, ...]:
     """The further keys that say who won. Labels that data.columns names count alone."""
-    return () if set(names) & set(LABELS) else CHOICES
+    return () if set(names) & set(form.labels) else form.choices
 
 
 def in_schema(
-    stored: Any, where: str, names: Mapping[str, str], images: Mapping[str, Any] | None = None
+    stored: Any, where: str, names: Mapping[str, str], images: Mapping[str, Any] | None = None, form: Form = PAIRS
 ) -> dict[str, Any]:
-    """The values of an object by the names of the schema and of :data:`CHOICES`; what is missing is left out.
+    """The values of an object by the names of the schema and of ``form.choices``; what is missing is left out.
 
     ``winner`` and ``loser`` without two other images are the images themselves, 0 and 1 of the schema. ``images``:
     where the images lie, if not in the object.
@@ -167,7 +214,7 @@ def in_schema(
     if not isinstance(stored, Mapping):
         raise broken("malformed row", where, stored, "is not an object", "write an object with images and caption")
     row: dict[str, Any] = {}
-    for name in SCHEMA:
+    for name in form.schema:
         for key in stored_under(name, names):
             if name in row and key in stored and row[name] != stored[key]:
                 problem = f"is another {name} than {row[name]!r}"
@@ -175,10 +222,10 @@ def in_schema(
                 raise broken("malformed row", f"{where}, {key}", stored[key], problem, remedy)
             if key in stored:
                 row[name] = stored[key]
-    row |= {key: stored[key] for key in choices(names) if key in stored}
+    row |= {key: stored[key] for key in choices(names, form) if key in stored}
     if images is not None:
         return {**row, **images}
-    if not row.keys() & set(IMAGES) and ("winner" in stored or "loser" in stored):
+    if form is PAIRS and not row.keys() & set(IMAGES) and ("winner" in stored or "loser" in stored):
         row |= {"jpg_0": stored.get("winner"), "jpg_1": stored.get("loser")}
         row = {key: value for key, value in row.items() if key not in ("winner", "loser")}
         row |= {"members": 0} if choices(names) else {}
@@ -203,6 +250,29 @@ def winner_of(row: Mapping[str, Any], where: Where, names: Mapping[str, str]) ->
         remedy = "correct the row, or name the labels that count with data.columns"
         raise broken("malformed label", where(*LABELS), shown, "contradict one another", remedy)
     return next(iter(claims.values()))
+
+
+def liked_of(row: Mapping[str, Any], where: Where) -> bool:
+    """Whether the image was liked; everything that is there must agree. Raises ``BrokenRow`` where nothing says so, or
+    what does is unreadable.
+    """
+    claims: dict[str, bool | None] = {}
+    for key in (*LIKES.labels, *LIKES.choices):
+        if key in row:
+            value = row[key].lower() if isinstance(row[key], str) else row[key]
+            claims[key] = _LIKED.get(value) if isinstance(value, int | float | str) else None
+            if claims[key] is None:
+                problem = "says neither that the image was liked nor that it was not"
+                raise broken("malformed label", where(key), row[key], problem, "store 1 or 0, true or false")
+    if not claims:
+        raise broken("malformed label", where(*LIKES.labels), None, "is missing", LIKES.remedy)
+    if len(set(claims.values())) > 1:
+        shown, remedy = (
+            {key: row[key] for key in claims},
+            "correct the row, or name the one that counts in data.columns",
+        )
+        raise broken("malformed label", where(*claims), shown, "contradict one another", remedy)
+    return bool(next(iter(claims.values())))
 
 
 def _by_labels(row: Mapping[str, Any], where: Where) -> int:

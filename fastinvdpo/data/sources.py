@@ -1,4 +1,4 @@
-"""Open pairs of any format; infer the format and the split from the path."""
+"""Open rows of any format; infer the format and the split from the path."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from fastinvdpo.data.records import PAIRS_FILE, RecordSource, folder_rows, looks_ranked, ranked_rows, shard_rows
-from fastinvdpo.data.rows import SCHEMA, PairSource
+from fastinvdpo.data.records import RecordSource, folder_rows, looks_ranked, ranked_rows, shard_rows
+from fastinvdpo.data.rows import FORMS, PAIRS, PairSource, WrongForm
 from fastinvdpo.data.tables import TableSource, parquet_locations
 from fastinvdpo.errors import invalid
 
@@ -21,60 +21,72 @@ _SPLITS |= {"test": ("test", "testing", "eval", "evaluation")}
 def open_source(
     path: str | Path,
     *,
+    form: str = "pairs",
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     split: str = "train",
-    revision: str | None = None,
-    subset: str | None = None,
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     image_root: str | Path | None = None,
     rank_pairs: str = "all",
+    **repository: str | None,
 ) -> PairSource:
     """The rows at ``path``.
 
     Args:
+        form: what a row is: ``"pairs"``, or ``"likes"``, one image that was liked or disliked.
         format: one of :data:`FORMATS`, or ``"auto"``: inferred from the path (:func:`detect_format`).
         columns: where the names of the schema are stored under other names.
         split: of a ``datasets`` repository, or of files in a directory, by their names.
-        revision, subset: of a ``datasets`` repository.
         streaming: read images when they are needed; parquet in row groups where it lies, without a copy.
         shuffle_buffer: pairs that are mixed, and kept in memory, where parquet is streamed.
         image_root: directory that image paths are relative to; that of the file with the paths when None.
         rank_pairs: ``"all"`` pairs of a ranked list of images, or ``"best"`` against each of the rest.
+        repository: ``revision`` and ``subset`` of a ``datasets`` repository.
 
     Raises:
         InvalidInput: nothing is there, the format cannot be inferred, or an option does not belong to it.
     """
-    names, shown = dict(columns or {}), str(path)
+    if unknown := repository.keys() - {"revision", "subset"}:
+        raise TypeError(f"open_source() has no argument {min(unknown)!r}")
+    if form not in FORMS:
+        raise invalid("data.form", form, "is not known", f"use one of {', '.join(FORMS)}")
+    names, shown, of = dict(columns or {}), str(path), FORMS[form]
     for name in names:
-        if name not in SCHEMA:
-            raise invalid("data.columns", names, f"maps {name!r}, which no pair has", f"map from {SCHEMA}")
+        if name not in of.schema:
+            problem = f"maps {name!r}, which no row of {form} has"
+            raise invalid("data.columns", names, problem, f"map from {of.schema}")
     if rank_pairs not in ("all", "best"):
         raise invalid("data.rank_pairs", rank_pairs, "is not a choice of pairs", "use 'all' or 'best'")
     kind = detect_format(path) if format == "auto" else format
-    table = partial(TableSource, shown, kind, names, streaming=streaming, shuffle_buffer=shuffle_buffer)
+    table = partial(TableSource, shown, kind, names, form=of, streaming=streaming, shuffle_buffer=shuffle_buffer)
     if kind == "parquet":
         return table(locations=[str(file) for file in files_of(path, ".parquet", split)])
     if kind == "datasets":
-        options = {"split": split, "revision": revision, "subset": subset}
+        options = {"revision": None, "subset": None, **repository, "split": split}
         if not streaming:
             return table(repository=options, image_root=image_root)
         return table(locations=parquet_locations(shown, options), image_root=image_root)
     if kind == "webdataset":
         files = files_of(path, ".tar", split)
-        return RecordSource(shown, kind, names, list(shard_rows(files, names)), files, None, streaming)
+        return RecordSource(shown, kind, names, list(shard_rows(files, names, of)), files, None, streaming, of)
     if kind not in FORMATS:
         raise invalid("data.format", format, "is not a known format", f"use 'auto' or one of {FORMATS}")
-    listing = Path(path) / PAIRS_FILE if kind == "folder" and Path(path).is_dir() else Path(path)
+    if kind == "hpd" and of is not PAIRS:
+        problem = f"ranks images against one another, and data.form is {form}"
+        raise invalid("data.format", kind, problem, "set data.form to pairs")
+    listing = Path(path) / of.listing if kind == "folder" and Path(path).is_dir() else Path(path)
     if not listing.is_file():
-        raise invalid("data.path", shown, f"holds no {listing.name}", "name the file that lists the pairs")
+        remedy, others = "name the file that lists the rows", [file.listing for file in FORMS.values()]
+        wrong = kind == "folder" and any((listing.parent / other).is_file() for other in others)
+        error = invalid("data.path", shown, f"holds no {listing.name}", f"{remedy}, or what a row is with data.form")
+        raise WrongForm(str(error)) if wrong else error
     root = Path(image_root) if image_root is not None else listing.parent
     if not root.is_dir():
         raise invalid("data.image_root", str(root), "is not a directory", "name the directory of the images")
     _of_split([listing], split, shown)
-    rows = folder_rows(listing, names) if kind == "folder" else ranked_rows(listing, names, rank_pairs)
-    return RecordSource(shown, kind, names, list(rows), [listing], root, streaming)
+    rows = folder_rows(listing, names, of) if kind == "folder" else ranked_rows(listing, names, rank_pairs)
+    return RecordSource(shown, kind, names, list(rows), [listing], root, streaming, of)
 
 
 def detect_format(path: str | Path) -> str:
@@ -82,7 +94,7 @@ def detect_format(path: str | Path) -> str:
     root = Path(path)
     if root.is_dir():
         kinds = {"parquet": _visible(root, ".parquet"), "webdataset": _visible(root, ".tar")}
-        kinds["folder"] = [file for file in [root / PAIRS_FILE] if file.is_file()]
+        kinds["folder"] = [file for form in FORMS.values() if (file := root / form.listing).is_file()]
         found = [kind for kind, files in kinds.items() if files]
         nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
         if not found and (nested or (root / "dataset_info.json").is_file()):
@@ -91,7 +103,7 @@ def detect_format(path: str | Path) -> str:
             problem = f"holds what could be read as {' and as '.join(found)}"
             raise invalid("data.path", str(root), problem, "set data.format to one of them")
         if not found:
-            problem = f"is a directory without *.parquet, *.tar or {PAIRS_FILE}, so its format cannot be inferred"
+            problem = f"is a directory without *.parquet, *.tar or {PAIRS.listing}, so its format cannot be inferred"
             remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
             raise invalid("data.path", str(root), problem, remedy)
         return found[0]

@@ -21,7 +21,7 @@ from pyarrow import compute, parquet, types
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.images import image_bytes
-from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, MASKS, SCHEMA, PairSource, choices, stored_under
+from fastinvdpo.data.rows import FORMS, MASKS, PAIRS, Form, PairSource, WrongForm, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.errors import InvalidInput, invalid
 
@@ -47,6 +47,7 @@ class TableSource(PairSource):
         format: str,
         names: Mapping[str, str],
         *,
+        form: Form = PAIRS,
         locations: Sequence[str] = (),
         repository: Mapping[str, str | None] | None = None,
         streaming: bool = False,
@@ -54,6 +55,7 @@ class TableSource(PairSource):
         image_root: str | Path | None = None,
     ) -> None:
         self.path, self.format, self.names, self.streaming = path, format, dict(names), streaming
+        self.form = form
         self._locations, self._repository = list(locations), repository
         self.remote = any("://" in location for location in self._locations)
         self.split = None if repository is None else repository["split"]
@@ -94,7 +96,7 @@ class TableSource(PairSource):
             file, problem = self._locations[scored.index(True)], "was written by fastinvdpo score, and others were not"
             raise invalid("data.path", file, problem, "name one of the files, or move it")
         self._columns = found[0]
-        small = {name: column for name, column in self._columns.items() if name not in (*IMAGES, *MASKS)}
+        small = {name: column for name, column in self._columns.items() if name not in (*self.form.images, *MASKS)}
         stored = list(dict.fromkeys(small.values()))
         tables = [_validated(_read(file, None, stored), file) for file in self._locations]
         tables = tables or [self._repository_table()]
@@ -128,7 +130,7 @@ class TableSource(PairSource):
         if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        for column in (table.column(self.shown(name)) for name in (*IMAGES, *(self.mask_names or ()))):
+        for column in (table.column(self.shown(name)) for name in (*self.form.images, *(self.mask_names or ()))):
             if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
                 bare = compute.is_null(compute.struct_field(column, "bytes"))  # stored by their paths alone
                 images.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
@@ -161,29 +163,41 @@ class TableSource(PairSource):
     def _found(self, file: str, schema: Any, required: Sequence[str]) -> dict[str, str]:
         """Which column of a file serves each part of the schema."""
         found: dict[str, str] = {}
-        for name in SCHEMA:
+        for name in self.form.schema:
             for key in set(schema.names).intersection(stored_under(name, self.names)):
                 if found.setdefault(name, key) != key:
                     problem = f"has two columns for {name}: {' and '.join(stored_under(name, self.names))}"
                     remedy = f"name the one that counts, as in data.columns.{name}={name}"
                     raise invalid("data.path", file, problem, remedy)
-        for name in choices(self.names):
+        others = choices(self.names, self.form)
+        for name in others:
             kind = schema.field(name).type if name in schema.names else None
             if kind is not None and not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):
                 found[name] = name  # no image
-        says_who_won = any(name in found for name in (*LABELS, *choices(self.names)))
+        label = self.form.labels[0]
+        says_who_won = any(name in found for name in (*self.form.labels, *others))
         for name in dict.fromkeys((*required, *self.names)):
-            if name not in found and (name in self.names or not (name == "label_0" and says_who_won)):
+            if name not in found and (name in self.names or not (name == label and says_who_won)):
                 problem = f"has no column {self.names.get(name, name)!r}; its columns are {schema.names}"
                 remedy = f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}"
-                if name == "label_0":
-                    remedy = f"store the winner in label_0, label_1 or one of {', '.join(CHOICES)}, or {remedy}"
+                if name == label:
+                    remedy = f"{self.form.remedy}, or {remedy}"
+                if name in self.form.images and (other := self._other_form(schema.names)) is not None:
+                    remedy = f"set data.form to {other}, or {remedy}"
+                    raise WrongForm(str(invalid("data.path", file, problem, remedy)))
                 raise invalid("data.path", file, problem, remedy)
         return found
 
+    def _other_form(self, columns: Sequence[str]) -> str | None:
+        """The form whose images are all there."""
+        for name, form in FORMS.items():
+            if all(set(stored_under(image, {})) & set(columns) for image in form.images):
+                return name
+        return None
+
     def _group(self, number: int) -> Any:
         """The images of a group, and the masks if they are read."""
-        columns = list(dict.fromkeys(self._columns[name] for name in (*IMAGES, *(self.mask_names or ()))))
+        columns = list(dict.fromkeys(self._columns[name] for name in (*self.form.images, *(self.mask_names or ()))))
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
                 if not self._locations:

@@ -29,7 +29,8 @@ STREAM_STORED = 1 << 18  # which of its stored draws a pair takes
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs of clean latents and what belongs to them. Tensors of 2B samples are stacked [winners; losers].
+    """B pairs of clean latents and what belongs to them. Tensors of 2B samples are stacked [winners; losers]. Of B
+    single images (``liked``) every tensor has B rows instead.
 
     Attributes:
         latents: ``(2B, …)``.
@@ -45,6 +46,7 @@ class PairBatch:
             :meth:`SingleTimestepObjective.store_draws`; the reference makes forward passes when None.
         stored_draw: int64 ``(B,)`` on the host, where ``reference_pred`` is of draws that were made before: what the
             sample index was then. It keys the random numbers instead.
+        liked: of single images, bool ``(B,)``: whether each was liked; None for pairs.
     """
 
     latents: Tensor
@@ -56,6 +58,7 @@ class PairBatch:
     reference_pred: Tensor | None = None
     stored_draw: Tensor | None = None
     mask: Tensor | None = None
+    liked: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -92,22 +95,31 @@ class ObjectiveOutput(PreferenceLoss):
 
 
 def check_batch(batch: PairBatch, method: Method) -> None:
+    paired = not method.unpaired
     samples = batch.latents.shape[0]
-    if samples == 0 or samples % 2:
+    if (batch.liked is None) != paired:
+        problem = "belongs to single images, and the method compares pairs" if paired else "is what single images need"
+        remedy = "stack [winners; losers] without it" if paired else "pass one bool for each image"
+        raise invalid("batch.liked", None if batch.liked is None else tuple(batch.liked.shape), problem, remedy)
+    if samples == 0 or (paired and samples % 2):
         raise invalid("batch.latents.shape", tuple(batch.latents.shape), "must be (2B, …)", "stack [winners; losers]")
-    if batch.sample_index.shape != (samples // 2,) or batch.sample_index.dtype != torch.int64:
+    entries = samples // 2 if paired else samples
+    if batch.sample_index.shape != (entries,) or batch.sample_index.dtype != torch.int64:
         shown = (tuple(batch.sample_index.shape), batch.sample_index.dtype)
-        remedy = f"pass shape ({samples // 2},)"
-        raise invalid("batch.sample_index", shown, "must be int64 of one number per pair", remedy)
+        what = "pair" if paired else "image"
+        remedy = f"pass shape ({entries},)"
+        raise invalid("batch.sample_index", shown, f"must be int64 of one number per {what}", remedy)
     if batch.mask is not None and method.compat is not None:
         remedy = "set it to null, or pass no mask"
         raise invalid("compat", method.compat, "reproduces code that has no masks", remedy)
+    if batch.mask is not None and not paired:
+        raise invalid("batch.mask.shape", tuple(batch.mask.shape), f"means nothing for {method.name}", "pass no mask")
     if batch.mask is not None and batch.mask.shape[:1] != (samples,):
         raise invalid("batch.mask.shape", tuple(batch.mask.shape), "must have 2B rows", f"pass ({samples}, 1, h, w)")
     for name, tensor in batch.conditioning.items():
         if tensor.shape[0] != samples:
             shape = f"batch.conditioning[{name!r}].shape"
-            raise invalid(shape, tuple(tensor.shape), "must have 2B rows", f"pass {samples} rows")
+            raise invalid(shape, tuple(tensor.shape), "must have as many rows as the latents", f"pass {samples} rows")
 
 
 class Follows(NamedTuple):
@@ -193,6 +205,8 @@ class Method(ABC):
     """What may be chosen as ``utility``: the fused ones, or the method's own under the method's name."""
     compats: ClassVar[tuple[str, ...]] = ("released",)
     """What may be chosen as ``compat``, beside None."""
+    unpaired: ClassVar[bool] = False
+    """Whether it trains on single images that were liked or disliked, instead of pairs."""
     needs_scores: ClassVar[bool] = False
     """Whether pairs need scores."""
     needs_reference: ClassVar[bool] = True
@@ -257,6 +271,11 @@ class Method(ABC):
     @property
     def reference_follows(self) -> Follows | None:
         """How the reference's weights are to follow the policy's, which the owner of the loop does; None: not."""
+        return None
+
+    @property
+    def like_share(self) -> float | None:
+        """The share of an unpaired method's draws that take a liked image; None: every image once an epoch."""
         return None
 
     @property

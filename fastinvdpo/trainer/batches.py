@@ -1,35 +1,27 @@
-"""Which pair is drawn when, and the batch on the device that some sample indices make, from pairs that are encoded on
-the way or from those of a cache.
-
-The order depends on the seed alone, so nothing about it has to be stored or restored. A run is one sequence of draws,
-numbered from 0; the number is the sample index. Draw ``d`` takes pair ``order[d % n]`` of epoch ``d // n`` of ``n``
-draws. Optimizer step ``s`` uses draws ``s·G … (s + 1)·G − 1`` with the effective batch ``G``. How those are dealt to
-processes and micro-batches changes neither the pairs of a step nor their random numbers, which are keyed by the draw.
+"""The batch on the device that some sample indices make, from pairs that are encoded on the way or from those of a
+cache.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastinvdpo.errors import invalid
 from fastinvdpo.methods import PairBatch
 from fastinvdpo.methods.flow_dpo import latent_mask
 from fastinvdpo.models.base import pixels_of
+from fastinvdpo.trainer.order import DrawOrder, drops_caption, swaps_tie
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fastinvdpo.data import Pair
+    from fastinvdpo.data import LikedImage, Pair
     from fastinvdpo.data.transforms import ImageGeometry
     from fastinvdpo.models import DiffusionModel
 
@@ -37,139 +29,26 @@ Tensors = dict[str, Tensor]
 _GEOMETRY = "geometry."
 
 
-class EpochOrder:
-    """Every pair once, in any order. ``length``: draws of an epoch; other orders may visit some pairs twice."""
-
-    def __init__(self, pairs: int) -> None:
-        self.length = pairs
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of the pairs of one epoch, int64 ``(length,)``."""
-        return rng.permutation(self.length)
-
-
-class ByWindow(EpochOrder):
-    """Every pair once; groups in any order, and pairs in any order within so many consecutive groups: of data that is
-    read by groups, no more than one window need be in memory.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[int]], groups_per_window: int) -> None:
-        self._groups = [np.asarray(group, dtype=np.int64) for group in groups]
-        self._per_window = groups_per_window
-        super().__init__(sum(map(len, groups)))
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        groups = [self._groups[number] for number in rng.permutation(len(self._groups))]
-        windows = [groups[start : start + self._per_window] for start in range(0, len(groups), self._per_window)]
-        return np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
-
-
-class ByBucket(EpochOrder):
-    """Batches of one bucket each, in any order. Every pair is drawn; where a bucket's pairs do not fill its last batch,
-    some of the same bucket are drawn a second time in the epoch.
-    """
-
-    def __init__(self, bucket_of: Sequence[int], batch_size: int) -> None:
-        numbers = np.asarray(bucket_of, dtype=np.int64)
-        self._members = [np.flatnonzero(numbers == bucket) for bucket in np.unique(numbers)]
-        self._batch_size = batch_size
-        super().__init__(sum(map(self._filled, self._members)))
-
-    def _filled(self, members: np.ndarray) -> int:
-        return -(-len(members) // self._batch_size) * self._batch_size
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        filled = [np.resize(rng.permutation(members), self._filled(members)) for members in self._members]
-        return rng.permutation(np.concatenate(filled).reshape(-1, self._batch_size)).reshape(-1)
-
-
-def epoch_order(dataset: Any, batch_size: int) -> EpochOrder:
-    """The order that a data set asks for: buckets, groups that are read together, or none in particular."""
-    if getattr(dataset, "bucket_of", None):
-        return ByBucket(dataset.bucket_of, batch_size)
-    if groups := dataset.groups() if hasattr(dataset, "groups") else None:
-        return ByWindow(groups, dataset.source.groups_per_window)
-    return EpochOrder(len(dataset))
-
-
-class DrawOrder:
-    """Deals the draws of a run to processes and micro-batches.
-
-    Args:
-        pairs: their number. batch_size: those of a micro-batch and process.
-        accumulation: micro-batches per optimizer step.
-        processes, rank: how many processes share a step, and which one this is.
-        epochs: the order of the pairs within an epoch; any order when None.
-    """
-
-    def __init__(
-        self,
-        pairs: int,
-        seed: int,
-        batch_size: int,
-        accumulation: int,
-        processes: int = 1,
-        rank: int = 0,
-        *,
-        epochs: EpochOrder | None = None,
-    ) -> None:
-        if pairs < 1:
-            raise invalid("pairs", pairs, "is an empty data set", "provide at least one pair")
-        epochs = epochs or EpochOrder(pairs)
-        self.pairs, self.seed = pairs, seed
-        self.effective_batch = batch_size * accumulation * processes
-        self._batch_size, self._processes, self._rank = batch_size, processes, rank
-        self._length = epochs.length
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: epochs.order(np.random.default_rng([seed, epoch])))
-
-    def micro_batch(self, step: int, micro: int) -> range:
-        """Draws of one micro-batch of this process; ``step`` counts from 0."""
-        start = step * self.effective_batch + (micro * self._processes + self._rank) * self._batch_size
-        return range(start, start + self._batch_size)
-
-    def pair_index(self, draw: int) -> int:
-        """Index in the data set of the pair that a draw takes."""
-        epoch, position = divmod(draw, self._length)
-        return int(self._epoch(epoch)[position])
-
-
-def drops_caption(seed: int, draw: int, probability: float) -> bool:
-    """Whether a draw trains without its caption, on both sides."""
-    return _happens("caption_dropout", seed, draw, probability)
-
-
-def swaps_tie(seed: int, draw: int) -> bool:
-    """Whether a draw of a tied pair takes the second image for the winner: a fair coin. Over the draws the loss of a
-    tie is then ``½[u(z) + u(−z)]``, that of a preference of one half.
-    """
-    return _happens("ties", seed, draw, 0.5)
-
-
-def _happens(event: str, seed: int, draw: int, probability: float) -> bool:
-    """A hash of seed and draw decides, as for the flip of a draw's images."""
-    digest = hashlib.sha256(f"fastinvdpo.{event}/{seed}/{draw}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < probability * 2.0**64
-
-
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair as tensors of a single sample, on the host or already on the device.
+    """One pair, or one image, as tensors of a single sample, on the host or already on the device.
 
     Attributes:
-        winner, loser: ``latents`` ``(C, h, w)``; ``geometry.NAME``: the conditioning that follows from size and crop
-            (SDXL); ``mask`` ``(1, h, w)`` of data with masks; from a cache that holds them also ``trajectory`` and
-            ``reference_pred``.
+        sides: winner and loser, or the image: ``latents`` ``(C, h, w)``; ``geometry.NAME``: the conditioning that
+            follows from size and crop (SDXL); ``mask`` ``(1, h, w)`` of data with masks; from a cache that holds them
+            also ``trajectory`` and ``reference_pred``.
         caption: the conditioning that follows from the caption.
         tie: neither won; the first image stands for the winner.
+        liked: of a single image.
         stored_draw: the number, among all pairs', of the stored draw that ``trajectory`` and ``reference_pred`` are of.
     """
 
-    winner: Tensors
-    loser: Tensors
+    sides: tuple[Tensors, ...]
     caption: Tensors
     scores: tuple[float, float] | None
     row: int
     tie: bool = False
+    liked: bool | None = None
     stored_draw: int | None = None
 
 
@@ -193,7 +72,7 @@ class Pairs(Protocol):
     @property
     def has_scores(self) -> bool: ...
     def __len__(self) -> int: ...
-    def pair(self, i: int, draw: int) -> Pair: ...
+    def pair(self, i: int, draw: int) -> Pair | LikedImage: ...
 
 
 class PairEncoder:
@@ -214,33 +93,28 @@ class PairEncoder:
         self._captions: dict[str, Tensors] = {}
         self.unconditional = {name: tensor[None] for name, tensor in self._embed([""])[0].items()}
 
-    def fetch(self, index: int, draw: int) -> tuple[int, EncodedPair | Pair]:
+    def fetch(self, index: int, draw: int) -> tuple[int, EncodedPair | Pair | LikedImage]:
         return index, self._pairs[index] if index in self._pairs else self._dataset.pair(index, draw)
 
-    def encode(self, fetched: Sequence[tuple[int, EncodedPair | Pair]]) -> list[EncodedPair]:
+    def encode(self, fetched: Sequence[tuple[int, EncodedPair | Pair | LikedImage]]) -> list[EncodedPair]:
         found = iter(self._encode([pair for _, pair in fetched if not isinstance(pair, EncodedPair)]))
         encoded = [pair if isinstance(pair, EncodedPair) else next(found) for _, pair in fetched]
         for (index, _), pair in zip(fetched, encoded, strict=True):
-            if self._keeps_pairs and index not in self._pairs and self._spend(pair.winner, pair.loser):
-                self._pairs[index] = replace(pair, winner=_host_copy(pair.winner), loser=_host_copy(pair.loser))
+            if self._keeps_pairs and index not in self._pairs and self._spend(*pair.sides):
+                self._pairs[index] = replace(pair, sides=tuple(map(_host_copy, pair.sides)))
         return encoded
 
-    def _encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
+    def _encode(self, pairs: Sequence[Pair | LikedImage]) -> list[EncodedPair]:
         if not pairs:
             return []
-        images = [image for pair in pairs for image in (pair.winner, pair.loser)]
-        keys = [key for pair in pairs for key in (pair.winner_key, pair.loser_key)]
-        shapes = [shape for pair in pairs for shape in (pair.winner_geometry, pair.loser_geometry)]
-        masks = [mask for pair in pairs for mask in (pair.winner_mask, pair.loser_mask)]
+        images, shapes, keys, masks = zip(*(side for pair in pairs for side in pair.sides), strict=True)
         stacked = encode_images(self._model, images, shapes, keys if self._sampled else None, masks)
-        sides = [{name: tensor[i] for name, tensor in stacked.items()} for i in range(len(images))]
+        sides = iter([{name: tensor[i] for name, tensor in stacked.items()} for i in range(len(images))])
         captions = self._embed([pair.caption for pair in pairs])
-        encoded = []
-        for pair, winner, loser, caption in zip(pairs, sides[::2], sides[1::2], captions, strict=True):
-            scored = pair.winner_score is not None and pair.loser_score is not None
-            scores = (pair.winner_score, pair.loser_score) if scored else None
-            encoded.append(EncodedPair(winner, loser, caption, scores, pair.row, pair.tie))  # type: ignore[arg-type]
-        return encoded
+        return [
+            EncodedPair(tuple(islice(sides, len(pair.sides))), caption, pair.scores, pair.row, pair.tie, pair.liked)
+            for pair, caption in zip(pairs, captions, strict=True)
+        ]
 
     def _embed(self, captions: Sequence[str]) -> list[Tensors]:
         """The conditioning of captions, each distinct one encoded once."""
@@ -313,9 +187,8 @@ class BatchBuilder:
     def _build(self, draws: range, fetched: Iterator[Any]) -> PairBatch:
         pairs, seed = self._pairs.encode(list(fetched)), self._order.seed
         swapped = [pair.tie and swaps_tie(seed, draw) for draw, pair in zip(draws, pairs, strict=True)]
-        swaps = list(zip(pairs, swapped, strict=True))
-        sides = [pair.loser if swap else pair.winner for pair, swap in swaps]
-        sides += [pair.winner if swap else pair.loser for pair, swap in swaps]
+        both = [pair.sides[::-1] if swap else pair.sides for pair, swap in zip(pairs, swapped, strict=True)]
+        sides = list(chain(*zip(*both, strict=True)))
         stacked = {name: self._stack([side[name] for side in sides]) for name in sides[0]}
         # What a stored draw saw is what it was stored with.
         keys = [draw if pair.stored_draw is None else pair.stored_draw for draw, pair in zip(draws, pairs, strict=True)]
@@ -324,7 +197,7 @@ class BatchBuilder:
         for name, empty in self._pairs.unconditional.items():
             captions = [empty[0] if drop else pair.caption[name] for pair, drop in zip(pairs, dropped, strict=True)]
             tensor = _widened(self._stack(captions))  # widened on the device: half as many bytes travel there
-            conditioning[name] = torch.cat([tensor, tensor])
+            conditioning[name] = torch.cat([tensor] * len(both[0]))
             unconditional[name] = _widened(_to_device(empty, self._device)).expand(len(sides), *empty.shape[1:])
         return PairBatch(
             latents=stacked["latents"],
@@ -336,6 +209,7 @@ class BatchBuilder:
             reference_pred=stacked.get("reference_pred"),
             stored_draw=None if pairs[0].stored_draw is None else torch.tensor(keys),
             mask=stacked.get("mask"),
+            liked=None if pairs[0].liked is None else torch.tensor([bool(one.liked) for one in pairs]).to(self._device),
         )
 
     def _scores(self, pairs: Sequence[EncodedPair], swapped: Sequence[bool], dtype: torch.dtype) -> Tensor | None:

@@ -4,7 +4,8 @@ A directory with::
 
     manifest.json              what it was computed from, and when complete the size of every shard, and digests of the
                                other files but those
-    index.safetensors          which images and which caption belong to each pair, its row in the data and its scores
+    index.safetensors          which images and which caption belong to each pair, its row in the data and its scores;
+                               of single images (Diffusion-KTO) a pair is one image, and whether it was liked
     data.json, broken.jsonl    what became of the rows of the data, and the ones that were left out
     unconditional.safetensors  the embedding of the empty prompt
     pairs-000000.safetensors   the images and captions that occur first in pairs 0 … 31, and so on
@@ -155,17 +156,17 @@ class PairIndex:
     """Which images and captions the pairs of a cache consist of.
 
     Attributes:
-        images: int64 ``(pairs, 2)``, the numbers of winner and loser.
+        images: int64 ``(pairs, 2)``, the numbers of winner and loser; ``(n, 1)`` of single images.
         captions, rows: int64 ``(pairs,)``, the number of the caption, and the row in the data.
         scores: float64 ``(pairs, 2)``, or None.
-        ties: bool ``(pairs,)``, pairs without a winner.
+        ties: bool ``(pairs,)``, pairs without a winner. liked: bool ``(n,)``, of single images; None of pairs.
         first: for ``"image"``, ``"caption"`` and ``"draw"`` the number of the first one of every shard, and the count.
     """
 
     def __init__(self, directory: Path, pairs_per_shard: int = PAIRS_PER_SHARD, draws: int = 0) -> None:
         tensors: Tensors = safetensors.torch.load_file(directory / INDEX)
         self.images, self.captions, self.rows = tensors["images"], tensors["captions"], tensors["rows"]
-        self.scores = tensors.get("scores")
+        self.scores, self.liked = tensors.get("scores"), tensors.get("liked")
         self.ties = tensors.get("ties", torch.zeros(self.rows.shape[0], dtype=torch.bool))
         self.first = {kind: tensors[f"first_{kind}"].tolist() for kind in ("image", "caption")}
         self.shards = len(self.first["image"]) - 1
@@ -197,6 +198,7 @@ class PairCache:
         draws: K, how many draws of every pair are stored; 0 for none.
         has_masks: whether the images have masks.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
+        unpaired: whether it holds single images; liked: of each of them.
         network_evaluations: what the whole cache cost.
     """
 
@@ -220,6 +222,8 @@ class PairCache:
         self.stored = {kind: [name for of, name in names if of == kind] for kind in self.index.first}
         self.has_scores, self.has_masks = self.index.scores is not None, "mask" in self.stored["image"]
         self.has_reference = any("reference_pred" in self.stored[kind] for kind in ("image", "draw"))
+        self.unpaired = self.index.liked is not None
+        self.liked: list[bool] = [] if self.index.liked is None else self.index.liked.tolist()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -227,7 +231,7 @@ class PairCache:
     def fetch(self, index: int, draw: int) -> EncodedPair:
         """A pair, in the stored types. Raises ``InvalidInput`` for a shard that is damaged or not ours."""
         known = self.index
-        winner, loser = (self._read("image", int(number)) for number in known.images[index])
+        sides = tuple(self._read("image", int(number)) for number in known.images[index])
         scores = None if known.scores is None else tuple(known.scores[index].tolist())
         caption = self._read("caption", int(known.captions[index]))
         number = None
@@ -235,10 +239,10 @@ class PairCache:
             taken = taken_draws(self._key["training.seed"], torch.tensor([draw]), self.draws)
             number = index * self.draws + int(taken)
             drawn = self._read("draw", number)
-            winner, loser = (
-                side | {name: of[i] for name, of in drawn.items()} for i, side in enumerate((winner, loser))
-            )
-        return EncodedPair(winner, loser, caption, scores, int(known.rows[index]), bool(known.ties[index]), number)
+            sides = tuple(side | {name: of[i] for name, of in drawn.items()} for i, side in enumerate(sides))
+        liked = self.liked[index] if self.unpaired else None
+        row, tie = int(known.rows[index]), bool(known.ties[index])
+        return EncodedPair(sides, caption, scores, row, tie, liked, number)
 
     def check_draws(self, wanted: Mapping[str, Any]) -> None:
         """Raise ``InvalidInput`` unless the stored draws are those of :func:`reference_key`."""

@@ -29,10 +29,9 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
-from fastinvdpo.data import PairDataset
+from fastinvdpo.data import LikedDataset, PairDataset
 from fastinvdpo.data.broken import REPORT, write_report
 from fastinvdpo.data.content import content_of
-from fastinvdpo.data.rows import IMAGES
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import Digests, check_same, key_hash, plain, read_object
@@ -94,7 +93,7 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
         manifest = Manifest.read(directory)
         assert manifest is not None
     cache = PairCache(directory, manifest)
-    opening.check_scores(config, cache.has_scores)
+    opening.check_pairs(config, cache)
     return cache
 
 
@@ -145,7 +144,7 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
         return {f"model.{name}": value for name in names if (value := getattr(model, name)) is not None}
 
     source = opening.open_data_source(data)
-    source.resolve((*IMAGES, "caption"))
+    source.resolve((*source.form.images, "caption"))
     opening.warn_of_masks(source)
     if source.remote:
         source.files()  # raises
@@ -159,6 +158,7 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
         "cache.dtype": config.cache.dtype,
         **content_of(source, digests),
         **{f"data.{name}": getattr(data, name) for name in encoding},
+        **({"data.form": f"{data.form}, image by image"} if config.method.unpaired else {}),
         "model.family": family,
         "model.variant": model.variant,
         **{f"model {part}": digests.of(paths) for part, paths in files.items() if part not in (network, "scheduler")},
@@ -179,23 +179,25 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     return plain(key)
 
 
-def _index(dataset: PairDataset, pairs_per_shard: int) -> Tensors:
+def _index(dataset: PairDataset | LikedDataset, pairs_per_shard: int) -> Tensors:
     """Number the distinct images and captions in the order of their first occurrence."""
     numbers: dict[str, dict[str, int]] = {"image": {}, "caption": {}}
     first: dict[str, list[int]] = {"image": [], "caption": []}
-    images, captions, rows, scores, ties = [], [], [], [], []
+    images, captions, rows, scores, ties, liked = [], [], [], [], [], list[bool]()
     for i in range(len(dataset)):
         if i % pairs_per_shard == 0:
             for kind, known in numbers.items():
                 first[kind].append(len(known))
         entry = dataset.entry(i)
         known = numbers["image"]
-        images.append([known.setdefault(key, len(known)) for key in (entry.winner_key, entry.loser_key)])
+        images.append([known.setdefault(key, len(known)) for key in entry.keys])
         captions.append(numbers["caption"].setdefault(entry.caption, len(numbers["caption"])))
         rows.append(entry.row)
         ties.append(entry.tie)
         if entry.scores is not None:
             scores.append(entry.scores)
+        if entry.liked is not None:
+            liked.append(entry.liked)
     stored = {"images": images, "captions": captions, "rows": rows}
     stored |= {f"first_{kind}": [*first[kind], len(known)] for kind, known in numbers.items()}
     tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in stored.items()}
@@ -203,11 +205,18 @@ def _index(dataset: PairDataset, pairs_per_shard: int) -> Tensors:
         tensors["scores"] = torch.tensor(scores, dtype=torch.float64)
     if any(ties):
         tensors["ties"] = torch.tensor(ties)
+    if liked:
+        tensors["liked"] = torch.tensor(liked)
     return tensors
 
 
 def _fill(
-    config: TrainConfig, manifest: Manifest, dataset: PairDataset, accelerator: Accelerator, *, progress: bool
+    config: TrainConfig,
+    manifest: Manifest,
+    dataset: PairDataset | LikedDataset,
+    accelerator: Accelerator,
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
     """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``. Digests
     of the model's frozen parts.
@@ -268,7 +277,7 @@ class _ShardMaker:
         config: TrainConfig,
         manifest: Manifest,
         model: DiffusionModel,
-        dataset: PairDataset,
+        dataset: PairDataset | LikedDataset,
         index: PairIndex,
         accelerator: Accelerator,
     ) -> None:
@@ -306,7 +315,8 @@ class _ShardMaker:
         """The (pair, side) of every image that occurs first in this shard, and the captions likewise, by number."""
         index, start = self._index, shard * self._pairs_per_shard
         pairs = range(start, min(start + self._pairs_per_shard, len(index)))
-        sides = {int(index.images[pair, side]): (pair, side) for pair in reversed(pairs) for side in (1, 0)}
+        sides = {int(index.images[pair, side]): (pair, side) for pair in reversed(pairs)
+                 for side in reversed(range(index.images.shape[1]))}  # fmt: skip
         captions = {int(index.captions[pair]): self._dataset.caption(pair) for pair in pairs}
         new = {kind: range(*first[shard : shard + 2]) for kind, first in index.first.items()}
         return [sides[number] for number in new["image"]], [captions[number] for number in new["caption"]]
@@ -315,10 +325,7 @@ class _ShardMaker:
         config, numbers = self._config, sorted({pair for pair, _ in sides})
         with ThreadPoolExecutor(max(1, config.training.num_workers)) as threads:  # decoding leaves the interpreter lock
             pairs = dict(zip(numbers, threads.map(lambda i: self._dataset.pair(i, draw=i), numbers), strict=True))
-        images = [pairs[i].loser if side else pairs[i].winner for i, side in sides]
-        shapes = [pairs[i].loser_geometry if side else pairs[i].winner_geometry for i, side in sides]
-        keys = [pairs[i].loser_key if side else pairs[i].winner_key for i, side in sides]
-        masks = [pairs[i].loser_mask if side else pairs[i].winner_mask for i, side in sides]
+        images, shapes, keys, masks = zip(*(pairs[i].sides[side] for i, side in sides), strict=True)
         sampled = keys if config.data.latents == "sampled" else None
         stored = encode_images(self._model, images, shapes, sampled, masks)
         if config.cache.draws is not None or config.method.reference_chain is None:

@@ -20,8 +20,8 @@ from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.io import read_object
 from fastinvdpo.methods import ChainObjective, Objective, PairBatch, SingleTimestepObjective
 from fastinvdpo.trainer.accounting import gradient_passes
-from fastinvdpo.trainer.batches import DrawOrder
 from fastinvdpo.trainer.opening import FLOW_FAMILIES
+from fastinvdpo.trainer.order import DrawOrder
 
 _PAIRS = 256  # counted at least, in whole micro-batches
 _USUAL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -88,10 +88,14 @@ def _schedule(config: TrainConfig) -> NoiseSchedule:
 
 
 def _batch(config: TrainConfig, objective: Objective, draws: range) -> PairBatch:
-    """A batch of latents of one element; with a cache of the reference's predictions, these too."""
-    count = 2 * len(draws)
+    """A batch of latents of one element, two a pair or one a single image; with a cache of the reference's predictions,
+    these too.
+    """
+    unpaired = config.method.unpaired
+    count = len(draws) if unpaired else 2 * len(draws)
     latents, prompts = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
-    batch = PairBatch(latents, prompts, torch.arange(draws.start, draws.stop), prompts, scores=torch.zeros(count))
+    liked, index = torch.ones(count, dtype=torch.bool) if unpaired else None, torch.arange(draws.start, draws.stop)
+    batch = PairBatch(latents, prompts, index, prompts, scores=torch.zeros(count), liked=liked)
     if config.cache.path is None or config.reference_options is None:
         return batch
 

@@ -101,13 +101,14 @@ def model_card(
             "and stored with the reference's predictions."
         )
     content = {name: value for name, value in attempts[-1].items() if name.startswith("data ")}
+    what = "images" if config.method.unpaired else "pairs"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {Path(base).name}, aligned by {method}",
         f"`{base}` (family {model.family}) after {step} steps of {method} with fastinvdpo.",
         f"## How to load it\n\n{_usage(config, model)}",
         *notes,
-        f"## Data\n\n{pairs} pairs from `{config.data.path}`. Content: {DIGEST}{key_hash(content)}",
+        f"## Data\n\n{pairs} {what} from `{config.data.path}`. Content: {DIGEST}{key_hash(content)}",
         f"## What it was made of\n\n{_made_of(attempts, step)}",
         *sections,
         "## Last logged step\n\n" + ("\n".join(["| | |", "|---|---|", *rows]) if rows else "No step was logged."),

@@ -15,8 +15,9 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.explain import under
 from fastinvdpo.config.sections import DataSection
-from fastinvdpo.data import Buckets, PairDataset, PairSource, open_source
+from fastinvdpo.data import Buckets, LikedDataset, PairDataset, PairSource, open_source
 from fastinvdpo.data.broken import REPORT
+from fastinvdpo.data.rows import WrongForm
 from fastinvdpo.data.score_range import measured_range, stored_range
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import has_key
@@ -37,20 +38,29 @@ _SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
 _UNSUPPORTED = ("use_deepspeed", "use_megatron_lm", "use_parallelism_config")
 
 
-def open_dataset(config: TrainConfig) -> PairDataset:
-    """The pairs. Raises ``InvalidInput`` when they, or the method's needs, are not met."""
-    dataset = open_pairs(config.data, seed=config.training.seed)
-    check_scores(config, dataset.has_scores)
+def open_dataset(config: TrainConfig) -> PairDataset | LikedDataset:
+    """The pairs, or single images. Raises ``InvalidInput`` when they, or the method's needs, are not met."""
+    try:
+        dataset = open_pairs(config.data, unpaired=config.method.unpaired, seed=config.training.seed)
+    except WrongForm as error:
+        what = "images that were liked or disliked" if config.method.unpaired else "pairs"
+        raise InvalidInput(f"method.name = {config.method.name!r} trains on {what}, and {error}") from None
+    check_pairs(config, dataset)
     return dataset
 
 
-def open_pairs(data: DataSection, *, seed: int = 0, all_broken: bool = False) -> PairDataset:
-    """The pairs that the section describes; with ``all_broken`` any number of rows may be broken."""
+def open_pairs(
+    data: DataSection, *, unpaired: bool | None = None, seed: int = 0, all_broken: bool = False
+) -> PairDataset | LikedDataset:
+    """The pairs that the section describes, or single images (None: as ``data.form`` says); with ``all_broken`` any
+    number of rows may be broken.
+    """
     resolution = None
     if data.buckets is not None and data.resolution is not None:
         resolution = Buckets(data.resolution, data.buckets.multiple, data.buckets.max_aspect)
     names = ("ties", "random_flip", "center_crop", "relabel_by_score")
-    return PairDataset(
+    unpaired = data.form == "likes" if unpaired is None else unpaired
+    return (LikedDataset if unpaired else PairDataset)(
         open_data_source(data),
         resolution=resolution or data.resolution,
         seed=seed,
@@ -62,7 +72,7 @@ def open_pairs(data: DataSection, *, seed: int = 0, all_broken: bool = False) ->
 def open_data_source(data: DataSection) -> PairSource:
     """The rows that the section names, before any of them is checked. Raises ``InvalidInput`` where there are none."""
     keys = (
-        *("format", "columns", "split", "revision", "subset"),
+        *("form", "format", "columns", "split", "revision", "subset"),
         *("streaming", "shuffle_buffer", "image_root", "rank_pairs"),
     )
     return open_source(data.path, **{key: getattr(data, key) for key in keys}).with_masks(data.masks)
@@ -83,9 +93,14 @@ def warn_of_masks(source: PairSource | None) -> None:
         warnings.warn(f"data.masks is false: {names} of {source.path} is left unread, everything counts", stacklevel=1)
 
 
-def check_scores(config: TrainConfig, has_scores: bool) -> None:
-    """Raise ``InvalidInput`` when the method needs scores that the data set lacks."""
-    if config.method.needs_scores and not has_scores:
+def check_pairs(config: TrainConfig, pairs: Any) -> None:
+    """Raise ``InvalidInput`` when the method needs scores that the data set lacks, or single images for pairs."""
+    unpaired = config.method.unpaired
+    if unpaired != getattr(pairs, "unpaired", False):
+        what, remedy = ("single images", "a LikedDataset") if unpaired else ("pairs", "a PairDataset")
+        problem = f"trains on {what}, which {type(pairs).__name__} does not hold"
+        raise invalid("method.name", config.method.name, problem, f"pass {remedy}, or choose another method")
+    if config.method.needs_scores and not pairs.has_scores:
         remedy = "add columns score_0 and score_1, or name yours in data.columns"
         problem = f"weighs pairs by scores, and {config.data.path} has none"
         raise invalid("method.name", config.method.name, problem, remedy)

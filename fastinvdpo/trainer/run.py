@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
-from fastinvdpo.data.pairs import PairDataset
+from fastinvdpo.data import LikedDataset, PairDataset
 from fastinvdpo.errors import invalid
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.cache import PairCache
@@ -46,7 +46,7 @@ def train(
         remedy = f"pass callbacks=[{callback}], as fastinvdpo train does"
         raise invalid("evaluation", config.evaluation.prompts, "needs a callback that samples and scores", remedy)
     with opening.open_output(config) if os.environ.get("RANK", "0") == "0" else nullcontext() as output:
-        pairs: PairDataset | PairCache
+        pairs: PairDataset | LikedDataset | PairCache
         if config.cache.path is None:
             pairs = opening.open_dataset(config)
             config = opening.with_score_range(config, pairs.source)

@@ -66,7 +66,7 @@ def build_state(
         scheduler=scheduler,
         parameters=list(named.values()),
         ema=None if training.ema_decay is None else EMA(named, training.ema_decay),
-        metrics=MetricSums(accelerator.device),
+        metrics=MetricSums(accelerator.device, unpaired=method.unpaired),
         guard=FiniteGuard(accelerator.device),
         moving_reference=None if follows is None else MovingReference(networks, follows),
     )

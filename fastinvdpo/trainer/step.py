@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.errors import NonFiniteLoss
-from fastinvdpo.methods import Objective, ObjectiveOutput, PairBatch
+from fastinvdpo.methods import KTOOutput, Objective, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.statistics import AutoBeta
 from fastinvdpo.ops import PreferenceLoss
 from fastinvdpo.trainer.networks import EMA, MovingReference, Networks
@@ -31,20 +31,23 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _LOSS, _GRADIENT = 1, 2
-METRICS = (
-    *("loss", "margin", "implicit_accuracy"),
-    *("policy_mse_winner", "policy_mse_loser", "reference_mse_winner", "reference_mse_loser"),
-)
+SIDES, LABELS = ("winner", "loser"), ("liked", "disliked")
+METRICS = ("loss", "margin", "implicit_accuracy")
+_ERRORS = ("policy_mse", "reference_mse")
 
 
 class MetricSums:
     """Means since the last :meth:`take`: of the objective's metrics per micro-batch, of the gradient norm per step.
 
-    Kept on the device, so that a step never waits for a number to arrive on the host.
+    Kept on the device, so that a step never waits for a number to arrive on the host. Of single images (``unpaired``)
+    the errors are those of liked and disliked ones, left out where there were none, and ``kappa`` and the share of
+    liked ones are logged beside.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, *, unpaired: bool = False) -> None:
+        by_side = [f"{error}_{side}" for error in _ERRORS for side in (LABELS if unpaired else SIDES)]
+        self._names = (*METRICS, *by_side, *(("kappa", "liked") if unpaired else ()))
+        self.sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
         self.gradient_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.micro_batches = self.steps = 0
 
@@ -53,8 +56,14 @@ class MetricSums:
         """Add one micro-batch."""
         scalars = torch.stack([out.loss.detach(), out.margin.detach().mean(), out.implicit_accuracy])
         errors = torch.stack([out.policy_mse.detach(), out.reference_mse])
-        per_side = errors.unflatten(1, (2, -1)).flatten(2).mean(2)  # policy, reference by winner, loser
-        self.sums += torch.cat([scalars, per_side.flatten()])
+        if isinstance(out, KTOOutput):
+            labels = torch.stack([out.liked, ~out.liked]).to(errors.dtype)
+            per_side = (errors.unsqueeze(1) * labels).mean(2)
+            scalars = torch.cat([scalars, per_side.flatten(), torch.stack([out.kappa, labels[0].mean()])])
+        else:
+            per_side = errors.unflatten(1, (2, -1)).flatten(2).mean(2)  # policy, reference by winner, loser
+            scalars = torch.cat([scalars, per_side.flatten()])
+        self.sums += scalars
         self.micro_batches += 1
 
     def add_step(self, gradient_norm: Tensor) -> None:
@@ -70,11 +79,17 @@ class MetricSums:
         self.sums.zero_()
         self.gradient_norm.zero_()
         self.micro_batches = self.steps = 0
-        return dict(zip((*METRICS, "gradient_norm"), means.tolist(), strict=True))
+        found = dict(zip((*self._names, "gradient_norm"), means.tolist(), strict=True))
+        shares = {"liked": found["liked"], "disliked": 1 - found["liked"]} if "liked" in found else {}
+        for name in [f"{error}_{label}" for error in _ERRORS for label in shares]:
+            share, value = shares[name.rpartition("_")[2]], found.pop(name)
+            found |= {name: value / share} if share > 0 else {}
+        return found
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """Everything, so that the averages of a resumed run are those of an uninterrupted one."""
-        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in own.items()}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         for name, value in state.items():
@@ -91,7 +106,7 @@ class FiniteGuard:
     @torch.no_grad()
     def watch(self, out: PreferenceLoss, first_draw: int) -> None:
         """Raise the flag if the loss of a micro-batch, or anything about one of its pairs, is not finite."""
-        errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).unflatten(1, (2, -1))
+        errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).unflatten(1, (-1, out.margin.numel()))
         finite = torch.isfinite(errors if errors.ndim == 3 else errors.sum(3)).all(0).all(0)
         bad = ~(finite & torch.isfinite(out.margin.detach()))
         self._raise(_LOSS, bad.any() | ~torch.isfinite(out.loss.detach()), first_draw + bad.long().argmax())
@@ -210,9 +225,9 @@ def report_loss(batch: PairBatch, out: ObjectiveOutput, *, step: int, row: int, 
     """Raise :class:`NonFiniteLoss` about one pair: ``batch`` holds it alone, ``out`` was computed from it again;
     ``kept`` tells what remains on disk.
     """
-    draw = int(batch.sample_index[0])
+    draw, what = int(batch.sample_index[0]), "pair" if batch.liked is None else "image"
     raise NonFiniteLoss(
-        f"The loss of step {step} is not finite: pair in data row {row} (draw {draw}), {_timestep(out)}, "
+        f"The loss of step {step} is not finite: {what} in data row {row} (draw {draw}), {_timestep(out)}, "
         f"{_origin(batch, out)}. {_ending(kept)}"
     )
 
@@ -235,7 +250,7 @@ def _ending(kept: str) -> str:
 
 def _timestep(out: ObjectiveOutput) -> str:
     """The first timestep of the pair whose errors are not finite."""
-    timesteps = out.timesteps.unflatten(0, (2, -1))[0].flatten().tolist()
+    timesteps = out.timesteps.unflatten(0, (-1, out.margin.numel()))[0].flatten().tolist()
     errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).cpu()
     bad = (~torch.isfinite(errors)).any(0).any(0).flatten()
     if len(timesteps) == bad.numel() and bool(bad.any()):
@@ -245,6 +260,7 @@ def _timestep(out: ObjectiveOutput) -> str:
 
 def _origin(batch: PairBatch, out: ObjectiveOutput) -> str:
     """The earliest quantity that is not finite, and its side."""
+    sides = ("image",) if batch.liked is not None else SIDES
     stages = {
         "latents": batch.latents,
         "scores": batch.scores,
@@ -257,7 +273,7 @@ def _origin(batch: PairBatch, out: ObjectiveOutput) -> str:
     }
     for name, tensor in stages.items():
         if tensor is not None:
-            finite = torch.isfinite(tensor.detach()).reshape(2, -1).all(1).tolist()  # winner, loser
+            finite = torch.isfinite(tensor.detach()).reshape(len(sides), -1).all(1).tolist()
             if not all(finite):
-                return f"first in the {name} of the {'loser' if finite[0] else 'winner'}"
+                return f"first in the {name} of the {sides[finite.index(False)]}"
     return "although everything the network returned is finite"

@@ -14,7 +14,7 @@ import torch
 from fastinvdpo.atomic import make_directory
 from fastinvdpo.config import TrainConfig, complete
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
-from fastinvdpo.data.pairs import PairDataset
+from fastinvdpo.data.pairs import RowDataset
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.io import key_hash
@@ -23,7 +23,7 @@ from fastinvdpo.models import DiffusionModel
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.accounting import choose_max_batch, gradient_passes, measure_costs, peak_memory
-from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, PairEncoder, Pairs, epoch_order
+from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache, reference_key
 from fastinvdpo.trainer.callbacks import Callback, Place, Reporting, TrainResult
 from fastinvdpo.trainer.checkpoint import (
@@ -38,6 +38,7 @@ from fastinvdpo.trainer.checkpoint import (
     versions,
 )
 from fastinvdpo.trainer.export import Publishing, export_model, model_card
+from fastinvdpo.trainer.order import DrawOrder, epoch_order
 from fastinvdpo.trainer.performance import decide, set_tf32, shown, speed_up
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
 from fastinvdpo.trainer.step import report_gradient, report_loss, training_step
@@ -94,7 +95,7 @@ class PreferenceTrainer:
             raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
         if self.cache is not None:
             self.cache.check_draws(reference_key(config))
-        opening.check_scores(config, pairs.has_scores)
+        opening.check_pairs(config, pairs)
         opening.check_masks(config, getattr(pairs, "has_masks", False))
         self._last_checkpoint = find_checkpoint(resume, self._checkpoints)
         self.accelerator = opening.open_accelerator(config)
@@ -114,7 +115,7 @@ class PreferenceTrainer:
             training.gradient_accumulation_steps,
             self.accelerator.num_processes,
             self.accelerator.process_index,
-            epochs=epoch_order(pairs, training.batch_size),
+            epochs=epoch_order(pairs, training.batch_size, config.method.like_share),
         )
         self._identity = {"effective batch": self.order.effective_batch, "pairs in the data set": len(pairs)}
         if config.data.buckets is not None:
@@ -146,7 +147,7 @@ class PreferenceTrainer:
             make_directory(self._checkpoints)
             if self.cache is not None:
                 copy_report(self.cache.directory, self.output)
-            elif self.summary is not None and isinstance(pairs, PairDataset):
+            elif self.summary is not None and isinstance(pairs, RowDataset):
                 write_report(self.summary, pairs.broken, self.output)
         self.accelerator.wait_for_everyone()
         self.model.to(self.accelerator.device)

@@ -286,6 +286,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, int, int, int]] = {
     "poly-dpo-sd15": ({"alpha": 8}, 2048e-8, 2000, 500, 2048),
     "snpo-sd15": ({"beta": 2000, "loser_share": 0.9}, 2.048e-8, 3000, 0, 512),
     "mapo-sdxl": ({"beta": 0.1, "snr": 0.5}, 1e-5, 2000, 0, 16),
+    "kto-sd15": ({"beta": 1000, "halo": "sigmoid", "baseline": "mean", "like_share": 0.8}, 1e-7, 20_000, 200, 8),
 }
 
 

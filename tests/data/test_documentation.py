@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastinvdpo import cli
-from fastinvdpo.data import PairDataset
+from fastinvdpo.data import LikedDataset, PairDataset
 from tests import documentation
 from tests.data.test_pairs import encoded, image, row, store
 from tests.evaluation import tiny_clip as tiny
@@ -27,13 +27,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with the files that the page names."""
-    folder, ranked, structured = EXAMPLES
-    for root in (tmp_path, tmp_path / "folder"):
+    folder, ranked, likes, structured = EXAMPLES
+    for root in (tmp_path, tmp_path / "folder", tmp_path / "likes"):
         (root / "images").mkdir(parents=True)
         for name, shade in (("0-0", 0), ("0-1", 50), ("1-0", 100), ("1-1", 150)):
             (root / "images" / f"{name}.png").write_bytes(encoded(image(shade)))
     store(tmp_path / "pairs.parquet", [row(i) for i in range(3)])
     (tmp_path / "folder" / "pairs.jsonl").write_text(folder)
+    (tmp_path / "likes" / "likes.jsonl").write_text(likes)
     (tmp_path / "ranked.json").write_text(ranked)
     better = json.loads(structured)
     worse = better | {"image": "images/0-1.png", "scores": {"objects": 0.2, "relations": 0.1}}
@@ -46,7 +47,7 @@ def place(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_has_commands_and_examples() -> None:
-    assert len(COMMANDS) == 8 and len(EXAMPLES) == 3
+    assert len(COMMANDS) == 9 and len(EXAMPLES) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -63,6 +64,8 @@ def test_the_examples_mean_what_the_page_says(place: Path) -> None:
     pairs = PairDataset(place / "folder" / "pairs.jsonl")
     assert [pair.winner.getpixel((0, 0)) for pair in pairs] == [50, 100]
     assert [pair.winner.getpixel((0, 0)) for pair in PairDataset(place / "ranked.json")] == [50, 0, 50]
+    (liked,) = LikedDataset(place / "likes")
+    assert liked.liked and liked.side.image.getpixel((0, 0)) == 50
     assert cli.main(["data", "build", "structured.jsonl", "--output", "built.parquet"]) == 0
     built = PairDataset(place / "built.parquet")
     assert [pair.caption for pair in built] == ["a red cube left of a cat"]

@@ -197,7 +197,7 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a number for a caption": ({"caption": 7}, {}, r"row 0, column 'caption' = 7: is not a string"),
     "text for a label": ({"label_0": "1"}, {}, r"row 0, column 'label_0' = '1': is not a finite number"),
     "a path for an image": ({"jpg_0": "cat.jpg"}, {}, r"row 0, column 'jpg_0' = 'cat.jpg': holds no encoded image"),
-    "no pair has that": ({}, {"columns": {"picture": "jpg_0"}}, "maps 'picture', which no pair has"),
+    "no pair has that": ({}, {"columns": {"picture": "jpg_0"}}, "maps 'picture', which no row of pairs has"),
     "no such column": ({}, {"columns": {"score_0": "a", "score_1": "b"}}, "has no column 'a'"),
     "no scores": ({}, {"relabel_by_score": True}, "has no column 'score_0'"),
     "one score": ({"score_0": 1.0}, {}, r"\['score_0'\]: has no other side"),

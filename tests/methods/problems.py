@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.methods import ChainObjective, PairBatch, build_objective
+from fastinvdpo.methods import METHODS, ChainObjective, PairBatch, build_objective
 from tests.cases import sd_schedule, toy_network
 
 SCHEDULE = sd_schedule()
 LEVELS = 5
+PAIRED = [name for name, method in METHODS.items() if not method.unpaired]
+"""Methods that train on what :func:`pairs` gives."""
 REFERENCE = toy_network()
 
 

@@ -18,7 +18,7 @@ from fastinvdpo.methods import METHODS, AlphaDPO, DiffusionDPO, ObjectiveOutput,
 from fastinvdpo.methods.single_timestep import SingleTimestepMethod
 from fastinvdpo.trainer import TrainConfig, train
 from tests.cases import predictions, sd_schedule
-from tests.methods.problems import REFERENCE, Policy, pairs, select
+from tests.methods.problems import PAIRED, REFERENCE, Policy, pairs, select
 from tests.trainer import tiny
 
 Sides = tuple[Tensor, Tensor]
@@ -273,7 +273,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in tiny.METHODS])
+@pytest.mark.parametrize("name", [name for name in PAIRED if name not in tiny.METHODS])
 def test_it_trains(name: str, workspace: Path) -> None:
     values = tiny.mapping(
         workspace, training={"steps": 3, "batch_size": 2}, output={"directory": str(workspace / name)}

@@ -11,11 +11,11 @@ import torch
 
 from fastinvdpo.diffusion.schedule import PREDICTION_TYPES, affine_coefficients, recover_noise
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.methods import METHODS, Draws, SmPO, build_objective
+from fastinvdpo.methods import Draws, SmPO, build_objective
 from fastinvdpo.methods.base import STREAM_TIMESTEP
 from fastinvdpo.ops import philox
 from tests.cases import sd_schedule
-from tests.methods.problems import REFERENCE, SCHEDULE, Policy, chain_objective, networks, pairs, select
+from tests.methods.problems import PAIRED, REFERENCE, SCHEDULE, Policy, chain_objective, networks, pairs, select
 
 SMALL = {
     "inpo": {"num_inference_steps": 4},
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:variant 'distance")
 
 
 @pytest.mark.parametrize(
-    ("method", "prediction_type"), [*zip(METHODS, itertools.cycle(PREDICTION_TYPES)), ("inpo", "epsilon")]
+    ("method", "prediction_type"), [*zip(PAIRED, itertools.cycle(PREDICTION_TYPES)), ("inpo", "epsilon")]
 )
 def test_a_batch_equals_its_pairs_one_by_one(method: str, prediction_type: str) -> None:
     schedule = sd_schedule(prediction_type=prediction_type)
@@ -46,7 +46,7 @@ def test_a_batch_equals_its_pairs_one_by_one(method: str, prediction_type: str) 
     torch.testing.assert_close(policy.weight.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "snpo"])  # whose loser is bounded
+@pytest.mark.parametrize("method", [name for name in PAIRED if name != "snpo"])  # whose loser is bounded
 def test_swapping_the_sides_flips_the_margin(method: str) -> None:
     options = {**SMALL[method], "eta": 0.0} if method == "inpo" else SMALL.get(method, {})
     objective, batch = build_objective(method, SCHEDULE, beta=50.0, **options), pairs()
@@ -56,7 +56,7 @@ def test_swapping_the_sides_flips_the_margin(method: str) -> None:
     assert (there != 0).all()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "mapo"])  # which has no reference
+@pytest.mark.parametrize("method", [name for name in PAIRED if name != "mapo"])  # which has no reference
 def test_policy_equal_to_reference(method: str) -> None:
     """Loss ln 2 to the last bit where it is −log σ, and a gradient that is not zero."""
     objective, policy = build_objective(method, SCHEDULE, **SMALL.get(method, {})), Policy(gap=0.0)

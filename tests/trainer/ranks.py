@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
@@ -88,7 +87,7 @@ def run_kept(run: dict[str, Any], family: type[DigitsModel] = DoubleModel) -> Ke
         mock.patch.object(Networks, "policy", counted),
     ):
         try:
-            kept.result = train_model(config, model, PairDataset(config.data.path))
+            kept.result = train_model(config, model, opening.open_dataset(config))
         except NonFiniteLoss as error:
             kept.error = str(error)
     return kept

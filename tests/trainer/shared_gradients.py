@@ -29,6 +29,7 @@ STREAMING: dict[str, dict[str, Any]] = {
     "diffusion-dpo dynamic": {},
     "diffusion-dpo balanced": {},
     "diffusion-dpo moving": {},
+    "diffusion-dpo liked": {},
 }
 MOVING = {"name": "linear-dpo", "reference": "ema", "reference_decay": 0.5}
 # With a mean over the pairs of a micro-batch on all processes, or a reference that all of them move.
@@ -36,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diffusion-dpo dynamic": {"name": "alpha-dpo", "alpha": 0.7, "dynamic": True},
     "diffusion-dpo balanced": {"auto_beta": 0.2, "beta": 1e6},
     "diffusion-dpo moving": MOVING,
+    "diffusion-dpo liked": {"name": "kto"},
 }
 NAMES = [f"{name}{suffix}" for name, suffix in itertools.product(STREAMING, ("", " lora"))]
 # What the machine did, not the training.
@@ -58,7 +60,7 @@ def mapping(root: Path, name: str, folder: str, processes: int, **sections: Any)
         streaming.split()[0],
         method=OPTIONS.get(streaming, {}),
         model={"lora": {"rank": 2} if lora else None, "init_perturbation": 0.02},
-        data={"path": str(root / "seven.parquet")},
+        data={"path": str(root / "seven.parquet"), "form": "pairs"},
         training=training,
         # Below any gradient here: all are clipped.
         optimizer={"max_grad_norm": 1e-3, "lr_scheduler": "constant", "warmup_steps": 0},

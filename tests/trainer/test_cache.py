@@ -18,9 +18,10 @@ from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import TrainConfig, TrainResult, cache, precompute, train
-from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder
+from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.order import DrawOrder
 from tests.trainer import tiny
 
 LEVELS, PAIRS, IMAGES, CAPTIONS, GUIDED = 3, 10, 20, 4, 2

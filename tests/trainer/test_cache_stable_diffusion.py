@@ -17,8 +17,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.trainer import TrainConfig, precompute, train
-from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, PairEncoder
+from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
 from fastinvdpo.trainer.opening import open_dataset, open_model
+from fastinvdpo.trainer.order import DrawOrder
 from tests.models import tiny as models
 from tests.trainer import tiny
 from tests.trainer.test_cache import refuse

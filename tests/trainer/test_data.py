@@ -21,16 +21,8 @@ from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, precompute
-from fastinvdpo.trainer.batches import (
-    BatchBuilder,
-    ByBucket,
-    ByWindow,
-    DrawOrder,
-    PairEncoder,
-    drops_caption,
-    epoch_order,
-    swaps_tie,
-)
+from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
+from fastinvdpo.trainer.order import ByBucket, ByWindow, DrawOrder, drops_caption, epoch_order, swaps_tie
 from tests.data.test_pairs import encoded
 from tests.models import tiny as tiny_models
 from tests.trainer import tiny

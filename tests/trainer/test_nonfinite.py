@@ -16,8 +16,8 @@ from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
 from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.ops import philox
-from fastinvdpo.trainer.batches import DrawOrder
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.order import DrawOrder
 from fastinvdpo.trainer.step import FiniteGuard
 from tests.trainer import tiny
 

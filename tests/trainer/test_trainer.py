@@ -23,7 +23,8 @@ from fastinvdpo.methods.base import STREAM_NOISE, STREAM_TIMESTEP
 from fastinvdpo.models import load_model
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer import Callback, PreferenceTrainer, TrainResult
-from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, PairEncoder
+from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
+from fastinvdpo.trainer.order import DrawOrder
 from tests.layout import ROOT
 from tests.trainer import tiny
 

@@ -1,0 +1,128 @@
+"""Images that were liked or disliked, each by itself: of rows that say so, or of pairs, whose winners are likes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fastinvdpo.data.broken import BrokenRow, read_ahead
+from fastinvdpo.data.pairs import PairEntry, RowDataset, Side, content_key
+from fastinvdpo.data.rows import PAIRS, PairSource, caption_of, liked_of
+from fastinvdpo.data.sources import open_source
+from fastinvdpo.data.transforms import Size
+from fastinvdpo.errors import invalid
+
+
+@dataclass(frozen=True)
+class LikedImage:
+    """One image of a caption, liked or not. ``row``: in the file(s), counted over all shards."""
+
+    side: Side
+    caption: str
+    liked: bool
+    row: int
+
+    tie: ClassVar[bool] = False
+    scores: ClassVar[None] = None
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return (self.side,)
+
+    @property
+    def judged(self) -> tuple[Any, ...]:
+        return (self.liked,)
+
+
+class LikedDataset(RowDataset):
+    """Images that were liked or disliked, for Diffusion-KTO: rows of one image (``open_source(path, form="likes")``,
+    what a path means here), or of pairs, whose winners are liked and whose losers are disliked.
+
+    An image of a caption counts once, by its bytes; it is liked where any row likes it, as published. Arguments and
+    errors are those of :class:`fastinvdpo.data.PairDataset`, without kept ties and streaming, which does not look at
+    images before they are drawn.
+
+    Attributes:
+        liked: of every image. summary: counts them, and those that another row dislikes (``both``).
+    """
+
+    unpaired = True
+
+    def __init__(self, source: str | Path | PairSource, **options: Any) -> None:
+        super().__init__(source, **options)
+        self.summary = replace(self.summary, liked=sum(self.liked), both=self.both)
+
+    def _open(self, path: str | Path, columns: Mapping[str, str] | None) -> PairSource:
+        return open_source(path, form="likes", columns=columns)
+
+    def __getitem__(self, i: int) -> LikedImage:
+        return self.pair(i, draw=i)
+
+    def pair(self, i: int, draw: int) -> LikedImage:
+        """Image ``i`` at the sample index ``draw``, as :meth:`fastinvdpo.data.PairDataset.pair`."""
+        (side,), kept = self._drawn(i, draw), self._kept[i]
+        return LikedImage(side, kept.caption, bool(kept.liked), kept.row)
+
+    def entry(self, i: int) -> PairEntry:
+        """Row, caption, label and key of image ``i``; reads its bytes and decodes nothing."""
+        kept = self._kept[i]
+        return replace(kept, keys=(content_key(self._bytes(kept), kept.caption).hexdigest(),))
+
+    def _read_rows(self, by_score: bool, ties: str) -> tuple[list[PairEntry], int]:
+        if self.source.streaming:
+            problem = "does not look at images before they are drawn, and one that several rows judge counts once"
+            raise invalid("data.streaming", True, problem, "set it to false")
+        if self.source.masks:
+            raise invalid("data.masks", True, "means nothing for images by themselves", "set it to false")
+        if self.source.form is PAIRS:
+            if ties == "keep":
+                raise invalid("data.ties", ties, "keeps pairs that like neither image", "set it to drop or error")
+            return super()._read_rows(by_score, ties)
+        if by_score:
+            problem = "compares two images, and a row has one"
+            raise invalid("data.relabel_by_score", True, problem, "set it to false, or data.form to pairs")
+        kept = []
+        for row in range(len(self.source)):
+            where = partial(self.source.where, row)
+            try:
+                stored = self.source.record(row)
+                liked = liked_of(stored, where)
+                kept.append(PairEntry(row, 0, False, caption_of(stored, where), None, liked=liked))
+            except BrokenRow as error:
+                self.broken.add(row, self.source.place(row), error)
+        return kept, 0
+
+    def _check_images(self, pairs: list[PairEntry]) -> tuple[list[PairEntry], Size | None]:
+        rows, size = super()._check_images(pairs)
+        images, buckets = list[PairEntry](), list[int]()
+        for i, row in enumerate(rows):
+            for side in range(len(self.source.form.images)):
+                liked = side == row.winner if row.liked is None else row.liked
+                images.append(replace(row, winner=side, scores=None, liked=liked))
+                buckets += self.bucket_of[i : i + 1]
+        votes: dict[Any, list[int]] = {}  # the images that are one, by their places
+        for place, identity in enumerate(self._identities(images)):
+            votes.setdefault(identity, []).append(place)
+        self.bucket_of = [buckets[same[0]] for same in votes.values() if buckets]
+        opinions = [{images[place].liked for place in same} for same in votes.values()]
+        self.liked, self.both = [True in found for found in opinions], sum(len(found) > 1 for found in opinions)
+        kept = zip(votes.values(), self.liked, strict=True)
+        return [replace(images[same[0]], liked=liked) for same, liked in kept], size
+
+    def _identities(self, images: list[PairEntry]) -> list[Any]:
+        """What is equal for equal images of one caption; bytes are hashed where another image has as many."""
+
+        def read(rows: Iterable[int], digest: Callable[[memoryview, str], Any]) -> dict[int, Any]:
+            return dict(read_ahead(lambda i: digest(self._bytes(images[i]), images[i].caption), rows))
+
+        sizes = read(range(len(images)), lambda data, caption: (len(data), caption))
+        equal = Counter(sizes.values())
+        several = [i for i, size in sizes.items() if equal[size] > 1]
+        return list((sizes | read(several, lambda data, caption: content_key(data, caption).digest())).values())
+
+    def _bytes(self, image: PairEntry) -> memoryview:
+        return self.source.image(image.row, image.winner)

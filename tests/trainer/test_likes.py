@@ -1,0 +1,260 @@
+"""Diffusion-KTO in the trainer: single images, drawn by label, against one baseline of all processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastinvdpo import cli
+from fastinvdpo.data import LikedDataset, PairDataset
+from fastinvdpo.errors import InvalidInput, NonFiniteLoss
+from fastinvdpo.methods import KTO, PairBatch, build_objective
+from fastinvdpo.models import load_model
+from fastinvdpo.trainer import TrainConfig, precompute, train
+from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
+from fastinvdpo.trainer.dry_run import count_evaluations
+from fastinvdpo.trainer.order import ByLabel, DrawOrder
+from tests.data.test_pairs import encoded, store
+from tests.methods.problems import REFERENCE, SCHEDULE, Policy
+from tests.trainer import tiny
+from tests.trainer.forked import Server
+from tests.trainer.test_resume import history, train_counted
+
+IMAGES, LIKED = 10, 4
+
+
+@pytest.fixture
+def likes(workspace: Path) -> Path:
+    """A workspace with ten images in ``likes.parquet``, four of them liked."""
+    rng = np.random.default_rng(2)
+    rows = [
+        {
+            "image": encoded(Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))),
+            "liked": i < LIKED,
+            "caption": f"a {tiny.WORDS[i % 4]}",
+        }
+        for i in range(IMAGES)
+    ]
+    store(workspace / "likes.parquet", rows)
+    return workspace
+
+
+def mapping(root: Path, **sections: Any) -> dict[str, Any]:
+    values = tiny.mapping(
+        root, **{**sections, "data": {"path": str(root / "likes.parquet"), **sections.get("data", {})}}
+    )
+    values["method"] = {"name": "kto", "beta": 200.0, **sections.get("method", {})}
+    return values
+
+
+def run(root: Path, folder: str = "run", **sections: Any) -> Any:
+    sections["output"] = {"directory": str(root / folder), "log_every": 1, **sections.get("output", {})}
+    return train(TrainConfig.from_mapping(mapping(root, **sections)), progress=False)
+
+
+# The objective
+
+
+def batch(count: int = 5) -> PairBatch:
+    generator = torch.Generator().manual_seed(4)
+    prompt = torch.randn(count, generator=generator, dtype=torch.float64)
+    latents = torch.randn(count, 4, 4, 4, generator=generator, dtype=torch.float64)
+    index = torch.arange(100, 100 + count)
+    return PairBatch(latents, {"prompt": prompt}, index, liked=torch.arange(count) % 3 > 0)
+
+
+def test_the_loss_is_that_of_the_formula_with_a_timestep_and_noise_for_each_image() -> None:
+    given = batch()
+    objective = build_objective("kto", SCHEDULE, beta=50.0, like_weight=2.0)
+    out = objective(Policy(), REFERENCE, given, seed=3)
+    assert len(set(out.timesteps.tolist())) == 5 and len({float(one.sum()) for one in out.target}) == 5
+    error, known = ((pred - out.target).square().flatten(1).mean(1) for pred in (out.policy_pred, out.reference_pred))
+    g, y = known - error, 2.0 * given.liked - 1
+    kappa = g.mean().clamp(min=0).detach()
+    logit = y * 50 * (g - kappa)
+    expected = ((1.5 + y / 2) * (1 - torch.sigmoid(logit))).mean()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(out.margin, logit, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(out.kappa, kappa, rtol=1e-9, atol=1e-15)
+    assert float(out.implicit_accuracy) == float((logit > 0).double().mean())
+    gradients = [torch.autograd.grad(loss, out.policy_pred, retain_graph=True)[0] for loss in (out.loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-13)
+    row = {name: tensor[2:3] for name, tensor in given.conditioning.items()}
+    alone = dataclasses.replace(
+        given,
+        latents=given.latents[2:3],
+        conditioning=row,
+        sample_index=given.sample_index[2:3],
+        liked=given.liked[2:3],
+    )
+    torch.testing.assert_close(objective(Policy(), REFERENCE, alone, seed=3).noisy_latents[0], out.noisy_latents[2])
+
+
+def test_the_baseline_is_one_for_all_processes() -> None:
+    given, objective = batch(), build_objective("kto", SCHEDULE, beta=50.0)
+    seen: list[torch.Tensor] = []
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        seen.append(values)
+        return torch.cat([values, torch.full((3,), 7.0).to(values)])
+
+    out = dataclasses.replace(objective, gather=gather)(Policy(), REFERENCE, given, seed=3)
+    assert float(out.kappa) == pytest.approx(float((seen[0].sum() + 21) / 8))
+    assert not out.kappa.requires_grad
+
+
+def test_pairs_and_single_images_are_not_mixed_up() -> None:
+    single = batch(4)
+    with pytest.raises(InvalidInput, match=r"^batch.liked = \(4,\): belongs to single images"):
+        build_objective("inpo", SCHEDULE)(Policy(), REFERENCE, single, seed=0)
+    with pytest.raises(InvalidInput, match=r"^batch.liked = None: is what single images need"):
+        build_objective("kto", SCHEDULE)(Policy(), REFERENCE, dataclasses.replace(single, liked=None), seed=0)
+    with pytest.raises(InvalidInput, match=r"^batch.sample_index = .* one number per image"):
+        index = torch.arange(2)
+        build_objective("kto", SCHEDULE)(Policy(), REFERENCE, dataclasses.replace(single, sample_index=index), seed=0)
+    for share in (-0.1, 1.5, True):
+        with pytest.raises(InvalidInput, match=f"^like_share = {share}: is no share"):
+            KTO(like_share=share)
+
+
+# Draws
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.0, 1.0])
+def test_labels_are_drawn_in_their_shares_and_images_of_a_label_alike(share: float) -> None:
+    liked = [i % 10 == 0 for i in range(500)]
+    order = DrawOrder(500, 0, 2, 1, epochs=ByLabel(liked, share))
+    draws = [order.pair_index(draw) for draw in range(40 * 500)]
+    assert abs(np.mean([liked[i] for i in draws]) - share) <= 5 * np.sqrt(share * (1 - share) / len(draws))
+    for label, expected in ((True, share * len(draws) / 50), (False, (1 - share) * len(draws) / 450)):
+        counts = Counter(i for i in draws if liked[i] == label)
+        assert len(counts) == (0 if expected == 0 else 50 if label else 450)
+        assert all(abs(count - expected) <= 5 * np.sqrt(expected) for count in counts.values())
+    assert draws[:500] != draws[500:1000]
+    again = DrawOrder(500, 0, 1, 1, 2, 1, epochs=ByLabel(liked, share))
+    assert [again.pair_index(draw) for draw in range(700)] == draws[:700]
+
+
+def test_a_share_of_what_the_data_lack_is_refused(likes: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"method.like_share = 0.8: needs disliked images, and the data have none"):
+        ByLabel([True, True], 0.8)
+    with pytest.raises(InvalidInput, match=r"method.like_share = 0.1: needs liked images"):
+        ByLabel([False], 0.1)
+    assert sorted(ByLabel([True] * 9, 1.0).order(np.random.default_rng(0))) == list(range(9))
+
+
+# Runs
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_and_logs_by_label(
+    likes: Path, forks: Server, lora: dict[str, Any] | None
+) -> None:
+    def section(name: str) -> dict[str, Any]:
+        training = {"gradient_accumulation_steps": 2, "batch_size": 3}
+        output = {"directory": str(likes / name), "log_every": 3}
+        return mapping(likes, model={"lora": lora}, data={"caption_dropout": 0.3}, training=training, output=output)
+
+    assert forks.call(train_counted, [section("killed")], 19).status == -signal.SIGKILL
+    done = forks.call(train_counted, [section("killed"), section("whole")], 0)
+    assert done.status == 0, done.said
+    ends = [tiny.stored(likes / name) for name in ("killed", "whole")]
+    for part in ("trainable", "state"):
+        tiny.assert_same(getattr(ends[0], part), getattr(ends[1], part))
+    rows = history(likes / "whole", [1, 3, 6])
+    assert history(likes / "killed", [1, 3, 6]) == rows
+    assert rows[0]["margin"] == rows[0]["kappa"] == 0 and rows[0]["loss"] == 0.5
+    assert rows[0]["implicit_accuracy"] == 0.5 and rows[0]["gradient_norm"] > 0
+    assert rows[-1]["loss"] != 0.5 and rows[-1]["policy_mse_liked"] > 0 and 0 < rows[-1]["liked"] <= 1
+    assert rows[0]["policy_mse_liked"] == rows[0]["reference_mse_liked"]
+    assert rows[-1]["network_evaluations_with_gradient"] == rows[-1]["network_evaluations_without_gradient"] == 36
+    assert tiny.moved(tiny.weights(likes / "whole")) > 1e-4
+    assert "10 images from" in (likes / "whole" / "model" / "README.md").read_text()
+
+
+def test_training_from_the_cache_is_the_same_bit_for_bit(likes: Path, small_shards: None) -> None:
+    cache, dropout = {"path": str(likes / "cache")}, {"caption_dropout": 0.3}
+    cached, spot = run(likes, "cached", data=dropout, cache=cache), run(likes, "spot", data=dropout)
+    tiny.assert_same(tiny.weights(cached), tiny.weights(spot))
+    assert [row["loss"] for row in cached.history] == [row["loss"] for row in spot.history]
+    assert cached.data == spot.data and spot.data is not None and (spot.data.pairs, spot.data.liked) == (IMAGES, LIKED)
+    stored = precompute(TrainConfig.from_mapping(mapping(likes, data=dropout, cache=cache)), progress=False)
+    assert stored.unpaired and sum(stored.liked) == LIKED and stored.index.images.shape == (IMAGES, 1)
+    pairs = tiny.mapping(likes, cache=cache)
+    with pytest.raises(InvalidInput, match=r"different are .*data\.form"):
+        train(TrainConfig.from_mapping(pairs), progress=False)
+
+
+def test_pairs_are_read_as_likes_where_the_user_says_so(likes: Path) -> None:
+    pairs = {"path": str(likes / "pairs.parquet")}
+    with pytest.raises(
+        InvalidInput, match=r"^method.name = 'kto' trains on images that were liked .*set data.form to pai"
+    ):
+        run(likes, data=pairs)
+    result = run(likes, data={**pairs, "form": "pairs"}, training={"batch_size": 4})
+    assert result.data is not None and str(result.data) == "10 rows: 20 images, 10 liked"
+    with pytest.raises(
+        InvalidInput, match=r"^method.name = 'diffusion-dpo' trains on pairs, and .*set data.form to likes"
+    ):
+        tiny.trained(likes, data={"path": str(likes / "likes.parquet")})
+    with pytest.raises(
+        InvalidInput, match=r"data.form = 'likes': has no pairs to compare, as method diffusion-dpo does"
+    ):
+        tiny.config(likes, data={"form": "likes"})
+    model, config = load_model("digits", likes / "model"), tiny.mapping(likes)
+    for data, method, what in (
+        (PairDataset(likes / "pairs.parquet"), KTO(), "single images"),
+        (LikedDataset(likes / "likes.parquet"), TrainConfig.from_mapping(config).method, "pairs"),
+    ):
+        with pytest.raises(InvalidInput, match=f"trains on {what}, which {type(data).__name__} does not hold"):
+            tiny.train_model(TrainConfig.from_mapping({**config, "method": method}), model, data)
+
+
+def test_a_data_set_at_hand_trains_as_its_file(likes: Path) -> None:
+    config = TrainConfig.from_mapping(mapping(likes))
+    assert config.data.form == "likes" and TrainConfig.from_mapping(config.as_dict()) == config
+    result = tiny.train_model(config, load_model("digits", likes / "model"), LikedDataset(likes / "likes.parquet"))
+    tiny.assert_same(tiny.weights(result), tiny.weights(run(likes, "file")))
+
+
+def test_each_image_has_its_own_caption_and_label_in_a_batch(likes: Path) -> None:
+    model, data = load_model("digits", likes / "model"), LikedDataset(likes / "likes.parquet")
+    order = DrawOrder(IMAGES, 0, 5, 1, epochs=ByLabel(data.liked, 0.5))
+    built = BatchBuilder(PairEncoder(model, data), model.device, order, with_unconditional=False).build(range(5))
+    drawn = [data[order.pair_index(draw)] for draw in range(5)]
+    assert built.liked is not None and built.liked.tolist() == [one.liked for one in drawn]
+    assert torch.equal(built.latents, model.encode_images([one.side.image for one in drawn]))
+    expected = model.encode_prompts([one.caption for one in drawn])["encoder_hidden_states"]
+    assert torch.equal(built.conditioning["encoder_hidden_states"], expected)
+
+
+def test_a_loss_that_is_not_finite_names_the_image(likes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastinvdpo.models.digits import DigitsModel
+
+    encode = DigitsModel.encode_images
+    monkeypatch.setattr(DigitsModel, "encode_images", lambda self, images: encode(self, images) * torch.nan)
+    with pytest.raises(NonFiniteLoss, match=r"image in data row \d+ .* first in the latents of the image"):
+        run(likes)
+
+
+def test_the_commands_count_and_check(likes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig.from_mapping(mapping(likes))
+    assert count_evaluations(config)[:2] == (1, 1)
+    with pytest.raises(InvalidInput, match=r"method.like_share = 0.8: balances labels draw by draw, and data.buckets"):
+        TrainConfig.from_mapping(mapping(likes, data={"resolution": 8, "buckets": {"multiple": 8}}))
+    free = mapping(likes, data={"resolution": 8, "buckets": {"multiple": 8}}, method={"like_share": None})
+    assert TrainConfig.from_mapping(free).method.like_share is None
+    path = str(likes / "likes.parquet")
+    assert cli.main(["data", "inspect", path, "form=likes", "--output", str(likes / "seen")]) == 0
+    shown = capsys.readouterr().out
+    assert "liked     4 (0 also disliked)\ndisliked  6" in shown and (likes / "seen" / "pairs.png").is_file()
+    assert cli.main(["data", "inspect", path, "--output", str(likes / "seen")]) == 2
+    assert "set data.form to likes" in capsys.readouterr().err
