@@ -21,6 +21,7 @@ from fastinvdpo.evaluation import scoring
 from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_pairs
 from fastinvdpo.output import OutputDirectory
+from tests.data import test_masks as masks
 from tests.data.test_pairs import encoded, image, row, store
 from tests.data.test_sources import FORMATS, write_images, write_lines
 from tests.evaluation import tiny_clip as tiny
@@ -105,6 +106,15 @@ def test_every_format(tmp_path: Path, name: str) -> None:
     assert result.pairs == 6
     shades = [(pair.winner.getpixel((0, 0)), pair.loser.getpixel((0, 0))) for pair in PairDataset(output)]
     assert shades == [(0, 100), (101, 1), (3, 103), (104, 4), (5, 105)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "repository"])
+def test_masks_are_kept(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "set").mkdir()
+    path, output = masks.FORMATS[kind](tmp_path / "set", False), tmp_path / "scored.parquet"
+    score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)
+    for pair in masks.opened(output):
+        assert pair.winner_mask.tobytes() == pair.winner.tobytes() and pair.loser_mask.tobytes() == pair.loser.tobytes()
 
 
 def test_ranked_images_and_a_batch_that_shares_images(tmp_path: Path) -> None:
