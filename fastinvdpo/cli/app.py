@@ -178,6 +178,10 @@ def score(
     output: Annotated[Path, typer.Option(help="Parquet file to write.", show_default=False)],
     options: DataKeys = None,
     relabel: Annotated[str | None, typer.Option(help="Name of the scorer whose higher score wins the pair.")] = None,
+    agree: Annotated[
+        str | None,
+        typer.Option(help="With --relabel: leave out pairs on whose winner fewer scorers agree; a number, or 'all'."),
+    ] = None,
     named: Annotated[bool, typer.Option("--named", help="Columns score_NAME_0 even for a single scorer.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that pass a scorer at once.")] = 32,
     device: Annotated[str, typer.Option(help="'auto', or a device of PyTorch's, such as cuda:1.")] = "auto",
@@ -196,6 +200,7 @@ def score(
         scorers,
         output,
         relabel=relabel,
+        agree=int(agree) if agree is not None and agree.isdecimal() else agree,
         named=named,
         max_broken=section.max_broken,
         progress=progress,

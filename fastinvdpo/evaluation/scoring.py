@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +34,7 @@ from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.data.writing import check_parquet_name
 from fastinvdpo.errors import invalid
+from fastinvdpo.evaluation.agreement import agreed, votes_of
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, check_same, key_hash, plain, sealed, unsealed
@@ -57,6 +58,8 @@ class ScoreResult:
     Attributes:
         rows: rows of the data; pairs: those that are in the output. broken: the others, by cause.
         columns: of every scorer. ranges: κ of every scorer, over the pairs in the output.
+        disagreed: how many rows are left out for want of agreement; dissent: in how many of them each scorer saw
+            another winner, or none.
     """
 
     output: Path
@@ -65,10 +68,16 @@ class ScoreResult:
     broken: dict[str, int]
     columns: dict[str, tuple[str, str]]
     ranges: dict[str, ScoreRange]
+    disagreed: int = 0
+    dissent: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        left_out = f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})"
-        lines = [f"{self.rows} rows: {self.pairs} pairs scored{left_out if self.broken else ''}. Output: {self.output}"]
+        left_out = (
+            f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})" if self.broken else ""
+        )
+        if self.disagreed:
+            left_out += f", {self.disagreed} without agreement left out (other winner or tie: {by_cause(self.dissent)})"
+        lines = [f"{self.rows} rows: {self.pairs} pairs scored{left_out}. Output: {self.output}"]
         for name, (first, second) in self.columns.items():
             found = self.ranges[name]
             span = f"{found.low:.5g} to {found.high:.5g}, score_range {found.value:.5g}"
@@ -96,6 +105,7 @@ def score_pairs(
     output: Path,
     *,
     relabel: str | None = None,
+    agree: int | str | None = None,
     named: bool = False,
     max_broken: int | float = 0,
     progress: bool = False,
@@ -108,6 +118,8 @@ def score_pairs(
         output: written atomically at the end; ``<output>.parts`` holds what is finished until then.
         relabel: name of a scorer: the image with its higher score becomes the winner, equal scores are a tie. The
             labels that were there move to ``original_label_0`` and ``original_label_1``.
+        agree: with ``relabel``, at least 2, or ``"all"``: leave out the pairs in which fewer scorers, that one among
+            them, give its winner the higher score. A scorer with equal scores votes for neither.
         max_broken: how many rows may be left out for a broken image or caption, a count or a share; they are listed in
             ``<output>.broken.jsonl``. Zero: the first one is an error.
         progress: show a progress bar.
@@ -125,11 +137,13 @@ def score_pairs(
     if own.is_dir() and (place == own or (source.format == "datasets" and place.is_relative_to(own))):
         remedy = "name another directory: the next run would read the output"
         raise invalid("output", str(output), "lies among the files that are read", remedy)
+    votes = votes_of(agree, relabel, list(columns))
     parts = output.with_name(f"{output.name}.parts")
     manifest = _read_manifest(parts)
     digests = Digests(manifest["files"] if manifest else None)
     key = _key(source, scorers, digests)
     final = {**key, "columns": [list(pair) for pair in columns.values()], "relabel": relabel}
+    final |= {"agree": votes} if votes else {}  # outputs of before there was this option still serve
     finished = _finished(output, final)
     if finished is not None and not (parts / MARK).is_file():
         return finished
@@ -149,9 +163,18 @@ def score_pairs(
             for line in part.broken:
                 bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
             found.append(part)
-        result, scores, labels = _assembled(source, output, columns, found, bad, relabel)
+        scored = [item for part in found for item in zip(part.rows, part.scores, strict=True)]
+        if not scored:
+            problem = f"holds no row that can be scored: {bad.shown()}" if bad.found else "holds no rows"
+            raise invalid("data.path", source.path, problem, "repair the data")
+        kept, dissent = agreed(scored, list(columns), relabel, votes)
+        rows = [row for row, _ in kept]
+        ranges, scores, labels = _assembled([both for _, both in kept], columns, relabel)
+        counts = len(source), len(rows), bad.counts()
+        result = ScoreResult(output, *counts, dict(columns), ranges, len(scored) - len(rows), dissent)
         description = {
             **{"key": final, "rows": result.rows, "pairs": result.pairs, "broken": result.broken},
+            **({"disagreed": result.disagreed, "dissent": dissent} if votes else {}),
             "scores": [
                 {"name": name, "columns": list(result.columns[name]), "low": one.low, "high": one.high}
                 for name, one in result.ranges.items()
@@ -160,7 +183,6 @@ def score_pairs(
         if bad.found:
             with atomic_file(list_of_broken(output)) as temporary:
                 temporary.write_text(jsonl(bad.lines()), "utf-8")
-        rows = [row for part in found for row in part.rows]
         with atomic_file(output, new=True) as temporary:
             write_scored(source, temporary, rows, scores, labels, {METADATA: json.dumps(description).encode()})
         begun.remove()
@@ -309,30 +331,21 @@ def _read_part(path: Path, identity: str) -> _Part | None:
 
 
 def _assembled(
-    source: PairSource,
-    output: Path,
-    columns: Mapping[str, tuple[str, str]],
-    parts: Sequence[_Part],
-    bad: BrokenRows,
-    relabel: str | None,
-) -> tuple[ScoreResult, dict[str, list[float]], dict[str, list[float]]]:
-    """The result, the columns of scores and those of labels."""
-    if not any(part.rows for part in parts):
-        problem = f"holds no row that can be scored: {bad.shown()}" if bad.found else "holds no rows"
-        raise invalid("data.path", source.path, problem, "repair the data")
+    scored: Sequence[list[list[float]]], columns: Mapping[str, tuple[str, str]], relabel: str | None
+) -> tuple[dict[str, ScoreRange], dict[str, list[float]], dict[str, list[float]]]:
+    """The ranges, the columns of scores and those of labels."""
     scores: dict[str, list[float]] = {}
     labels: dict[str, list[float]] = {}
     ranges = {}
     for number, (name, names) in enumerate(columns.items()):
-        pairs = [both[number] for part in parts for both in part.scores]
+        pairs = [both[number] for both in scored]
         for side in (0, 1):
             scores[names[side]] = [pair[side] for pair in pairs]
         ranges[name] = ScoreRange.of([score for pair in pairs for score in pair])
         if name == relabel:
             won = [0.5 if first == second else float(first > second) for first, second in pairs]
             labels = {"label_0": won, "label_1": [1.0 - label for label in won]}
-    count = sum(len(part.rows) for part in parts)
-    return ScoreResult(output, len(source), count, bad.counts(), dict(columns), ranges), scores, labels
+    return ranges, scores, labels
 
 
 def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
@@ -347,4 +360,5 @@ def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
     check_same("output", output, found["key"], key)
     columns = {score["name"]: (score["columns"][0], score["columns"][1]) for score in found["scores"]}
     ranges = {score["name"]: ScoreRange(score["low"], score["high"]) for score in found["scores"]}
-    return ScoreResult(output, found["rows"], found["pairs"], found["broken"], columns, ranges)
+    disagreed = found.get("disagreed", 0), found.get("dissent", {})
+    return ScoreResult(output, found["rows"], found["pairs"], found["broken"], columns, ranges, *disagreed)

@@ -33,6 +33,7 @@ def place(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, shade in (("0-0", 0), ("0-1", 50), ("1-0", 100), ("1-1", 150)):
             (root / "images" / f"{name}.png").write_bytes(encoded(image(shade)))
     store(tmp_path / "pairs.parquet", [row(i) for i in range(3)])
+    store(tmp_path / "masked.parquet", [row(i) | {"mask": encoded(image(i))} for i in range(3)])
     (tmp_path / "folder" / "pairs.jsonl").write_text(folder)
     (tmp_path / "likes" / "likes.jsonl").write_text(likes)
     (tmp_path / "ranked.json").write_text(ranked)
@@ -47,7 +48,7 @@ def place(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_has_commands_and_examples() -> None:
-    assert len(COMMANDS) == 9 and len(EXAMPLES) == 4
+    assert len(COMMANDS) == 10 and len(EXAMPLES) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -21,6 +21,7 @@ from fastinvdpo.evaluation import scoring
 from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_pairs
 from fastinvdpo.output import OutputDirectory
+from tests.data import test_masks as masks
 from tests.data.test_pairs import encoded, image, row, store
 from tests.data.test_sources import FORMATS, write_images, write_lines
 from tests.evaluation import tiny_clip as tiny
@@ -107,6 +108,15 @@ def test_every_format(tmp_path: Path, name: str) -> None:
     assert shades == [(0, 100), (101, 1), (3, 103), (104, 4), (5, 105)]
 
 
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "repository"])
+def test_masks_are_kept(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "set").mkdir()
+    path, output = masks.FORMATS[kind](tmp_path / "set", False), tmp_path / "scored.parquet"
+    score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)
+    for pair in masks.opened(output):
+        assert pair.winner_mask.tobytes() == pair.winner.tobytes() and pair.loser_mask.tobytes() == pair.loser.tobytes()
+
+
 def test_ranked_images_and_a_batch_that_shares_images(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     write_images(tmp_path / "set")
@@ -164,6 +174,41 @@ def test_several_scorers_and_labels_from_one_of_them(ten: Path, tmp_path: Path) 
     score_pairs(open_source(store(tmp_path / "named.parquet", rows)), [scorer()], named, relabel="shade")
     assert read(named)["original_winner"] == [0] * 10 and read(named)["original_label_0"] == [1.0] * 10
     assert PairDataset(named)[0].winner.getpixel((0, 0)) == 100
+
+
+def vote(name: str, signs: str) -> FunctionScorer:
+    """Image 0 of ``row(i)`` wins where ``signs[i]`` is +, and ties where it is =."""
+
+    def function(images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
+        shades = [int(picture.convert("L").getpixel((0, 0))) for picture in images]
+        return [{"+": -1.0, "-": 1.0, "=": 0.0}[signs[shade % 100]] * (shade // 100) for shade in shades]
+
+    return FunctionScorer(function, name, 3, {})
+
+
+@pytest.mark.parametrize(("agree", "votes"), [(2, 2), ("all", 3)])
+def test_only_labels_that_scorers_agree_on_are_kept(tmp_path: Path, agree: int | str, votes: int) -> None:
+    path, output = store(tmp_path / "pairs.parquet", [row(i, 0.0) for i in range(7)]), tmp_path / "scored.parquet"
+    signs = {"a": "++-=--=", "b": "+---+-+", "c": "+-=++-="}
+    scorers = [vote(name, text) for name, text in signs.items()]
+    kept = [
+        i for i in range(7) if signs["a"][i] != "=" and [s[i] for s in signs.values()].count(signs["a"][i]) >= votes
+    ]
+    lost = [i for i in range(7) if i not in kept]
+    dissent = {n: sum(signs["a"][i] == "=" or s[i] != signs["a"][i] for i in lost) for n, s in signs.items()}
+    result = score_pairs(open_source(path), scorers, output, relabel="a", agree=agree)
+    after = read(output)
+    assert after["caption"] == [f"caption {i}" for i in kept] and kept == {2: [0, 2, 5], 3: [0, 5]}[votes]
+    assert after["label_0"] == [float(signs["a"][i] == "+") for i in kept]
+    assert (result.rows, result.pairs, result.disagreed) == (7, len(kept), len(lost)) and result.dissent == dissent
+    words = ", ".join(f"{count} {name}" for name, count in dissent.items())
+    assert f"{len(lost)} without agreement left out (other winner or tie: {words})" in str(result)
+    assert score_pairs(open_source(path), scorers, output, relabel="a", agree=agree) == result
+    with pytest.raises(InvalidInput, match=rf"different are agree \({votes} there"):
+        score_pairs(open_source(path), scorers, output, relabel="a")
+    with pytest.raises(InvalidInput, match=r"agree = 2: is more than agree on any of 7 pairs"):
+        no = [vote("a", "+++++++"), vote("b", "-=-=-=-")]
+        score_pairs(open_source(path), no, tmp_path / "none.parquet", relabel="a", agree=2)
 
 
 def test_broken_rows_are_counted_listed_and_left_out(ten: Path, tmp_path: Path) -> None:
@@ -270,6 +315,15 @@ def test_parts_and_outputs_of_something_else_are_refused(ten: Path, tmp_path: Pa
         ({"scorers": [scorer("a b")]}, "cannot name columns"),
         ({"scorers": [scorer("a"), scorer("a")]}, "names a twice"),
         ({"scorers": [scorer()], "relabel": "other"}, "relabel = 'other'"),
+        ({"scorers": [scorer(), scorer("b")], "agree": 2}, "agree = 2: keeps labels .* with relabel"),
+        ({"scorers": [scorer()], "relabel": "shade", "agree": "all"}, "agree = 'all': is no number .*several scorers"),
+        *(
+            (
+                {"scorers": [scorer(), scorer("b")], "relabel": "b", "agree": wrong},
+                r"agree = .* of shade, b\. Remedy: use 2 to",
+            )
+            for wrong in (1, 3, "two", True)
+        ),
     ],
 )
 def test_bad_options(ten: Path, tmp_path: Path, options: dict[str, Any], match: str) -> None:
@@ -322,6 +376,7 @@ def test_the_command(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for extra, match in (
         (["resolution=512"], "data.resolution = 512: changes nothing"),
         (["--device", "abacus"], "device = 'abacus': cannot be used"),
+        (["--relabel", "looks", "--agree", "3"], "agree = 3: is no number of scorers that can agree, of hps, looks"),
     ):
         assert cli.main([*command, *extra]) == 2
         assert match in capsys.readouterr().err

@@ -23,7 +23,7 @@ from fastinvdpo._examples.structured.building import (
     relation_counts,
 )
 from fastinvdpo._examples.structured.schema import StructuredImage, read_structured
-from fastinvdpo.data import PairDataset
+from fastinvdpo.data import PairDataset, open_source
 from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import encoded, image
 
@@ -82,6 +82,7 @@ MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "no objects": (record(objects=[], relations=[]), r"line 2, objects = \[\]: .*Remedy: give at least one"),
     "text for a score": (record(scores={"objects": "high", "relations": 1}), r"line 2, scores.objects = 'high'"),
     "score lacks": (record(scores={"objects": 1.0}), r"line 2, scores = \['objects'\]: lacks \['relations'\]"),
+    "mask lacks": (record(mask="m.png"), "line 1, mask = None: is missing, and line 2 has one"),
     "another prompt": (record(prompt="other"), r"line 2, prompt = 'other': differs from .* of line 1"),
 }
 
@@ -228,6 +229,21 @@ def test_built_pairs_are_read_back(
     assert cli.main([*command, "--output", str(tmp_path / "b" / "pairs.parquet")]) == 0
     for name in ("pairs.parquet", "pairs.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_built_pairs_keep_masks(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(image(number)))
+        (tmp_path / f"mask-{number}.png").write_bytes(encoded(image(number + 50)))
+    lines = [record(number, mask=f"mask-{number}.png") for number in range(3)]
+    build_pairs(write(tmp_path / "s.jsonl", lines), tmp_path / "pairs.parquet", PairRule({"objects": 1.0}))
+    pairs = PairDataset(open_source(tmp_path / "pairs.parquet").with_masks())
+    for pair in pairs:
+        for side, mask in ((pair.winner, pair.winner_mask), (pair.loser, pair.loser_mask)):
+            assert mask.getpixel((0, 0)) == side.getpixel((0, 0)) + 50
+    (tmp_path / "mask-1.png").write_bytes(encoded(image(50, (4, 4))))
+    with pytest.raises(InvalidInput, match=r"line 2, mask 'mask-1\.png' = \(4, 4\): is not the size of its image"):
+        build_pairs(tmp_path / "s.jsonl", tmp_path / "again.parquet", PairRule({"objects": 1.0}))
 
 
 def test_winners_stand_on_both_sides(images: Path, tmp_path: Path) -> None:
