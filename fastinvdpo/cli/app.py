@@ -98,7 +98,7 @@ def train(
 @app.command(cls=PathsExpanded)
 def precompute(arguments: Configuration = None, preset: Preset = None, progress: Progress = True) -> None:
     """Store what does not depend on the policy below the configuration's cache.path: latents, embeddings, and for
-    Inversion-DPO all of the reference.
+    Inversion-DPO, or with cache.draws, all of the reference.
     """
     config = read_config(arguments, preset)
     from fastinvdpo.trainer import precompute as fill
@@ -107,8 +107,9 @@ def precompute(arguments: Configuration = None, preset: Preset = None, progress:
     if os.environ.get("RANK", "0") == "0":
         images, captions = cache.index.first["image"][-1], cache.index.first["caption"][-1]
         what = "single images" if cache.unpaired else "pairs"
+        drawn = f"{cache.draws} draws of each, " if cache.draws else ""
         typer.echo(
-            f"{len(cache)} {what}: {images} images, {captions} captions, {cache.network_evaluations:,} network "
+            f"{len(cache)} {what}: {drawn}{images} images, {captions} captions, {cache.network_evaluations:,} network "
             f"evaluations. Cache: {cache.directory}"
         )
         if cache.summary is not None:

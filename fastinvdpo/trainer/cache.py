@@ -62,6 +62,7 @@ KINDS = {"pairs": ("image", "caption"), "draws": ("draw",)}
 MANIFEST, INDEX, UNCONDITIONAL = "manifest.json", "index.safetensors", "unconditional.safetensors"
 _METADATA = "fastinvdpo"
 _OPEN_SHARDS = 64
+_AT_ONCE = 1024  # philox takes as long for so many sample indices as for one
 _OF_REFERENCE = ("method.", "cache.draws", "training.seed", "data.caption_dropout")
 
 
@@ -160,7 +161,8 @@ class PairIndex:
         captions, rows: int64 ``(pairs,)``, the number of the caption, and the row in the data.
         scores: float64 ``(pairs, 2)``, or None.
         ties: bool ``(pairs,)``, pairs without a winner. liked: bool ``(n,)``, of single images; None of pairs.
-        first: for ``"image"``, ``"caption"`` and ``"draw"`` the number of the first one of every shard, and the count.
+        first: for ``"image"``, ``"caption"`` and, if stored, ``"draw"`` the number of the first one of every shard, and
+            the count at the end.
     """
 
     def __init__(self, directory: Path, pairs_per_shard: int = PAIRS_PER_SHARD, draws: int = 0) -> None:
@@ -170,7 +172,8 @@ class PairIndex:
         self.ties = tensors.get("ties", torch.zeros(self.rows.shape[0], dtype=torch.bool))
         self.first = {kind: tensors[f"first_{kind}"].tolist() for kind in ("image", "caption")}
         self.shards = len(self.first["image"]) - 1
-        self.first["draw"] = [draws * min(i * pairs_per_shard, len(self)) for i in range(self.shards + 1)]
+        if draws:
+            self.first["draw"] = [draws * min(i * pairs_per_shard, len(self)) for i in range(self.shards + 1)]
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -217,11 +220,12 @@ class PairCache:
         self.index = PairIndex(directory, manifest.pairs_per_shard, self.draws)
         self.unconditional: dict[str, Tensor] = safetensors.torch.load_file(directory / UNCONDITIONAL)
         self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self._taken = functools.lru_cache(maxsize=8)(self._take)
         files = [self._shard("pairs", 0)[0], *([self._shard("draws", 0)[0]] if self.draws else [])]
         names = [name.split(".", 1) for file in files for name in list(file.keys())]
         self.stored = {kind: [name for of, name in names if of == kind] for kind in self.index.first}
         self.has_scores, self.has_masks = self.index.scores is not None, "mask" in self.stored["image"]
-        self.has_reference = any("reference_pred" in self.stored[kind] for kind in ("image", "draw"))
+        self.has_reference = any("reference_pred" in names for names in self.stored.values())
         self.unpaired = self.index.liked is not None
         self.liked: list[bool] = [] if self.index.liked is None else self.index.liked.tolist()
 
@@ -236,8 +240,7 @@ class PairCache:
         caption = self._read("caption", int(known.captions[index]))
         number = None
         if self.draws:
-            taken = taken_draws(self._key["training.seed"], torch.tensor([draw]), self.draws)
-            number = index * self.draws + int(taken)
+            number = index * self.draws + self._taken(draw // _AT_ONCE)[draw % _AT_ONCE]
             drawn = self._read("draw", number)
             sides = tuple(side | {name: of[i] for name, of in drawn.items()} for i, side in enumerate(sides))
         liked = self.liked[index] if self.unpaired else None
@@ -252,6 +255,12 @@ class PairCache:
 
     def encode(self, fetched: Sequence[EncodedPair]) -> list[EncodedPair]:
         return list(fetched)
+
+    def _take(self, block: int) -> list[int]:
+        """Which of their pairs' draws as many consecutive sample indices take."""
+        index = torch.arange(block * _AT_ONCE, (block + 1) * _AT_ONCE)
+        taken: list[int] = taken_draws(self._key["training.seed"], index, self.draws).tolist()
+        return taken
 
     def _read(self, kind: str, number: int) -> Tensors:
         """The tensors of an image, caption or draw."""
