@@ -6,6 +6,8 @@ with the reason.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from fastinvdpo import NoiseSchedule, PairBatch, build_objective, cli
@@ -242,3 +245,91 @@ def test_weights_of_smoothed_preferences() -> None:
             scores = torch.tensor([scale * float(difference)]), torch.zeros(1)
             weight = smoothed_pair_weight(preference_probability(*scores))
             assert f"{float(weight):.2f}" == told
+
+
+# --- the site: what `mkdocs build --strict` refuses, without mkdocs ---
+
+DOCS = documentation.ROOT / "docs"
+SITE = sorted(path for pattern in ("*.md", "*.ipynb") for path in DOCS.rglob(pattern))
+
+
+def navigation(entries: Any) -> list[str]:
+    """The pages of the site's navigation, in order."""
+    if isinstance(entries, str):
+        return [entries]
+    return [
+        page for entry in (entries.values() if isinstance(entries, dict) else entries) for page in navigation(entry)
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of a page's headings, as GitHub and the site make them."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_stands_once_in_the_navigation() -> None:
+    text = (documentation.ROOT / "mkdocs.yml").read_text("utf-8")
+    settings = yaml.safe_load(re.sub(r"!!python/\S+", "", text))
+    assert sorted(navigation(settings["nav"])) == [str(path.relative_to(DOCS)) for path in SITE]
+
+
+@pytest.mark.parametrize("page", [documentation.ROOT / "README.md", *SITE], ids=lambda path: path.name)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    """From a page of the site to another one, since nothing else is there."""
+    prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link
+        assert page not in SITE or Path(os.path.normpath(target)) in SITE, f"{link} is not on the site"
+        assert not anchor or anchor in anchors(target), link
+    assert not (page.is_symlink() and re.search(r"\]\((?!\w+:|#)", prose)), "its links start from two places"
+
+
+@pytest.mark.parametrize("page", [page for page in SITE if page.suffix == ".md"], ids=lambda path: path.name)
+def test_a_list_follows_an_empty_line(page: Path) -> None:
+    """GitHub draws it without one, the site does not."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^(?![-*] |[#|\s]|\d+\. ).+\n(?=- |1\. )", prose, re.MULTILINE) == []
+
+
+def test_the_readme_takes_thirty_seconds() -> None:
+    assert len((documentation.ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+# --- numbers that were measured: benchmarks/results/ ---
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((documentation.ROOT / "benchmarks/results" / name).read_text())["results"]
+    return found
+
+
+def test_numbers_of_the_pair_loss_are_those_that_were_measured() -> None:
+    rows = measured("amd-epyc-2-threads/20261121224541-7a9ab052a.json")
+    cases = {(row["dtype"], row["pairs"], row["provider"]): row for row in rows}
+    readme = (documentation.ROOT / "README.md").read_text("utf-8")
+    told = [row[1:] for row in table("docs/guides/kernels.md", "pairs")[:2]]
+    errors = table("docs/guides/kernels.md", "dtype")
+    for dtype, speeds, (_, *ranges) in zip(("float32", "bfloat16"), told, errors, strict=True):
+        times = {
+            pairs: [
+                cases[dtype, pairs, provider]["milliseconds"]["median"] for provider in ("eager", "compile", "native")
+            ]
+            for pairs in (1, 2, 8, 16, 32, 64)
+        }
+        assert speeds == [f"{eager / ours:.1f} / {compiled / ours:.1f}" for eager, compiled, ours in times.values()]
+        for provider, shown in zip(("native", "eager", "compile"), ranges, strict=True):
+            found = [cases[dtype, pairs, provider]["errors"]["gradient"] for pairs in times]
+            bounds = [f"{bound:.1e}".replace("e-0", "e-") for bound in (min(found), max(found))]
+            assert shown == " to ".join(dict.fromkeys(bounds))
+    found = [cases["bfloat16", pairs, "eager"]["errors"]["gradient"] for pairs in times]
+    ours = max(cases["bfloat16", pairs, "native"]["errors"]["gradient"] for pairs in times)
+    assert f"**{ours:.2%}".replace("%", " %") in readme
+    assert f"has {100 * min(found):.0f} to {100 * max(found):.0f} %" in readme
+    ratios = [float(speed.split(" / ")[1]) for speeds in told for speed in speeds]
+    assert f"{min(ratios)} to {max(ratios)} times as fast as `torch.compile`" in readme
