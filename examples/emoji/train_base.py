@@ -281,7 +281,10 @@ def make_tokenizer(captions: list[str], directory: Path) -> Any:
     )
     pairs.train_from_iterator(captions, trainer)
     model = json.loads(pairs.to_str())["model"]
-    vocabulary = [*model["vocab"], "<|startoftext|>", "<|endoftext|>"]
+    # As CLIP's: every byte, inside a word and at its end, then the merges. So an unknown word becomes letters.
+    merged = ["".join(pair) for pair in model["merges"]]
+    ends = [f"{byte}</w>" for byte in alphabet]
+    vocabulary = [*dict.fromkeys([*alphabet, *ends, *merged]), "<|startoftext|>", "<|endoftext|>"]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(vocabulary)}))
     merges = "".join(f"{first} {second}\n" for first, second in model["merges"])
