@@ -18,7 +18,7 @@ from fastinvdpo.output import OutputDirectory
 # A row with several faults counts under the first of these.
 CAUSES = (
     *("malformed row", "malformed score", "malformed label"),
-    *("missing caption", "malformed caption", "missing image", "corrupt image"),
+    *("missing caption", "malformed caption", "missing image", "corrupt image", "malformed noise"),
 )
 LISTED, SUMMARY = "broken.jsonl", "data.json"
 REPORT = (SUMMARY, LISTED)

@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, read_ahead
@@ -24,11 +25,14 @@ from fastinvdpo.errors import InvalidInput, invalid
 
 
 class Side(NamedTuple):
-    """An image as a model sees it, its original size and crop, and its key."""
+    """An image as a model sees it, its original size and crop, and its key; where it is known, what it was generated
+    from: the initial latent, float32 ``(C, h, w)``, or the seed of that.
+    """
 
     image: Image.Image
     geometry: ImageGeometry
     key: str
+    noise: np.ndarray | int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Pair:
         winner_key, loser_key: SHA-256 of encoded bytes, caption and (where one was applied) transform, as cache keys.
         winner_geometry, loser_geometry: original size and crop, for models conditioned on them.
         tie: neither won; the first image stands for the winner.
+        noises: what winner and loser were generated from (:class:`Side`); of a ``GeneratedDataset``.
     """
 
     winner: Image.Image
@@ -54,6 +59,7 @@ class Pair:
     winner_geometry: ImageGeometry
     loser_geometry: ImageGeometry
     tie: bool = False
+    noises: tuple[np.ndarray, np.ndarray] | tuple[int, int] | tuple[None, None] = (None, None)
 
     liked: ClassVar[None] = None
 
@@ -61,8 +67,8 @@ class Pair:
     def sides(self) -> tuple[Side, ...]:
         """Winner and loser."""
         return (
-            Side(self.winner, self.winner_geometry, self.winner_key),
-            Side(self.loser, self.loser_geometry, self.loser_key),
+            Side(self.winner, self.winner_geometry, self.winner_key, self.noises[0]),
+            Side(self.loser, self.loser_geometry, self.loser_key, self.noises[1]),
         )
 
     @property
@@ -106,6 +112,8 @@ class RowDataset:
 
     unpaired = False
     """Whether an entry is one image."""
+    has_noise = False
+    """Whether it is known what images were generated from."""
 
     def __init__(
         self,
@@ -294,7 +302,7 @@ class PairDataset(RowDataset):
         Raises:
             IndexError: ``i`` out of range. InvalidInput: image data that turns out to be broken.
         """
-        (won, won_at, won_key), (lost, lost_at, lost_key) = self._drawn(i, draw, 1)
+        (won, won_at, won_key, _), (lost, lost_at, lost_key, _) = self._drawn(i, draw, 1)
         kept = self._kept[i]
         better, worse = kept.scores or (None, None)
         return Pair(won, lost, kept.caption, better, worse, kept.row, won_key, lost_key, won_at, lost_at, kept.tie)

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken, caught
 from fastinvdpo.data.images import file_below, file_bytes
-from fastinvdpo.data.rows import IMAGES, PAIRS, SCORES, Form, PairSource, choices, in_schema, number
+from fastinvdpo.data.rows import IMAGES, NOISES, PAIRS, SCORES, SEEDS, Form, PairSource, choices, in_schema, number
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import UTF_16, decoded, read_bounded
 
@@ -29,7 +29,7 @@ _KINDS = ("jpg", "jpeg", "png", "webp")
 _ENDINGS = {
     side: (side, *(f"{number}.{kind}" for kind in _KINDS), *(f"{word}.{kind}" for kind in _KINDS))
     for number, (side, word) in enumerate(zip(IMAGES, ("winner", "loser"), strict=True))
-} | {"image": _KINDS}
+} | {"image": _KINDS, **{name: (f"{name}.npy",) for name in NOISES}}
 Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
 
 
@@ -54,14 +54,15 @@ class RecordSource(PairSource):
         return len(self.rows)
 
     def resolve(self, required: Sequence[str]) -> set[str]:
-        # A row that lacks something is broken, not the whole set; scores are there when some row has them.
+        # A row that lacks something is broken, not the whole set; what is optional is there when some row has it.
         readable = [values for _, values in self.rows if isinstance(values, dict)]
-        scored = {name for name in SCORES if any(values.get(name) is not None for values in readable)}
+        optional = {*SCORES, *NOISES, *SEEDS}
+        scored = {name for name in optional if any(values.get(name) is not None for values in readable)}
         for name in SCORES:
             if name in required and name not in scored:
                 remedy = "add score_0 and score_1, or name yours in data.columns"
                 raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
-        return set(self.form.schema) - set(SCORES) | scored
+        return set(self.form.schema) - optional | scored
 
     def record(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row][1]
@@ -70,13 +71,20 @@ class RecordSource(PairSource):
         return values
 
     def image(self, row: int, side: int) -> memoryview:
-        name = self.form.images[side]
+        return self._bytes(row, self.form.images[side])
+
+    def noise(self, row: int, side: int) -> memoryview:
+        return self._bytes(row, NOISES[side])
+
+    def _bytes(self, row: int, name: str) -> memoryview:
         where, place = self.where(row, name), self.record(row).get(name)
         if isinstance(place, tuple):
             file, offset, size = place
             return file_bytes(self.listed[file], where, offset, size)
         if not isinstance(place, str) or not place or self.root is None:
             remedy = "add it, or name yours in data.columns"
+            if name in NOISES:
+                raise broken("malformed noise", where, place, "names no .npy file", remedy)
             raise broken("missing image", where, place, "names no image", remedy)
         return file_bytes(file_below([self.root], place, where), where)
 
@@ -85,7 +93,9 @@ class RecordSource(PairSource):
             return list(self.listed)
         images = set()
         rows = [values for _, values in self.rows if isinstance(values, dict)]
-        for named in {str(values.get(name)) for values in rows for name in self.form.images}:
+        for named in {
+            str(values.get(name)) for values in rows for name in (*self.form.images, *NOISES) if name in values
+        }:
             try:
                 image = file_below([self.root], named, self.path)
                 images |= {image} if image.is_file() else set()
@@ -151,7 +161,7 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str],
         raise broken("malformed row", place, sample.twice, "is the name of two members", "write each member once")
     images: dict[str, Any] = {}
     named = []
-    for name in form.images:
+    for name in (*form.images, *(noise for noise in NOISES if f"{noise}.npy" in members or noise in names)):
         found = [e for e in ((names[name],) if name in names else _ENDINGS[name]) if e in members]
         if len(found) > 1:
             raise broken("malformed row", place, found, f"are several images for {name}", "keep one, or name it")

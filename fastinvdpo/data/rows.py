@@ -17,8 +17,10 @@ from typing import Any
 from fastinvdpo.data.broken import BrokenRow, broken
 from fastinvdpo.errors import InvalidInput
 
-SCHEMA = ("jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1")
 LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
+# What each image was generated from: its initial latent as the bytes of a .npy file, or the seed of that.
+NOISES, SEEDS = ("noise_0", "noise_1"), ("seed_0", "seed_1")
+SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *NOISES, *SEEDS)
 # Other ways to say which of two images won: the number, name or path of one of them. In a row there may be "members"
 # besides, 0 where the images themselves are named winner and loser.
 CHOICES = ("winner", "loser", "label")
@@ -113,6 +115,12 @@ class PairSource(ABC):
     @abstractmethod
     def image(self, row: int, side: int) -> memoryview:
         """The encoded bytes of image 0 or 1. Raises ``BrokenRow`` where there are none."""
+
+    def noise(self, row: int, side: int) -> memoryview:
+        """The bytes of ``noise_0`` or ``noise_1``, where :meth:`resolve` found them. Raises ``BrokenRow`` where a row
+        has none.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -284,6 +292,15 @@ def scores_of(row: Mapping[str, Any], where: Where) -> tuple[float, float]:
         remedy = "store a number in every row"
         raise broken("malformed score", where(name), row.get(name), "is not a finite number", remedy)
     return first, second
+
+
+def seeds_of(row: Mapping[str, Any], where: Where) -> tuple[int, int]:
+    """The seeds of image 0 and 1. Raises ``BrokenRow`` where one is no whole number from 0 to 2⁶³ − 1."""
+    found = [row.get(name) for name in SEEDS]
+    for name, seed in zip(SEEDS, found, strict=True):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise broken("malformed noise", where(name), seed, "is not the seed of a generator", "store a whole number")
+    return found[0], found[1]  # type: ignore[return-value]
 
 
 def caption_of(row: Mapping[str, Any], where: Where) -> str:

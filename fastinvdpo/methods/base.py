@@ -42,6 +42,9 @@ class PairBatch:
         reference_pred: what :meth:`ChainObjective.reference_predictions` gave for that trajectory, ``(2B, N, …)``; the
             reference makes forward passes when None, and none otherwise.
         liked: of single images, bool ``(B,)``: whether each was liked; None for pairs.
+        noise: the initial latent that each image was generated from, ``(2B, …)``, or
+        seeds: that of its generator, int64 ``(2B,)``; PNAPO needs one of them.
+        step: optimizer steps of the run before the one that the pairs belong to.
     """
 
     latents: Tensor
@@ -52,6 +55,9 @@ class PairBatch:
     trajectory: Tensor | None = None
     reference_pred: Tensor | None = None
     liked: Tensor | None = None
+    noise: Tensor | None = None
+    seeds: Tensor | None = None
+    step: int = 0
 
     @property
     def pairs(self) -> int:
@@ -195,6 +201,8 @@ class Method(ABC):
     """Whether it trains on single images that were liked or disliked, instead of pairs."""
     needs_scores: ClassVar[bool] = False
     """Whether pairs need scores."""
+    needs_noise: ClassVar[bool] = False
+    """Whether pairs need the noise that their images were generated from."""
     needs_reference: ClassVar[bool] = True
     """Whether there is a reference, with its forward passes."""
     policy_inverts: ClassVar[bool] = False

@@ -15,6 +15,7 @@ an image or caption::
 
     image.latents              (n, C, h, w) float32
     image.geometry.NAME        (n, …) float32: the part of the conditioning that follows from size and crop (SDXL)
+    image.noise, image.seed    (n, C, h, w) float32 or (n, 1) int64, PNAPO: what an image was generated from
     image.trajectory           (n, N, …), Inversion-DPO: the chain inverted by the reference; (n, 2N, …) with targets
     image.reference_pred       (n, N, …), Inversion-DPO: the reference's guided predictions there
     caption.NAME               (m, …): the rest of the conditioning
@@ -161,7 +162,8 @@ class PairCache:
         contents: digests of the pairs, and of what encoded them.
         stored: names of the tensors of an ``"image"`` and of a ``"caption"``.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
-        unpaired: whether it holds single images; liked: of each of them.
+        unpaired: whether it holds single images; liked: of each of them. has_noise: whether what images were generated
+            from is stored.
         network_evaluations: what the whole cache cost.
     """
 
@@ -182,6 +184,7 @@ class PairCache:
         self.stored = {kind: [name for of, name in names if of == kind] for kind in ("image", "caption")}
         self.has_scores, self.has_reference = self.index.scores is not None, "reference_pred" in self.stored["image"]
         self.unpaired = self.index.liked is not None
+        self.has_noise = not {"noise", "seed"}.isdisjoint(self.stored["image"])
         self.liked: list[bool] = [] if self.index.liked is None else self.index.liked.tolist()
 
     def __len__(self) -> int:
