@@ -67,7 +67,9 @@ class RelationPart(_Part):
 
 
 class StructuredImage(_Part):
-    """One image; the module's docstring has an example."""
+    """One image; the module's docstring has an example. ``noise`` (the path of a .npy file) or ``seed``: what it was
+    generated from.
+    """
 
     prompt_id: Text
     image: Text
@@ -75,6 +77,8 @@ class StructuredImage(_Part):
     relations: list[RelationPart] = []
     scores: Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
     prompt: Text | None = None
+    noise: Text | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> StructuredImage:
@@ -140,6 +144,10 @@ def _disagreements(images: list[tuple[int, StructuredImage]]) -> Iterator[str]:
             problem = f"differs from {known!r} of line {known_line}, which has the same prompt_id"
             remedy = "describe the same prompt in both, or use another prompt_id"
             yield str(invalid(f"line {line}, prompt", prompt, problem, remedy))
+        for field in ("noise", "seed"):
+            if (getattr(image, field) is None) != (getattr(images[0][1], field) is None):
+                problem = f"is there in some images and not in others, as line {images[0][0]}"
+                yield str(invalid(f"line {line}, {field}", getattr(image, field), problem, "give it to all or none"))
         absent = [name for name in names if name not in image.scores]
         if absent:
             problem = f"lacks {absent}, which other images have"

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, caught, read_ahead
-from fastinvdpo.data.rows import PAIRS, PairSource, caption_of, liked_of, scores_of, winner_of
+from fastinvdpo.data.rows import NOISES, PAIRS, SEEDS, PairSource, caption_of, liked_of, scores_of, winner_of
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import DIGEST, Digests, key_hash
 
@@ -26,6 +26,7 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
         images: False leaves the images out, which are read for this.
     """
     names = ("captions", "winners", "scores") if source.form is PAIRS else ("captions", "likes")
+    names = (*names, *(("seeds",) if set(SEEDS) <= source.stored else ()))
     parts = {name: hashlib.sha256() for name in names}
     places = hashlib.sha256()
     for row in range(len(source)):
@@ -38,6 +39,7 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
             if source.form is PAIRS:
                 values["winners"] = _or_cause(winner_of, record, where, source.names)
                 values["scores"] = _or_cause(scores_of, record, where)
+                values["seeds"] = [record.get(name) for name in SEEDS]
             else:
                 values["likes"] = _or_cause(liked_of, record, where)
         for name, part in parts.items():
@@ -68,7 +70,7 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
 
 def columns_of(source: PairSource, digests: Digests) -> str:
     """A digest of all columns of a table but the images; the same for any source whose rows are no table."""
-    images = [source.shown(name) for name in source.form.images]
+    images = [source.shown(name) for name in (*source.form.images, *NOISES)]
     names = [name for name in source.column_names() if name not in images]
 
     def make() -> str:
@@ -85,8 +87,13 @@ def columns_of(source: PairSource, digests: Digests) -> str:
 
 
 def _of_images(source: PairSource, digests: Digests, places: str) -> str:
+    noisy = set(NOISES) <= source.stored
+
     def one(row: int, side: int) -> str:
-        return hashlib.sha256(source.image(row, side)).hexdigest()
+        digest = hashlib.sha256(source.image(row, side))
+        if noisy:
+            digest.update(source.noise(row, side))
+        return digest.hexdigest()
 
     def make() -> str:
         digest = hashlib.sha256()
@@ -98,7 +105,7 @@ def _of_images(source: PairSource, digests: Digests, places: str) -> str:
             digest.update(repr(some).encode())
         return DIGEST + digest.hexdigest()
 
-    columns = [source.shown(name) for name in source.form.images]
+    columns = [source.shown(name) for name in (*source.form.images, *(NOISES if noisy else ()))]
     return _once(source, digests, {"columns": columns, "places": places}, make)
 
 

@@ -41,7 +41,7 @@ class GeneratedDataset(PairDataset):
         return replace(found, keys=tuple(f"{key} {noise}" for key, noise in zip(found.keys, suffixes, strict=True)))
 
     def _check_images(self, pairs: list[PairEntry]) -> tuple[list[PairEntry], Size | None]:
-        stored = self.source.resolve(())
+        stored = self.source.stored
         self._by_seed = not set(NOISES) <= stored
         if self._by_seed and not set(SEEDS) <= stored:
             remedy = "store noise_0 and noise_1, or seed_0 and seed_1, or name yours in data.columns"

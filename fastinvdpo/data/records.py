@@ -62,7 +62,8 @@ class RecordSource(PairSource):
             if name in required and name not in scored:
                 remedy = "add score_0 and score_1, or name yours in data.columns"
                 raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
-        return set(self.form.schema) - optional | scored
+        self.stored = set(self.form.schema) - optional | scored
+        return self.stored
 
     def record(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row][1]

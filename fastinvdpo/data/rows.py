@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class PairSource(ABC):
         streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
         remote: rows are read from another machine.
         groups_per_window: how many groups are mixed with one another.
+        stored: what :meth:`resolve` returned last.
     """
 
     path: str
@@ -94,6 +95,7 @@ class PairSource(ABC):
     streaming: bool = False
     remote: bool = False
     groups_per_window: int = 1
+    stored: Set[str] = frozenset()
 
     @abstractmethod
     def __len__(self) -> int: ...

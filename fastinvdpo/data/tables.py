@@ -103,7 +103,8 @@ class TableSource(PairSource):
         tables = tables or [self._repository_table()]
         values = {column: [v for table in tables for v in table.column(column).to_pylist()] for column in stored}
         self._values = {name: values[column] for name, column in small.items()}
-        return set(self._columns)
+        self.stored = set(self._columns)
+        return self.stored
 
     def record(self, row: int) -> Mapping[str, Any]:
         return {name: values[row] for name, values in self._values.items()}

@@ -8,11 +8,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as arrow
 from pyarrow import parquet
 
 from fastinvdpo.atomic import atomic_file
-from fastinvdpo.data.rows import IMAGES, SCHEMA, SCORES, number
+from fastinvdpo.data.rows import IMAGES, NOISES, SCHEMA, SCORES, SEEDS, number
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_GROUP = 1000
@@ -24,8 +25,9 @@ def write_pairs(
     """Write pairs to one parquet file and return how many.
 
     Each row has ``jpg_0``, ``jpg_1`` (encoded bytes, or a PIL image, which becomes lossless PNG), ``label_0``,
-    ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``. The file appears under its
-    name only when it is complete; rows are streamed, so they need not fit into memory.
+    ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``; likewise what the images were
+    generated from, ``noise_0``, ``noise_1`` (arrays, or the bytes of .npy files) or ``seed_0``, ``seed_1``. The file
+    appears under its name only when it is complete; rows are streamed, so they need not fit into memory.
 
     Args:
         new: raise ``FileExistsError`` rather than replace a file.
@@ -38,8 +40,10 @@ def write_pairs(
     first = next(remaining, None)
     if first is None:
         raise invalid("rows", 0, "holds no pairs", "write at least one")
-    names = [name for name in SCHEMA if name not in SCORES or "score_0" in first]
-    kinds = {"jpg_0": arrow.binary(), "jpg_1": arrow.binary(), "caption": arrow.string()}
+    absent = {name for optional in (SCORES, NOISES, SEEDS) if optional[0] not in first for name in optional}
+    names = [name for name in SCHEMA if name not in absent]
+    kinds = dict.fromkeys((*IMAGES, *NOISES), arrow.binary()) | dict.fromkeys(SEEDS, arrow.int64())
+    kinds["caption"] = arrow.string()
     schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names], metadata)
     numbered = enumerate(chain([first], remaining))
     count = 0
@@ -57,6 +61,13 @@ def encode_png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def _checked(row: Mapping[str, Any], i: int, names: list[str]) -> dict[str, Any]:
     if set(row) != set(names):
         problem = f"lacks {sorted(set(names) - set(row))} and has unknown {sorted(set(row) - set(names))}"
@@ -70,6 +81,15 @@ def _checked_value(name: str, value: Any, where: str) -> Any:
         if not isinstance(data, bytes) or not data:
             raise invalid(where, type(value).__name__, "is no image", "give encoded bytes or a PIL image")
         return data
+    if name in NOISES:
+        data = npy_bytes(value) if isinstance(value, np.ndarray) else value
+        if not isinstance(data, bytes) or not data:
+            raise invalid(where, type(value).__name__, "is no latent", "give an array, or the bytes of a .npy file")
+        return data
+    if name in SEEDS:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise invalid(where, value, "is not the seed of a generator", "give a whole number")
+        return value
     if name == "caption":
         if not isinstance(value, str):
             raise invalid(where, value, "is not a string", "give text")

@@ -342,3 +342,61 @@ def test_models_and_data_that_do_not_fit_are_named(root: Path, tmp_path: Path) -
     pq.write_table(table, tmp_path / "unscored.parquet")
     with pytest.raises(InvalidInput, match=r"method.name = 'pnapo': weighs pairs by scores"):
         train(config(root, tmp_path / "unscored", data={"path": str(tmp_path / "unscored.parquet")}), progress=False)
+
+
+# Where the noise comes from
+
+
+def test_evaluate_keeps_its_noise_and_build_and_score_carry_it_into_a_training_set(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images of our own, labeled, train with PNAPO."""
+    import json
+
+    from fastinvdpo import cli
+    from fastinvdpo.evaluation.sampling import initial_noise, sample
+    from fastinvdpo.models import load_model
+
+    prompts, out, base = ["a cat", "zebra", "a cat"], tmp_path / "evaluation", str(root / "sd3")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    words = ["--prompts", str(tmp_path / "prompts.txt"), "--scorer", "tests.evaluation.tiny:brightness"]
+    command = ["evaluate", "--base", base, "--aligned", base, *words, "--output", str(out), "num_inference_steps=2"]
+    assert cli.main([*command, "batch_size=2"]) == 0 and not (out / "noise").exists()
+    assert cli.main([*command, "batch_size=2", "noise=true"]) == 0
+    found = json.loads((out / "evaluation.json").read_text())["samples"]
+    model = load_model("auto", base)
+    for place, one in enumerate(found):
+        latent = np.load(out / one["noise"])
+        assert latent.dtype == np.float32 and np.array_equal(latent, initial_noise(model, 0, [place])[0].numpy())
+    assert cli.main([*command, "noise=yes"]) == 2
+    assert "noise = 'yes'" in capsys.readouterr().err
+    drawn = sample(model, model.network, prompts, num_inference_steps=2, batch_size=2)
+    assert Image.open(out / found[0]["base"]).tobytes() == model.decode_latents(drawn)[0].tobytes()
+
+    lines = [
+        {"prompt_id": "cat", "image": found[i]["base"], "noise": found[i]["noise"], "seed": i,
+         "objects": [{"id": "a", "name": "cat"}], "scores": {"objects": float(i)}}
+        for i in (0, 2)
+    ]  # fmt: skip
+    (out / "structured.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    built = tmp_path / "built.parquet"
+    assert (
+        cli.main(["data", "build", str(out / "structured.jsonl"), "--output", str(built), "--weight", "objects=1"]) == 0
+    )
+    (pair,) = GeneratedDataset(built)  # type: ignore[misc]
+    for noise, place in zip(pair.noises, (2, 0), strict=True):
+        assert np.array_equal(noise, np.load(out / found[place]["noise"]))
+    assert sorted(open_source(built).column_names())[-4:] == ["score_0", "score_1", "seed_0", "seed_1"]
+    scorer, scored = ["--scorer", "tests.evaluation.tiny:brightness", "--named"], tmp_path / "scored.parquet"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    listed = {"image_0": found[0]["base"], "image_1": found[2]["base"], "label": 0, "caption": "a cat"}
+    listed |= {"noise_0": found[0]["noise"], "noise_1": found[2]["noise"], "seed_0": 5, "seed_1": 6}
+    (out / "pairs.jsonl").write_text(json.dumps(listed))
+    del scorer, scored, folder
+    lines[1].pop("seed")
+    (out / "structured.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert cli.main(["data", "build", str(out / "structured.jsonl")]) == 2
+    assert "line 2, seed = None: is there in some images and not in others" in capsys.readouterr().err
+    result = train(config(root, tmp_path / "run", data={"path": str(built)}, training={"steps": 1, "batch_size": 1}))
+    assert result.history[0]["gradient_norm"] > 0
