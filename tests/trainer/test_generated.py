@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastinvdpo import NoiseSchedule, build_objective
-from fastinvdpo.data import GeneratedDataset, PairDataset, open_source
+from fastinvdpo.data import GeneratedDataset, PairDataset, open_source, write_pairs
 from fastinvdpo.data.content import content_of
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import Digests
@@ -355,7 +355,10 @@ def test_evaluate_keeps_its_noise_and_build_and_score_carry_it_into_a_training_s
 
     from fastinvdpo import cli
     from fastinvdpo.evaluation.sampling import initial_noise, sample
+    from fastinvdpo.evaluation.scorers import FunctionScorer
+    from fastinvdpo.evaluation.scoring import score_pairs
     from fastinvdpo.models import load_model
+    from tests.evaluation.tiny import brightness
 
     prompts, out, base = ["a cat", "zebra", "a cat"], tmp_path / "evaluation", str(root / "sd3")
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
@@ -387,16 +390,33 @@ def test_evaluate_keeps_its_noise_and_build_and_score_carry_it_into_a_training_s
     for noise, place in zip(pair.noises, (2, 0), strict=True):
         assert np.array_equal(noise, np.load(out / found[place]["noise"]))
     assert sorted(open_source(built).column_names())[-4:] == ["score_0", "score_1", "seed_0", "seed_1"]
-    scorer, scored = ["--scorer", "tests.evaluation.tiny:brightness", "--named"], tmp_path / "scored.parquet"
-    folder = tmp_path / "folder"
-    folder.mkdir()
     listed = {"image_0": found[0]["base"], "image_1": found[2]["base"], "label": 0, "caption": "a cat"}
     listed |= {"noise_0": found[0]["noise"], "noise_1": found[2]["noise"], "seed_0": 5, "seed_1": 6}
     (out / "pairs.jsonl").write_text(json.dumps(listed))
-    del scorer, scored, folder
+    scored = tmp_path / "scored.parquet"
+    score_pairs(open_source(out / "pairs.jsonl"), [FunctionScorer(brightness, "brightness")], scored)
+    (pair,) = GeneratedDataset(scored)  # type: ignore[misc]
+    assert np.array_equal(pair.noises[1], np.load(out / found[2]["noise"])) and pair.scores is not None
+    assert pq.read_table(scored)["seed_1"].to_pylist() == [6]
     lines[1].pop("seed")
     (out / "structured.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert cli.main(["data", "build", str(out / "structured.jsonl")]) == 2
     assert "line 2, seed = None: is there in some images and not in others" in capsys.readouterr().err
     result = train(config(root, tmp_path / "run", data={"path": str(built)}, training={"steps": 1, "batch_size": 1}))
     assert result.history[0]["gradient_norm"] > 0
+
+
+def test_written_pairs_carry_noise_or_seeds(tmp_path: Path) -> None:
+    latents = [np.random.default_rng(side).standard_normal(LATENT).astype(np.float16) for side in (0, 1)]
+    row = {name: value for name, value in rows("seed", 1)[0].items() if "seed" not in name} | {"label_1": 0.0}
+    write_pairs(tmp_path / "noise.parquet", [{**row, "noise_0": latents[0], "noise_1": npy(latents[1])}])
+    (pair,) = GeneratedDataset(tmp_path / "noise.parquet")  # type: ignore[misc]
+    assert all(np.array_equal(found, latent) for found, latent in zip(pair.noises, latents, strict=True))
+    write_pairs(tmp_path / "seed.parquet", [{**row, "seed_0": 7, "seed_1": 2**40}])
+    assert GeneratedDataset(tmp_path / "seed.parquet")[0].noises == (7, 2**40)
+    for changes, message in (
+        ({"noise_0": None, "noise_1": latents[0]}, "is no latent"),
+        ({"seed_0": 1.5, "seed_1": 2}, "is not the seed of a generator"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            write_pairs(tmp_path / "bad.parquet", [{**row, **changes}])
