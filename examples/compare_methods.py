@@ -40,6 +40,7 @@ EVALUATIONS = 80_000
 LEARNING_RATES = (1e-5, 3e-5, 1e-4)
 SEEDS = (0, 1, 2)
 FIDELITY = 0.95
+COMPARED = [name for name, method in METHODS.items() if not method.needs_noise]  # nobody knows that of real scans
 _BETA = {"beta": 1000.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "smpo": {**_BETA, "preference_scale": 10.0},
@@ -64,7 +65,7 @@ def compare(
     """Make the runs that are missing in ``output``, then the table and the plot of all.
 
     Args:
-        methods: names in ``METHODS``.
+        methods: names in :data:`COMPARED`.
         evaluations: network evaluations of a run, up to a step's.
         learning_rates: searched at the first of ``seeds``.
 
@@ -228,14 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 for a mistake in its arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("::")[0])
     parser.add_argument("--output", required=True, help="directory of runs, comparison.json, .md and .png")
-    parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas (default: all)")
+    parser.add_argument("--methods", default=",".join(COMPARED), help="names, separated by commas (default: all)")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="network evaluations of a run")
     options = parser.parse_args(arguments)
     methods = options.methods.split(",")
     try:
         for method in methods:
-            if method not in METHODS:
-                raise invalid("--methods", method, "is not known", f"choose among {', '.join(METHODS)}")
+            if method not in COMPARED:
+                raise invalid("--methods", method, "is not known", f"choose among {', '.join(COMPARED)}")
         with OutputDirectory(options.output) as output:
             output.claim("comparison.json", "comparison.md", "comparison.png", files=["runs/*.json"])
             print(table(compare(output, methods, evaluations=options.evaluations)), end="")

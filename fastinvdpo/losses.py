@@ -10,10 +10,11 @@ from fastinvdpo.methods.alpha_dpo import AlphaDPOLoss, alpha_dpo
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPOLoss, diffusion_dpo_loss
 from fastinvdpo.methods.dmpo import dmpo
 from fastinvdpo.methods.dspo import dspo
-from fastinvdpo.methods.flow_dpo import FlowDPOLoss, flow_dpo, latent_mask, pnapo
+from fastinvdpo.methods.flow_dpo import FlowDPOLoss, flow_dpo, latent_mask
 from fastinvdpo.methods.kto import HALOS, KTO, KTOLoss, kto, mean_reward
 from fastinvdpo.methods.linear_dpo import LinearDPOLoss, linear_dpo, update_reference
 from fastinvdpo.methods.mapo import MaPOLoss, mapo
+from fastinvdpo.methods.pnapo import pnapo
 from fastinvdpo.methods.poly_dpo import poly_dpo
 from fastinvdpo.methods.sdpo import SafeguardedLoss, sdpo
 from fastinvdpo.methods.snpo import snpo

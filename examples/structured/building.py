@@ -215,6 +215,11 @@ def _rows(
                 row[f"mask_{side}"] = bytes(mask)
             if rule.weights:
                 row[f"score_{side}"] = rule.total(image.scores)
+            if image.noise is not None:
+                where = f"line {line}, noise {image.noise!r}"
+                row[f"noise_{side}"] = bytes(file_bytes(file_below([root], image.noise, where), where))
+            if image.seed is not None:
+                row[f"seed_{side}"] = image.seed
         yield row
 
 

@@ -68,7 +68,9 @@ class RelationPart(_Part):
 
 
 class StructuredImage(_Part):
-    """One image; the module's docstring has an example."""
+    """One image; the module's docstring has an example. ``noise`` (the path of a .npy file) or ``seed``: what it was
+    generated from.
+    """
 
     prompt_id: Text
     image: Text
@@ -77,6 +79,8 @@ class StructuredImage(_Part):
     scores: Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
     prompt: Text | None = None
     mask: Text | None = None
+    noise: Text | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> StructuredImage:
@@ -135,7 +139,10 @@ def read_structured(path: str | Path) -> list[tuple[int, StructuredImage]]:
 def _disagreements(images: list[tuple[int, StructuredImage]]) -> Iterator[str]:
     first: dict[str, tuple[int, str]] = {}
     names = sorted({name for _, image in images for name in image.scores})
-    masked = next((line for line, image in images if image.mask is not None), None)
+    having = {
+        field: next((line for line, image in images if getattr(image, field) is not None), None)
+        for field in ("mask", "noise", "seed")
+    }
     for line, image in images:
         prompt = image.compose()
         known_line, known = first.setdefault(image.prompt_id, (line, prompt))
@@ -143,11 +150,10 @@ def _disagreements(images: list[tuple[int, StructuredImage]]) -> Iterator[str]:
             problem = f"differs from {known!r} of line {known_line}, which has the same prompt_id"
             remedy = "describe the same prompt in both, or use another prompt_id"
             yield str(invalid(f"line {line}, prompt", prompt, problem, remedy))
-        if image.mask is None and masked is not None:
-            problem = f"is missing, and line {masked} has one"
-            yield str(
-                invalid(f"line {line}, mask", None, problem, "give every image a mask; a white one counts everything")
-            )
+        for field, other in having.items():
+            if other is not None and getattr(image, field) is None:
+                problem = f"is missing, and line {other} has one"
+                yield str(invalid(f"line {line}, {field}", None, problem, "give it to every image, or to none"))
         absent = [name for name in names if name not in image.scores]
         if absent:
             problem = f"lacks {absent}, which other images have"

@@ -316,7 +316,7 @@ def evaluate(
         typer.Argument(
             metavar="[key=value]...",
             help="num_inference_steps=25, guidance_scale (the default of the base's pipeline), seed=0, batch_size=8, "
-            "dtype=fp32 or bf16.",
+            "dtype=fp32 or bf16, noise=false.",
             show_default=False,
         ),
     ] = None,

@@ -117,6 +117,9 @@ def _data(config: TrainConfig) -> Iterator[InvalidInput]:
     if data.form == "likes" and not method.unpaired:
         problem = f"has no pairs to compare, as method {method.name} does"
         yield invalid("data.form", data.form, problem, "set it to pairs, or method.name to kto")
+    if method.needs_noise and data.buckets is not None:
+        problem = f"resize and crop images, and {method.name} needs those that their noise gives"
+        yield invalid("data.buckets", data.buckets, problem, "drop it")
     if method.like_share is not None and data.buckets is not None:
         problem = "balances labels draw by draw, and data.buckets want batches of one shape"
         yield invalid("method.like_share", method.like_share, problem, "set it to null, or drop data.buckets")

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, caught, read_ahead
-from fastinvdpo.data.rows import PAIRS, PairSource, caption_of, liked_of, scores_of, winner_of
+from fastinvdpo.data.rows import NOISES, PAIRS, SEEDS, PairSource, caption_of, liked_of, scores_of, winner_of
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import DIGEST, Digests, key_hash
 
@@ -27,6 +27,7 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
         images: False leaves the images out, which are read for this.
     """
     names = ("captions", "winners", "scores") if source.form is PAIRS else ("captions", "likes")
+    names = (*names, *(("seeds",) if set(SEEDS) <= source.stored else ()))
     parts = {name: hashlib.sha256() for name in names}
     places = hashlib.sha256()
     for row in range(len(source)):
@@ -39,6 +40,7 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
             if source.form is PAIRS:
                 values["winners"] = _or_cause(winner_of, record, where, source.names)
                 values["scores"] = _or_cause(scores_of, record, where)
+                values["seeds"] = [record.get(name) for name in SEEDS]
             else:
                 values["likes"] = _or_cause(liked_of, record, where)
         for name, part in parts.items():
@@ -47,6 +49,8 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
     read: dict[str, tuple[_Read, tuple[str, ...]]] = {"data images": (source.image, source.form.images)}
     if source.mask_names is not None:
         read["data masks"] = source.mask, source.mask_names
+    if set(NOISES) <= source.stored:
+        read["data noise"] = source.noise, NOISES
     for name, (encoded, columns) in read.items():
         if not images:
             found[name] = "not hashed (output.data_hash)"
@@ -74,7 +78,7 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
 
 def columns_of(source: PairSource, digests: Digests) -> str:
     """A digest of all columns of a table but the images; the same for any source whose rows are no table."""
-    images = [source.shown(name) for name in source.form.images]
+    images = [source.shown(name) for name in (*source.form.images, *NOISES)]
     names = [name for name in source.column_names() if name not in images]
 
     def make() -> str:

@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, broken, read_ahead
@@ -24,12 +25,15 @@ from fastinvdpo.errors import InvalidInput, invalid
 
 
 class Side(NamedTuple):
-    """An image as a model sees it, its original size and crop, its key, and its mask, where masks are read."""
+    """An image as a model sees it, its original size and crop, and its key; its mask, where masks are read; where it is
+    known, what it was generated from: the initial latent, float32 ``(C, h, w)``, or the seed of that.
+    """
 
     image: Image.Image
     geometry: ImageGeometry
     key: str
     mask: Image.Image | None = None
+    noise: np.ndarray | int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Pair:
         tie: neither won; the first image stands for the winner.
         winner_mask, loser_mask: 8-bit gray, cut as the images; white counts, black does not. None where masks are not
             read.
+        noises: what winner and loser were generated from (:class:`Side`); of a ``GeneratedDataset``.
     """
 
     winner: Image.Image
@@ -60,14 +65,16 @@ class Pair:
     tie: bool = False
     winner_mask: Image.Image | None = None
     loser_mask: Image.Image | None = None
+    noises: tuple[np.ndarray, np.ndarray] | tuple[int, int] | tuple[None, None] = (None, None)
+
     liked: ClassVar[None] = None
 
     @property
     def sides(self) -> tuple[Side, ...]:
         """Winner and loser."""
         return (
-            Side(self.winner, self.winner_geometry, self.winner_key, self.winner_mask),
-            Side(self.loser, self.loser_geometry, self.loser_key, self.loser_mask),
+            Side(self.winner, self.winner_geometry, self.winner_key, self.winner_mask, self.noises[0]),
+            Side(self.loser, self.loser_geometry, self.loser_key, self.loser_mask, self.noises[1]),
         )
 
     @property
@@ -111,6 +118,8 @@ class RowDataset:
 
     unpaired = False
     """Whether an entry is one image."""
+    has_noise = False
+    """Whether it is known what images were generated from."""
 
     def __init__(
         self,
@@ -339,7 +348,7 @@ class PairDataset(RowDataset):
         Raises:
             IndexError: ``i`` out of range. InvalidInput: image data that turns out to be broken.
         """
-        (won, won_at, won_key, won_mask), (lost, lost_at, lost_key, lost_mask) = self._drawn(i, draw, 1)
+        (won, won_at, won_key, won_mask, _), (lost, lost_at, lost_key, lost_mask, _) = self._drawn(i, draw, 1)
         kept = self._kept[i]
         better, worse = kept.scores or (None, None)
         known = (better, worse, kept.row, won_key, lost_key, won_at, lost_at, kept.tie)

@@ -18,7 +18,19 @@ from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken, caught
 from fastinvdpo.data.images import file_below, file_bytes
-from fastinvdpo.data.rows import IMAGES, MASKS, PAIRS, SCORES, Form, PairSource, choices, in_schema, number
+from fastinvdpo.data.rows import (
+    IMAGES,
+    MASKS,
+    NOISES,
+    PAIRS,
+    SCORES,
+    SEEDS,
+    Form,
+    PairSource,
+    choices,
+    in_schema,
+    number,
+)
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import UTF_16, decoded, read_bounded
 
@@ -26,14 +38,15 @@ _LARGEST_LISTING, _LARGEST_TEXT, _MOST_MEMBERS = 2**30, 2**24, 2**20  # bytes, b
 _RANKED = {"rank": -1.0, "human_preference": 1.0}  # and whether higher is better
 _IMAGE_LISTS = ("image_path", "file_path", "images")
 _KINDS = ("jpg", "jpeg", "png", "webp")
-_ENDINGS = (
-    {
+_ENDINGS = {
+    **{
         side: (side, *(f"{number}.{kind}" for kind in _KINDS), *(f"{word}.{kind}" for kind in _KINDS))
         for number, (side, word) in enumerate(zip(IMAGES, ("winner", "loser"), strict=True))
-    }
-    | {mask: (mask, *(f"{mask}.{kind}" for kind in _KINDS)) for mask in MASKS}
-    | {"image": _KINDS}
-)
+    },
+    **{mask: (mask, *(f"{mask}.{kind}" for kind in _KINDS)) for mask in MASKS},
+    **{name: (f"{name}.npy",) for name in NOISES},
+    "image": _KINDS,
+}
 Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
 
 
@@ -58,14 +71,15 @@ class RecordSource(PairSource):
         return len(self.rows)
 
     def resolve(self, required: Sequence[str]) -> set[str]:
-        # A row that lacks something is broken, not the whole set; scores and masks are there when some row has them.
+        # A row that lacks something is broken, not the whole set; what is optional is there when some row has it.
         readable = [values for _, values in self.rows if isinstance(values, dict)]
-        scored = {name for name in (*SCORES, *MASKS) if any(values.get(name) is not None for values in readable)}
+        optional = {*SCORES, *MASKS, *NOISES, *SEEDS}
+        scored = {name for name in optional if any(values.get(name) is not None for values in readable)}
         for name in SCORES:
             if name in required and name not in scored:
                 remedy = "add score_0 and score_1, or name yours in data.columns"
                 raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
-        return self.choose_masks(set(self.form.schema) - set(SCORES) - set(MASKS) | scored)
+        return self.choose_masks(set(self.form.schema) - optional | scored)
 
     def record(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row][1]
@@ -80,6 +94,8 @@ class RecordSource(PairSource):
             return file_bytes(self.listed[file], where, offset, size)
         if not isinstance(place, str) or not place or self.root is None:
             remedy = "add it, or name yours in data.columns"
+            if name in NOISES:
+                raise broken("malformed noise", where, place, "names no .npy file", remedy)
             raise broken("missing image", where, place, "names no image", remedy)
         return file_bytes(file_below([self.root], place, where), where)
 
@@ -88,7 +104,7 @@ class RecordSource(PairSource):
             return list(self.listed)
         images = set()
         rows = [values for _, values in self.rows if isinstance(values, dict)]
-        names = (*self.form.images, *(self.mask_names or ()))
+        names = (*self.form.images, *(self.mask_names or ()), *(name for name in NOISES if name in self.stored))
         for named in {str(values.get(name)) for values in rows for name in names}:
             try:
                 image = file_below([self.root], named, self.path)
@@ -155,7 +171,7 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str],
         raise broken("malformed row", place, sample.twice, "is the name of two members", "write each member once")
     images: dict[str, Any] = {}
     named = []
-    for name in (*form.images, *(name for name in MASKS if name in form.schema)):
+    for name in (*form.images, *(name for name in (*MASKS, *NOISES) if name in form.schema)):
         found = [e for e in ((names[name],) if name in names else _ENDINGS[name]) if e in members]
         if len(found) > 1:
             raise broken("malformed row", place, found, f"are several images for {name}", "keep one, or name it")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,9 @@ from fastinvdpo.errors import InvalidInput, invalid
 
 LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
 MASKS = ("mask", "mask_0", "mask_1")  # one for both images, or one for each
-SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *MASKS)
+# What each image was generated from: its initial latent as the bytes of a .npy file, or the seed of that.
+NOISES, SEEDS = ("noise_0", "noise_1"), ("seed_0", "seed_1")
+SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *MASKS, *NOISES, *SEEDS)
 # Other ways to say which of two images won: the number, name or path of one of them. In a row there may be "members"
 # besides, 0 where the images themselves are named winner and loser.
 CHOICES = ("winner", "loser", "label")
@@ -83,8 +85,8 @@ class PairSource(ABC):
         streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
         remote: rows are read from another machine.
         groups_per_window: how many groups are mixed with one another.
+        stored: what :meth:`resolve` returned last; stored_masks: those of :data:`MASKS` among it.
         masks: whether masks are read; mask_names: then those of image 0 and of image 1, after :meth:`resolve`.
-        stored_masks: those of :data:`MASKS` that are stored, after :meth:`resolve`.
     """
 
     path: str
@@ -98,6 +100,7 @@ class PairSource(ABC):
     masks: bool = False
     mask_names: tuple[str, str] | None = None
     stored_masks: tuple[str, ...] = ()
+    stored: Set[str] = frozenset()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -118,7 +121,9 @@ class PairSource(ABC):
 
     @abstractmethod
     def encoded(self, row: int, name: str) -> memoryview:
-        """The encoded bytes of one of ``form.images`` or :data:`MASKS`. Raises ``BrokenRow`` where there are none."""
+        """The bytes of one of ``form.images``, :data:`MASKS` or :data:`NOISES`. Raises ``BrokenRow`` where a row has
+        none.
+        """
 
     def image(self, row: int, side: int) -> memoryview:
         """The encoded bytes of image 0 or 1. Raises ``BrokenRow`` where there are none."""
@@ -139,7 +144,7 @@ class PairSource(ABC):
         """``stored``, which :meth:`resolve` is to return; its masks are those that count from now on. Raises
         ``InvalidInput`` where masks are to be read, and there are none, or not one for each image.
         """
-        self.stored_masks = tuple(name for name in MASKS if name in stored)
+        self.stored, self.stored_masks = stored, tuple(name for name in MASKS if name in stored)
         if self.masks and self.form is not PAIRS:
             raise invalid("data.masks", True, "is read of pairs alone", "set it to false")
         if self.masks:
@@ -150,6 +155,12 @@ class PairSource(ABC):
                 raise invalid("data.masks", True, f"{self.path} has {found}", remedy)
             self.mask_names = names[0], names[1]
         return stored
+
+    def noise(self, row: int, side: int) -> memoryview:
+        """The bytes of ``noise_0`` or ``noise_1``, where :meth:`resolve` found them. Raises ``BrokenRow`` where a row
+        has none.
+        """
+        return self.encoded(row, NOISES[side])
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -321,6 +332,15 @@ def scores_of(row: Mapping[str, Any], where: Where) -> tuple[float, float]:
         remedy = "store a number in every row"
         raise broken("malformed score", where(name), row.get(name), "is not a finite number", remedy)
     return first, second
+
+
+def seeds_of(row: Mapping[str, Any], where: Where) -> tuple[int, int]:
+    """The seeds of image 0 and 1. Raises ``BrokenRow`` where one is no whole number from 0 to 2⁶³ − 1."""
+    found = [row.get(name) for name in SEEDS]
+    for name, seed in zip(SEEDS, found, strict=True):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise broken("malformed noise", where(name), seed, "is not the seed of a generator", "store a whole number")
+    return found[0], found[1]  # type: ignore[return-value]
 
 
 def caption_of(row: Mapping[str, Any], where: Where) -> str:

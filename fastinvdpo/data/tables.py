@@ -20,8 +20,9 @@ import pyarrow as arrow
 from pyarrow import compute, parquet, types
 
 from fastinvdpo._extras import require
+from fastinvdpo.data.broken import broken
 from fastinvdpo.data.images import image_bytes
-from fastinvdpo.data.rows import FORMS, MASKS, PAIRS, Form, PairSource, WrongForm, choices, stored_under
+from fastinvdpo.data.rows import FORMS, MASKS, NOISES, PAIRS, Form, PairSource, WrongForm, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.errors import InvalidInput, invalid
 
@@ -96,7 +97,8 @@ class TableSource(PairSource):
             file, problem = self._locations[scored.index(True)], "was written by fastinvdpo score, and others were not"
             raise invalid("data.path", file, problem, "name one of the files, or move it")
         self._columns = found[0]
-        small = {name: column for name, column in self._columns.items() if name not in (*self.form.images, *MASKS)}
+        large = (*self.form.images, *MASKS, *NOISES)
+        small = {name: column for name, column in self._columns.items() if name not in large}
         stored = list(dict.fromkeys(small.values()))
         tables = [_validated(_read(file, None, stored), file) for file in self._locations]
         tables = tables or [self._repository_table()]
@@ -109,13 +111,15 @@ class TableSource(PairSource):
 
     def encoded(self, row: int, name: str) -> memoryview:
         number = bisect_right(self._starts, row) - 1
-        cell = self._group(number).column(self._columns[name])[row - self._starts[number]]
+        cell, where = self._group(number).column(self._columns[name])[row - self._starts[number]], self.where(row, name)
+        if name in NOISES:
+            return _noise_bytes(cell, where)
         roots = None
         if self.format == "datasets":  # which may name images below its place, or where `datasets` keeps what it loaded
             config = require("datasets", extra="train", purpose="reading preference pairs").config
             caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
             roots = [self._image_root, *map(Path, caches)]
-        return image_bytes(cell, self.where(row, name), roots)
+        return image_bytes(cell, where, roots)
 
     def groups(self) -> list[int] | None:
         return [rows for *_, rows in self._groups] if self.streaming else None
@@ -196,8 +200,10 @@ class TableSource(PairSource):
         return None
 
     def _group(self, number: int) -> Any:
-        """The images of a group, and the masks if they are read."""
-        columns = list(dict.fromkeys(self._columns[name] for name in (*self.form.images, *(self.mask_names or ()))))
+        """The images of a group, the masks if they are read, and the noise."""
+        noises = [name for name in NOISES if name in self._columns]
+        read = (*self.form.images, *(self.mask_names or ()), *noises)
+        columns = list(dict.fromkeys(self._columns[name] for name in read))
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
                 if not self._locations:
@@ -225,6 +231,13 @@ class TableSource(PairSource):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+
+def _noise_bytes(cell: Any, where: str) -> memoryview:
+    if not isinstance(cell, arrow.BinaryScalar | arrow.LargeBinaryScalar) or not cell.is_valid:
+        remedy = "store the bytes of a .npy file in every row"
+        raise broken("malformed noise", where, cell.as_py() and str(cell.type), "holds no bytes", remedy)
+    return memoryview(cell.as_buffer()).cast("B")
 
 
 def parquet_locations(path: str, options: Mapping[str, str | None]) -> list[str]:

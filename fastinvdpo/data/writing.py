@@ -8,11 +8,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as arrow
 from pyarrow import parquet
 
 from fastinvdpo.atomic import atomic_file
-from fastinvdpo.data.rows import IMAGES, MASKS, SCHEMA, SCORES, number
+from fastinvdpo.data.rows import IMAGES, MASKS, NOISES, SCHEMA, SCORES, SEEDS, number
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_GROUP = 1000
@@ -24,8 +25,9 @@ def write_pairs(
     """Write pairs to one parquet file and return how many.
 
     Each row has ``jpg_0``, ``jpg_1`` (encoded bytes, or a PIL image, which becomes lossless PNG), ``label_0``,
-    ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``, and images ``mask`` or
-    ``mask_0``, ``mask_1``. The file appears under its name only when it is complete; rows are streamed, so they need
+    ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``; images ``mask`` or ``mask_0``,
+    ``mask_1``; and what the images were generated from, ``noise_0``, ``noise_1`` (arrays, or the bytes of .npy files)
+    or ``seed_0``, ``seed_1``. The file appears under its name only when it is complete; rows are streamed, so they need
     not fit into memory.
 
     Args:
@@ -39,9 +41,10 @@ def write_pairs(
     first = next(remaining, None)
     if first is None:
         raise invalid("rows", 0, "holds no pairs", "write at least one")
-    optional = {**dict.fromkeys(SCORES, "score_0"), "mask": "mask", "mask_0": "mask_0", "mask_1": "mask_0"}
-    names = [name for name in SCHEMA if optional.get(name, name) in first or name not in optional]
-    kinds = {**dict.fromkeys((*IMAGES, *MASKS), arrow.binary()), "caption": arrow.string()}
+    together = {name: names[0] for names in (SCORES, MASKS[:1], MASKS[1:], NOISES, SEEDS) for name in names}
+    names = [name for name in SCHEMA if together.get(name, name) in first or name not in together]
+    kinds = dict.fromkeys((*IMAGES, *MASKS, *NOISES), arrow.binary()) | dict.fromkeys(SEEDS, arrow.int64())
+    kinds["caption"] = arrow.string()
     schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names], metadata)
     numbered = enumerate(chain([first], remaining))
     count = 0
@@ -65,6 +68,13 @@ def encode_png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def _checked(row: Mapping[str, Any], i: int, names: list[str]) -> dict[str, Any]:
     if set(row) != set(names):
         problem = f"lacks {sorted(set(names) - set(row))} and has unknown {sorted(set(row) - set(names))}"
@@ -78,6 +88,15 @@ def _checked_value(name: str, value: Any, where: str) -> Any:
         if not isinstance(data, bytes) or not data:
             raise invalid(where, type(value).__name__, "is no image", "give encoded bytes or a PIL image")
         return data
+    if name in NOISES:
+        data = npy_bytes(value) if isinstance(value, np.ndarray) else value
+        if not isinstance(data, bytes) or not data:
+            raise invalid(where, type(value).__name__, "is no latent", "give an array, or the bytes of a .npy file")
+        return data
+    if name in SEEDS:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise invalid(where, value, "is not the seed of a generator", "give a whole number")
+        return value
     if name == "caption":
         if not isinstance(value, str):
             raise invalid(where, value, "is not a string", "give text")

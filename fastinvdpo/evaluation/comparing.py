@@ -4,6 +4,7 @@ Layout of the output directory::
 
     settings.json             what the images depend on: prompts, settings, contents of both models
     base/00000.png, aligned/  an image for each prompt, lossless, by its place in the list
+    noise/00000.npy           the initial latent of both, with the setting noise=true
     evaluation.json           scores and their statistics
     report.html               the same for a person, in one file
 """
@@ -23,11 +24,12 @@ from PIL.Image import Image
 from fastinvdpo.atomic import atomic_file, make_directory
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.images import decode, file_bytes
+from fastinvdpo.data.writing import npy_bytes
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.aligned import aligned_files, differences_of, open_aligned
 from fastinvdpo.evaluation.metrics import statistics
 from fastinvdpo.evaluation.page import report_page
-from fastinvdpo.evaluation.sampling import Sampling, sample_images
+from fastinvdpo.evaluation.sampling import Sampling, initial_noise, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, as_json, check_same, has_key, key_hash, plain, sealed, unsealed
 from fastinvdpo.models import DiffusionModel, checkpoint_files, load_model, own_guidance, resolve_family
@@ -37,7 +39,8 @@ from fastinvdpo.trainer.opening import DTYPES
 
 SIDES = ("base", "aligned")
 SUMMARY, PAGE, _SETTINGS = "evaluation.json", "report.html", "settings.json"
-_PROMPTS = "content of the prompts"
+_PROMPTS, _NOISE = "content of the prompts", "noise"
+_SWITCH = {"true": True, "false": False}
 
 
 def parse_sampling(options: Sequence[str]) -> Sampling:
@@ -49,8 +52,8 @@ def parse_sampling(options: Sequence[str]) -> Sampling:
         if name not in kinds:
             raise invalid("option", option, "is not known", f"write key=value with one of {', '.join(kinds)}")
         try:
-            found[name] = kinds[name](value)
-        except ValueError:
+            found[name] = _SWITCH[value] if kinds[name] is bool else kinds[name](value)
+        except (ValueError, KeyError):
             raise invalid(name, value, "is no number of its kind", f"write, say, {Sampling()!r}") from None
     return Sampling(**found)
 
@@ -94,7 +97,7 @@ def compare(
     _check(sampling, shown)
     reads = [before.path, after.path]
     with OutputDirectory(output, earlier=lambda path: has_key(path / _SETTINGS, _PROMPTS), reads=reads) as place:
-        place.claim(SUMMARY, PAGE, files=(_SETTINGS, *(f"{side}/*.png" for side in SIDES)))
+        place.claim(SUMMARY, PAGE, files=(_SETTINGS, *(f"{side}/*.png" for side in SIDES), f"{_NOISE}/*.npy"))
         files = {"base": checkpoint_files(family, before), "aligned": aligned_files(family, before, after)}
         if sampling.guidance_scale is None:
             sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
@@ -123,6 +126,7 @@ def compare(
                 {
                     "prompt": text,
                     **{side: f"{side}/{_file_name(number)}" for side in SIDES},
+                    **({_NOISE: f"{_NOISE}/{_file_name(number, 'npy')}"} if sampling.noise else {}),
                     "scores": {name: {side: both[side][number] for side in SIDES} for name, both in scores.items()},
                 }
                 for number, text in enumerate(texts)
@@ -162,7 +166,7 @@ def _key(
         "family": family,
         "prompts": len(prompts),
         _PROMPTS: key_hash({"prompts": prompts}),
-        **{name: value for name, value in asdict(sampling).items() if name != "batch_size"},
+        **{name: value for name, value in asdict(sampling).items() if name not in ("batch_size", _NOISE)},
         **{f"{side} {part}": digests.of(found) for side in SIDES for part, found in files[side].items()},
     }
     return plain(key)
@@ -191,9 +195,17 @@ def _sample_missing(
         range(start, min(start + sampling.batch_size, len(prompts)))
         for start in range(0, len(prompts), sampling.batch_size)
     ]
-    missing = [places for places in batches if not all(_is_whole(folder / _file_name(place)) for place in places)]
+    noise = folder.parent / _NOISE
+
+    def is_whole(place: int) -> bool:
+        kept = not sampling.noise or (noise / _file_name(place, "npy")).is_file()
+        return kept and _is_whole(folder / _file_name(place))
+
+    missing = [places for places in batches if not all(map(is_whole, places))]
     if not missing:
         return
+    if sampling.noise:
+        make_directory(noise)
     model = open_model()
     if torch.cuda.is_available():
         model.to("cuda")
@@ -202,6 +214,10 @@ def _sample_missing(
         for place, image in zip(places, images, strict=True):
             with atomic_file(folder / _file_name(place)) as partial:
                 image.save(partial, format="PNG")
+        if sampling.noise:
+            for place, latent in zip(places, initial_noise(model, sampling.seed, places).cpu().numpy(), strict=True):
+                with atomic_file(noise / _file_name(place, "npy")) as partial:
+                    partial.write_bytes(npy_bytes(latent))
 
 
 def _is_whole(path: Path) -> bool:
@@ -224,5 +240,5 @@ def _score(scorer: Scorer, folder: Path, prompts: Sequence[str]) -> list[float]:
     return scores
 
 
-def _file_name(place: int) -> str:
-    return f"{place:05d}.png"
+def _file_name(place: int, kind: str = "png") -> str:
+    return f"{place:05d}.{kind}"

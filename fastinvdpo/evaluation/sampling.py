@@ -26,7 +26,7 @@ class Sampling:
     noise, and how a network computes.
 
     ``batch_size`` changes speed and last bits alone. ``dtype``: storage type of network and text encoders, ``fp32`` or
-    ``bf16``.
+    ``bf16``. ``noise``: keep the initial latents beside the images.
     """
 
     num_inference_steps: int = 25
@@ -34,6 +34,7 @@ class Sampling:
     seed: int = 0
     batch_size: int = 8
     dtype: str = "fp32"
+    noise: bool = False
 
 
 def sample_images(
@@ -88,12 +89,17 @@ def sample(
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             prompt = encode_prompt(model, prompts[batch], guidance_scale)
-            index = torch.tensor(numbers[batch], device=model.device)
-            noise = philox.normal(seed, STREAM_SAMPLING, index, model.latent_shape)
+            noise = initial_noise(model, seed, numbers[batch])
             parts.append(_descend(model, network, noise, prompt, levels))
     finally:
         network.train(was_training)
     return torch.cat(parts)
+
+
+def initial_noise(model: DiffusionModel, seed: int, places: Sequence[int]) -> Tensor:
+    """The latents ``(n, *model.latent_shape)``, float32, that the prompts at some places of a list are sampled from."""
+    index = torch.tensor(places, device=model.device)
+    return philox.normal(seed, STREAM_SAMPLING, index, model.latent_shape)
 
 
 def check_sampling(model: DiffusionModel, num_inference_steps: int, guidance_scale: float | None) -> None:

@@ -13,7 +13,7 @@ from pyarrow import parquet, types
 from fastinvdpo._extras import require
 from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow, caught
-from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, TIE, caption_of, labels_of, winner_of
+from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, NOISES, SEEDS, TIE, caption_of, labels_of, winner_of
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_PIECE = 256
@@ -103,6 +103,12 @@ def _built(source: PairSource, rows: Sequence[int]) -> Any:
     both = [_labels(source, row) for row in rows]
     columns |= {name: [labels[side] for labels in both] for side, name in enumerate(LABELS)}
     columns["caption"] = [caption_of(source.record(row), partial(source.where, row)) for row in rows]
+    if set(NOISES) <= source.stored:
+        kinds |= dict.fromkeys(NOISES, image)
+        columns |= {name: [bytes(source.noise(row, side)) for row in rows] for side, name in enumerate(NOISES)}
+    if set(SEEDS) <= source.stored:
+        kinds |= dict.fromkeys(SEEDS, arrow.int64())
+        columns |= {name: [source.record(row).get(name) for row in rows] for name in SEEDS}
     return arrow.table(columns, schema=arrow.schema(list(kinds.items())))
 
 

@@ -24,6 +24,7 @@ from fastinvdpo.methods.inversion_dpo import VARIANTS, ChainObjective, Inversion
 from fastinvdpo.methods.kto import KTO, KTOOutput
 from fastinvdpo.methods.linear_dpo import LinearDPO
 from fastinvdpo.methods.mapo import MaPO
+from fastinvdpo.methods.pnapo import PNAPO
 from fastinvdpo.methods.poly_dpo import PolyDPO
 from fastinvdpo.methods.sdpo import SDPO
 from fastinvdpo.methods.single_timestep import SingleTimestepObjective, TimestepSampling
@@ -31,12 +32,12 @@ from fastinvdpo.methods.smpo import SmPO
 from fastinvdpo.methods.snpo import SNPO
 
 __all__ = [
-    "DMPO", "DSPO", "KTO", "METHODS", "SDPO", "SNPO", "VARIANTS", "AlphaDPO", "ChainObjective", "DiffusionDPO", "Draws",
-    "Follows", "InPO", "InversionDPO", "KTOOutput", "LinearDPO", "MaPO", "Method", "Objective", "ObjectiveOutput",
-    "PairBatch", "PolyDPO", "SingleTimestepObjective", "SmPO", "TimestepSampling", "build_objective",
+    "DMPO", "DSPO", "KTO", "METHODS", "PNAPO", "SDPO", "SNPO", "VARIANTS", "AlphaDPO", "ChainObjective", "DiffusionDPO",
+    "Draws", "Follows", "InPO", "InversionDPO", "KTOOutput", "LinearDPO", "MaPO", "Method", "Objective",
+    "ObjectiveOutput", "PairBatch", "PolyDPO", "SingleTimestepObjective", "SmPO", "TimestepSampling", "build_objective",
 ]  # fmt: skip
 
-_ALL = (DiffusionDPO, InPO, SmPO, InversionDPO, SDPO, DMPO, DSPO, LinearDPO, AlphaDPO, PolyDPO, SNPO, MaPO, KTO)
+_ALL = (DiffusionDPO, InPO, SmPO, InversionDPO, SDPO, DMPO, DSPO, LinearDPO, AlphaDPO, PolyDPO, SNPO, MaPO, KTO, PNAPO)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """The one table of methods: configurations, the command line, demo and benchmarks take their names from it."""
 

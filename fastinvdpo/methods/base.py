@@ -47,6 +47,9 @@ class PairBatch:
         stored_draw: int64 ``(B,)`` on the host, where ``reference_pred`` is of draws that were made before: what the
             sample index was then. It keys the random numbers instead.
         liked: of single images, bool ``(B,)``: whether each was liked; None for pairs.
+        noise: the initial latent that each image was generated from, ``(2B, …)``, or
+        seeds: that of its generator, int64 ``(2B,)``; PNAPO needs one of them.
+        step: optimizer steps of the run before the one that the pairs belong to.
     """
 
     latents: Tensor
@@ -59,6 +62,9 @@ class PairBatch:
     stored_draw: Tensor | None = None
     mask: Tensor | None = None
     liked: Tensor | None = None
+    noise: Tensor | None = None
+    seeds: Tensor | None = None
+    step: int = 0
 
     @property
     def pairs(self) -> int:
@@ -209,6 +215,8 @@ class Method(ABC):
     """Whether it trains on single images that were liked or disliked, instead of pairs."""
     needs_scores: ClassVar[bool] = False
     """Whether pairs need scores."""
+    needs_noise: ClassVar[bool] = False
+    """Whether pairs need the noise that their images were generated from."""
     needs_reference: ClassVar[bool] = True
     """Whether there is a reference, with its forward passes."""
     policy_inverts: ClassVar[bool] = False

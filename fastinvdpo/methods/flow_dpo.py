@@ -1,4 +1,4 @@
-"""Flow-DPO with masks, an anchor, fine-tuning and an automatic β; and PNAPO, whose sides keep their own noise."""
+"""Flow-DPO with masks, an anchor, fine-tuning and an automatic β."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, softplus
 
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.smpo import smoothed_pair_weight
 from fastinvdpo.methods.statistics import AutoBeta, pair_margin, reference_mse
-from fastinvdpo.ops import PreferenceLoss, preference_loss
 from fastinvdpo.ops.pair_statistics import pair_statistics
 from fastinvdpo.ops.preference_loss import check_beta
 
@@ -133,29 +131,3 @@ def latent_mask(image: Tensor, size: tuple[int, int], *, kind: MaskKind = "mask"
     if kind == "segmentation":
         mask = (mask > 0).to(mask.dtype)
     return max_pool2d(mask, 2 * dilate + 1, stride=1, padding=dilate) if dilate else mask
-
-
-def pnapo(
-    policy_pred: Tensor,
-    reference_pred: Tensor,
-    target: Tensor,
-    *,
-    beta: float,
-    reward_gap: Tensor,
-    schedule_weight: float = 1.0,
-) -> PreferenceLoss:
-    """PNAPO (arXiv 2605.09433), from a summary of the paper; no code is released: Diffusion-DPO on a rectified flow,
-    where each side keeps the noise that it was generated from, ``z = −β·(2σ(δ) − 1)·g·(Δ_w − Δ_l)``.
-
-    Args:
-        policy_pred, reference_pred: predictions at ``x_t = (1 − t)·x_0 + t·x_T``, one t in a pair, ``(2B, …)``.
-        target: ``x_T − x_0`` of each side.
-        beta: stands without the ½ of the other methods; published are 2000 and 5000, of mean or sum is not known.
-        reward_gap: δ, the winner's reward less the loser's, ``(B,)``. Its unit decides β: of order 1e-2 it shrinks β
-            two-hundredfold.
-        schedule_weight: g; falls from 1 to ½ along a cosine in the course of the published training.
-    """
-    if not isinstance(reward_gap, Tensor):
-        raise invalid("reward_gap", reward_gap, "must be a tensor", "pass one reward difference a pair, (B,)")
-    weight = schedule_weight * smoothed_pair_weight(torch.sigmoid(reward_gap.double()), 1.0)
-    return preference_loss(policy_pred, reference_pred, target, beta=2 * beta, pair_weight=weight.to(torch.float32))

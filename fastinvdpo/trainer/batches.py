@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastinvdpo.errors import invalid
 from fastinvdpo.methods import PairBatch
 from fastinvdpo.methods.flow_dpo import latent_mask
 from fastinvdpo.models.base import pixels_of
 from fastinvdpo.trainer.order import DrawOrder, drops_caption, swaps_tie
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from fastinvdpo.data import LikedImage, Pair
-    from fastinvdpo.data.transforms import ImageGeometry
+    from fastinvdpo.data.pairs import Side
     from fastinvdpo.models import DiffusionModel
 
 Tensors = dict[str, Tensor]
@@ -107,9 +107,8 @@ class PairEncoder:
     def _encode(self, pairs: Sequence[Pair | LikedImage]) -> list[EncodedPair]:
         if not pairs:
             return []
-        images, shapes, keys, masks = zip(*(side for pair in pairs for side in pair.sides), strict=True)
-        stacked = encode_images(self._model, images, shapes, keys if self._sampled else None, masks)
-        sides = iter([{name: tensor[i] for name, tensor in stacked.items()} for i in range(len(images))])
+        stacked = encode_sides(self._model, [side for pair in pairs for side in pair.sides], sampled=self._sampled)
+        sides = iter([dict(zip(stacked, values, strict=True)) for values in zip(*stacked.values(), strict=True)])
         captions = self._embed([pair.caption for pair in pairs])
         return [
             EncodedPair(tuple(islice(sides, len(pair.sides))), caption, pair.scores, pair.row, pair.tie, pair.liked)
@@ -209,6 +208,9 @@ class BatchBuilder:
             reference_pred=stacked.get("reference_pred"),
             stored_draw=None if pairs[0].stored_draw is None else torch.tensor(keys),
             mask=stacked.get("mask"),
+            noise=stacked.get("noise"),
+            seeds=None if "seed" not in stacked else stacked["seed"][:, 0],
+            step=draws.start // self._order.effective_batch,
             liked=None if pairs[0].liked is None else torch.tensor([bool(one.liked) for one in pairs]).to(self._device),
         )
 
@@ -226,23 +228,28 @@ class BatchBuilder:
         return torch.stack([_to_device(tensor, self._device) for tensor in tensors])
 
 
-def encode_images(
-    model: DiffusionModel,
-    images: Sequence[Image],
-    shapes: Sequence[ImageGeometry],
-    keys: Sequence[str] | None,
-    masks: Sequence[Image | None] = (),
-) -> Tensors:
-    """``latents`` of images, what follows from their ``shapes``, ``geometry.NAME``, and of ``masks`` ``mask``, the mean
-    over a latent's area; every tensor ``(n, …)``. ``keys``: SHA-256 of the images, in hexadecimal: a sample of the
-    posterior, one for each key. None: means.
+def encode_sides(model: DiffusionModel, sides: Sequence[Side], *, sampled: bool) -> Tensors:
+    """``latents`` of images, what follows from their shapes (``geometry.NAME``), of masks the mean over a latent's area
+    (``mask``), and where it is known, what they were generated from: ``noise`` as the latents, or ``seed`` int64
+    ``(n, 1)``. Every tensor ``(n, …)``. ``sampled``: a sample of the posterior, one for each key, instead of means.
     """
-    samples = () if keys is None else (torch.tensor([int(key[:15], 16) for key in keys]),)  # 60 bits
-    encoded = {f"{_GEOMETRY}{name}": tensor for name, tensor in model.encode_geometry(shapes).items()}
-    encoded["latents"] = latents = model.encode_images(images, *samples)
-    if given := [mask for mask in masks if mask is not None]:
-        encoded["mask"] = latent_mask(pixels_of(given, "L"), (latents.shape[2], latents.shape[3])).to(latents.device)
-    return encoded
+    samples = (torch.tensor([int(side.key[:15], 16) for side in sides]),) if sampled else ()  # 60 bits
+    shapes = model.encode_geometry([side.geometry for side in sides])
+    latents = model.encode_images([side.image for side in sides], *samples)
+    found = {"latents": latents, **{f"{_GEOMETRY}{name}": tensor for name, tensor in shapes.items()}}
+    if masks := [side.mask for side in sides if side.mask is not None]:
+        found["mask"] = latent_mask(pixels_of(masks, "L"), (latents.shape[2], latents.shape[3])).to(latents.device)
+    noises = [noise for side in sides if (noise := side.noise) is not None]
+    if noises and isinstance(noises[0], int):
+        found["seed"] = torch.tensor(noises).unsqueeze(1)
+    elif noises:
+        for noise in noises:
+            if noise.shape != latents.shape[1:]:  # type: ignore[union-attr]
+                problem = f"has another shape than the model's latents of that image, {tuple(latents.shape[1:])}"
+                remedy = "store the noise as the pipeline draws it, before FLUX packs it, and take images as they are"
+                raise invalid("noise.shape", noise.shape, problem, remedy)  # type: ignore[union-attr]
+        found["noise"] = torch.from_numpy(np.stack(noises)).to(latents)
+    return found
 
 
 def geometry_of(tensors: Tensors) -> Tensors:

@@ -17,6 +17,7 @@ shard, one row an image or caption::
     image.latents              (n, C, h, w) float32
     image.geometry.NAME        (n, …) float32: the part of the conditioning that follows from size and crop (SDXL)
     image.mask                 (n, 1, h, w) float32, of data with masks
+    image.noise, image.seed    (n, C, h, w) float32 or (n, 1) int64, PNAPO: what an image was generated from
     image.trajectory           (n, N, …), Inversion-DPO: the chain inverted by the reference; (n, 2N, …) with targets
     image.reference_pred       (n, N, …), Inversion-DPO: the reference's guided predictions there
     caption.NAME               (m, …): the rest of the conditioning
@@ -201,7 +202,8 @@ class PairCache:
         draws: K, how many draws of every pair are stored; 0 for none.
         has_masks: whether the images have masks.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
-        unpaired: whether it holds single images; liked: of each of them.
+        unpaired: whether it holds single images; liked: of each of them. has_noise: whether what images were generated
+            from is stored.
         network_evaluations: what the whole cache cost.
     """
 
@@ -227,6 +229,7 @@ class PairCache:
         self.has_scores, self.has_masks = self.index.scores is not None, "mask" in self.stored["image"]
         self.has_reference = any("reference_pred" in names for names in self.stored.values())
         self.unpaired = self.index.liked is not None
+        self.has_noise = not {"noise", "seed"}.isdisjoint(self.stored["image"])
         self.liked: list[bool] = [] if self.index.liked is None else self.index.liked.tolist()
 
     def __len__(self) -> int:

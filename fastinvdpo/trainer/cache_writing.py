@@ -39,7 +39,7 @@ from fastinvdpo.methods import ChainObjective
 from fastinvdpo.models import DiffusionModel, checkpoint_files, resolve_family
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
-from fastinvdpo.trainer.batches import Tensors, embed, encode_images, geometry_of
+from fastinvdpo.trainer.batches import Tensors, embed, encode_sides, geometry_of
 from fastinvdpo.trainer.cache import (
     INDEX,
     KINDS,
@@ -154,7 +154,9 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     network = "unet" if "unet" in files else "transformer"
     key: dict[str, Any] = {
         "format": FORMAT,
-        "contents": "latents, embeddings" + (f", {held}" if reference else ""),
+        "contents": "latents, embeddings"
+        + (f", {held}" if reference else "")
+        + (", noise" if config.method.needs_noise else ""),
         "cache.dtype": config.cache.dtype,
         **content_of(source, digests),
         **{f"data.{name}": getattr(data, name) for name in encoding},
@@ -325,9 +327,8 @@ class _ShardMaker:
         config, numbers = self._config, sorted({pair for pair, _ in sides})
         with ThreadPoolExecutor(max(1, config.training.num_workers)) as threads:  # decoding leaves the interpreter lock
             pairs = dict(zip(numbers, threads.map(lambda i: self._dataset.pair(i, draw=i), numbers), strict=True))
-        images, shapes, keys, masks = zip(*(pairs[i].sides[side] for i, side in sides), strict=True)
-        sampled = keys if config.data.latents == "sampled" else None
-        stored = encode_images(self._model, images, shapes, sampled, masks)
+        seen = [pairs[i].sides[side] for i, side in sides]
+        stored = encode_sides(self._model, seen, sampled=config.data.latents == "sampled")
         if config.cache.draws is not None or config.method.reference_chain is None:
             return stored
         objective = config.method.objective(self._model.schedule)

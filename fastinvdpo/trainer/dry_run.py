@@ -95,7 +95,7 @@ def _batch(config: TrainConfig, objective: Objective, draws: range) -> PairBatch
     count = len(draws) if unpaired else 2 * len(draws)
     latents, prompts = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
     liked, index = torch.ones(count, dtype=torch.bool) if unpaired else None, torch.arange(draws.start, draws.stop)
-    batch = PairBatch(latents, prompts, index, prompts, scores=torch.zeros(count), liked=liked)
+    batch = PairBatch(latents, prompts, index, prompts, scores=torch.zeros(count), liked=liked, noise=latents)
     if config.cache.path is None or config.reference_options is None:
         return batch
 

@@ -15,7 +15,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.explain import under
 from fastinvdpo.config.sections import DataSection
-from fastinvdpo.data import Buckets, LikedDataset, PairDataset, PairSource, open_source
+from fastinvdpo.data import Buckets, GeneratedDataset, LikedDataset, PairDataset, PairSource, open_source
 from fastinvdpo.data.broken import REPORT
 from fastinvdpo.data.rows import WrongForm
 from fastinvdpo.data.score_range import measured_range, stored_range
@@ -40,27 +40,28 @@ _UNSUPPORTED = ("use_deepspeed", "use_megatron_lm", "use_parallelism_config")
 
 def open_dataset(config: TrainConfig) -> PairDataset | LikedDataset:
     """The pairs, or single images. Raises ``InvalidInput`` when they, or the method's needs, are not met."""
+    method = config.method
+    kind = LikedDataset if method.unpaired else GeneratedDataset if method.needs_noise else PairDataset
     try:
-        dataset = open_pairs(config.data, unpaired=config.method.unpaired, seed=config.training.seed)
+        dataset = open_pairs(config.data, kind, seed=config.training.seed)
     except WrongForm as error:
-        what = "images that were liked or disliked" if config.method.unpaired else "pairs"
-        raise InvalidInput(f"method.name = {config.method.name!r} trains on {what}, and {error}") from None
+        what = "images that were liked or disliked" if method.unpaired else "pairs"
+        raise InvalidInput(f"method.name = {method.name!r} trains on {what}, and {error}") from None
     check_pairs(config, dataset)
     return dataset
 
 
 def open_pairs(
-    data: DataSection, *, unpaired: bool | None = None, seed: int = 0, all_broken: bool = False
+    data: DataSection, kind: type[PairDataset | LikedDataset] | None = None, *, seed: int = 0, all_broken: bool = False
 ) -> PairDataset | LikedDataset:
-    """The pairs that the section describes, or single images (None: as ``data.form`` says); with ``all_broken`` any
-    number of rows may be broken.
+    """The data set of a ``kind`` that the section describes (None: by ``data.form``); with ``all_broken`` any number of
+    rows may be broken.
     """
     resolution = None
     if data.buckets is not None and data.resolution is not None:
         resolution = Buckets(data.resolution, data.buckets.multiple, data.buckets.max_aspect)
     names = ("ties", "random_flip", "center_crop", "relabel_by_score")
-    unpaired = data.form == "likes" if unpaired is None else unpaired
-    return (LikedDataset if unpaired else PairDataset)(
+    return (kind or (LikedDataset if data.form == "likes" else PairDataset))(
         open_data_source(data),
         resolution=resolution or data.resolution,
         seed=seed,
@@ -94,12 +95,15 @@ def warn_of_masks(source: PairSource | None) -> None:
 
 
 def check_pairs(config: TrainConfig, pairs: Any) -> None:
-    """Raise ``InvalidInput`` when the method needs scores that the data set lacks, or single images for pairs."""
+    """Raise ``InvalidInput`` when the data set lacks what the method needs: scores, noise, pairs or single images."""
     unpaired = config.method.unpaired
     if unpaired != getattr(pairs, "unpaired", False):
         what, remedy = ("single images", "a LikedDataset") if unpaired else ("pairs", "a PairDataset")
         problem = f"trains on {what}, which {type(pairs).__name__} does not hold"
         raise invalid("method.name", config.method.name, problem, f"pass {remedy}, or choose another method")
+    if config.method.needs_noise and not getattr(pairs, "has_noise", False):
+        problem = f"needs the noise that images were generated from, which {type(pairs).__name__} does not hold"
+        raise invalid("method.name", config.method.name, problem, "pass a GeneratedDataset, or choose another method")
     if config.method.needs_scores and not pairs.has_scores:
         remedy = "add columns score_0 and score_1, or name yours in data.columns"
         problem = f"weighs pairs by scores, and {config.data.path} has none"

@@ -286,6 +286,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, int, int, int]] = {
     "poly-dpo-sd15": ({"alpha": 8}, 2048e-8, 2000, 500, 2048),
     "snpo-sd15": ({"beta": 2000, "loser_share": 0.9}, 2.048e-8, 3000, 0, 512),
     "mapo-sdxl": ({"beta": 0.1, "snr": 0.5}, 1e-5, 2000, 0, 16),
+    "pnapo-sd3": ({"beta": 5000, "score_scale": 1, "decay_start": None}, 1e-6, 2000, 0, 32),
     "kto-sd15": ({"beta": 1000, "halo": "sigmoid", "baseline": "mean", "like_share": 0.8}, 1e-7, 20_000, 200, 8),
 }
 
@@ -301,14 +302,14 @@ def test_presets_hold_what_was_published(name: str) -> None:
     config = load_config(overrides=["data.path=pairs.parquet"], preset=name)
     method, found = config.method.name, vars(config.method)
     options, rate, steps, warmup, batch = PUBLISHED[name]
-    assert method == re.sub(r"-(sd15|sdxl|sdxl-refiner|sdxl-turbo)$", "", name)
+    assert method == re.sub(r"-(sd15|sd3|sdxl|sdxl-refiner|sdxl-turbo)$", "", name)
     assert {key: found[key] for key in options} == options
     scale = config.effective_batch() if config.optimizer.scale_lr else 1
     assert config.optimizer.learning_rate * scale == pytest.approx(rate)
     assert (config.training.steps, config.optimizer.warmup_steps, config.effective_batch()) == (steps, warmup, batch)
-    assert config.data.resolution == (1024 if re.search(r"sdxl(-refiner)?$", name) else 512)
+    assert config.data.resolution == (1024 if re.search(r"(sd3|sdxl(-refiner)?)$", name) else 512)
     # The scripts' default, 0.2, which the launch of SDXL-Turbo sets to 0; some methods' scripts drop none.
-    undropped = name == "diffusion-dpo-sdxl-turbo" or method in ("inversion-dpo", "snpo", "mapo")
+    undropped = name == "diffusion-dpo-sdxl-turbo" or method in ("inversion-dpo", "snpo", "mapo", "pnapo")
     assert config.data.caption_dropout == (0.0 if undropped else 0.2)
     if method in ("diffusion-dpo", "inpo", "smpo", "inversion-dpo"):
         assert found["utility"] == "sigmoid" and found["compat"] is None

@@ -10,12 +10,11 @@ import pytest
 from fastinvdpo._examples import compare_methods
 from fastinvdpo._examples.digits import digits
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.methods import METHODS
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.dry_run import count_evaluations
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", compare_methods.COMPARED)
 def test_every_method_gets_as_many_evaluations_up_to_half_a_step(method: str, tmp_path: Path) -> None:
     config = compare_methods.method_config(method, 20_000, 1e-5, 0, tmp_path, 2.0)
     found = count_evaluations(config)

@@ -13,7 +13,7 @@ from tests.cases import sd_schedule, toy_network
 
 SCHEDULE = sd_schedule()
 LEVELS = 5
-PAIRED = [name for name, method in METHODS.items() if not method.unpaired]
+PAIRED = [name for name, method in METHODS.items() if not (method.unpaired or method.needs_noise)]
 """Methods that train on what :func:`pairs` gives."""
 REFERENCE = toy_network()
 
@@ -40,7 +40,7 @@ def select(batch: PairBatch, chosen: list[int]) -> PairBatch:
     def pick(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: tensor[rows] for name, tensor in value.items()}
-        return None if value is None else value[rows]
+        return value[rows] if isinstance(value, Tensor) else value
 
     fields = {name: pick(value) for name, value in vars(batch).items() if name != "sample_index"}
     return dataclasses.replace(batch, **fields, sample_index=batch.sample_index[chosen])

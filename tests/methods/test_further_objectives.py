@@ -111,7 +111,7 @@ def _lambda(output: ObjectiveOutput, mu: float) -> Tensor:
     return torch.where(inner > 0, ((1 - mu) * winner.square().sum(1) / inner).clamp(0, 1), 1.0)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, SingleTimestepMethod)])
+@pytest.mark.parametrize("name", [name for name in PAIRED if issubclass(METHODS[name], SingleTimestepMethod)])
 def test_a_safeguard_scales_the_gradients_of_losers_pair_by_pair_and_nothing_else(name: str) -> None:
     options = {"swap_probability": 0.0} if name == "snpo" else {}
     batch = dataclasses.replace(pairs(), scores=WON)

@@ -17,7 +17,7 @@ from fastinvdpo import NoiseSchedule
 from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import add_noise
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.methods import KTO, METHODS, DiffusionDPO, Draws, InPO, InversionDPO, Method, PairBatch, SmPO
+from fastinvdpo.methods import KTO, METHODS, PNAPO, DiffusionDPO, Draws, InPO, InversionDPO, Method, PairBatch, SmPO
 from fastinvdpo.methods.single_timestep import SingleTimestepMethod
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
 from tests.cases import sd_schedule
@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "poly-dpo": {"alpha": -0.5, "anchor": 1.0},
     "snpo": {"loser_share": 0.5, "error_scale": 10.0, "swap_probability": 0.1},
     "mapo": {"snr": 2.0, "sft_weight": 0.5},
+    "pnapo": {"score_scale": 10.0, "decay_start": 10, "decay_end": 20, "seed_dtype": "bf16"},
     "kto": {"halo": "loss_averse", "baseline": "balanced", "like_share": None, "timesteps": {"values": [3, 5]}},
 }
 
@@ -83,6 +84,7 @@ def test_the_released_chain_is_the_default_with_compat() -> None:
 
 PROPERTIES: dict[str, Callable[[Method], object]] = {
     "single images": lambda method: method.unpaired,
+    "needs noise": lambda method: method.needs_noise,
     "needs scores": lambda method: method.needs_scores,
     "policy inverts": lambda method: method.policy_inverts,
     "whole chain": lambda method: method.whole_chain,
@@ -99,6 +101,7 @@ PROPERTIES: dict[str, Callable[[Method], object]] = {
     [
         (DiffusionDPO(), {"fixed shapes"}),
         (KTO(), {"single images", "fixed shapes"}),
+        (PNAPO(), {"needs noise", "needs scores", "fixed shapes"}),
         (InPO(), {"policy inverts"}),
         (InPO(static_shapes=True), {"policy inverts", "fixed shapes"}),
         (SmPO(), {"needs scores", "policy inverts"}),

@@ -211,7 +211,7 @@ def test_every_flipped_bit_of_a_cache_is_found(workspace: Path, method: str, sma
         assert manifest is not None
         opened = PairCache(workspace / "cache", manifest)
         pairs = [opened.fetch(i, i) for i in range(PAIRS)]
-        read = [[side[name] for name in sorted(side)] for p in pairs for side in (p.winner, p.loser, p.caption)]
+        read = [[side[name] for name in sorted(side)] for p in pairs for side in (*p.sides, p.caption)]
         read += [list(opened._read("draw", number).values()) for number in range(PAIRS * opened.draws)]
         others = [(p.scores, p.row, p.tie) for p in pairs], opened.unconditional, opened.summary, opened.contents
         return [read, *others, manifest.key, manifest.sizes, manifest.network_evaluations]

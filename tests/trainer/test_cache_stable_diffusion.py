@@ -90,7 +90,7 @@ def test_sdxl_geometry_belongs_to_the_image(pictures: Path, tmp_path: Path) -> N
     stored = precompute(config, progress=False)
     sizes = [size for i in range(PAIRS) for size in ((16, 16 + 2 * i), (18 + i, 16))]
     pairs = [stored.fetch(i, i) for i in range(PAIRS)]
-    ids = torch.stack([side["geometry.time_ids"] for pair in pairs for side in (pair.winner, pair.loser)])
+    ids = torch.stack([side["geometry.time_ids"] for pair in pairs for side in pair.sides])
     assert ids.dtype == torch.float32
     assert ids[:, :2].tolist() == [[float(height), float(width)] for height, width in sizes]
     assert set(stored.stored["caption"]) == set(stored.unconditional) == {"encoder_hidden_states", "text_embeds"}
