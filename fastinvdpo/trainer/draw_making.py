@@ -16,9 +16,10 @@ from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.methods import SingleTimestepObjective
 from fastinvdpo.models import DiffusionModel
 from fastinvdpo.trainer import opening
-from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, EncodedPair, EpochOrder, Tensors
+from fastinvdpo.trainer.batches import BatchBuilder, EncodedPair, Tensors
 from fastinvdpo.trainer.cache import Manifest, PairCache, PairIndex
 from fastinvdpo.trainer.networks import Networks
+from fastinvdpo.trainer.order import DrawOrder, EpochOrder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
