@@ -94,7 +94,7 @@ class PairSource(ABC):
         """``stored``, which :meth:`resolve` is to return; its masks are those that count from now on. Raises
         ``InvalidInput`` where masks are to be read, and there are none, or not one for each image.
         """
-        self.stored_masks = tuple(name for name in MASKS if name in stored)
+        self.stored_masks, self.mask_names = tuple(name for name in MASKS if name in stored), None
         if self.masks:
             names = {MASKS[:1]: (MASKS[0], MASKS[0]), MASKS[1:]: MASKS[1:]}.get(self.stored_masks)
             if names is None:
