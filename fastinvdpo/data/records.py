@@ -84,7 +84,7 @@ class RecordSource(PairSource):
             return list(self.listed)
         images = set()
         rows = [values for _, values in self.rows if isinstance(values, dict)]
-        for named in {str(values.get(name)) for values in rows for name in (*IMAGES, *(self.mask_names or ()))}:
+        for named in {str(values.get(name)) for values in rows for name in (*IMAGES, *self.stored_masks)}:
             try:
                 image = file_below([self.root], named, self.path)
                 images |= {image} if image.is_file() else set()
