@@ -77,9 +77,9 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
 
 
 def columns_of(source: PairSource, digests: Digests) -> str:
-    """A digest of all columns of a table but the images; the same for any source whose rows are no table."""
-    images = [source.shown(name) for name in (*source.form.images, *NOISES)]
-    names = [name for name in source.column_names() if name not in images]
+    """A digest of all columns of a table but images and noise; of a source whose rows are no table, of the masks."""
+    images, table = [source.shown(name) for name in (*source.form.images, *NOISES)], source.column_names()
+    names, masks = [name for name in table if name not in images], () if table else source.stored_masks
 
     def make() -> str:
         digest, schema = hashlib.sha256(), None
@@ -89,9 +89,15 @@ def columns_of(source: PairSource, digests: Digests) -> str:
                 digest.update(str(schema).encode())
             for row in table.to_pylist():
                 digest.update(f"{row!r}\n".encode("utf-8", "surrogatepass"))
+        for number in range(len(source)) if masks else ():
+            digest.update(repr([_or_cause(_hashed, source, number, name) for name in masks]).encode())
         return DIGEST + digest.hexdigest()
 
     return _once(source, digests, {"but": images}, make)
+
+
+def _hashed(source: PairSource, row: int, name: str) -> str:
+    return hashlib.sha256(source.encoded(row, name)).hexdigest()
 
 
 def _of_images(source: PairSource, encoded: _Read, names: Sequence[str], digests: Digests, places: str) -> str:

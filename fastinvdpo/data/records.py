@@ -104,7 +104,7 @@ class RecordSource(PairSource):
             return list(self.listed)
         images = set()
         rows = [values for _, values in self.rows if isinstance(values, dict)]
-        names = (*self.form.images, *(self.mask_names or ()), *(name for name in NOISES if name in self.stored))
+        names = (*self.form.images, *self.stored_masks, *(name for name in NOISES if name in self.stored))
         for named in {str(values.get(name)) for values in rows for name in names}:
             try:
                 image = file_below([self.root], named, self.path)

@@ -144,7 +144,8 @@ class PairSource(ABC):
         """``stored``, which :meth:`resolve` is to return; its masks are those that count from now on. Raises
         ``InvalidInput`` where masks are to be read, and there are none, or not one for each image.
         """
-        self.stored, self.stored_masks = stored, tuple(name for name in MASKS if name in stored)
+        self.stored, self.mask_names = stored, None
+        self.stored_masks = tuple(name for name in MASKS if name in stored)
         if self.masks and self.form is not PAIRS:
             raise invalid("data.masks", True, "is read of pairs alone", "set it to false")
         if self.masks:

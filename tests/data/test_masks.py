@@ -167,7 +167,8 @@ def test_masks_that_are_not_there_for_both_sides_are_refused(
     with pytest.raises(InvalidInput, match=rf"data\.masks = True: .*{problem}"):
         opened(path)
     assert len(PairDataset(path)) == 1
-    assert open_source(path).with_masks().masks
+    source = open_source(parquet(tmp_path, shared=True)).with_masks()
+    assert PairDataset(source).has_masks and not PairDataset(source.with_masks(False)).has_masks
 
 
 def test_masks_are_part_of_what_pairs_hold(tmp_path: Path) -> None:

@@ -115,6 +115,13 @@ def test_masks_are_kept(tmp_path: Path, kind: str) -> None:
     score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)
     for pair in masks.opened(output):
         assert pair.winner_mask.tobytes() == pair.winner.tobytes() and pair.loser_mask.tobytes() == pair.loser.tobytes()
+    score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)  # is there
+    if kind == "folder":
+        (path / "white.png").write_bytes(encoded(Image.new("L", (8, 8), 255)))
+        listing = (path / "pairs.jsonl").read_text()
+        (path / "pairs.jsonl").write_text(listing.replace('"mask_1": "images/2-1.png"', '"mask_1": "white.png"'))
+        with pytest.raises(InvalidInput, match="different are data columns"):
+            score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)
 
 
 def test_ranked_images_and_a_batch_that_shares_images(tmp_path: Path) -> None:
