@@ -61,7 +61,7 @@ class DrawMaker:
         assert isinstance(objective, SingleTimestepObjective)
         self._objective, self._dtype, self._seed = objective, opening.DTYPES[config.cache.dtype], seed
         self._reference = chunked(networks.reference, config.training.max_batch)
-        self._size = config.cache.batch_size or config.training.batch_size
+        self._size = min(config.cache.batch_size or config.training.batch_size, manifest.pairs_per_shard * draws)
         pairs = _AsStored(Path(str(config.cache.path)), manifest)
         self._first = PairIndex(pairs.directory, manifest.pairs_per_shard, draws).first["draw"]
         self._builder = BatchBuilder(
@@ -77,7 +77,7 @@ class DrawMaker:
         begin, end = self._first[shard : shard + 2]
         for start in range(begin, end, self._size):
             stop = min(start + self._size, end)
-            # All batches have the size of training's: a network may round otherwise in a smaller one.
+            # The last batch is filled up with draws before it: a network may round otherwise in a smaller one.
             batch = self._builder.build(range(max(0, stop - self._size), stop))
             stored = self._objective.store_draws(self._reference, batch, seed=self._seed, dtype=self._dtype)
             for name in ("trajectory", "reference_pred"):

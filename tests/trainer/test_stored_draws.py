@@ -198,6 +198,12 @@ def test_draws_depend_on_seed_and_pair_alone(workspace: Path, small_shards: None
     assert at_once.tolist() == [int(number) for number in alone]  # type: ignore[arg-type]
     assert sorted({int(number) for number in at_once // DRAWS}) == list(range(PAIRS))
     assert len(set(at_once.tolist())) > 2 * PAIRS
+    # The size of their batches changes the draws by rounding alone; one larger than a shard is cut to it.
+    wide = precompute(drawn(workspace, cache={"path": str(workspace / "wide"), "batch_size": 100}), progress=False)
+    assert wide.network_evaluations == 4 * 2 * 3 * DRAWS  # of the last shard the three draws of its pair are kept
+    for number in range(PAIRS * DRAWS):
+        one, other = (reader._read("draw", number)["reference_pred"] for reader in (stored, wide))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     # K timesteps of a pair are K draws of the method's density, whatever K is.
     objective = drawn(workspace).method.objective(load_model("digits", workspace / "model").schedule)
     timesteps = objective.method.timesteps.draw(objective.schedule, 0, STREAM_TIMESTEP, at_once)
