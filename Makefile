@@ -111,7 +111,7 @@ bench: $(READY)
 
 # A dead link, a missing page or anchor, an unknown name or a cell that fails ends it.
 docs: .venv-docs/.ready
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
 
 # uv reads pyproject.toml, and answers with a version of every package for each Python.
 RESOLVE = .venv-uv/bin/uv pip compile --quiet --no-header --no-annotate --extra train --extra dev pyproject.toml

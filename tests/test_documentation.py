@@ -151,13 +151,16 @@ def test_commands_stand_in_blocks_that_are_read() -> None:
     assert named <= {documentation.SHELL, "json", "yaml", "python", "diff"}
 
 
-def test_every_method_has_a_page_in_the_table() -> None:
+def test_every_method_has_a_page_in_the_table_and_every_family_one() -> None:
     from fastinvdpo.methods import METHODS
+    from fastinvdpo.models import families
 
     readme = (documentation.ROOT / "README.md").read_text("utf-8")
     for method in METHODS:
         assert f"docs/methods/{method}.md" in documentation.PAGES
         assert f"[`{method}`](docs/methods/{method}.md)" in readme
+    # That of the demo is for its model alone.
+    assert {f"docs/models/{family}.md" for family in families()} - set(documentation.PAGES) == {"docs/models/digits.md"}
 
 
 # --- numbers that the pages give and that can be computed ---
@@ -333,3 +336,19 @@ def test_numbers_of_the_pair_loss_are_those_that_were_measured() -> None:
     assert f"has {100 * min(found):.0f} to {100 * max(found):.0f} %" in readme
     ratios = [float(speed.split(" / ")[1]) for speeds in told for speed in speeds]
     assert f"{min(ratios)} to {max(ratios)} times as fast as `torch.compile`" in readme
+
+
+def test_numbers_of_a_step_of_inversion_dpo_are_those_that_were_measured() -> None:
+    """At 20 levels with times, at 80 without."""
+    short = {row["provider"]: row for row in measured("amd-epyc-2-threads/step-20261121175958-ea71804dc.json")}
+    long = {row["provider"]: row for row in measured("amd-epyc-1-thread/step-20261121191037-eca1b4b4a.json")}
+    mb, more = ({name: f"{row['peak_bytes'] / 1e6:,.0f} MB" for name, row in rows.items()} for rows in (short, long))
+    slower, cached = (1 / short[name]["speedup"]["released"] for name in ("ours", "ours-cached"))
+    readme = (documentation.ROOT / "README.md").read_text("utf-8")
+    for told in (
+        f"**{mb['ours']}** for a step of Inversion-DPO with N = 20 levels, {more['ours']} with 80",
+        f"the released order takes {mb['released']} with 20, with gradient checkpointing "
+        f"{mb['released-checkpointed']}, and {more['released-checkpointed']} with 80",
+        f"{slower:.1f} times as long as in the released order, from a cache {cached:.1f} times",
+    ):
+        assert told in readme
