@@ -33,6 +33,7 @@ def save_grid(
     *,
     columns: int = 10,
     title: str = "",
+    rows: tuple[str, str] = ("before ", "after "),
 ) -> None:
     """An image of pairs: above those of the base model, below those of the aligned one from the same noise.
 
@@ -51,7 +52,7 @@ def save_grid(
     for place, (old, new, caption) in enumerate(zip(before, after, captions, strict=True)):
         band, column = divmod(place, columns)
         left, top = round(column * cell), round((band + 0.2) * band_height)
-        for offset, image, label in ((0, old, "before "), (round(1.15 * height), new, "after ")):
+        for offset, image, label in ((0, old, rows[0]), (round(1.15 * height), new, rows[1])):
             row = top + offset
             canvas[row : row + height, left : left + width] = numpy.asarray(image.convert("RGB"))
             if column == 0:

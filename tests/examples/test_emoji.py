@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from fastinvdpo._examples import demonstration
+from fastinvdpo._examples.emoji import fidelity, make_data, run, train_base
 from fastinvdpo._examples.emoji import judge as judging
-from fastinvdpo._examples.emoji import make_data, run, train_base
 from fastinvdpo._examples.emoji.data import DESIGNERS, Emoji, load_emoji, split
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import METHODS
@@ -226,6 +226,10 @@ def test_a_tiny_demo_leaves_everything(
         assert Image.open(tmp_path / name).width > 600
     assert load_model("stable-diffusion", tmp_path / "training" / "model").image_size == (32, 32)
     assert "prompted emoji among five nearest" in capsys.readouterr().out
+    fidelity.main(["--base", str(base), "--grid", str(tmp_path / "grid.png")])
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"].keys() == found["autoencoder"][0].keys() == found["autoencoder"][1].keys()
+    assert Image.open(tmp_path / "grid.png").width > 600
 
 
 def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
