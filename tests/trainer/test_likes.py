@@ -25,7 +25,8 @@ from fastinvdpo.trainer.dry_run import count_evaluations
 from fastinvdpo.trainer.order import ByLabel, DrawOrder
 from tests.cases import GOLDEN, load_golden
 from tests.data.test_pairs import encoded, store
-from tests.methods.problems import REFERENCE, SCHEDULE, Policy, relative
+from tests.methods.problems import REFERENCE, SCHEDULE, Policy
+from tests.test_losses import relative
 from tests.trainer import tiny
 from tests.trainer.forked import Server
 from tests.trainer.test_resume import history, train_counted
