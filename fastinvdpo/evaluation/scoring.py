@@ -92,7 +92,9 @@ def list_of_broken(output: Path) -> Path:
 
 def open_to_score(data: DataSection) -> PairSource:
     """The rows to score; a local parquet file is read where it lies, a row group at a time."""
-    for name in sorted(data.model_fields_set - _READ_BY_SCORE):
+    if data.form != "pairs":
+        raise invalid("data.form", data.form, "has no pairs to score", "score the pairs that the labels come from")
+    for name in sorted(data.model_fields_set - {"form"} - _READ_BY_SCORE):
         remedy = f"leave it out; what counts here is {', '.join(sorted(_READ_BY_SCORE))}"
         raise invalid(f"data.{name}", getattr(data, name), "changes nothing of what is scored", remedy)
     kind = detect_format(data.path) if data.format == "auto" else data.format

@@ -215,6 +215,8 @@ class Method(ABC):
     """Whether it trains on single images that were liked or disliked, instead of pairs."""
     needs_scores: ClassVar[bool] = False
     """Whether pairs need scores."""
+    flow_only: ClassVar[bool] = False
+    """Whether it is one of flow matching alone."""
     needs_noise: ClassVar[bool] = False
     """Whether pairs need the noise that their images were generated from."""
     needs_reference: ClassVar[bool] = True
@@ -250,6 +252,9 @@ class Method(ABC):
         if self.compat and schedule.prediction_type == FLOW:
             problem = "is the code of diffusion models, and knows no flow matching"
             raise invalid("compat", self.compat, problem, "set it to null")
+        if self.flow_only and schedule.prediction_type != FLOW:
+            problem = f"{self.name} is of flow matching, as SD3's and FLUX's, and the model predicts something else"
+            raise invalid("prediction_type", schedule.prediction_type, problem, "use another model, or another method")
         return self._objective(schedule.released() if self.compat else schedule)
 
     @abstractmethod

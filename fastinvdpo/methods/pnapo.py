@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastinvdpo.diffusion.prompt import Network
-from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule, add_noise
+from fastinvdpo.diffusion.schedule import NoiseSchedule, add_noise
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.base import Draws, PairBatch
-from fastinvdpo.methods.single_timestep import SingleTimestepMethod, SingleTimestepObjective
+from fastinvdpo.methods.single_timestep import SingleTimestepMethod
 from fastinvdpo.methods.smpo import smoothed_pair_weight
 from fastinvdpo.methods.statistics import Scored, pair_margin
 from fastinvdpo.ops import PairStatistics, PreferenceLoss
@@ -44,6 +44,7 @@ class PNAPO(SingleTimestepMethod):
     name = "pnapo"
     needs_scores = True
     needs_noise = True
+    flow_only = True
 
     beta: float = 5000.0
     score_scale: float = 1.0
@@ -109,12 +110,6 @@ class PNAPO(SingleTimestepMethod):
             torch.randn(shape, generator=torch.Generator().manual_seed(s), dtype=dtype) for s in batch.seeds.tolist()
         ]
         return torch.cat(drawn).to(batch.latents)
-
-    def _objective(self, schedule: NoiseSchedule) -> SingleTimestepObjective:
-        if schedule.prediction_type != FLOW:
-            problem = f"pnapo is of rectified flows, and the model predicts {schedule.prediction_type}"
-            raise invalid("prediction_type", schedule.prediction_type, problem, "use inpo or inversion-dpo")
-        return super()._objective(schedule)
 
 
 def reward_weight(reward_gap: Tensor, schedule_weight: float) -> Tensor:

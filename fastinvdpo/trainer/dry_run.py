@@ -82,7 +82,8 @@ def _schedule(config: TrainConfig) -> NoiseSchedule:
     """That of a checkpoint in a directory, else one of as many levels as published models have."""
     stored = Path(config.model.path, "scheduler", "scheduler_config.json")
     settings = read_object(stored, "model.path") if stored.is_file() else _USUAL
-    if config.model.family in FLOW_FAMILIES or str(settings.get("_class_name", "")).startswith("FlowMatch"):
+    flow = config.model.family in FLOW_FAMILIES or (config.method.flow_only and not stored.is_file())
+    if flow or str(settings.get("_class_name", "")).startswith("FlowMatch"):
         return NoiseSchedule.flow(torch.arange(1, 1001, dtype=torch.float64) / 1000)
     return NoiseSchedule.from_config(settings)
 

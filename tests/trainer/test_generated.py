@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,29 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastinvdpo import NoiseSchedule, build_objective
+from fastinvdpo import NoiseSchedule, build_objective, cli
 from fastinvdpo.data import GeneratedDataset, PairDataset, open_source, write_pairs
 from fastinvdpo.data.content import content_of
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.evaluation.sampling import initial_noise, sample
+from fastinvdpo.evaluation.scorers import FunctionScorer
+from fastinvdpo.evaluation.scoring import score_pairs
 from fastinvdpo.io import Digests
 from fastinvdpo.methods import PNAPO, PairBatch
+from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
+from fastinvdpo.trainer.dry_run import count_evaluations
 from fastinvdpo.trainer.opening import open_dataset, open_model
 from fastinvdpo.trainer.order import DrawOrder
 from tests.data.test_pairs import encoded, store
+from tests.evaluation.tiny import brightness
 from tests.methods.problems import REFERENCE, SCHEDULE, Policy, pairs
 from tests.models import tiny as models
 from tests.trainer import tiny
@@ -87,8 +97,6 @@ def config(root: Path, directory: Path, kind: str = "noise", **sections: Any) ->
 
 
 def trained(directory: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(next((directory / "model" / "transformer").glob("*.safetensors")))
 
 
@@ -134,8 +142,6 @@ def test_the_schedule_falls_from_one_to_a_half_along_a_cosine() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_seed_gives_the_noise_that_a_pipeline_of_diffusers_draws(dtype: torch.dtype) -> None:
-    from diffusers.utils.torch_utils import randn_tensor
-
     batch = dataclasses.replace(generated(), noise=None, seeds=torch.arange(8) + 2**40)
     noise = PNAPO(seed_dtype="bf16" if dtype == torch.bfloat16 else "fp32").noise_of(batch)  # type: ignore[arg-type]
     for seed, one in zip(range(8), noise, strict=True):
@@ -162,7 +168,7 @@ def test_what_a_batch_or_a_schedule_lacks_is_named() -> None:
     for changes, name in (({"noise": None}, "noise"), ({"scores": None}, "scores")):
         with pytest.raises(InvalidInput, match=f"^batch.{name} = None: pnapo"):
             objective(Policy(), REFERENCE, dataclasses.replace(generated(), **changes), seed=0)
-    with pytest.raises(InvalidInput, match=r"^prediction_type = 'epsilon': pnapo is of rectified flows"):
+    with pytest.raises(InvalidInput, match=r"^prediction_type = 'epsilon': pnapo is of flow matching"):
         build_objective("pnapo", SCHEDULE)
 
 
@@ -170,9 +176,6 @@ def test_what_a_batch_or_a_schedule_lacks_is_named() -> None:
 
 
 def test_noise_follows_its_image_from_tables_folders_and_shards(tmp_path: Path, root: Path) -> None:
-    import json
-    import tarfile
-
     folder, shard = tmp_path / "folder", tmp_path / "pairs.tar"
     folder.mkdir()
     lines = []
@@ -327,7 +330,9 @@ def test_two_processes_equal_one(root: Path, tmp_path: Path, forks: Server) -> N
 
 
 def test_models_and_data_that_do_not_fit_are_named(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"prediction_type = 'epsilon': pnapo is of rectified flows"):
+    hub = config(root, tmp_path / "hub", model={"path": "somebody/some-flow-model"})
+    assert count_evaluations(hub)[:2] == (2, 2)
+    with pytest.raises(InvalidInput, match=r"prediction_type = 'epsilon': pnapo is of flow matching"):
         train(config(root, tmp_path / "sd15", model={"path": str(root / "sd15"), "max_sequence_length": None}))
     small = rows()
     for row in small:
@@ -351,15 +356,6 @@ def test_evaluate_keeps_its_noise_and_build_and_score_carry_it_into_a_training_s
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Images of our own, labeled, train with PNAPO."""
-    import json
-
-    from fastinvdpo import cli
-    from fastinvdpo.evaluation.sampling import initial_noise, sample
-    from fastinvdpo.evaluation.scorers import FunctionScorer
-    from fastinvdpo.evaluation.scoring import score_pairs
-    from fastinvdpo.models import load_model
-    from tests.evaluation.tiny import brightness
-
     prompts, out, base = ["a cat", "zebra", "a cat"], tmp_path / "evaluation", str(root / "sd3")
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     words = ["--prompts", str(tmp_path / "prompts.txt"), "--scorer", "tests.evaluation.tiny:brightness"]

@@ -16,14 +16,17 @@ from PIL import Image
 from fastinvdpo import cli
 from fastinvdpo.data import LikedDataset, PairDataset
 from fastinvdpo.errors import InvalidInput, NonFiniteLoss
-from fastinvdpo.methods import KTO, PairBatch, build_objective
+from fastinvdpo.methods import KTO, Draws, PairBatch, build_objective
 from fastinvdpo.models import load_model
+from fastinvdpo.models.digits import DigitsModel
 from fastinvdpo.trainer import TrainConfig, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
 from fastinvdpo.trainer.dry_run import count_evaluations
 from fastinvdpo.trainer.order import ByLabel, DrawOrder
+from tests.cases import GOLDEN, load_golden
 from tests.data.test_pairs import encoded, store
 from tests.methods.problems import REFERENCE, SCHEDULE, Policy
+from tests.test_losses import relative
 from tests.trainer import tiny
 from tests.trainer.forked import Server
 from tests.trainer.test_resume import history, train_counted
@@ -96,6 +99,31 @@ def test_the_loss_is_that_of_the_formula_with_a_timestep_and_noise_for_each_imag
         liked=given.liked[2:3],
     )
     torch.testing.assert_close(objective(Policy(), REFERENCE, alone, seed=3).noisy_latents[0], out.noisy_latents[2])
+
+
+RECORDED = [path.stem for path in sorted((GOLDEN / "kto").glob("*.json")) if "original" not in path.stem]
+"""Those whose baseline is not that of other prompts."""
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_recorded_runs_of_the_released_code(name: str) -> None:
+    """From latents and the recorded noise through the objective; tests/test_losses.py has the loss alone."""
+    record, run = load_golden(f"kto/{name}")
+    settings: dict[str, Any] = run["settings"]
+    policy = record["in.policy_pred"].double().requires_grad_()
+    count = len(policy)
+    labels = {"liked": record["in.labels"], "sample_index": torch.arange(count)}
+    given = PairBatch(torch.zeros_like(policy), {"prompt": torch.zeros(count)}, **labels)
+    draws = Draws(timesteps=torch.full((count,), 500), noise=record["in.target"].double())
+    weights = {"like_weight": settings["lam_d"], "dislike_weight": settings["lam_u"]}
+    objective = build_objective("kto", SCHEDULE, beta=float(settings["beta"]), halo=settings["halo"], **weights)
+    reference = record["in.ref_pred"].double()
+    out = objective(lambda *_: policy, lambda *_: reference, given, seed=0, draws=draws)
+    expected = {"out.loss": out.loss, "mid.kl": out.kappa, "mid.signed_logit": out.margin}  # type: ignore[attr-defined]
+    expected |= {"mid.model_losses": out.policy_mse, "mid.ref_losses": out.reference_mse}
+    expected["grad.policy_pred"] = torch.autograd.grad(out.loss, policy)[0]
+    errors = {key: relative(found, record[key]) for key, found in expected.items() if key in record}
+    assert len(errors) >= 5 and {key: error for key, error in errors.items() if not error < 1e-9} == {}
 
 
 def test_the_baseline_is_one_for_all_processes() -> None:
@@ -237,8 +265,6 @@ def test_each_image_has_its_own_caption_and_label_in_a_batch(likes: Path) -> Non
 
 
 def test_a_loss_that_is_not_finite_names_the_image(likes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastinvdpo.models.digits import DigitsModel
-
     encode = DigitsModel.encode_images
     monkeypatch.setattr(DigitsModel, "encode_images", lambda self, images: encode(self, images) * torch.nan)
     with pytest.raises(NonFiniteLoss, match=r"image in data row \d+ .* first in the latents of the image"):
@@ -258,3 +284,6 @@ def test_the_commands_count_and_check(likes: Path, capsys: pytest.CaptureFixture
     assert "liked     4 (0 also disliked)\ndisliked  6" in shown and (likes / "seen" / "pairs.png").is_file()
     assert cli.main(["data", "inspect", path, "--output", str(likes / "seen")]) == 2
     assert "set data.form to likes" in capsys.readouterr().err
+    scoring = ["score", path, "form=likes", "--scorer", "clip=x", "--output", str(likes / "s.parquet")]
+    assert cli.main(scoring) == 2
+    assert "data.form = 'likes': has no pairs to score" in capsys.readouterr().err
