@@ -77,9 +77,11 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
 
 
 def columns_of(source: PairSource, digests: Digests) -> str:
-    """A digest of all columns of a table but images and noise; of a source whose rows are no table, of the masks."""
-    images, table = [source.shown(name) for name in (*source.form.images, *NOISES)], source.column_names()
-    names, masks = [name for name in table if name not in images], () if table else source.stored_masks
+    """A digest of all columns of a table but the images; of a source whose rows are no table, of masks and noise."""
+    apart = [source.shown(name) for name in (*source.form.images, *NOISES)]
+    table = source.column_names()
+    names = [name for name in table if name not in apart]
+    large = [name for name in (*(() if table else source.stored_masks), *NOISES) if name in source.stored]
 
     def make() -> str:
         digest, schema = hashlib.sha256(), None
@@ -89,11 +91,11 @@ def columns_of(source: PairSource, digests: Digests) -> str:
                 digest.update(str(schema).encode())
             for row in table.to_pylist():
                 digest.update(f"{row!r}\n".encode("utf-8", "surrogatepass"))
-        for number in range(len(source)) if masks else ():
-            digest.update(repr([_or_cause(_hashed, source, number, name) for name in masks]).encode())
+        for number in range(len(source)) if large else ():
+            digest.update(repr([_or_cause(_hashed, source, number, name) for name in large]).encode())
         return DIGEST + digest.hexdigest()
 
-    return _once(source, digests, {"but": images}, make)
+    return _once(source, digests, {"but": apart}, make)
 
 
 def _hashed(source: PairSource, row: int, name: str) -> str:
