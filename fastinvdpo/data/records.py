@@ -75,7 +75,10 @@ class RecordSource(PairSource):
         return self._bytes(row, self.form.images[side])
 
     def noise(self, row: int, side: int) -> memoryview:
-        return self._bytes(row, NOISES[side])
+        try:
+            return self._bytes(row, NOISES[side])
+        except BrokenRow as error:
+            raise BrokenRow("malformed noise", str(error)) from None
 
     def _bytes(self, row: int, name: str) -> memoryview:
         where, place = self.where(row, name), self.record(row).get(name)
@@ -84,8 +87,6 @@ class RecordSource(PairSource):
             return file_bytes(self.listed[file], where, offset, size)
         if not isinstance(place, str) or not place or self.root is None:
             remedy = "add it, or name yours in data.columns"
-            if name in NOISES:
-                raise broken("malformed noise", where, place, "names no .npy file", remedy)
             raise broken("missing image", where, place, "names no image", remedy)
         return file_bytes(file_below([self.root], place, where), where)
 
