@@ -33,8 +33,8 @@ def measure(base: Path, grid: Path | None = None, seed: int = 0) -> dict[str, An
     samples, *autoencoder = (verdict.as_dict() for verdict in verdicts)
     if grid is not None:
         shown = list(demo.shown)
-        pairs = [[images[place] for place in shown] for images in (drawings[1], drawn)]
-        save_grid(grid, *pairs, list(demo.shown.values()), columns=demo.columns, rows=("real ", "sample "))
+        real, sampled = ([images[place] for place in shown] for images in (drawings[1], drawn))
+        save_grid(grid, real, sampled, list(demo.shown.values()), columns=demo.columns, rows=("real ", "sample "))
     return {"samples": samples, "autoencoder": autoencoder}
 
 

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def train_judges(
     drawings = torch.stack([to_tensor(images) for images in emoji.images])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        networks = {"designer": small_network(1), "eyes": small_network(DIMENSIONS)}
+        networks: dict[str, Any] = {"designer": small_network(1), "eyes": small_network(DIMENSIONS)}
     places = {"designer": torch.from_numpy(seen), "eyes": torch.arange(len(emoji))}
     stored = {}
     for name, network in networks.items():
@@ -149,7 +150,8 @@ def train_judges(
                 is_noto = torch.arange(2).repeat_interleave(batch_size).float()
                 loss = functional.binary_cross_entropy_with_logits(found[:, 0], is_noto)
             else:
-                loss = _contrast(*functional.normalize(found).split(batch_size), chosen)
+                first, second = functional.normalize(found).split(batch_size)
+                loss = _contrast(first, second, chosen)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -206,10 +206,9 @@ def train_autoencoder(stage: Stage, pixels: Tensor, output: Path, **options: Any
     diffusers = require("diffusers", extra="train", purpose="training the demo's base model")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        networks = nn.ModuleDict({"vae": diffusers.AutoencoderKL(**VAE)}).to(
-            pixels.device, memory_format=torch.channels_last
-        )
-    vae: Any = networks["vae"]
+        vae: Any = diffusers.AutoencoderKL(**VAE)
+    vae.to(pixels.device, memory_format=torch.channels_last)
+    networks = nn.ModuleDict({"vae": vae})
 
     def loss(places: Tensor, draws: torch.Generator) -> Tensor:
         images = pixels[places].contiguous(memory_format=torch.channels_last)

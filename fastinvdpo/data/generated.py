@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -80,15 +81,20 @@ class GeneratedDataset(PairDataset):
 
 
 def _latent(data: memoryview, where: str) -> np.ndarray:
-    """float32 ``(C, h, w)`` of a .npy file. Raises ``BrokenRow`` for anything else."""
+    """float32 ``(C, h, w)`` of a .npy file. Raises ``BrokenRow`` for anything else, however large it claims to be."""
     remedy = "store numpy.save of the initial latent, (C, h, w) in float16 or float32"
+    shown: object = f"{len(data)} bytes"
     try:
-        found = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
-        problem = f"is no .npy file ({error})"
-        raise broken("malformed noise", where, f"{len(data)} bytes", problem, remedy) from None
-    found = found[0] if getattr(found, "ndim", 0) == 4 and len(found) == 1 else found
-    if not isinstance(found, np.ndarray) or found.ndim != 3 or found.dtype.kind != "f" or not np.isfinite(found).all():
-        shown = f"{getattr(found, 'shape', None)} {getattr(found, 'dtype', None)}"
-        raise broken("malformed noise", where, shown, "is no finite latent", remedy)
-    return found.astype(np.float32)
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+        shown, shape = f"{shape} {dtype}", shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
+        if len(shape) != 3 or min(shape) < 1 or dtype.kind != "f":
+            raise ValueError("it is no (C, h, w) of floating-point numbers")
+        found = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+    except (ValueError, EOFError, SyntaxError, OverflowError) as error:
+        raise broken("malformed noise", where, shown, f"cannot be read as .npy ({error})", remedy) from None
+    if not np.isfinite(found).all():
+        raise broken("malformed noise", where, shown, "holds NaN or infinity", remedy)
+    return found.astype(np.float32).reshape(shape, order="F" if by_columns else "C")

@@ -94,8 +94,6 @@ class RecordSource(PairSource):
             return file_bytes(self.listed[file], where, offset, size)
         if not isinstance(place, str) or not place or self.root is None:
             remedy = "add it, or name yours in data.columns"
-            if name in NOISES:
-                raise broken("malformed noise", where, place, "names no .npy file", remedy)
             raise broken("missing image", where, place, "names no image", remedy)
         return file_bytes(file_below([self.root], place, where), where)
 

@@ -161,7 +161,10 @@ class PairSource(ABC):
         """The bytes of ``noise_0`` or ``noise_1``, where :meth:`resolve` found them. Raises ``BrokenRow`` where a row
         has none.
         """
-        return self.encoded(row, NOISES[side])
+        try:
+            return self.encoded(row, NOISES[side])
+        except BrokenRow as error:
+            raise BrokenRow("malformed noise", str(error)) from None
 
     @abstractmethod
     def files(self) -> list[Path]:

@@ -44,6 +44,7 @@ class PNAPO(SingleTimestepMethod):
     name = "pnapo"
     needs_scores = True
     needs_noise = True
+    draw_options = ("name", "seed_dtype")
     flow_only = True
 
     beta: float = 5000.0

@@ -93,7 +93,7 @@ def test_masks_are_read_from_every_format_and_follow_the_sides(
         assert [mask.tobytes() for mask in (pair.winner_mask, pair.loser_mask)] == expected
     without = PairDataset(path)
     assert not without.has_masks and without[0].winner_mask is None
-    assert without[0].winner_key != pairs[0].winner_key and without.entry(0).loser_key != pairs.entry(0).loser_key
+    assert without[0].winner_key != pairs[0].winner_key and without.entry(0).keys[1] != pairs.entry(0).keys[1]
 
 
 CUTS: dict[str, dict[str, Any]] = {

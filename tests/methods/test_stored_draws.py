@@ -20,6 +20,7 @@ METHODS_AND_OPTIONS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "anchored": ("diffusion-dpo", {"anchor": 0.5, "sft_weight": 0.1}, problems.SCHEDULE),
     "inpo": ("inpo", REFERENCE_INVERTS, problems.SCHEDULE),
     "inpo-flow": ("inpo", REFERENCE_INVERTS, sd3()),
+    "pnapo": ("pnapo", {}, sd3()),
     "smpo": ("smpo", REFERENCE_INVERTS, problems.SCHEDULE),
     **{name: (name, {}, problems.SCHEDULE) for name in ("sdpo", "dmpo", "dspo", "alpha-dpo", "poly-dpo", "snpo")},
     "linear-dpo": ("linear-dpo", {}, problems.SCHEDULE),
@@ -81,7 +82,7 @@ def test_what_is_rounded_is_rounded_before_the_reference_predicts(name: str) -> 
 def test_methods_say_what_their_stored_draws_depend_on() -> None:
     """None where the policy, or a reference that moves, has a part in them."""
     found = {name: method().reference_draws for name, method in METHODS.items()}
-    assert {name for name, options in found.items() if options is None} == {"inpo", "smpo", "inversion-dpo", "mapo"}
+    assert {name for name, options in found.items() if options is None} == {"inpo", "smpo", "inversion-dpo", "mapo", "kto"}
     assert METHODS["linear-dpo"](reference="ema").reference_draws is None  # type: ignore[call-arg]
     shared = {"timesteps.range", "timesteps.values", "timesteps.density", "timesteps.logit_mean"}
     shared |= {"timesteps.logit_std", "compat"}
