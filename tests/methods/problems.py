@@ -30,6 +30,9 @@ def pairs(count: int = 4, dtype: torch.dtype = torch.float64) -> PairBatch:
         scores=torch.tensor([0.3, 0.21, 0.25, 0.2, 0.2, 0.23, 0.22, 0.24], dtype=dtype)[: 2 * count]
         if count <= 4
         else None,
+        noise=torch.randn(2 * count, 4, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(
+            dtype
+        ),
     )
 
 

@@ -82,7 +82,13 @@ def test_what_is_rounded_is_rounded_before_the_reference_predicts(name: str) -> 
 def test_methods_say_what_their_stored_draws_depend_on() -> None:
     """None where the policy, or a reference that moves, has a part in them."""
     found = {name: method().reference_draws for name, method in METHODS.items()}
-    assert {name for name, options in found.items() if options is None} == {"inpo", "smpo", "inversion-dpo", "mapo", "kto"}
+    assert {name for name, options in found.items() if options is None} == {
+        "inpo",
+        "smpo",
+        "inversion-dpo",
+        "mapo",
+        "kto",
+    }
     assert METHODS["linear-dpo"](reference="ema").reference_draws is None  # type: ignore[call-arg]
     shared = {"timesteps.range", "timesteps.values", "timesteps.density", "timesteps.logit_mean"}
     shared |= {"timesteps.logit_std", "compat"}
