@@ -213,7 +213,7 @@ def test_noise_follows_its_image_from_tables_folders_and_shards(tmp_path: Path, 
     source = open_source(store(tmp_path / "other.parquet", other))
     source.resolve(())
     changed = content_of(source, Digests())
-    assert {name for name in changed if changed[name] != contents[0][name]} == {"data images"}
+    assert {name for name in changed if changed[name] != contents[0][name]} == {"data noise"}
     seeds = GeneratedDataset(root / "seed.parquet")
     assert [pair.noises for pair in seeds][:2] == [(0, 1), (3, 2)]  # type: ignore[attr-defined]
     assert seeds.entry(0).keys != PairDataset(root / "seed.parquet").entry(0).keys
