@@ -235,7 +235,7 @@ def test_a_tiny_demo_leaves_everything(
 def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(InvalidInput, match="judge = .*run the demo in a checkout"),
+        pytest.raises(InvalidInput, match=r"judge = .*run the demo in a checkout"),
     ):
         patch.setattr(judging, "WEIGHTS", tmp_path / "judge.safetensors")
         run.EmojiDemo(base)
