@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastinvdpo import cli
-from fastinvdpo._examples.digits.run import WRITTEN
+from fastinvdpo._examples.demonstration import WRITTEN
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.output import MARK, OutputDirectory
 from tests import commands

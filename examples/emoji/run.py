@@ -15,7 +15,8 @@ from PIL import Image as images_of
 
 from fastinvdpo._examples import demonstration
 from fastinvdpo._examples.demonstration import SURE_SCALE, Demo, Run, Verdict, as_array, run_settings
-from fastinvdpo._examples.emoji.data import Emoji, load_emoji, split
+from fastinvdpo._examples.emoji import judge as judging
+from fastinvdpo._examples.emoji.data import IMAGES, Emoji, load_emoji, split
 from fastinvdpo._examples.emoji.judge import Judge, saturation
 from fastinvdpo._examples.pairs import pair_row, score_range
 from fastinvdpo.data.writing import encode_png
@@ -86,6 +87,10 @@ class EmojiDemo(Demo):
     }
 
     def __init__(self, base: Path = BASE) -> None:
+        for file in (IMAGES, judging.WEIGHTS):
+            if not file.is_file():
+                remedy = "run the demo in a checkout of the repository, which has what the installed package leaves out"
+                raise invalid(file.stem, str(file), "is missing", remedy)
         if not (base / "model_index.json").is_file():
             remedy = "train one with python -m fastinvdpo._examples.emoji.train_base, or name another directory"
             raise invalid("base", str(base), "holds no pipeline", remedy)

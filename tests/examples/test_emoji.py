@@ -233,6 +233,12 @@ def test_a_tiny_demo_leaves_everything(
 
 
 def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(InvalidInput, match=r"judge = .*run the demo in a checkout"),
+    ):
+        patch.setattr(judging, "WEIGHTS", tmp_path / "judge.safetensors")
+        run.EmojiDemo(base)
     with pytest.raises(SystemExit, match="2"):
         run.main(["--base", str(tmp_path)])
     assert "holds no pipeline. Remedy: train one" in capsys.readouterr().err
