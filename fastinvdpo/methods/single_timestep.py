@@ -314,7 +314,9 @@ class SingleTimestepObjective(Objective):
         self, policy: Network, reference: Network, batch: PairBatch, seed: int, draws: Draws = Draws()
     ) -> tuple[PairBatch, Tensor, Tensor, Tensor]:
         """The batch as the method sees it, timesteps ``(2B,)`` on the host, noisy latents and their noise."""
-        if batch.stored_draw is not None:
+        if batch.stored_draw is None:  # what is stored is a chain, of another method
+            batch = dataclasses.replace(batch, trajectory=None, reference_pred=None)
+        else:
             batch = dataclasses.replace(batch, sample_index=batch.stored_draw)
         batch = self.method.prepare(batch, seed)
         drawn = draws.timesteps
