@@ -96,14 +96,18 @@ def discard(target: Path, ours: Callable[[str], bool]) -> None:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Raise ``OSError`` where nothing can be written in ``folder``, now rather than after the work; delete what killed
-    processes left half-written there and in the directories in it.
-
-    A directory that was about to be replaced by a complete one is replaced.
-    """
+    """Raise ``OSError`` where nothing can be written in ``folder``, now rather than after the work; and clean it."""
     with disk_errors(folder), _scratch(folder) as scratch:
         (scratch / "probe").write_bytes(bytes(1 << 16))
         _sync(scratch / "probe")
+    clean_folder(folder)
+
+
+def clean_folder(folder: Path) -> None:
+    """Delete what killed processes left half-written in ``folder`` and in the directories in it, where that is allowed.
+
+    A directory that was about to be replaced by a complete one is replaced.
+    """
     for parent in [folder, *(path for path in folder.iterdir() if path.is_dir() and not _SCRATCH.fullmatch(path.name))]:
         try:
             found = [path for path in parent.iterdir() if _SCRATCH.fullmatch(path.name) and not path.is_symlink()]

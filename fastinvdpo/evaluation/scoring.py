@@ -23,7 +23,7 @@ from PIL.Image import Image
 from pyarrow import ArrowException, parquet
 
 from fastinvdpo._extras import require
-from fastinvdpo.atomic import atomic_file, make_directory, prepare_folder
+from fastinvdpo.atomic import atomic_file, clean_folder, make_directory, prepare_folder
 from fastinvdpo.config.sections import DataSection
 from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, check_list, entry, jsonl
@@ -148,6 +148,7 @@ def score_pairs(
     final |= {"agree": votes} if votes else {}  # outputs of before there was this option still serve
     finished = _finished(output, final)
     if finished is not None and not (parts / MARK).is_file():
+        clean_folder(output.parent)
         return finished
     check_list(list_of_broken(output))
     prepare_folder(make_directory(output.parent))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastinvdpo._extras import require
+from fastinvdpo.atomic import clean_folder
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.data import LikedDataset, PairDataset
 from fastinvdpo.data.broken import REPORT, write_report
@@ -92,6 +93,8 @@ def precompute(config: TrainConfig, *, progress: bool = True) -> PairCache:
         _complete(config, directory, unfinished, known, progress)
         manifest = Manifest.read(directory)
         assert manifest is not None
+    else:
+        clean_folder(directory)
     cache = PairCache(directory, manifest)
     opening.check_pairs(config, cache)
     return cache

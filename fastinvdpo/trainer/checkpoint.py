@@ -81,7 +81,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write ``folder/step-N`` atomically, and delete what is older than the newest ``keep`` undamaged ones up to it."""
+    """Write ``folder/step-N`` atomically, then :func:`discard_older`."""
     target = folder / f"step-{step:08d}"
     with atomic_directory(target, FILES.__contains__) as temporary:
         for name in _WEIGHTS:
@@ -94,13 +94,18 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
         files = {path.name: path.stat().st_size for path in paths}
         found = {"step": step, "versions": versions(), "files": files, "digests": _digests(paths)}
         (temporary / _META).write_text(json.dumps(sealed({**checkpoint.meta, **found}), indent=2) + "\n")
+    discard_older(target, keep)
+    return target
+
+
+def discard_older(newest: Path, keep: int) -> None:
+    """Delete the checkpoints beside ``newest`` that are older than the newest ``keep`` undamaged ones up to it."""
     kept = 0
-    for path in reversed([path for path in _checkpoints(folder) if path.name <= target.name]):
+    for path in reversed([path for path in _checkpoints(newest.parent) if path.name <= newest.name]):
         if kept == keep:
             discard(path, FILES.__contains__)
         else:
             kept += _damage(path) is None
-    return target
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

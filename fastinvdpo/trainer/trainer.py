@@ -32,6 +32,7 @@ from fastinvdpo.trainer.checkpoint import (
     changes,
     check_same_run,
     contents_of,
+    discard_older,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -335,6 +336,9 @@ class PreferenceTrainer:
             self.accelerator.unwrap_model(networks.wrapped, keep_fp32_wrapper=False)
         if main or networks.shards is not None:
             self.export(None if self.output is None else self.output.directory, steps, raw=True)
+        last = self._last_checkpoint
+        if main and last is not None and last.parent.resolve() == self._checkpoints.resolve():
+            discard_older(last, self.config.output.keep_checkpoints)  # of an attempt that was killed before it did
         self.accelerator.wait_for_everyone()
         result = TrainResult(
             directory=self.directory,

@@ -273,6 +273,10 @@ def test_finished_parts_are_not_computed_again(ten: Path, tmp_path: Path) -> Non
     SCORED.clear()
     assert score_pairs(open_source(ten), [scorer()], output) == result and SCORED == []
     assert [file.name for file in parts.iterdir()] == ["notes.txt"]
+    left = tmp_path / ".fastinvdpo-abcdefgh.tmp"
+    left.mkdir()
+    (left / "lock").touch()
+    assert score_pairs(open_source(ten), [scorer()], output) == result and not left.exists()
 
 
 def leave_parts(data: Path, output: Path, own: FunctionScorer) -> None:

@@ -88,6 +88,11 @@ def test_one_process_writes(workspace: Path) -> None:
     with OutputDirectory(workspace / "cache"), written_there:
         fill(workspace)
     fill(workspace)
+    left = workspace / "cache" / ".fastinvdpo-abcdefgh.tmp"  # of a process that was killed after the last shard
+    left.mkdir()
+    (left / "lock").touch()
+    fill(workspace)
+    assert not left.exists()
 
 
 # --- never used where it does not fit ---

@@ -102,6 +102,11 @@ def test_more_steps_and_another_micro_batch_continue_a_run(workspace: Path, capl
         assert "Resuming after step 4" in caplog.text and changed not in caplog.text
     assert (again.steps, again.network_evaluations) == (result.steps, result.network_evaluations)
     assert again.history == result.history
+    # Killed before it deleted what its last checkpoint replaces.
+    kept = workspace / "run" / "checkpoints"
+    shutil.copytree(kept / "step-00000004", kept / "step-00000002", dirs_exist_ok=True)
+    tiny.trained(workspace, training=more, output={"keep_checkpoints": 1})
+    assert [path.name for path in kept.iterdir()] == ["step-00000004"]
     logged = workspace / "run" / "history.jsonl"
     logged.write_text(logged.read_text().replace('"loss": 0.', '"loss": 1.', 1))
     with caplog.at_level("INFO"):
