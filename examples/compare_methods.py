@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fastinvdpo._examples.demonstration import BATCH_SIZE, Run, as_array, run_settings
+from fastinvdpo._examples.demonstration import BATCH_SIZE, METHODS, Run, as_array, run_settings
 from fastinvdpo._examples.digits import base as base_models
 from fastinvdpo._examples.digits import digits
 from fastinvdpo._examples.digits.judge import Judge
@@ -30,7 +30,6 @@ from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import DPI, new_figure
-from fastinvdpo.methods import METHODS
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import TrainConfig, train
 from fastinvdpo.trainer.dry_run import count_evaluations
@@ -40,7 +39,6 @@ EVALUATIONS = 80_000
 LEARNING_RATES = (1e-5, 3e-5, 1e-4)
 SEEDS = (0, 1, 2)
 FIDELITY = 0.95
-COMPARED = [name for name, method in METHODS.items() if not method.needs_noise]  # nobody knows that of real scans
 _BETA = {"beta": 1000.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "smpo": {**_BETA, "preference_scale": 10.0},
@@ -65,7 +63,7 @@ def compare(
     """Make the runs that are missing in ``output``, then the table and the plot of all.
 
     Args:
-        methods: names in :data:`COMPARED`.
+        methods: names in ``METHODS``.
         evaluations: network evaluations of a run, up to a step's.
         learning_rates: searched at the first of ``seeds``.
 
@@ -110,7 +108,6 @@ def method_config(
         settings = run_settings(run, options, model, directory, learning_rate)
         del settings["cache"]  # every method makes all of its evaluations
         settings["output"]["tensorboard"] = False
-        settings["data"]["form"] = "pairs"  # whose winners are likes
         return TrainConfig.from_mapping(settings)
 
     counted = count_evaluations(config(1))
@@ -229,14 +226,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 for a mistake in its arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("::")[0])
     parser.add_argument("--output", required=True, help="directory of runs, comparison.json, .md and .png")
-    parser.add_argument("--methods", default=",".join(COMPARED), help="names, separated by commas (default: all)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas (default: all)")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="network evaluations of a run")
     options = parser.parse_args(arguments)
     methods = options.methods.split(",")
     try:
         for method in methods:
-            if method not in COMPARED:
-                raise invalid("--methods", method, "is not known", f"choose among {', '.join(COMPARED)}")
+            if method not in METHODS:
+                raise invalid("--methods", method, "is not known", f"choose among {', '.join(METHODS)}")
         with OutputDirectory(options.output) as output:
             output.claim("comparison.json", "comparison.md", "comparison.png", files=["runs/*.json"])
             print(table(compare(output, methods, evaluations=options.evaluations)), end="")

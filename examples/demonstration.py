@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 import torch
 
+from fastinvdpo import methods
 from fastinvdpo._examples.pairs import check_preference
 from fastinvdpo._examples.pictures import print_table, save_curves, save_grid
 from fastinvdpo.data import write_pairs
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import Interval, win_rate
 from fastinvdpo.evaluation.sampling import sample
-from fastinvdpo.methods import METHODS
 from fastinvdpo.models import load_model
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import TrainConfig, load_config, to_yaml, train
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CONTROLS = ("shuffle",)
 WRITTEN = ("pairs.parquet", "config.yaml", "before_after.png", "curves.png", "summary.json")
+# Not those that need to know what noise an image was generated from: real ones have none.
+METHODS = {name: method for name, method in methods.METHODS.items() if not method.needs_noise}
 BATCH_SIZE = 32
 SURE_SCALE = 1 / (2 / (1 + math.exp(-1)) - 1)
 """SmPO's λ where every pair differs by the whole range of the scores: a pair then weighs 1, as in the other methods.
@@ -71,7 +73,7 @@ class Demo(ABC):
     """One demo: its model, its preferences, its judge.
 
     Attributes:
-        methods: names in ``fastinvdpo.methods.METHODS``.
+        methods: names in :data:`METHODS`.
         measures: what its verdicts measure beside the reward: the key in summary.json and the words of the table.
         prompts: what is sampled before and after.
         shown: places of the prompts in the picture, and the words above them.
@@ -208,7 +210,7 @@ def run_settings(
     return {
         "method": {"name": run.method, **options},
         "model": dict(model),
-        "data": {"path": str(directory / "pairs.parquet"), "relabel_by_score": method.needs_scores},
+        "data": {"path": str(directory / "pairs.parquet"), "form": "pairs", "relabel_by_score": method.needs_scores},
         "cache": {"path": cache},
         "optimizer": {
             "learning_rate": learning_rate,

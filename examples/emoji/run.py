@@ -14,14 +14,13 @@ import numpy as np
 from PIL import Image as images_of
 
 from fastinvdpo._examples import demonstration
-from fastinvdpo._examples.demonstration import SURE_SCALE, Demo, Run, Verdict, as_array, run_settings
+from fastinvdpo._examples.demonstration import METHODS, SURE_SCALE, Demo, Run, Verdict, as_array, run_settings
 from fastinvdpo._examples.emoji import judge as judging
 from fastinvdpo._examples.emoji.data import IMAGES, Emoji, load_emoji, split
 from fastinvdpo._examples.emoji.judge import Judge, saturation
 from fastinvdpo._examples.pairs import pair_row, score_range
 from fastinvdpo.data.writing import encode_png
 from fastinvdpo.errors import InvalidInput, invalid
-from fastinvdpo.methods import METHODS
 from fastinvdpo.trainer import TrainConfig
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.dry_run import count_evaluations
 
 
-@pytest.mark.parametrize("method", compare_methods.COMPARED)
+@pytest.mark.parametrize("method", compare_methods.METHODS)
 def test_every_method_gets_as_many_evaluations_up_to_half_a_step(method: str, tmp_path: Path) -> None:
     config = compare_methods.method_config(method, 20_000, 1e-5, 0, tmp_path, 2.0)
     found = count_evaluations(config)

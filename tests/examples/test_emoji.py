@@ -19,7 +19,6 @@ from fastinvdpo._examples.emoji import fidelity, make_data, run, train_base
 from fastinvdpo._examples.emoji import judge as judging
 from fastinvdpo._examples.emoji.data import DESIGNERS, Emoji, load_emoji, split
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.methods import METHODS
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import load_config, to_yaml
 
@@ -190,7 +189,7 @@ def test_pairs_follow_the_preference_and_shuffled_ones_do_not(preference: str, e
     assert 0.4 < np.mean([right(row) for row in run.make_pairs(part, preference, seed=1, shuffle=True)]) < 0.6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", demonstration.METHODS)
 def test_every_method_has_a_configuration_that_survives_its_file(method: str, base: Path, tmp_path: Path) -> None:
     demo = run.EmojiDemo(base)
     for preference in run.PREFERENCES:
