@@ -13,6 +13,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,8 @@ def score_pairs(
     finished = _finished(output, final)
     if finished is not None and not (parts / MARK).is_file():
         clean_folder(output.parent)
+        with suppress(OSError):  # there is none, or it holds something: killed after its mark was deleted, it is empty
+            parts.rmdir()
         return finished
     check_list(list_of_broken(output))
     prepare_folder(make_directory(output.parent))
