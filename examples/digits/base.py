@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastinvdpo._examples import SCHEDULER
 from fastinvdpo._examples.digits import digits
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
@@ -30,16 +31,6 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": EMBEDDING_DIM,
     "attention_head_dim": 2,
     "norm_num_groups": 8,
-}
-SCHEDULER: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
 }
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastinvdpo._examples import SCHEDULER
 from fastinvdpo._examples.emoji.data import Emoji, load_emoji
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_directory, atomic_file
@@ -62,16 +63,6 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": TOKENS,
-}
-SCHEDULER: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
 }
 
 

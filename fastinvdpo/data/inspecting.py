@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageOps
 
-from fastinvdpo.data.broken import by_cause, write_report
+from fastinvdpo.data.broken import DataSummary, by_cause, write_report
 from fastinvdpo.data.likes import LikedDataset, LikedImage
 from fastinvdpo.data.pairs import Pair, PairDataset
 from fastinvdpo.data.rows import SCORES
@@ -32,7 +32,7 @@ def inspect_pairs(dataset: PairDataset | LikedDataset, output: OutputDirectory, 
     lines = [
         f"path      {found.path} ({found.format})",
         f"rows      {found.rows}",
-        *_kept(dataset),
+        *_kept(found),
         f"broken    {by_cause(found.broken) or 'none'}",
         f"images    {', '.join(sizes) or 'not looked at (streaming)'}",
         f"captions  {len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
@@ -49,11 +49,9 @@ def _masks(dataset: PairDataset | LikedDataset) -> str:
     return (names if dataset.has_masks else f"{names}, not read (data.masks)") if names else "none"
 
 
-def _kept(dataset: PairDataset | LikedDataset) -> list[str]:
-    found = dataset.summary
-    if isinstance(dataset, LikedDataset):
-        liked = sum(dataset.liked)
-        return [f"liked     {liked} ({dataset.both} also disliked)", f"disliked  {len(dataset) - liked}"]
+def _kept(found: DataSummary) -> list[str]:
+    if found.liked is not None:
+        return [f"liked     {found.liked} ({found.both} also disliked)", f"disliked  {found.pairs - found.liked}"]
     return [f"pairs     {found.pairs}", f"ties      {found.ties} ({'kept' if found.ties_kept else 'dropped'})"]
 
 

@@ -200,17 +200,17 @@ class RowDataset:
         image, geometry = transform(decode(data, where), target, decisions, where)
         if target is None and geometry.target_size != self.image_size:
             raise _another_size(where, geometry.target_size, self.image_size)
-        key = self._key(kept, side)
+        encoded = self.source.mask(kept.row, side)
+        key = content_key(data, kept.caption, encoded)
         if target is not None or decisions.flip:
             key.update(repr((target, decisions.flip, geometry)).encode())
-        mask = self._mask(kept.row, side, geometry.original_size, target, decisions)
+        mask = self._mask(encoded, kept.row, side, geometry.original_size, target, decisions)
         return Side(image, geometry, key.hexdigest(), mask)
 
     def _mask(
-        self, row: int, side: int, size: Size, target: int | Size | None, decisions: Decisions
+        self, data: memoryview | None, row: int, side: int, size: Size, target: int | Size | None, decisions: Decisions
     ) -> Image.Image | None:
-        """The mask of an image of ``size``, cut as the image is."""
-        data = self.source.mask(row, side)
+        """The mask of an image of ``size``, cut as the image is; None where masks are not read."""
         if data is None or self.source.mask_names is None:
             return None
         where = self.source.where(row, self.source.mask_names[side])
@@ -219,13 +219,6 @@ class RowDataset:
             problem = f"is black in the crop to {target}, so that nothing counts"
             raise broken("malformed mask", where, size, problem, "crop image and mask yourself, or leave the row out")
         return mask
-
-    def _key(self, kept: PairEntry, side: int) -> Any:
-        """SHA-256 of the encoded bytes, caption and mask."""
-        key = content_key(self.source.image(kept.row, side), kept.caption)
-        if (mask := self.source.mask(kept.row, side)) is not None:
-            key.update(b"\0" + hashlib.sha256(mask).digest())
-        return key
 
     def _read_rows(self, by_score: bool, ties: str) -> tuple[list[PairEntry], int]:
         """The rows whose images are wanted, and how many ties were dropped."""
@@ -299,13 +292,16 @@ class RowDataset:
         if self.has_masks:  # small when encoded, and often wrong: they are always looked at
             cut = target.sizes[target.choose(*sizes)] if isinstance(target, Buckets) else target
             for side, size in enumerate(sizes):
-                self._mask(row, side, size, cut, Decisions())
+                self._mask(self.source.mask(row, side), row, side, size, cut, Decisions())
         return sizes
 
 
-def content_key(data: memoryview, caption: str) -> Any:
+def content_key(data: memoryview, caption: str, mask: memoryview | None = None) -> Any:
+    """SHA-256 of the encoded bytes, caption and mask."""
     key = hashlib.sha256(data)
     key.update(b"\0" + caption.encode())
+    if mask is not None:
+        key.update(b"\0" + hashlib.sha256(mask).digest())
     return key
 
 
@@ -356,9 +352,9 @@ class PairDataset(RowDataset):
 
     def entry(self, i: int) -> PairEntry:
         """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
-        kept = self._kept[i]
-        keys = (self._key(kept, side).hexdigest() for side in (kept.winner, 1 - kept.winner))
-        return replace(kept, keys=tuple(keys))
+        kept, read = self._kept[i], self.source
+        found = [(read.image(kept.row, side), read.mask(kept.row, side)) for side in (kept.winner, 1 - kept.winner)]
+        return replace(kept, keys=tuple(content_key(data, kept.caption, mask).hexdigest() for data, mask in found))
 
     def scores(self) -> list[tuple[float, float]] | None:
         """Scores of winner and loser of all pairs, None where the data has none."""

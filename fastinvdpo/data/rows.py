@@ -85,7 +85,7 @@ class PairSource(ABC):
         streaming: images are not looked at before they are used, and the order of an epoch follows :meth:`groups`.
         remote: rows are read from another machine.
         groups_per_window: how many groups are mixed with one another.
-        stored: what :meth:`resolve` returned last; stored_masks: those of :data:`MASKS` among it.
+        stored: what :meth:`resolve` returned last.
         masks: whether masks are read; mask_names: then those of image 0 and of image 1, after :meth:`resolve`.
     """
 
@@ -99,7 +99,6 @@ class PairSource(ABC):
     groups_per_window: int = 1
     masks: bool = False
     mask_names: tuple[str, str] | None = None
-    stored_masks: tuple[str, ...] = ()
     stored: Set[str] = frozenset()
 
     @abstractmethod
@@ -133,6 +132,11 @@ class PairSource(ABC):
         """The encoded bytes of the mask of image 0 or 1, None where masks are not read."""
         return None if self.mask_names is None else self.encoded(row, self.mask_names[side])
 
+    @property
+    def stored_masks(self) -> tuple[str, ...]:
+        """Those of :data:`MASKS` that :meth:`resolve` found."""
+        return tuple(name for name in MASKS if name in self.stored)
+
     def with_masks(self, read: bool = True) -> Self:
         """The source itself, which reads masks from the next :meth:`resolve` on: ``mask`` for both images of a row, or
         ``mask_0`` and ``mask_1``.
@@ -145,7 +149,6 @@ class PairSource(ABC):
         ``InvalidInput`` where masks are to be read, and there are none, or not one for each image.
         """
         self.stored, self.mask_names = stored, None
-        self.stored_masks = tuple(name for name in MASKS if name in stored)
         if self.masks and self.form is not PAIRS:
             raise invalid("data.masks", True, "is read of pairs alone", "set it to false")
         if self.masks:
@@ -338,11 +341,16 @@ def scores_of(row: Mapping[str, Any], where: Where) -> tuple[float, float]:
     return first, second
 
 
+def is_seed(value: Any) -> bool:
+    """Whether a generator takes it: a whole number from 0 to 2⁶³ − 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
 def seeds_of(row: Mapping[str, Any], where: Where) -> tuple[int, int]:
     """The seeds of image 0 and 1. Raises ``BrokenRow`` where one is no whole number from 0 to 2⁶³ − 1."""
     found = [row.get(name) for name in SEEDS]
     for name, seed in zip(SEEDS, found, strict=True):
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if not is_seed(seed):
             raise broken("malformed noise", where(name), seed, "is not the seed of a generator", "store a whole number")
     return found[0], found[1]  # type: ignore[return-value]
 

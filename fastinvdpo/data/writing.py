@@ -13,7 +13,7 @@ import pyarrow as arrow
 from pyarrow import parquet
 
 from fastinvdpo.atomic import atomic_file
-from fastinvdpo.data.rows import IMAGES, MASKS, NOISES, SCHEMA, SCORES, SEEDS, number
+from fastinvdpo.data.rows import IMAGES, MASKS, NOISES, SCHEMA, SCORES, SEEDS, is_seed, number
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_GROUP = 1000
@@ -94,7 +94,7 @@ def _checked_value(name: str, value: Any, where: str) -> Any:
             raise invalid(where, type(value).__name__, "is no latent", "give an array, or the bytes of a .npy file")
         return data
     if name in SEEDS:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        if not is_seed(value):
             raise invalid(where, value, "is not the seed of a generator", "give a whole number")
         return value
     if name == "caption":

@@ -150,7 +150,8 @@ class KTO(Method):
                 :func:`mean_reward` of predictions for prompts that belong to other images.
             gather: with several processes, for the baseline, which is one for all; such as ``accelerator.gather``.
         """
-        found = self.score(policy_pred, reference_pred, target, liked, kappa=kappa, gather=gather)
+        statistics = pair_statistics(policy_pred, reference_pred, target, paired=False)
+        found = self.score(statistics, liked, kappa=kappa, gather=gather)
         means = _label_means(found.advantage.detach(), liked.to(found.advantage.device))
         return KTOLoss(
             found.loss,
@@ -163,22 +164,14 @@ class KTO(Method):
         )
 
     def score(
-        self,
-        policy_pred: Tensor,
-        reference_pred: Tensor,
-        target: Tensor,
-        liked: Tensor,
-        *,
-        kappa: Tensor | None = None,
-        gather: Gather | None = None,
+        self, statistics: PairStatistics, liked: Tensor, *, kappa: Tensor | None = None, gather: Gather | None = None
     ) -> Judged:
-        """What :meth:`loss` is made of; arguments as there."""
-        count = tuple(policy_pred.shape[:1])
+        """What :meth:`loss` is made of, from the sums of its predictions."""
+        count = tuple(statistics.policy_mse.shape)
         if not isinstance(liked, Tensor) or liked.dtype != torch.bool or liked.shape != count:
             given = f"{tuple(liked.shape)}, {liked.dtype}" if isinstance(liked, Tensor) else type(liked).__name__
             raise invalid("liked", given, "must be one bool per image", f"pass bool of shape {count}")
-        statistics = pair_statistics(policy_pred, reference_pred, target, paired=False)
-        reward, liked = -statistics.difference, liked.to(policy_pred.device)
+        reward, liked = -statistics.difference, liked.to(statistics.policy_mse.device)
         kappa = self._kappa(reward.detach(), liked, gather) if kappa is None else kappa.detach()
         advantage, sign = reward - kappa, 2 * liked.to(reward.dtype) - 1
         logit = sign * self.beta * advantage
@@ -216,8 +209,9 @@ class KTOObjective(Objective):
         policy_pred = policy(noisy, times, batch.conditioning)
         with torch.no_grad():
             reference_pred = reference(noisy, times, batch.conditioning)
-        found = self.method.score(policy_pred, reference_pred, target, batch.liked, gather=self.gather)
-        errors = found.statistics.policy_mse, reference_mse(found.statistics)
+        statistics = pair_statistics(policy_pred, reference_pred, target, paired=False)
+        found = self.method.score(statistics, batch.liked, gather=self.gather)
+        errors = statistics.policy_mse, reference_mse(statistics)
         return KTOOutput(found.loss, found.logit, *errors, timesteps, noisy, target, policy_pred, reference_pred,
                          liked=batch.liked.to(latents.device), kappa=found.kappa)  # fmt: skip
 
