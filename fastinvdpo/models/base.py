@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Names shared by diffusers' attention blocks; the projections that LoRA papers adapt.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+_PART_FILES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
 class Origin(NamedTuple):
@@ -169,8 +170,8 @@ class DiffusionModel(ABC):
 
 
 def part_files(folder: Path) -> list[Path]:
-    """Configuration, vocabulary and safetensors files of one part, in the order of their names."""
-    return sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model", ".safetensors"))
+    """Configuration, vocabulary, chat template and safetensors files of one part, in the order of their names."""
+    return sorted(file for file in folder.rglob("*") if file.suffix in _PART_FILES)
 
 
 def check_guidance(scale: float) -> float:

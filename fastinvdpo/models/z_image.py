@@ -40,7 +40,7 @@ class ZImageModel(FlowModel):
         return 1.0 + check_guidance(self.own_guidance if scale is None else scale), None
 
     def _sample_size(self) -> Any:
-        return 1024 // self._vae_factor
+        return 128  # 1024 pixels
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         length = self._encode_options.get("max_sequence_length", TOKENS)

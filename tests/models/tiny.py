@@ -268,7 +268,7 @@ def z_image_pipeline(*, turbo: bool = False, **parts: Any) -> ZImagePipeline:
     """Z-Image, or -Turbo: FLUX.1's VAE, and the second layer from the end of Qwen3 as the prompt's."""
     torch.manual_seed(8)
     sizes = {"in_channels": 4, "dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-    places = {"axes_dims": [2, 2, 4], "axes_lens": [600, 16, 16]}
+    places = {"axes_dims": [2, 2, 4], "axes_lens": [600, 64, 64]}
     own = {
         "transformer": ZImageTransformer2DModel(**sizes, cap_feat_dim=8, **places),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0),
