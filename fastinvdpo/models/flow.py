@@ -32,7 +32,7 @@ class FlowModel(PipelineModel):
     network_folder = "transformer"
     options: ClassVar[tuple[str, ...]] = ("vae", "resolution", "max_sequence_length")
     # Image and text have projections of their own.
-    default_lora_targets = (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    default_lora_targets: tuple[str, ...] = (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     patch = 2
     _latents_per_token = 1  # on the channels of the transformer's input
 

@@ -27,7 +27,7 @@ _STATISTICS = ("latents_mean", "latents_std")
 OPTIONS = {"resolution": 16, "max_sequence_length": LENGTH}
 PROMPTS = ["a cat", "zebra"]
 FAMILY = {"sd3": "stable-diffusion-3", "schnell": "flux", "klein": "flux2-klein", "qwen": "qwen-image"}
-# What the pipelines' call takes for no second forward pass, and for one; and the guidance_scale of ours that is the same.
+# What the pipelines' call takes for no second forward pass, and for one.
 ALONE: dict[str, dict[str, Any]] = {"sd3": {"guidance_scale": 1.0}, "klein": {"guidance_scale": 1.0}, "qwen": {},
                                     "z-image": {"guidance_scale": 0.0}}  # fmt: skip
 GUIDED: dict[str, dict[str, Any]] = {"sd3": {"guidance_scale": 3.0}, "klein": {"guidance_scale": 3.0},
@@ -106,7 +106,9 @@ def test_predict_feeds_the_transformer_what_the_pipeline_does(models: dict[str, 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["alone", "guided"])
 @pytest.mark.parametrize("name", tiny.FLOW)
-def test_our_sampling_is_that_of_the_pipeline(models: dict[str, Any], name: str, guided: bool, monkeypatch: Any) -> None:
+def test_our_sampling_is_that_of_the_pipeline(
+    models: dict[str, Any], name: str, guided: bool, monkeypatch: Any
+) -> None:
     """The same grid, the same network calls. Theirs keeps sigmas as float32: a few roundings of latents up to 4."""
     model, arguments = models[name], (GUIDED if guided else ALONE).get(name, {"guidance_scale": 3.5})
     monkeypatch.setattr("fastinvdpo.evaluation.sampling.philox.normal", lambda *arguments: noise(name))
@@ -135,7 +137,7 @@ def test_shapes_schedule_and_conditioning(models: dict[str, Any], name: str) -> 
     for number, text in enumerate(texts):
         for key, value in model.encode_prompts([text]).items():
             torch.testing.assert_close(conditioning[key][number], value[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(InvalidInput, match=r"images\[0\]\.size = \(18, 16\): is not a multiple of (the VAE's factor )?4"):
+    with pytest.raises(InvalidInput, match=r"images\[0\]\.size = \(18, 16\): is not a multiple of .*4"):
         model.encode_images([picture((18, 16))])
 
 
@@ -169,12 +171,13 @@ def test_latents_are_those_of_the_pipeline_and_become_images_again(models: dict[
 
 def test_prompts_do_not_see_what_pads_them(models: dict[str, Any]) -> None:
     """Beside a longer prompt, and of another maximal length, a prompt's prediction is the same."""
+    prompts = ["zebra", "a longer prompt than that"]
     for name in ("qwen", "z-image"):
         model = models[name]
         longer = load_model("auto", model.origin.path, resolution=16, max_sequence_length=3 * LENGTH)
         times = torch.tensor([500, 500])
         with torch.no_grad():
-            pair = model.predict(model.network, NOISE, times, model.encode_prompts(["zebra", "a longer prompt than that"]))
+            pair = model.predict(model.network, NOISE, times, model.encode_prompts(prompts))
             alone = model.predict(model.network, NOISE[:1], times[:1], model.encode_prompts(["zebra"]))
             wide = longer.predict(longer.network, NOISE[:1], times[:1], longer.encode_prompts(["zebra"]))
         torch.testing.assert_close(pair[:1], alone, rtol=1e-4, atol=1e-5)
@@ -193,7 +196,7 @@ def test_distilled_checkpoints_are_sampled_without_guidance(tmp_path: Path) -> N
         klein.guidance(4.0)
 
 
-def test_a_family_that_the_installed_diffusers_has_not_is_refused(directories: dict[str, Path], monkeypatch: Any) -> None:
+def test_a_family_that_diffusers_has_not_yet_is_refused(directories: dict[str, Path], monkeypatch: Any) -> None:
     monkeypatch.setattr("diffusers.__version__", "0.36.2")
     with pytest.raises(MissingExtra, match=r"qwen-image needs diffusers 0\.37 or later, and 0\.36\.2 is installed"):
         load_model("auto", directories["qwen"])
