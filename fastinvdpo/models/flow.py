@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The guidance that FluxPipeline gives a guidance-distilled transformer (FLUX.1-dev) by default.
 _GUIDANCE = 3.5
+_TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _EMBEDDINGS = ("encoder_hidden_states", "pooled_projections")
 
 
@@ -31,8 +32,7 @@ class FlowModel(PipelineModel):
 
     network_folder = "transformer"
     options: ClassVar[tuple[str, ...]] = ("vae", "resolution", "max_sequence_length")
-    # Image and text have projections of their own.
-    default_lora_targets: tuple[str, ...] = (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    default_lora_targets: tuple[str, ...] = (*ATTENTION_PROJECTIONS, *_TEXT_PROJECTIONS)
     patch = 2
     _latents_per_token = 1  # on the channels of the transformer's input
 
