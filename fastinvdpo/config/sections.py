@@ -81,7 +81,7 @@ class ModelSection(Section):
     reference at once.
     """
 
-    family: Literal["auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux"] = "auto"
+    family: Literal["auto", "stable-diffusion", "stable-diffusion-3", "flux"] = "auto"
     path: Place
     unet_init: Place | None = None
     vae: Place | None = None
