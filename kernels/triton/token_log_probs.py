@@ -6,7 +6,7 @@ other, one launch forms the logits again and turns them into slopes, and a produ
 depends on shapes and dtypes alone, and no two programs write one number: the same bits on every run.
 
 Products of bfloat16 are of bfloat16 slopes, as autograd's of bfloat16 logits are; float16, whose range small
-probabilities leave, and mixed dtypes are multiplied in float32.
+probabilities leave, and mixed dtypes are multiplied in float32, the weight's rows converted a chunk at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 def tile_of(dtype: torch.dtype) -> Tile:
     """Tensor cores take half types; float32 goes through the ordinary units, exact to its rounding."""
-    return Tile(128, 128, 32, 8) if dtype is torch.bfloat16 else Tile(64, 64, 32, 4)
+    return Tile(128, 128, 32, 8) if dtype is torch.bfloat16 else Tile(64, 64, 16, 4)
 
 
 def forward(
@@ -50,7 +50,12 @@ def forward(
         targets: int64 ``(T,)``, columns of ``start … stop − 1``; dense.
     """
     hidden = _operand(hidden, weight)
-    log_sums, chosen = sums(hidden, weight, targets, start, stop)
+    size = stop - start if hidden.dtype is weight.dtype else _chunk(len(hidden))
+    found = [
+        sums(hidden, weight[first : min(first + size, stop)].to(hidden.dtype), targets, first)
+        for first in range(start, stop, size)
+    ]
+    log_sums, chosen = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     log_sum = log_sums.logsumexp(1)
     means = hidden.new_empty((0, 0), dtype=torch.float32)
     if mean:
@@ -81,14 +86,15 @@ def backward(  # noqa: PLR0913 - the op's schema
     if of_weight:
         to_weight[:start].zero_()
         to_weight[stop:].zero_()
-    chunk = min(stop - start, max(_NARROWEST, _WORKSPACE // tokens // _NARROWEST * _NARROWEST))
+    chunk = min(stop - start, _chunk(tokens))
     workspace = hidden.new_empty(tokens * chunk)
     for first in range(start, stop, chunk):
         end = min(first + chunk, stop)
+        block = weight[first:end].to(hidden.dtype)
         found = workspace[: tokens * (end - first)].view(tokens, end - first)
-        slopes(of_target, of_sum, hidden, weight, targets, log_sum, first, found)
+        slopes(of_target, of_sum, hidden, block, targets, log_sum, first, found)
         if of_hidden:
-            product(found, weight[first:end], to_hidden, first > start)
+            product(found, block, to_hidden, first > start)
         if of_weight:
             product(found.T, hidden, to_weight[first:end], False)
     return to_hidden, to_weight
@@ -99,19 +105,24 @@ def _operand(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden if hidden.dtype is weight.dtype is torch.bfloat16 else hidden.float()
 
 
-def sums(hidden: Tensor, weight: Tensor, targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _chunk(tokens: int) -> int:
+    """Columns at a time."""
+    return max(_NARROWEST, _WORKSPACE // tokens // _NARROWEST * _NARROWEST)
+
+
+def sums(hidden: Tensor, weight: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """``log Σ exp`` over each split of the columns, and the target's logit in the split that has it, else 0;
-    ``(T, splits)``.
+    ``(T, splits)``. The columns are those from ``first`` on, ``weight`` their rows.
     """
-    tile, (tokens, width) = tile_of(hidden.dtype), hidden.shape
-    rows, blocks = ceil_div(tokens, tile.rows), ceil_div(stop - start, tile.columns)
+    tile, (tokens, width), count = tile_of(hidden.dtype), hidden.shape, len(weight)
+    rows, blocks = ceil_div(tokens, tile.rows), ceil_div(count, tile.columns)
     per_split = ceil_div(blocks, min(blocks, max(1, _PROGRAMS // rows)))
     splits = ceil_div(blocks, per_split)
     log_sums, chosen = hidden.new_empty((2, tokens, splits), dtype=torch.float32)
     with on_device_of(hidden):
         sums_kernel[(rows, splits)](
             *(hidden, weight, targets, log_sums, chosen),
-            *(tokens, width, start, stop, per_split, splits),
+            *(tokens, width, first, count, per_split, splits),
             **_meta(tile),
         )
     return log_sums, chosen
@@ -127,7 +138,7 @@ def slopes(
     first: int,
     found: Tensor,
 ) -> None:
-    """Fill ``found`` ``(T, columns)``, of the columns from ``first`` on."""
+    """Fill ``found`` ``(T, columns)``, of the columns from ``first`` on, whose rows ``weight`` has."""
     tile, (tokens, columns) = tile_of(hidden.dtype), found.shape
     with on_device_of(hidden):
         slopes_kernel[(ceil_div(tokens, tile.rows), ceil_div(columns, tile.columns))](
@@ -160,11 +171,11 @@ def _logits(
         there = (at < width)[None, :]
         h = tl.load(hidden + rows.to(tl.int64)[:, None] * width + at[None, :], mask=inside[:, None] & there, other=0.0)
         w = tl.load(weight + columns.to(tl.int64)[:, None] * width + at[None, :], mask=among[:, None] & there, other=0.0)
-        total = tl.dot(h, tl.trans(w.to(h.dtype)), total, input_precision="ieee")
+        total = tl.dot(h, tl.trans(w), total, input_precision="ieee")
     return total
 
 
-@triton.jit(do_not_specialize=("tokens", "start", "stop", "per_split", "splits"))
+@triton.jit(do_not_specialize=("tokens", "first", "count", "per_split", "splits"))
 def sums_kernel(  # noqa: PLR0913 - the op's schema
     hidden,
     weight,
@@ -173,8 +184,8 @@ def sums_kernel(  # noqa: PLR0913 - the op's schema
     chosen,
     tokens: tl.int32,
     width,
-    start: tl.int32,
-    stop: tl.int32,
+    first: tl.int32,
+    count: tl.int32,
     per_split: tl.int32,
     splits: tl.int32,
     ROWS: tl.constexpr,
@@ -187,13 +198,13 @@ def sums_kernel(  # noqa: PLR0913 - the op's schema
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     found = tl.zeros([ROWS], tl.float32)
-    begin = start + tl.program_id(1) * per_split * COLUMNS
-    for first in range(begin, tl.minimum(begin + per_split * COLUMNS, stop), COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        among = columns < stop
+    begin = tl.program_id(1) * per_split * COLUMNS
+    for block in range(begin, tl.minimum(begin + per_split * COLUMNS, count), COLUMNS):
+        columns = block + tl.arange(0, COLUMNS)
+        among = columns < count
         logits = _logits(hidden, weight, rows, columns, inside, among, width, ROWS, COLUMNS, DEPTH)
         logits = tl.where(among[None, :], logits, float("-inf"))
-        found += tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
+        found += tl.sum(tl.where((first + columns)[None, :] == target[:, None], logits, 0.0), 1)
         higher = tl.maximum(most, tl.max(logits, 1))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         most = higher
@@ -222,7 +233,7 @@ def slopes_kernel(  # noqa: PLR0913 - the op's schema
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside, among = rows < tokens, at < count
-    logits = _logits(hidden, weight, rows, first + at, inside, among, width, ROWS, COLUMNS, DEPTH)
+    logits = _logits(hidden, weight, rows, at, inside, among, width, ROWS, COLUMNS, DEPTH)
     shift = tl.load(log_sum + rows, mask=inside, other=0.0)
     slope = tl.load(of_sum + rows, mask=inside, other=0.0)[:, None] * tl.exp(logits - shift[:, None])
     target = tl.load(targets + rows, mask=inside, other=-1)
@@ -256,7 +267,7 @@ def product_kernel(  # noqa: PLR0913 - two matrices and where their numbers lie
         there = at < depth
         x = tl.load(a + row.to(tl.int64)[:, None] * a_row + at[None, :] * a_column, mask=inside & there[None, :], other=0.0)
         y = tl.load(b + at[:, None] * columns + column[None, :], mask=there[:, None] & among, other=0.0)
-        total = tl.dot(x, y.to(x.dtype), total, input_precision="ieee")
+        total = tl.dot(x, y, total, input_precision="ieee")
     place = result + row.to(tl.int64)[:, None] * columns + column[None, :]
     if ADD:
         total += tl.load(place, mask=inside & among, other=0.0).to(tl.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastinvdpo
-from benchmarks.live_memory import peak_bytes
+from benchmarks.measure import Task, footprint
 from fastinvdpo import InvalidInput, token_log_probs
 from fastinvdpo.ops import native, triton_kernels
 from tests.cases import pairwise
@@ -189,7 +189,9 @@ def test_the_native_kernel_crosses_blocks_and_its_memory_does_not_grow_with_the_
             return torch.autograd.grad(ours(*given, columns).sum(), given[: 1 + trained])
 
         with fastinvdpo.use_backend("native"):
-            peaks.append(peak_bytes(partial(call, *inputs), torch.device("cpu")) - trained * inputs[1].nbytes)
+            peak = footprint(Task(partial(call, *inputs)), torch.device("cpu")).peak_bytes
+        assert peak is not None
+        peaks.append(peak - trained * inputs[1].nbytes)
     assert peaks[0] == peaks[1]
 
 
