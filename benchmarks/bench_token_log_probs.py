@@ -1,5 +1,6 @@
-"""``token_log_probs``: from all logits, as language models compute them, and from the op. A case's latents are the hidden
-states of an image's tokens, (tokens, width); its name says how many columns the head has and whether it is trained.
+"""``token_log_probs``: from all logits, as language models compute them, and from the op. A case's latents are the
+hidden states of an image's tokens, (tokens, width); its name says how many columns the head has and whether it is
+trained.
 """
 
 from __future__ import annotations

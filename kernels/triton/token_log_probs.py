@@ -1,8 +1,8 @@
 """Log-probabilities of tokens: logits exist a tile at a time forward, and in a bounded workspace backward.
 
-Forward: a program takes a block of rows and a split of the vocabulary, block by block, and keeps the running maximum and
-sum of exponentials; what the splits found is put together by plain PyTorch. Backward: for a chunk of columns after the
-other, one launch forms the logits again and turns them into slopes, and a product each adds them up. How work is cut
+Forward: a program takes a block of rows and a split of the vocabulary, block by block, and keeps the running maximum
+and sum of exponentials; what the splits found is put together by plain PyTorch. Backward: for one chunk of columns
+after the other, a launch forms the logits again and turns them into slopes, and products add these up. How work is cut
 depends on shapes and dtypes alone, and no two programs write one number: the same bits on every run.
 
 Products of bfloat16 are of bfloat16 slopes, as autograd's of bfloat16 logits are; float16, whose range small
@@ -64,7 +64,7 @@ def forward(
     return chosen.sum(1) - log_sum, log_sum, means
 
 
-def backward(  # noqa: PLR0913 - the op's schema
+def backward(
     of_target: Tensor,
     of_sum: Tensor,
     hidden: Tensor,
@@ -170,7 +170,9 @@ def _logits(
         at = begin + tl.arange(0, DEPTH)
         there = (at < width)[None, :]
         h = tl.load(hidden + rows.to(tl.int64)[:, None] * width + at[None, :], mask=inside[:, None] & there, other=0.0)
-        w = tl.load(weight + columns.to(tl.int64)[:, None] * width + at[None, :], mask=among[:, None] & there, other=0.0)
+        w = tl.load(
+            weight + columns.to(tl.int64)[:, None] * width + at[None, :], mask=among[:, None] & there, other=0.0
+        )
         total = tl.dot(h, tl.trans(w), total, input_precision="ieee")
     return total
 
@@ -265,7 +267,9 @@ def product_kernel(  # noqa: PLR0913 - two matrices and where their numbers lie
     for begin in range(0, depth, DEPTH):
         at = (begin + tl.arange(0, DEPTH)).to(tl.int64)
         there = at < depth
-        x = tl.load(a + row.to(tl.int64)[:, None] * a_row + at[None, :] * a_column, mask=inside & there[None, :], other=0.0)
+        x = tl.load(
+            a + row.to(tl.int64)[:, None] * a_row + at[None, :] * a_column, mask=inside & there[None, :], other=0.0
+        )
         y = tl.load(b + at[:, None] * columns + column[None, :], mask=there[:, None] & among, other=0.0)
         total = tl.dot(x, y, total, input_precision="ieee")
     place = result + row.to(tl.int64)[:, None] * columns + column[None, :]

@@ -18,7 +18,9 @@ from tests.cases import pairwise
 from tests.places import CPU, Place, on_gpu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-everywhere = pytest.mark.parametrize("place", CPU if triton_kernels.interpreted() else [*CPU, *on_gpu("reference", "triton")])
+everywhere = pytest.mark.parametrize(
+    "place", CPU if triton_kernels.interpreted() else [*CPU, *on_gpu("reference", "triton")]
+)
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ROUNDING = {F64: 2.0**-53, F32: 2.0**-24, BF16: 2.0**-9, F16: 2.0**-12}
 
@@ -77,7 +79,9 @@ def check(backend: str, inputs: list[Tensor], of: tuple[int, ...], columns: tupl
 )
 def test_log_softmax_in_float64(columns: tuple[int, int] | None, of: tuple[int, ...], scale: float) -> None:
     inputs = problem(columns=columns, scale=scale)
-    for found, expected in zip(both_ways(ours, inputs, of, columns), both_ways(plain, inputs, of, columns), strict=True):
+    for found, expected in zip(
+        both_ways(ours, inputs, of, columns), both_ways(plain, inputs, of, columns), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -118,8 +122,12 @@ def test_far_logits_tokens_alone_and_what_is_not_finite(place: Place) -> None:
     hidden, weight, targets = (tensor.to(place.device) for tensor in problem(9, 50, 16, (F32, F32), scale=1e4))
     with fastinvdpo.use_backend(place.backend):
         values = token_log_probs(hidden, weight, targets)
-        torch.testing.assert_close(values.double(), plain(hidden.double(), weight.double(), targets), rtol=1e-5, atol=1e-2)
-        torch.testing.assert_close(token_log_probs(hidden[3:4], weight, targets[3:4]), values[3:4], rtol=1e-6, atol=4e-3)
+        torch.testing.assert_close(
+            values.double(), plain(hidden.double(), weight.double(), targets), rtol=1e-5, atol=1e-2
+        )
+        torch.testing.assert_close(
+            token_log_probs(hidden[3:4], weight, targets[3:4]), values[3:4], rtol=1e-6, atol=4e-3
+        )
         hidden[2, 5] = torch.nan
         assert token_log_probs(hidden, weight, targets).isnan().tolist() == [row == 2 for row in range(9)]
         leaf = hidden.requires_grad_()

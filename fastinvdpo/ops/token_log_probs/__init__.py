@@ -17,16 +17,16 @@ def token_log_probs(
 ) -> Tensor:
     """``log softmax(hidden · weightᵀ)`` at the targets; fused backends hold a block of the logits at a time.
 
-    With ``p`` the softmax over the columns, the gradient of a token's log-probability is ``w_target − Σ_v p_v·w_v`` with
-    respect to its hidden state. Where the weight needs no gradient, as that of a frozen head, the sum is formed in the
+    With ``p`` the softmax over the columns, the gradient of a token's log-probability with respect to its hidden state
+    is ``w_target − Σ_v p_v·w_v``. Where the weight needs no gradient, as that of a frozen head, the sum is formed in the
     forward (``T·D`` numbers are kept for it); else the backward forms the blocks of logits again.
 
     Args:
         hidden: ``(…, D)``, the states that predict the targets. float64, float32, bfloat16 or float16.
         weight: ``(V, D)``, one row a token; its dtype may differ.
         targets: int64 ``(…)``, rows of ``weight``.
-        columns: ``(start, stop)``: the softmax is over these rows of ``weight`` alone, and targets are among them. None:
-            over all.
+        columns: ``(start, stop)``: the softmax is over these rows of ``weight`` alone, and targets are among them.
+            None: over all.
 
     Returns:
         ``(…)``, float32 (float64 where an input is). Gradients flow to ``hidden`` and ``weight``, in reverse mode, any

@@ -114,8 +114,9 @@ def _autograd(ctx: Any, of_log_prob: Tensor | None, of_log_sum: Tensor | None, _
         of_sum = -of_target if of_log_sum is None else of_log_sum - of_target
         plain = torch.is_grad_enabled() or transformed(of_target, of_sum)  # can be differentiated again, and mapped
         if ctx.mean and not (plain or of_weight):
+            to_hidden = means * of_sum.unsqueeze(1)
             chosen = weight.index_select(0, targets).to(means.dtype)
-            to_hidden = (of_target.unsqueeze(1) * chosen + of_sum.unsqueeze(1) * means).to(hidden.dtype)
+            to_hidden = to_hidden.addcmul_(chosen, of_target.unsqueeze(1)).to(hidden.dtype)
         else:
             backward: Callable[..., Gradients] = (
                 _reference.backward if plain else torch.ops.fastinvdpo.token_log_probs_backward.default
