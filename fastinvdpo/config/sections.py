@@ -239,7 +239,8 @@ class EvaluationSection(Section):
 class OutputSection(Section):
     """``trackers``: of accelerate, such as wandb, beside ``tensorboard``. ``pipeline``: write the whole pipeline into
     ``model``, not the trained network alone. ``data_hash``: read the images once more, for resumes and the model card.
-    ``push_to_hub``: OWNER/NAME of the repository that the result is uploaded to.
+    ``push_to_hub``: OWNER/NAME of the repository that the result is uploaded to. ``formats``: of LoRA adapters, beside
+    peft's: ``diffusers``, and ``kohya``, which ComfyUI, Forge and kohya's scripts read (models/kohya.py).
     """
 
     directory: Place
@@ -249,6 +250,7 @@ class OutputSection(Section):
     tensorboard: bool = True
     trackers: list[NonEmpty] = []
     pipeline: bool = True
+    formats: list[Literal["diffusers", "kohya"]] = ["diffusers"]
     data_hash: bool = True
     push_to_hub: NonEmpty | None = None
     hub_private: bool = True

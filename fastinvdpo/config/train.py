@@ -91,6 +91,8 @@ def _method(config: TrainConfig) -> Iterator[InvalidInput]:
 
 def _model(config: TrainConfig) -> Iterator[InvalidInput]:
     model = config.model
+    if "kohya" in config.output.formats and model.lora is None:
+        yield invalid("output.formats", "kohya", "is a format of adapters", "add model.lora, or leave it out")
     if model.quantization is not None and model.lora is None:
         remedy = "add model.lora; for full fine-tuning model.reference_quantization makes the frozen copy small"
         yield invalid("model.quantization", model.quantization, "freezes what full fine-tuning trains", remedy)

@@ -160,8 +160,8 @@ class DiffusionModel(ABC):
         plain: Any = saveable_network(network)
         plain.save_pretrained(Path(directory) / self.network_folder, safe_serialization=True)
 
-    def save_lora(self, directory: str | Path, network: nn.Module) -> None:
-        """Write the adapters inside ``network`` in the family's own format, where it has one."""
+    def save_lora(self, directory: str | Path, network: nn.Module, formats: Sequence[str] = ("diffusers",)) -> None:
+        """Write the adapters inside ``network`` in formats of other tools, where the family has them."""
         return
 
     def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

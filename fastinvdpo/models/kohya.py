@@ -8,7 +8,7 @@ one input are one layer: of their adapters the first factors stand one below the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.models.base import DiffusionModel
 
 FILE = "lora_kohya.safetensors"
 FAMILIES = ("stable-diffusion", "flux", "qwen-image")
@@ -66,6 +67,13 @@ def layer_names(family: str, layers: list[str]) -> dict[str, list[str]]:
         members = [f"{match['kind']}.{match['block']}.{member}" for member in groups[group]]
         names[f"lora_unet_{blocks}_{match['block']}_{group}"] = members
     return names
+
+
+def check_layers(model: DiffusionModel, targets: Sequence[str]) -> None:
+    """Raise ``InvalidInput`` where an adapter on the named modules of a model's network could not be written."""
+    names = [name for name, module in model.network.named_modules() if hasattr(module, "weight")]
+    adapted = [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
+    layer_names(model.family, adapted)
 
 
 def kohya_tensors(family: str, network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import invalid
-from fastinvdpo.models import base
+from fastinvdpo.models import base, kohya
 from fastinvdpo.models.adapters import adapter_contents
 from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import ENCODERS, copy_other_parts, load_pipeline, pipeline_files, vae_config
@@ -160,12 +160,17 @@ class PipelineModel(DiffusionModel):
         finally:
             setattr(pipeline, self.network_folder, own)
 
-    def save_lora(self, directory: str | Path, network: nn.Module) -> None:
-        """Write ``pytorch_lora_weights.safetensors``, which the pipeline's ``load_lora_weights`` reads."""
-        tensors, settings = adapter_contents(base.unwrap(network), self.origin)
-        kind = self.network_folder
-        parts = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": settings}
-        self.pipeline.save_lora_weights(str(directory), **parts)
+    def save_lora(self, directory: str | Path, network: nn.Module, formats: Sequence[str] = ("diffusers",)) -> None:
+        """Write ``pytorch_lora_weights.safetensors``, which the pipeline's ``load_lora_weights`` reads, and with format
+        ``kohya`` the file of :mod:`fastinvdpo.models.kohya`.
+        """
+        plain, kind = base.unwrap(network), self.network_folder
+        tensors, settings = adapter_contents(plain, self.origin)
+        if "diffusers" in formats:
+            parts = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": settings}
+            self.pipeline.save_lora_weights(str(directory), **parts)
+        if "kohya" in formats:
+            kohya.save_kohya(self.family, plain, tensors, Path(directory))
 
     def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         config: Any = {"unet_config": self.pipeline.unet.config} if self.network_folder == "unet" else {}

@@ -13,8 +13,8 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import DIGEST, key_hash
-from fastinvdpo.models import DiffusionModel
-from fastinvdpo.models.adapters import merged_copy, merged_into, save_adapter
+from fastinvdpo.models import DiffusionModel, kohya
+from fastinvdpo.models.adapters import DIFFUSERS_FILE, merged_copy, merged_into, save_adapter
 from fastinvdpo.models.checkpoints import part_folder
 from fastinvdpo.trainer.callbacks import Callback, Place, Run, TrainResult
 from fastinvdpo.trainer.checkpoint import versions
@@ -28,14 +28,15 @@ def export_model(
     place: Place | None,
     *,
     pipeline: bool = True,
+    formats: Sequence[str] = ("diffusers",),
     card: str = "",
     suffix: str = "",
 ) -> None:
     """Write the directory ``model``, which ``load_model`` reads.
 
     With EMA the averaged weights are written. With LoRA the model has the adapter merged into its weights, and
-    ``adapter`` holds it in peft's format and diffusers'. Where the network is quantized, the weights are those from
-    before. With FSDP2 all processes must call it, and the one that has a ``place`` gets the whole weights.
+    ``adapter`` holds it in peft's format and those of ``formats``. Where the network is quantized, the weights are
+    those from before. With FSDP2 all processes must call it, and the one that has a ``place`` gets the whole weights.
 
     Args:
         pipeline: False writes the trained network alone, which ``unet_init`` and diffusers read.
@@ -49,7 +50,7 @@ def export_model(
         if networks.lora:
             with place(f"adapter{suffix}") as temporary:
                 save_adapter(network, temporary, model.origin)
-                model.save_lora(temporary, network)
+                model.save_lora(temporary, network, formats)
                 (temporary / "README.md").write_text(card, encoding="utf-8")
             network = merged_copy(network) if model.unquantized is None else merged_into(model.unquantized(), network)
         with place(f"model{suffix}") as temporary:
@@ -149,7 +150,10 @@ def _usage(config: TrainConfig, model: DiffusionModel) -> str:
             lines.append(f"pipe = DiffusionPipeline.from_pretrained({base})")
         else:
             with_network(other, inside=part_folder("model.unet_init", other, folder).name == folder)
-        lines.append('pipe.load_lora_weights("DIRECTORY/adapter", weight_name="pytorch_lora_weights.safetensors")')
+        file = DIFFUSERS_FILE if "diffusers" in config.output.formats else kohya.FILE
+        lines.append(f'pipe.load_lora_weights("DIRECTORY/adapter", weight_name="{file}")')
+        if "kohya" in config.output.formats:
+            lines.append(f"# DIRECTORY/adapter/{kohya.FILE} goes into the folder for LoRA of ComfyUI or Forge")
     return "\n".join(["```python", f"from diffusers import {', '.join(imported)}", "", *lines, "```"])
 
 

@@ -14,6 +14,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.adapters import perturb
+from fastinvdpo.models.kohya import check_layers
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.trainer.checkpoint import Checkpoint
 from fastinvdpo.trainer.networks import EMA, MovingReference, Networks
@@ -42,6 +43,8 @@ def build_state(
     training, method, follows = config.training, config.method, config.method.reference_follows
     if config.model.quantization is not None and model.unquantized is None:
         quantize_network(model, config.model.quantization)
+    if "kohya" in config.output.formats and config.model.lora is not None:
+        check_layers(model, config.model.lora.target_modules or model.default_lora_targets)
     needed = method.needs_reference and not reference_is_cached
     networks = Networks(
         model,

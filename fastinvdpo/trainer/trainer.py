@@ -361,9 +361,10 @@ class PreferenceTrainer:
             rows = [row for row in self.reporting.rows if row["step"] <= step]
             seen = [attempt for attempt in self._attempts if attempt["after"] < max(step, 1)]
             card = model_card(self.config, self.model, rows, sections, step, self.order.pairs, seen)
-        export_model(self.model, networks, ema, place, pipeline=self.config.output.pipeline, card=card)
+        output, told = self.config.output, {"formats": self.config.output.formats, "card": card}
+        export_model(self.model, networks, ema, place, pipeline=output.pipeline, **told)
         if raw and ema is not None:
-            export_model(self.model, networks, None, place, pipeline=False, suffix="-raw", card=card)
+            export_model(self.model, networks, None, place, pipeline=False, suffix="-raw", **told)
 
     def _evaluations(self) -> dict[str, int]:
         """Network evaluations with and without gradient, over all attempts of the run and all processes."""

@@ -22,7 +22,7 @@ from tests.trainer import tiny
 
 LENGTH = 10
 LORA = {"rank": 2, "alpha": 8.0}  # alpha / rank is not 1, but a power of two: the file holds it without rounding
-DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+DIFFUSERS_LORA, KOHYA_LORA = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
 # Every family and every method; tests/trainer/chain.py has each family with each.
 RUNS = [
     *(("sd15", "inversion-dpo"), ("sdxl", "inpo"), ("sd3", "smpo"), ("flux", "inversion-dpo")),
@@ -110,7 +110,8 @@ def test_full_fine_tuning_gives_the_images_of_plain_diffusers(
 @pytest.mark.parametrize("family", list(models.PIPELINES))
 def test_a_trained_adapter_gives_the_images_of_plain_diffusers(root: Path, tmp_path: Path, family: str) -> None:
     method = "inpo" if family == "sd3" else "smpo" if family == "flux" else "diffusion-dpo"
-    config = _config(root, tmp_path / "run", family, method, model={"lora": LORA})
+    formats = ["diffusers", "kohya"] if family in ("sdxl", "qwen") else ["diffusers"]
+    config = _config(root, tmp_path / "run", family, method, model={"lora": LORA}, output={"formats": formats})
     ours: Any = open_model(config)
     before = images(ours.pipeline, family)
     result = tiny.train_model(config, ours, open_dataset(config))
@@ -123,7 +124,27 @@ def test_a_trained_adapter_gives_the_images_of_plain_diffusers(root: Path, tmp_p
     merged = images(DiffusionPipeline.from_pretrained(result.model_directory), family)
     assert max(abs(a - b) for a, b in zip(merged, mine, strict=True)) <= 1
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json", DIFFUSERS_LORA}
+    if "kohya" in formats:
+        plain.unload_lora_weights()
+        plain.load_lora_weights(result.directory / "adapter", weight_name=KOHYA_LORA)
+        again = images(plain, family)
+        assert max(abs(a - b) for a, b in zip(again, mine, strict=True)) <= 1
+        assert KOHYA_LORA in (result.directory / "adapter" / "README.md").read_text()
+        files.add(KOHYA_LORA)
     assert {file.name for file in (result.directory / "adapter").iterdir()} == files
+
+
+def test_kohyas_format_is_refused_before_a_run_that_could_not_write_it(root: Path, tmp_path: Path) -> None:
+    output = {"formats": ["kohya"]}
+    with pytest.raises(InvalidInput, match=r"output\.formats = 'kohya': is a format of adapters"):
+        _config(root, tmp_path / "run", "sd15", "diffusion-dpo", output=output)
+    for family, lora, problem in (
+        ("z-image", LORA, "has no names for the family z-image"),
+        ("flux", {**LORA, "target_modules": ["x_embedder"]}, "has no name for the layer x_embedder"),
+    ):
+        config = _config(root, tmp_path / "run", family, "diffusion-dpo", model={"lora": lora}, output=output)
+        with pytest.raises(InvalidInput, match=problem):
+            train(config, progress=False)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sdxl", "nf4"), ("sd3", "int8"), ("flux", "nf4")])
