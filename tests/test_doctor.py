@@ -121,7 +121,12 @@ def test_a_wrong_result_is_noticed(
     checks = json.loads(capsys.readouterr().out)["checks"]
     # Half precision cannot tell so small an error from its rounding.
     checks = {(check["op"], check["passed"]) for check in checks if check["dtype"] == "float32"}
-    assert checks == {("affine_step", False), ("pair_statistics", True), ("preference_loss", True)}
+    assert checks == {
+        ("affine_step", False),
+        ("pair_statistics", True),
+        ("preference_loss", True),
+        ("token_log_probs", True),
+    }
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])

@@ -117,7 +117,11 @@ SMALL_CODE = {
 }
 
 
-@pytest.mark.parametrize("page", [page for page in documentation.PAGES if documentation.blocks(page, "python")])
+# tests/models/test_mars.py runs the block of docs/mars.md.
+PYTHON = [page for page in documentation.PAGES if documentation.blocks(page, "python") and page != "docs/mars.md"]
+
+
+@pytest.mark.parametrize("page", PYTHON)
 def test_python_blocks_run_in_order(page: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one program, and nothing is defined but what the blocks define; on the files of ``place``."""
     (tmp_path / "base").symlink_to(place / "base")

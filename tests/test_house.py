@@ -87,13 +87,14 @@ def run_python(code: str, *arguments: str, cwd: Path = ROOT) -> str:
 
 def test_every_op_has_its_files_and_every_kernel_an_op() -> None:
     ops = {folder.name for folder in (PACKAGE / "ops").iterdir() if folder.is_dir() and any(folder.glob("*.py"))}
-    assert ops == set(dispatch.IMPLEMENTED) == {"affine_step", "pair_statistics", "preference_loss"}
+    assert ops == set(dispatch.IMPLEMENTED) == {"affine_step", "pair_statistics", "preference_loss", "token_log_probs"}
     files = [
         file
         for op in sorted(ops)
         for file in (
             *(f"fastinvdpo/ops/{op}/{name}.py" for name in ("__init__", "reference", "schema")),
-            *(f"csrc/{op}.cpp", f"csrc/{op}.cu", f"kernels/triton/{op}.py"),
+            *(f"csrc/{op}.cpp", f"kernels/triton/{op}.py"),
+            *((f"csrc/{op}.cu",) if "cuda" in dispatch.IMPLEMENTED[op] else ()),
             *(f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py"),
         )
     ]
