@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(nat
 
 STEPS = 50
 # A loss is no more exact than the network: a prediction that is off by a rounding moves it by about β times that,
-# whatever computes it. At the demo's β of 1000, moving one weight by its last bit moves the losses by up to 2e-5
+# whatever computes it. At β = 1000, moving one weight by its last bit moves the losses by up to 2e-5
 # (one backend, four pairs a step); the difference of two backends can be seen below that, with a weaker tie.
 BETA = 50.0
 TOLERANCE = 1e-5
@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def curve(root: Path, directory: Path, method: str, learning_rate: float = 2e-5) -> list[float]:
+def curve(root: Path, directory: Path, method: str, learning_rate: float = 1e-3) -> list[float]:
     """The loss of every step of a short training."""
     config = tiny.config(
         root,
@@ -96,5 +96,5 @@ def test_the_fused_ops_give_the_training_curve_of_the_reference(
 
 def test_the_tolerance_tells_trainings_apart(root: Path, tmp_path: Path) -> None:
     """A learning rate that is off by a hundredth makes another curve."""
-    one, other = (curve(root, tmp_path / str(rate), "diffusion-dpo", rate) for rate in (2e-5, 2.02e-5))
+    one, other = (curve(root, tmp_path / str(rate), "diffusion-dpo", rate) for rate in (1e-3, 1.01e-3))
     assert distance(one, other) > 10 * TOLERANCE

@@ -139,7 +139,10 @@ def serve() -> None:
     from diffusers import UNet2DConditionModel  # noqa: F401 - both packages import a class when it is asked for
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer  # noqa: F401
 
+    from fastinvdpo.models import pipeline
+
     torch.set_num_threads(1)
+    pipeline._VAE_BATCH = 1  # as in conftest.py
     for line in sys.stdin:
         children = {}
         for number, request in enumerate(json.loads(line)):

@@ -95,8 +95,8 @@ def test_adapters_are_back_after_an_exception(model: StableDiffusionModel, input
         raise RuntimeError("in the middle")
     assert torch.equal(networks.policy(*inputs), adapted)
     assert sorted(networks.trainable()) == trainable
-    with pytest.raises(RuntimeError):  # four channels do not fit the network
-        networks.reference(torch.randn(3, 4, 8, 8), *inputs[1:])
+    with pytest.raises(RuntimeError):  # three channels do not fit the network
+        networks.reference(torch.randn(3, 3, 8, 8), *inputs[1:])
     assert torch.equal(networks.policy(*inputs), adapted)
 
 
@@ -199,7 +199,8 @@ def test_it_trains_and_resumes_bit_for_bit(workspace: Path, name: str, lora: Lor
     settings, ends = SETTINGS[name], []
     for folder, resume in (("whole", "never"), ("resumed", workspace / "whole" / "checkpoints" / "step-00000002")):
         directory = workspace / folder
-        run = config(workspace, settings, lora, training={"steps": 4}, output={"directory": str(directory)})
+        sections = {"training": {"steps": 4}, "output": {"directory": str(directory)}}
+        run = config(workspace, settings, lora, optimizer={"learning_rate": 1e-2}, **sections)
         last = train(run, resume=resume, progress=False).history[-1]
         ends.append(tiny.stored(directory, 4))
     for part in ("trainable", "reference", "state"):
