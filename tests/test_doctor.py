@@ -155,7 +155,7 @@ def test_a_choice_that_cannot_run_is_a_finding(
 
 
 def test_the_command_works_with_torch_alone() -> None:
-    names = "diffusers transformers accelerate peft datasets pydantic typer rich yaml PIL pyarrow sklearn scipy"
+    names = "diffusers transformers accelerate peft datasets pydantic typer rich yaml PIL pyarrow scipy"
     absent = {*names.split(), "matplotlib", "tensorboard", "safetensors", "triton", "numpy"}
     code = "from fastinvdpo.cli import main; sys.exit(main(['doctor', '--json']))"
     assert json.loads(run_python(REFUSE + code, "", ",".join(sorted(absent))))["healthy"] is True

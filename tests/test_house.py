@@ -56,7 +56,7 @@ LAYERS = {
 }
 BESIDE_METHODS = {"data", "models"}
 ABOVE = {"config", "trainer", "evaluation", "_examples", "doctor", "cli"}
-IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+IMPORT_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 def room_of(path: Path) -> str:
@@ -225,10 +225,9 @@ for name in sys.argv[1].split(","):
 
 def test_loading_a_model_without_diffusers_names_the_extra() -> None:
     code = """
-from fastinvdpo._examples.digits.base import WEIGHTS
 from fastinvdpo.models import load_model
 try:
-    load_model("digits", WEIGHTS / "clean")
+    load_model("stable-diffusion", "model")
 except MissingExtra as error:
     assert "'diffusers'" in str(error) and "pip install 'fastinvdpo[train]'" in str(error), error
 else:
