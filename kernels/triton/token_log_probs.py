@@ -206,7 +206,8 @@ def sums_kernel(  # noqa: PLR0913 - the op's schema
         among = columns < count
         logits = _logits(hidden, weight, rows, columns, inside, among, width, ROWS, COLUMNS, DEPTH)
         logits = tl.where(among[None, :], logits, float("-inf"))
-        found += tl.sum(tl.where((first + columns)[None, :] == target[:, None], logits, 0.0), 1)
+        chosen_here = ((first + columns)[None, :] == target[:, None]) & among[None, :]
+        found += tl.sum(tl.where(chosen_here, logits, 0.0), 1)
         higher = tl.maximum(most, tl.max(logits, 1))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         most = higher

@@ -382,7 +382,7 @@ class TestTokens:
     def test_several_chunks_and_splits(self, dtype: torch.dtype, mean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"_WORKSPACE": 1, "_NARROWEST": 96, "_PROGRAMS": 6}.items():
             monkeypatch.setattr(token_kernels, name, value)
-        hidden, weight = (torch.randn(rows, 24).to(DEVICE, dtype) for rows in (70, 400))
+        hidden, weight = ((torch.randn(rows, 24) / 24**0.25).to(DEVICE, dtype) for rows in (70, 400))
         columns, targets = (7, 390), torch.randint(7, 390, (70,), device=DEVICE)
         inputs = (hidden, weight, targets)
         found = token_kernels.forward(*inputs, *columns, mean)

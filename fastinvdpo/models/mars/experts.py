@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
     @classmethod
     def of(cls, visual: Tensor) -> Routing:
-        """From a bool ``(B, L)``: whether a token is the visual expert's."""
+        """From a bool ``(B, L)``: whether a token is the visual expert's. On a GPU this waits for the device."""
         flat = visual.flatten()
         text_at, visual_at = (~flat).nonzero().squeeze(1), flat.nonzero().squeeze(1)
         return cls(text_at, visual_at, torch.cat([text_at, visual_at]).argsort())
@@ -47,10 +47,10 @@ class Routed(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """``(B, L, D)`` to ``(B, L, D')``."""
         routing = self.routing
-        if routing is None or len(routing.visual) == 0:
-            return self.text(hidden)  # type: ignore[no-any-return]
-        if len(routing.text) == 0:
-            return self.visual(hidden)  # type: ignore[no-any-return]
+        if routing is None or len(routing.visual) == 0 or len(routing.text) == 0:
+            expert = self.text if routing is None or len(routing.visual) == 0 else self.visual
+            whole: Tensor = expert(hidden)
+            return whole
         flat = hidden.flatten(0, 1)
         text = self.text(flat.index_select(0, routing.text))
         visual = self.visual(flat.index_select(0, routing.visual))
@@ -92,7 +92,7 @@ def check_layer(layer: nn.Module) -> None:
 
 
 @cache
-def _routed_layer(kind: type[nn.Module]) -> type[nn.Module]:
+def _routed_layer(kind: Any) -> Any:
     """A decoder layer whose forward takes ``routing``; not a hook, as activation checkpointing repeats the forward."""
 
     def forward(self: nn.Module, *arguments: Any, routing: Routing | None = None, **options: Any) -> Any:

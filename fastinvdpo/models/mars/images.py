@@ -13,8 +13,8 @@ from fastinvdpo.errors import invalid
 @torch.no_grad()
 def encode_images(vq: Any, pixels: Tensor) -> Tensor:
     """Codes, int64 ``(B, h·w)`` in raster order, of pixels ``(B, C, height, width)`` in [−1, 1]."""
-    indices = vq.quantize(vq.encode(pixels).latents)[2][2]
-    return indices.view(len(pixels), -1)  # type: ignore[no-any-return]
+    indices: Tensor = vq.quantize(vq.encode(pixels).latents)[2][2]
+    return indices.view(len(pixels), -1)
 
 
 @torch.no_grad()

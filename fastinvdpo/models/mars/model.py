@@ -88,7 +88,8 @@ class MarsModel(nn.Module):
     @property
     def text_head(self) -> Tensor:
         """``(text_size, D)``, frozen."""
-        return self.decoder.lm_head.weight  # type: ignore[no-any-return]
+        weight: Tensor = self.decoder.lm_head.weight
+        return weight
 
     def visual_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes and a checkpoint holds, by name."""
@@ -115,7 +116,8 @@ class MarsModel(nn.Module):
             options |= {"attention_mask": attention_mask, "position_ids": positions}
         embedded = torch.where(visual.unsqueeze(-1), codes, text)
         output = self.decoder.model(inputs_embeds=embedded, routing=Routing.of(visual), **options)
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def text_ids(self, texts: Sequence[str | Sequence[int]], end: bool = False) -> list[list[int]]:
         """Token ids of texts, or ids as they are given; ``end``: followed by the tokenizer's end of text.
@@ -141,10 +143,13 @@ class MarsModel(nn.Module):
         return found
 
     def check_codes(self, codes: Tensor) -> None:
-        """Raise ``InvalidInput`` unless these are codes of images, int64 ``(B, N)`` of at least one token each."""
+        """Raise ``InvalidInput`` unless these are codes of images, int64 ``(B, N)`` of at least one token each.
+
+        On a GPU, where it would wait for the device, values are not looked at.
+        """
         if codes.ndim != 2 or codes.dtype != torch.int64 or codes.numel() == 0:
             raise invalid("codes", (tuple(codes.shape), codes.dtype), "are not int64 (B, N)", "pass one row an image")
-        least, largest = map(int, codes.aminmax())
+        least, largest = map(int, codes.aminmax()) if codes.is_cpu else (0, 0)
         if least < 0 or largest >= self.config.codes:
             remedy = "encode with the tokenizer that the model was made for"
             raise invalid("codes", (least, largest), f"are not all in 0 … {self.config.codes - 1}", remedy)

@@ -90,7 +90,7 @@ def generate_images(
     ids, mask = model.prompt(both, model.visual_head.device)
     cache, codes = _cache(model), list[Tensor]()
     while True:
-        logits = model(ids, mask, cache)[:, -1].float() @ model.visual_head.float().T
+        logits = (model(ids, mask, cache)[:, -1] @ model.visual_head.T).float()
         if guidance != 1:
             conditional, free = logits.chunk(2)
             logits = free + guidance * (conditional - free)
@@ -125,7 +125,7 @@ def caption_images(
     ids, cache, found = model.image_ids(codes), _cache(model), list[Tensor]()
     running = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
     while len(found) < tokens and bool(running.any()):
-        logits = model(ids, None, cache)[:, -1].float() @ model.text_head.float().T
+        logits = model(ids, None, cache)[:, -1] @ model.text_head.T
         found.append(sampling.draw(logits, generator))
         if end is not None:
             running &= found[-1] != end

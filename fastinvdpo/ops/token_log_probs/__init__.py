@@ -18,8 +18,8 @@ def token_log_probs(
     """``log softmax(hidden · weightᵀ)`` at the targets; fused backends hold a block of the logits at a time.
 
     With ``p`` the softmax over the columns, the gradient of a token's log-probability with respect to its hidden state
-    is ``w_target − Σ_v p_v·w_v``. Where the weight needs no gradient, as that of a frozen head, the sum is formed in the
-    forward (``T·D`` numbers are kept for it); else the backward forms the blocks of logits again.
+    is ``w_target − Σ_v p_v·w_v``. Where the weight needs no gradient, as that of a frozen head, the sum is formed in
+    the forward (``T·D`` numbers are kept for it); else the backward forms the blocks of logits again.
 
     Args:
         hidden: ``(…, D)``, the states that predict the targets. float64, float32, bfloat16 or float16.

@@ -14,7 +14,7 @@ from fastinvdpo.ops.checks import arithmetic_dtype
 def forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, start: int, stop: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``log p`` and ``log Σ exp`` of each token, ``(T,)``; with ``mean`` ``Σ_v p_v·w_v``, ``(T, D)``, else ``(0, 0)``."""
+    """``log p`` and ``log Σ exp`` of each token, ``(T,)``; with ``mean`` ``Σ_v p_v·w_v``, ``(T, D)``, or ``(0, 0)``."""
     dtype = arithmetic_dtype(hidden, weight)
     columns = weight[start:stop].to(dtype)
     logits = hidden.to(dtype) @ columns.T
