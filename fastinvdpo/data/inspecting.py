@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageOps
 
 from fastinvdpo.data.broken import DataSummary, by_cause, write_report
-from fastinvdpo.data.likes import LikedDataset, LikedImage
 from fastinvdpo.data.pairs import Pair, PairDataset
 from fastinvdpo.data.rows import SCORES
 from fastinvdpo.output import OutputDirectory
@@ -19,7 +18,7 @@ _WON, _LOST, _TIED = (46, 125, 50), (198, 40, 40), (117, 117, 117)
 _SIZES_SHOWN = 5
 
 
-def inspect_pairs(dataset: PairDataset | LikedDataset, output: OutputDirectory, *, pairs: int = 8) -> str:
+def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int = 8) -> str:
     """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return a summary as text."""
     write_report(dataset.summary, dataset.broken, output)
     with output.file(SHEET) as partial:
@@ -44,7 +43,7 @@ def inspect_pairs(dataset: PairDataset | LikedDataset, output: OutputDirectory, 
     return "\n".join(lines)
 
 
-def _masks(dataset: PairDataset | LikedDataset) -> str:
+def _masks(dataset: PairDataset) -> str:
     names = ", ".join(map(dataset.source.shown, dataset.source.stored_masks))
     return (names if dataset.has_masks else f"{names}, not read (data.masks)") if names else "none"
 
@@ -55,8 +54,8 @@ def _kept(found: DataSummary) -> list[str]:
     return [f"pairs     {found.pairs}", f"ties      {found.ties} ({'kept' if found.ties_kept else 'dropped'})"]
 
 
-def _scores(dataset: PairDataset | LikedDataset) -> str:
-    scores = None if isinstance(dataset, LikedDataset) else dataset.scores()
+def _scores(dataset: PairDataset) -> str:
+    scores = None if dataset.unpaired else dataset.scores()
     if scores is None:
         return "none"
     won, lost = (statistics.fmean(side) for side in zip(*scores, strict=True))
@@ -65,7 +64,7 @@ def _scores(dataset: PairDataset | LikedDataset) -> str:
     return f"{columns}: winners {won:.4g}, losers {lost:.4g} on average; the winner's is higher in {higher:.1%}"
 
 
-def sheet(pairs: Sequence[Pair | LikedImage]) -> Image.Image:
+def sheet(pairs: Sequence[Pair]) -> Image.Image:
     """One line a pair: winner (green), loser (red; both gray for a tie), row, caption, scores; or a line for each image
     that was liked (green) or disliked (red).
     """
@@ -83,7 +82,7 @@ def sheet(pairs: Sequence[Pair | LikedImage]) -> Image.Image:
     return page
 
 
-def _label(pair: Pair | LikedImage) -> str:
+def _label(pair: Pair) -> str:
     lines = [f"row {pair.row}" + (", tie" if pair.tie else "")]
     if pair.scores is not None:
         lines.append(f"scores {pair.scores[0]:.4g}, {pair.scores[1]:.4g}")

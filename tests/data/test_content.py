@@ -68,7 +68,7 @@ def test_images_are_read_again_only_after_a_change(tmp_path: Path, monkeypatch: 
     digests = Digests()
     first = content(root, digests)
     with monkeypatch.context() as patched:
-        patched.setattr("fastinvdpo.data.records.RecordSource.image", lambda *arguments: pytest.fail("read again"))
+        patched.setattr("fastinvdpo.data.records.RecordSource.encoded", lambda *arguments: pytest.fail("read again"))
         assert content(root, Digests(digests.remembered)) == first
     (root / "images" / "2-1.png").write_bytes(encoded(image(9)))
     replaced = content(root, Digests(digests.remembered))

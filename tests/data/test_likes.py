@@ -11,51 +11,13 @@ from typing import Any
 import pytest
 
 from fastinvdpo.data import LikedDataset, PairDataset, open_source
-from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.content import content_of
 from fastinvdpo.data.inspecting import inspect_pairs
-from fastinvdpo.data.rows import LIKES, WrongForm, in_schema, liked_of
+from fastinvdpo.data.rows import WrongForm
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import Digests
 from fastinvdpo.output import OutputDirectory
 from tests.data.test_pairs import encoded, image, row, store
-
-
-def where(*names: str) -> str:
-    return f"row 3, {names}"
-
-
-def read(stored: dict[str, Any], names: dict[str, str] | None = None) -> bool:
-    return liked_of(in_schema(stored, "line 1", names or {}, None, LIKES), where)
-
-
-@pytest.mark.parametrize("key", ["liked", "label"])
-@pytest.mark.parametrize("value", [1, True, 1.0, "1", "true", "True", "like", "liked"])
-def test_a_label_is_read_by_value(key: str, value: Any) -> None:
-    opposite = {"1": "0", "true": "false", "True": "False", "like": "dislike", "liked": "disliked"}
-    assert read({key: value}) is True
-    assert read({key: opposite[value] if isinstance(value, str) else type(value)(0)}) is False
-    assert read({"liked": value, "label": 1}) is True, "what agrees by value is no contradiction"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *[{"liked": value} for value in (None, 2, -1, 0.5, "yes", "", [], float("nan"))],
-        {"label": "image_0"},
-        {"liked": 1, "label": 0},
-        {"liked": True, "label": None},
-        {},
-    ],
-)
-def test_what_says_nothing_or_two_things_is_a_malformed_label(fields: dict[str, Any]) -> None:
-    with pytest.raises(BrokenRow, match="Remedy") as caught:
-        read(fields)
-    assert caught.value.cause == "malformed label"
-
-
-def test_a_label_that_is_mapped_counts_alone() -> None:
-    assert read({"mine": 1, "label": 0, "liked": 0}, {"liked": "mine"}) is True
 
 
 def likes(*labels: Any, **changes: Any) -> list[dict[str, Any]]:
