@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as arrow
 from pyarrow import parquet, types
 
@@ -26,8 +27,8 @@ def write_scored(
     source: PairSource,
     target: Path,
     rows: Sequence[int],
-    scores: Mapping[str, Sequence[float]],
-    labels: Mapping[str, Sequence[float]],
+    scores: Mapping[str, np.ndarray],
+    labels: Mapping[str, np.ndarray],
     metadata: Mapping[bytes, bytes],
 ) -> None:
     """Write ``rows`` of a source as one parquet file, with their scores in float32 columns of their own.

@@ -182,10 +182,10 @@ def score_pairs(
             raise invalid("data.path", source.path, problem, "repair the data")
         scores = np.array(found)  # (rows, scorers, 2)
         kept, labels, dissent = _judged(scores, list(columns), relabel, votes)
-        scores, own = scores[kept], [row for row, keep in zip(rows, kept, strict=True) if keep]
+        scores, chosen = scores[kept], [row for row, keep in zip(rows, kept, strict=True) if keep]
         description = {
-            **{"key": final, "rows": len(source), "pairs": len(own), "broken": bad.counts()},
-            **({"disagreed": len(rows) - len(own), "dissent": dissent} if votes else {}),
+            **{"key": final, "rows": len(source), "pairs": len(chosen), "broken": bad.counts()},
+            **({"disagreed": len(rows) - len(chosen), "dissent": dissent} if votes else {}),
             "scores": [
                 {
                     "name": name,
@@ -201,7 +201,7 @@ def score_pairs(
             with atomic_file(list_of_broken(output)) as temporary:
                 temporary.write_text(bad.listed(), "utf-8")
         with atomic_file(output, new=True) as temporary:
-            write_scored(source, temporary, own, added, labels, {METADATA: json.dumps(description).encode()})
+            write_scored(source, temporary, chosen, added, labels, {METADATA: json.dumps(description).encode()})
         begun.remove()
     return ScoreResult.of(output, description)
 

@@ -84,12 +84,6 @@ def test_scores_travel_with_their_images_and_may_decide_the_winner(write: Write)
     assert pairs.dropped_ties == 1, "equal scores are the ties"
 
 
-def test_pairs_of_one_image_are_counted(write: Write) -> None:
-    with pytest.warns(UserWarning, match="2 pairs have one image on both sides, the first in row 1"):
-        same = {"jpg_0": encoded(image(9)), "jpg_1": encoded(image(9))}
-        assert len(PairDataset(write(row(0), row(1, **same), row(2, **same)))) == 3
-
-
 def test_keys_name_bytes_caption_and_transform(write: Write) -> None:
     same = row(0)
     path = write(same, {**same, "caption": "other"}, row(0, 0))
@@ -101,20 +95,16 @@ def test_keys_name_bytes_caption_and_transform(write: Write) -> None:
     assert len({(pair.winner.tobytes(), pair.winner_key) for pair in (flipped.pair(0, draw=i) for i in range(20))}) == 2
 
 
-def test_of_two_columns_for_one_thing_a_user_names_the_one_that_counts(tmp_path: Path) -> None:
-    path = store(tmp_path / "pairs.parquet", [row(1, prompt="another")])
+def test_columns_can_be_mapped_and_of_two_for_one_thing_a_user_names_the_one_that_counts(write: Write) -> None:
+    path = write(row(1, prompt="another"))
     with pytest.raises(InvalidInput, match=r"two columns for caption: caption and prompt. .*columns.caption=caption"):
         PairDataset(path)
     for key, caption in {"caption": "caption 1", "prompt": "another"}.items():
         assert PairDataset(path, columns={"caption": key}).caption(0) == caption
-
-
-def test_columns_can_be_mapped(write: Write) -> None:
     mine = {"jpg_0": "left", "jpg_1": "right", "caption": "prompt", "score_0": "s0", "score_1": "s1"}
     renamed = {mine.get(name, name): value for name, value in row(0, score_0=1.0, score_1=2.0).items()}
     pairs = PairDataset(write({**renamed, "jpg_0": b"not this one", "extra": 7}), columns=mine)
-    assert pairs[0].winner.getpixel((0, 0)) == 0
-    assert pairs[0].loser_score == 2.0
+    assert (pairs[0].winner.getpixel((0, 0)), pairs[0].loser_score) == (0, 2.0)
 
 
 def test_image_feature_structs_and_other_formats(write: Write) -> None:
@@ -147,7 +137,10 @@ def test_a_copy_in_another_process_reads_the_files_itself(write: Write) -> None:
     assert pickle.loads(sent).pair(7, draw=5).winner.tobytes() == pairs.pair(7, draw=5).winner.tobytes()
 
 
-def test_broken_images_are_left_out_up_to_the_allowed_number(write: Write) -> None:
+def test_broken_images_are_left_out_up_to_the_allowed_number_and_pairs_of_one_image_are_counted(write: Write) -> None:
+    with pytest.warns(UserWarning, match="2 pairs have one image on both sides, the first in row 1"):
+        same = {"jpg_0": encoded(image(9)), "jpg_1": encoded(image(9))}
+        assert len(PairDataset(write(row(0), row(1, **same), row(2, **same)))) == 3
     damaged = bytearray(row(1)["jpg_1"])
     damaged[len(damaged) // 2] ^= 0xFF  # header and end are intact: only decoding finds this
     path = write(row(0), row(1, jpg_1=bytes(damaged)), row(2), row(3, jpg_0=b"text"), row(4))
@@ -222,14 +215,13 @@ def test_paths_that_hold_no_pairs(tmp_path: Path) -> None:
     (tmp_path / "truncated.parquet").write_bytes(whole[:-50])
     pq.write_table(pa.Table.from_pylist([row(0)]).slice(0, 0), tmp_path / "empty.parquet")
     (tmp_path / "nothing").mkdir()
-    for name, problem in {
-        "missing.parquet": r"data.path = .*missing.parquet': does not exist",
+    unreadable = dict.fromkeys(("text.parquet", "truncated.parquet"), "is not a readable parquet file")
+    missing = {
+        "missing.parquet": r"missing.parquet': does not exist",
         "nothing": r"is a directory without \*.parquet, ",
-        "text.parquet": "is not a readable parquet file",
-        "truncated.parquet": "is not a readable parquet file",
-        "empty.parquet": "holds no rows",
-    }.items():
-        with pytest.raises(InvalidInput, match=problem):
+    }
+    for name, problem in {**unreadable, **missing, "empty.parquet": "holds no rows"}.items():
+        with pytest.raises(InvalidInput, match=rf"data.path = .*{problem}"):
             PairDataset(tmp_path / name)
 
 
