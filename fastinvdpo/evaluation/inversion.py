@@ -188,7 +188,7 @@ def run_invert(
         model = load_model(family, path)
         if torch.cuda.is_available():
             model.to("cuda")
-        settings = {
+        settings: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": _guidance(model, guidance_scale),
             "renoise_iterations": renoise_iterations,

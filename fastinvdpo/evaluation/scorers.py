@@ -277,9 +277,10 @@ def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str])
     """
     found = [torch.empty(0)]
     for start in range(0, len(images), scorer.batch_size):
-        part, texts = (values[start : start + scorer.batch_size] for values in (images, captions))
+        batch = slice(start, start + scorer.batch_size)
+        part = images[batch]
         try:
-            scores = torch.as_tensor(scorer(part, texts), dtype=torch.float32).cpu()
+            scores = torch.as_tensor(scorer(part, captions[batch]), dtype=torch.float32).cpu()
         except (InvalidInput, MissingExtra):
             raise
         except Exception as error:  # anybody's code

@@ -44,17 +44,17 @@ def test_only_a_change_of_rows_changes_the_digests(tmp_path: Path, expected: dic
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("part", "change"),
     [
-        ({"caption": "another"}, "captions"),
-        ({"label_0": 0.0, "label_1": 1.0}, "winners"),
-        ({"score_1": 2.75}, "scores"),
-        ({"jpg_1": encoded(image(77))}, "images"),
-        ({"caption": None}, "captions"),
+        ("captions", {"caption": "another"}),
+        ("captions", {"caption": None}),
+        ("winners", {"label_0": 0.0, "label_1": 1.0}),
+        ("scores", {"score_1": 2.75}),
+        ("images", {"jpg_1": encoded(image(77))}),
     ],
 )
 def test_a_change_of_one_row_changes_its_part(
-    tmp_path: Path, change: dict[str, Any], part: str, expected: dict[str, Any]
+    tmp_path: Path, part: str, change: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     changed = rows()
     changed[3] |= change
