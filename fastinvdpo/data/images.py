@@ -26,7 +26,7 @@ _MOST_BYTES = 2**28  # of one file
 _HEIC = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-_END_BYTES = 64 * 1024
+_HEADER_BYTES = 64 * 1024
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # tags of EXIF and TIFF
 _TURN_MARKS = (b"eXIf", b"exif", b"Orientation")  # in a PNG, before or after the pixels
 _TIFF_STARTS = (b"II*\0", b"MM\0*")  # some versions of PIL turn these when they state the size, others do not
@@ -170,7 +170,7 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
 
     Reads the ends of ``data`` only, so that opening a large memory-mapped set does not read all of it.
     """
-    head, tail = bytes(data[:_END_BYTES]), bytes(data[-_END_BYTES:])
+    head, tail = bytes(data[:_HEADER_BYTES]), bytes(data[-_HEADER_BYTES:])
     is_png = head.startswith(_PNG_START)
     cut_off = (is_png and _PNG_END not in tail[-16:]) or (head.startswith(_JPEG_START) and _JPEG_END not in tail[-16:])
     may_turn = is_png and any(mark in part for mark in _TURN_MARKS for part in (head, tail))
@@ -178,21 +178,29 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
         image = decode(data, where)
         return image.height, image.width
     try:
-        with _open(data) as opened:
-            size = int(opened.height), int(opened.width)
-            _check_pixels(*size)
-            lies = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        return size[::-1] if lies else size
+        try:
+            return _stated_size(head)
+        except _DAMAGED:
+            if len(data) <= _HEADER_BYTES:
+                raise
+            return _stated_size(data)  # a long preamble, or a format that states its size at the end
     except _DAMAGED as error:
         raise _broken(data, where, error) from error
 
 
-def _open(data: memoryview) -> Any:
+def _stated_size(data: bytes | memoryview) -> tuple[int, int]:
+    with _open(data) as opened:
+        size = int(opened.height), int(opened.width)
+        _check_pixels(*size)
+        lies = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return size[::-1] if lies else size
+
+
+def _open(data: bytes | memoryview) -> Any:
     Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_pixels is stricter
-        file: Any = arrow.BufferReader(data)  # copies nothing
-        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _check_pixels(height: int, width: int) -> None:
@@ -201,7 +209,7 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def _broken(data: memoryview, where: str, error: BaseException) -> BrokenRow:
-    cause = re.sub(r" <[^>]*>", "", str(error))  # the same words in every process
+    cause = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))  # the same words in every process
     if bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIC:
         cause = "it is HEIC, which is not read: convert it to JPEG or PNG"
     return broken("corrupt image", where, f"{len(data)} bytes", f"is not an intact image ({cause})", _REMEDY)
