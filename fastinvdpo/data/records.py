@@ -148,7 +148,7 @@ def in_schema(
 
 
 def folder_rows(listing: Path, names: Mapping[str, str], form: Form = PAIRS) -> Rows:
-    """Of a file with one JSON object a line; see :func:`fastinvdpo.data.rows.in_schema` for the keys."""
+    """Of a file with one JSON object a line; see :func:`in_schema` for the keys."""
     for line, record in json_lines(listing):
         place = f"{listing.name}, line {line}"
         yield place, caught(in_schema, record, place, names, None, form)
