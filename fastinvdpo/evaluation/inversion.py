@@ -145,7 +145,7 @@ def overview(model: DiffusionModel, result: InversionResult) -> Image:
     rows = zip(result.originals, model.decode_latents(result.latents), result.reconstructions, strict=True)
     width, height = result.originals[0].size
     scale = max(1, math.ceil(_TILE / min(width, height)))
-    # Whole pixels stay whole: an 8x8 digit must not look smooth.
+    # Whole pixels stay whole: a small image must not look smooth.
     tiles = [image.resize((width * scale, height * scale), Resampling.NEAREST) for row in rows for image in row]
     return grid(tiles, len(_COLUMNS), _COLUMNS, gap=8)
 

@@ -66,7 +66,15 @@ def test_the_report_holds_every_value_and_image_and_a_browser_fetches_nothing(tm
     sampling, out = Sampling(num_inference_steps=2, guidance_scale=1.0), tmp_path / "out"
 
     def report(shown: int) -> Page:
-        compare(*models, [*tiny.PROMPTS[:3], HOSTILE], scorers, out, family="digits", sampling=sampling, shown=shown)
+        compare(
+            *models,
+            [*tiny.PROMPTS[:3], HOSTILE],
+            scorers,
+            out,
+            family="stable-diffusion",
+            sampling=sampling,
+            shown=shown,
+        )
         return Page((out / "report.html").read_text("utf-8"))
 
     few = report(shown=1)  # the first are shown

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo._examples.digits.base import SCHEDULER, WEIGHTS
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.inversion import invert_images
 from fastinvdpo.evaluation.sampling import STREAM_SAMPLING, sample
 from fastinvdpo.models import DiffusionModel, load_model
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.ops import philox
 from tests.cases import SD_SCHEDULER
 from tests.models import tiny
@@ -35,18 +34,18 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "second order": ("HeunDiscrete", {}),
     "second order, between": ("KDPM2Discrete", {}),
 }
-PROMPTS = ["a handwritten three", "a handwritten seven", "", "a handwritten zero", "a handwritten one"]
+PROMPTS = ["a three", "a seven", "", "a zero", "a one"]
 
 
 @pytest.fixture(scope="module")
 def model() -> DiffusionModel:
-    return load_model("digits", WEIGHTS / "clean")
+    return StableDiffusionModel(tiny.pixel_pipeline())
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_sampling_equals_diffusers_ddim(model: DiffusionModel, guidance_scale: float) -> None:
     ours = sample(model, model.network, PROMPTS, num_inference_steps=10, guidance_scale=guidance_scale, seed=4)
-    scheduler = diffusers.DDIMScheduler(**SCHEDULER)
+    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULER)
     scheduler.set_timesteps(10)
     latents = philox.normal(4, STREAM_SAMPLING, torch.arange(len(PROMPTS)), model.latent_shape)
     conditional, unconditional = model.encode_prompts(PROMPTS), model.encode_prompts([""] * len(PROMPTS))
@@ -93,12 +92,12 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_an_oracle_is_followed_to_its_image(prediction_type: str) -> None:
-    configuration = {**SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": True}
-    clean = torch.linspace(-1, 1, 64).view(1, 8, 8)
-    model = DigitsModel(nn.Identity(), configuration)
+    configuration = {**SD_SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": True}
+    clean = torch.linspace(-1, 1, 256).view(4, 8, 8)
+    model = StableDiffusionModel(tiny.pixel_pipeline(scheduler=diffusers.DDIMScheduler(**configuration)))
     oracle = model.network = Oracle(model.schedule, clean).eval()
     sampled = sample(model, oracle, PROMPTS, num_inference_steps=7, guidance_scale=2.0, batch_size=3)
-    torch.testing.assert_close(sampled, clean.expand(5, 1, 8, 8), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(sampled, clean.expand(5, 4, 8, 8), rtol=1e-5, atol=2e-5)
     assert sum(oracle.seen) == 5 * 7 * 2
     for training, fail in ((True, False), (True, True), (False, True)):
         oracle.fail = fail
@@ -173,7 +172,10 @@ def test_a_schedule_that_training_rescales_is_sampled_as_the_checkpoint_says(tmp
 
 @pytest.mark.parametrize(
     ("name", "told", "evaluations"),
-    [("sd15", 7.5, 2), ("sdxl", 5.0, 2), ("sd3", 7.0, 2), ("flux", 3.5, 1), ("schnell", 1.0, 1), ("turbo", 1.0, 1)],
+    [
+        *(("sd15", 7.5, 2), ("sdxl", 5.0, 2), ("sd3", 7.0, 2), ("klein", 4.0, 2), ("qwen", 4.0, 2)),
+        *(("z-image", 5.0, 2), ("flux", 3.5, 1), ("schnell", 1.0, 1), ("turbo", 1.0, 1)),
+    ],
 )
 def test_guidance_is_by_default_that_of_the_pipeline(tmp_path: Path, name: str, told: float, evaluations: int) -> None:
     pipeline = tiny.turbo_pipeline() if name == "turbo" else tiny.PIPELINES[name]()
