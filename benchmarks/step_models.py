@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastinvdpo._extras import require
 from fastinvdpo.data import ImageGeometry, Pair
+from fastinvdpo.data.pairs import Side
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 
@@ -144,7 +145,6 @@ class RandomPairs:
 
     def pair(self, i: int, draw: int) -> Pair:
         image = require("PIL.Image", extra="train", purpose="the pairs to measure with")
-        winner, loser = (image.new("I", (1, 1), number) for number in (2 * i, 2 * i + 1))
         geometry = ImageGeometry((0, 0), (0, 0), (0, 0))
-        loser_score = 0.20 + 0.01 * (i % 3)
-        return Pair(winner, loser, "x" * (1 + i), 0.25, loser_score, i, f"{i}w", f"{i}l", geometry, geometry)
+        sides = tuple(Side(image.new("I", (1, 1), 2 * i + side), geometry, f"{i} {side}") for side in (0, 1))
+        return Pair(sides, "x" * (1 + i), i, (0.25, 0.20 + 0.01 * (i % 3)))

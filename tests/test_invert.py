@@ -55,48 +55,34 @@ def test_the_error_is_of_first_order_in_the_step(model: DiffusionModel) -> None:
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
-def test_renoise_brings_the_way_up_closer_to_the_way_down(model: DiffusionModel) -> None:
-    plain, once = (
-        invert_images(model, noise(), ["a three"], num_inference_steps=10, renoise_iterations=count).latent_mse.mean()
-        for count in (0, 1)
-    )
-    assert once < plain
-
-
 @pytest.mark.parametrize("steps", [1, 7, 50])
 def test_a_network_that_ignores_its_input_is_inverted_exactly(
     model: DiffusionModel, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Inversion and sampling then use the same output in every step, so the affine steps cancel. Latents are pixels.
-    constant = {"predict": lambda self, network, latents, timesteps, conditioning: latents.new_full(latents.shape, 0.3)}
+    constant = {"predict": lambda self, network, latents, *_: latents.new_full(latents.shape, 0.3)}
     constant["encode_images"] = lambda self, images: pixels_of(images, "RGB").repeat(1, 2, 1, 1)[:, :4]
     constant["decode_latents"] = lambda self, latents: images_of(((latents[:, :3] + 1) * 127.5).round().byte())
     for name, replacement in constant.items():
         monkeypatch.setattr(type(model), name, replacement)
     result = invert_images(model, noise(), [""], num_inference_steps=steps)
     torch.testing.assert_close(result.reconstructed_latents, result.clean_latents, rtol=0, atol=1e-4)
-    assert [image.tobytes() for image in result.reconstructions] == [
-        image.convert("RGB").tobytes() for image in noise()
-    ]
+    originals = [image.convert("RGB").tobytes() for image in noise()]
+    assert [image.tobytes() for image in result.reconstructions] == originals
     assert result.mse.max() == 0
     assert torch.isinf(result.psnr).all()
 
 
-def test_the_way_back_is_the_sampler(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = ["a three", "b", "c"]
-    result = invert_images(model, noise(), prompts, num_inference_steps=10, guidance_scale=2.0)
-    monkeypatch.setattr("fastinvdpo.evaluation.sampling.philox.normal", lambda *arguments: result.latents)
-    sampled = sample(model, model.network, prompts, num_inference_steps=10, guidance_scale=2.0)
-    torch.testing.assert_close(sampled, result.reconstructed_latents, rtol=1e-5, atol=1e-5)
-
-
-def test_errors_are_those_of_the_returned_tensors_and_images(model: DiffusionModel) -> None:
+def test_the_way_back_is_the_sampler_and_errors_are_those_of_the_returned_tensors_and_images(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, settings = ["a three", "b", "c"], {"num_inference_steps": 10, "guidance_scale": 2.0}
     model.network.train()
-    result = invert_images(model, noise(), [""], num_inference_steps=5)
+    result = invert_images(model, noise(), prompts, **settings)
     assert model.network.training, "the network keeps its mode"
     model.network.eval()
     assert not result.latents.requires_grad and all(p.grad is None for p in model.network.parameters())
-    assert result.latents.shape == result.clean_latents.shape == (3, 4, 8, 8)
+    assert result.latents.shape == result.clean_latents.shape == (3, 4, 8, 8) and result.prompts == prompts
     expected = ((result.reconstructed_latents - result.clean_latents) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(result.latent_mse, expected)
     for i in range(3):
@@ -104,29 +90,26 @@ def test_errors_are_those_of_the_returned_tensors_and_images(model: DiffusionMod
         mse = sum(((a - b) / 255) ** 2 for a, b in pairs) / 192
         assert float(result.mse[i]) == pytest.approx(mse)
         assert float(result.psnr[i]) == pytest.approx(-10 * torch.log10(torch.tensor(mse)).item(), rel=1e-5)
+    for images, texts, of in ((noise(), prompts, slice(3)), (noise()[2:], ["c"], slice(2, 3))):  # in any batch
+        apart = invert_images(model, images, texts, batch_size=2, **settings)
+        torch.testing.assert_close(apart.latents, result.latents[of], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("fastinvdpo.evaluation.sampling.philox.normal", lambda *arguments: result.latents)
+    sampled = sample(model, model.network, prompts, **settings)
+    torch.testing.assert_close(sampled, result.reconstructed_latents, rtol=1e-5, atol=1e-5)
 
 
-def test_guidance_changes_the_path_and_doubles_the_evaluations(model: DiffusionModel) -> None:
+def test_guidance_changes_the_path_and_renoise_brings_the_way_up_closer_to_the_way_down(model: DiffusionModel) -> None:
     def inverted(prompt: str, **options: Any) -> Any:
         return invert_images(model, noise(), [prompt], num_inference_steps=6, **options)
 
     plain, guided = inverted("a three"), inverted("a three", guidance_scale=2.0)
     renoised = inverted("a three", guidance_scale=2.0, renoise_iterations=1)
-    assert (plain.network_evaluations, guided.network_evaluations) == (3 * 6 * 2, 2 * 3 * 6 * 2)
-    assert renoised.network_evaluations == 3 * 6 * (4 + 2)
+    evaluations = [result.network_evaluations for result in (plain, guided, renoised)]
+    assert evaluations == [3 * 6 * 2, 3 * 6 * 2 * 2, 3 * 6 * (4 + 2)]
     assert not torch.allclose(plain.latents, guided.latents)
+    assert renoised.latent_mse.mean() < guided.latent_mse.mean()
     empty, same = inverted(""), inverted("", guidance_scale=3.0)
     torch.testing.assert_close(same.latents, empty.latents, rtol=1e-4, atol=1e-4)
-
-
-def test_batches_and_prompts_stay_with_their_images(model: DiffusionModel) -> None:
-    prompts = ["a", "b", "c"]
-    together = invert_images(model, noise(), prompts, num_inference_steps=4)
-    apart = invert_images(model, noise(), prompts, num_inference_steps=4, batch_size=2)
-    torch.testing.assert_close(apart.latents, together.latents, rtol=1e-4, atol=1e-5)
-    assert together.prompts == prompts
-    last = invert_images(model, noise()[2:], ["c"], num_inference_steps=4)
-    torch.testing.assert_close(last.latents, together.latents[2:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sdxl"])
@@ -152,17 +135,15 @@ def test_run_writes_latents_image_and_report(directory: Path, files: list[Path],
     out = tmp_path / "out"
     report = run_invert("auto", directory, files, output=out, prompts=["a one"], num_inference_steps=5)
     assert json.loads((out / "report.json").read_text()) == report
-    assert [entry["image"] for entry in report["images"]] == [str(path) for path in files]
-    assert {entry["prompt"] for entry in report["images"]} == {"a one"}
+    named = [(entry["image"], entry["prompt"]) for entry in report["images"]]
+    assert named == [(str(path), "a one") for path in files]
     stored = load_file(out / "latents.safetensors")
-    assert {name: tensor.shape for name, tensor in stored.items()} == dict.fromkeys(
-        ("clean", "inverted", "reconstructed"), (3, 4, 8, 8)
-    )
-    for entry, clean, back in zip(report["images"], stored["clean"], stored["reconstructed"], strict=True):
-        assert entry["latent_mse"] == pytest.approx(float((clean - back).square().mean()), rel=1e-5)
-    assert report["mean"]["latent_mse"] == pytest.approx(sum(e["latent_mse"] for e in report["images"]) / 3, rel=1e-5)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    assert shapes == dict.fromkeys(("clean", "inverted", "reconstructed"), (3, 4, 8, 8))
+    errors = (stored["clean"] - stored["reconstructed"]).square().mean((1, 2, 3))
+    assert [entry["latent_mse"] for entry in report["images"]] == pytest.approx(errors.tolist(), rel=1e-5)
+    assert report["mean"]["latent_mse"] == pytest.approx(float(errors.mean()), rel=1e-5)
     with Image.open(out / "invert.png") as sheet:
-        sheet.load()
         columns = [sheet.crop((8 + k * 136, 28, 8 + k * 136 + 128, 28 + 128)).convert("L") for k in range(3)]
     assert columns[0].resize((8, 8), Image.Resampling.NEAREST).tobytes() == noise()[0].tobytes()
     assert columns[1].tobytes() != columns[0].tobytes() != columns[2].tobytes()
@@ -175,21 +156,28 @@ def test_run_takes_a_pair_set_with_its_captions(directory: Path, tmp_path: Path)
         {"jpg_0": third, "jpg_1": first, "label_0": 1, "label_1": 0, "caption": "a six"},
     ]
     write_pairs(tmp_path / "pairs.parquet", rows)
-    report = run_invert(
-        "auto", directory, [tmp_path / "pairs.parquet"], output=tmp_path / "out", num_inference_steps=2, max_images=3
-    )
-    named = [(entry["image"], entry["prompt"]) for entry in report["images"]]
-    assert named == [
-        ("row 0, winner", "a two"),
-        ("row 0, loser", "a two"),
-        ("row 1, winner", "a six"),
-    ]
-    clean = load_file(tmp_path / "out" / "latents.safetensors")["clean"]
-    assert torch.equal(clean, load_model("auto", directory).encode_images([second, first, third]))
     Image.new("RGB", (40, 24), (9, 9, 9)).save(tmp_path / "wide.jpg")  # resized and cropped to the model
-    report = run_invert("auto", directory, [tmp_path / "wide.jpg"], output=tmp_path / "out", num_inference_steps=2)
-    assert report["images"][0]["prompt"] == ""
-    assert load_file(tmp_path / "out" / "latents.safetensors")["clean"].shape == (1, 4, 8, 8)
+
+    def inverted(name: str) -> tuple[list[tuple[str, str]], torch.Tensor]:
+        settings = {"num_inference_steps": 2, "max_images": 3}
+        report = run_invert("auto", directory, [tmp_path / name], output=tmp_path / "out", **settings)
+        named = [(entry["image"], entry["prompt"]) for entry in report["images"]]
+        return named, load_file(tmp_path / "out" / "latents.safetensors")["clean"]
+
+    named, clean = inverted("pairs.parquet")
+    sides = [("row 0, winner", 0), ("row 0, loser", 0), ("row 1, winner", 1)]
+    assert named == [(name, rows[number]["caption"]) for name, number in sides]
+    assert torch.equal(clean, load_model("auto", directory).encode_images([second, first, third]))
+    named, clean = inverted("wide.jpg")
+    assert named[0][1] == "" and clean.shape == (1, 4, 8, 8)
+
+
+BAD_NUMBERS: list[tuple[str, Any]] = [
+    *[("num_inference_steps", value) for value in (0, 2.5, 1001)],
+    *[("guidance_scale", value) for value in (float("nan"), -1, "2")],
+    *[("renoise_iterations", value) for value in (-1, 0.5)],
+    *[("batch_size", value) for value in (0, True)],
+]
 
 
 @pytest.mark.parametrize(
@@ -202,23 +190,12 @@ def test_run_takes_a_pair_set_with_its_captions(directory: Path, tmp_path: Path)
         ({"prompts": []}, "prompts = .*is empty"),
         ({"prompts": ["a", "b"]}, "prompts = .*are 2 for 3 images"),
         ({"prompts": ["a", "b", 3]}, r"prompts\[2\] = 3: is not a string"),
-        ({"num_inference_steps": 0}, "num_inference_steps = 0"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps = 2.5"),
-        ({"num_inference_steps": 1001}, "num_inference_steps = 1001"),
-        ({"guidance_scale": float("nan")}, "guidance_scale = nan"),
-        ({"guidance_scale": -1}, "guidance_scale = -1"),
-        ({"guidance_scale": "2"}, "guidance_scale = '2'"),
-        ({"renoise_iterations": -1}, "renoise_iterations = -1"),
-        ({"renoise_iterations": 0.5}, "renoise_iterations = 0.5"),
-        ({"batch_size": 0}, "batch_size = 0"),
-        ({"batch_size": True}, "batch_size = True"),
+        *[({name: value}, f"{name} = {value!r}") for name, value in BAD_NUMBERS],
     ],
 )
 def test_bad_inputs(model: DiffusionModel, change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"images": noise(), "prompts": ["a"], **change}
-    images, prompts = arguments.pop("images"), arguments.pop("prompts")
     with pytest.raises(InvalidInput, match=message) as caught:
-        invert_images(model, images, prompts, **arguments)
+        invert_images(model, **{"images": noise(), "prompts": ["a"], **change})
     assert "Remedy: " in str(caught.value)
 
 
@@ -243,13 +220,7 @@ def test_bad_runs_leave_nothing_behind(directory: Path, files: list[Path], tmp_p
         ({"num_inference_steps": 4000}, "num_inference_steps = 4000"),
     ]
     for change, message in cases:
-        arguments = {
-            "family": "auto",
-            "path": directory,
-            "inputs": files,
-            "output": tmp_path / "out",
-            **change,
-        }
+        arguments = {"family": "auto", "path": directory, "inputs": files, "output": tmp_path / "out", **change}
         with pytest.raises(InvalidInput, match=message):
             run_invert(**arguments)
         assert not (tmp_path / "out").exists()

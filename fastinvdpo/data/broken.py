@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo.atomic import ELSEWHERE
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.output import OutputDirectory
 
@@ -22,9 +21,7 @@ CAUSES = (
 )
 LISTED, SUMMARY = "broken.jsonl", "data.json"
 REPORT = (SUMMARY, LISTED)
-_LINE = frozenset({"row", "place", "cause", "problem"})
 _SHOWN = 10
-_ROWS_AHEAD = 256
 
 
 class BrokenRow(InvalidInput):
@@ -51,12 +48,27 @@ def caught(read: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def read_ahead(read: Callable[[int], Any], rows: Iterable[int], threads: int = 4) -> Iterator[tuple[int, Any]]:
+def or_cause(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``read`` returns, or the cause of the ``BrokenRow`` that it raises."""
+    found = caught(read, *arguments)
+    return found.cause if isinstance(found, BrokenRow) else found
+
+
+def read_ahead(
+    read: Callable[[int], Any], rows: Iterable[int], threads: int = 4, ahead: int = 256
+) -> Iterator[tuple[int, Any]]:
     """``(row, what read returns or the BrokenRow that it raises)`` in order; reading in threads, some rows ahead."""
-    remaining = iter(rows)
-    with ThreadPoolExecutor(threads) as pool:  # decoding and hashing leave the interpreter lock
-        while some := list(islice(remaining, _ROWS_AHEAD)):
-            yield from zip(some, pool.map(lambda row: caught(read, row), some), strict=True)
+    pool, pending = ThreadPoolExecutor(threads), deque[tuple[int, Any]]()  # decoding leaves the interpreter lock
+    try:
+        for row in rows:
+            pending.append((row, pool.submit(caught, read, row)))
+            if len(pending) > ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for row, future in pending:
+            yield row, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,8 @@ class DataSummary:
     def __str__(self) -> str:
         parts = [f"{self.rows} rows: {self.pairs} pairs"]
         if self.liked is not None:
-            both = f" ({self.both} also disliked)" if self.both else ""
-            parts = [f"{self.rows} rows: {self.pairs} images, {self.liked} liked{both}"]
+            parts = [f"{self.rows} rows: {self.pairs} images, {self.liked} liked"]
+            parts[0] += f" ({self.both} also disliked)" if self.both else ""
         if self.ties:
             parts.append(f"{self.ties} of them ties" if self.ties_kept else f"{self.ties} ties dropped")
         if self.broken:
@@ -110,11 +122,10 @@ class BrokenRows:
         self.found[row] = (place, error)
         if self.allowed == 0:
             raise error
-        is_share = isinstance(self.allowed, float)
-        limit = math.floor(self.allowed * self.total) if is_share else self.allowed
+        limit = math.floor(self.allowed * self.total) if isinstance(self.allowed, float) else self.allowed
         if len(self.found) > limit:
-            problem = f"more rows than that are broken: {self.shown()}; the last: {error}"
-            problem = f"allows {limit} of {self.total} rows; {problem}" if is_share else problem
+            share = f"allows {limit} of {self.total} rows; " if isinstance(self.allowed, float) else ""
+            problem = f"{share}more rows than that are broken: {self.shown()}; the last: {error}"
             raise invalid("data.max_broken", self.allowed, problem, "repair the file") from error
 
     def shown(self) -> str:
@@ -130,17 +141,14 @@ class BrokenRows:
 
     def lines(self) -> list[dict[str, Any]]:
         """One entry for every broken row, in the order of the rows."""
-        return [entry(row, place, error) for row, (place, error) in sorted(self.found.items())]
+        return [
+            {"row": row, "place": place, "cause": error.cause, "problem": str(error)}
+            for row, (place, error) in sorted(self.found.items())
+        ]
 
-
-def entry(row: int, place: str, error: BrokenRow) -> dict[str, Any]:
-    """A broken row as it is listed."""
-    return {"row": row, "place": place, "cause": error.cause, "problem": str(error)}
-
-
-def jsonl(lines: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object a line."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    def listed(self) -> str:
+        """:meth:`lines` as JSON Lines."""
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines())
 
 
 def by_cause(counts: Mapping[str, int]) -> str:
@@ -151,7 +159,7 @@ def by_cause(counts: Mapping[str, int]) -> str:
 def write_report(summary: DataSummary, rows: BrokenRows, output: OutputDirectory) -> None:
     """Write ``data.json`` (the summary) and ``broken.jsonl`` (every row that was left out, maybe none)."""
     output.write(SUMMARY, asdict(summary))
-    output.write(LISTED, jsonl(rows.lines()))
+    output.write(LISTED, rows.listed())
 
 
 def copy_report(source: Path, output: OutputDirectory) -> None:
@@ -165,15 +173,3 @@ def read_summary(directory: Path) -> DataSummary | None:
     """The summary in a directory, None where there is none."""
     path = directory / SUMMARY
     return DataSummary(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
-
-
-def check_list(path: Path) -> None:
-    """Raise ``InvalidInput`` where something is at ``path`` that is no list of broken rows."""
-    try:
-        own = not path.exists() or {frozenset(json.loads(line)) for line in path.read_text("utf-8").splitlines()} == {
-            _LINE
-        }
-    except (OSError, ValueError, TypeError):
-        own = False
-    if not own:
-        raise invalid("output", str(path), "is there, and was not written by fastinvdpo", ELSEWHERE)

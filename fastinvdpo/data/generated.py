@@ -6,15 +6,14 @@ import hashlib
 import io
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fastinvdpo.data.broken import BrokenRow, broken
-from fastinvdpo.data.pairs import Pair, PairDataset, PairEntry
-from fastinvdpo.data.rows import NOISES, SEEDS, seeds_of
-from fastinvdpo.data.transforms import Size
+from fastinvdpo.data.broken import BrokenRow, broken, caught
+from fastinvdpo.data.pairs import PairDataset, PairEntry, Side
+from fastinvdpo.data.rows import NOISES, SEEDS
+from fastinvdpo.data.transforms import Decisions, Size
 from fastinvdpo.errors import invalid
 
 
@@ -32,23 +31,22 @@ class GeneratedDataset(PairDataset):
 
     has_noise = True
 
-    def pair(self, i: int, draw: int) -> Pair:
-        return replace(super().pair(i, draw), noises=self._noises(self._kept[i]))
-
     def entry(self, i: int) -> PairEntry:
         found = super().entry(i)
-        noises = [noise if isinstance(noise, int) else noise.tobytes() for noise in self._noises(found)]
-        suffixes = [hashlib.sha256(repr(noise).encode()).hexdigest() for noise in noises]
-        return replace(found, keys=tuple(f"{key} {noise}" for key, noise in zip(found.keys, suffixes, strict=True)))
+        noises = [self._noise(found, side) for side in self._sides(found)]
+        shown = (repr(noise if isinstance(noise, int) else noise.tobytes()).encode() for noise in noises)
+        keys = (f"{key} {hashlib.sha256(noise).hexdigest()}" for key, noise in zip(found.keys, shown, strict=True))
+        return replace(found, keys=tuple(keys))
+
+    def _side(self, kept: PairEntry, side: int, target: int | Size | None, decisions: Decisions) -> Side:
+        return super()._side(kept, side, target, decisions)._replace(noise=self._noise(kept, side))
 
     def _check_images(self, pairs: list[PairEntry]) -> tuple[list[PairEntry], Size | None]:
-        stored = self.source.stored
+        stored, path = self.source.stored, self.source.path
         self._by_seed = not set(NOISES) <= stored
         if self._by_seed and not set(SEEDS) <= stored:
             remedy = "store noise_0 and noise_1, or seed_0 and seed_1, or name yours in data.columns"
-            raise invalid(
-                "data.path", self.source.path, "does not say what noise its images were generated from", remedy
-            )
+            raise invalid("data.path", path, "does not say what noise its images were generated from", remedy)
         if self.random_flip:
             problem = "mirrors an image, and no noise gives the mirrored one"
             raise invalid("data.random_flip", True, problem, "set it to false")
@@ -59,25 +57,19 @@ class GeneratedDataset(PairDataset):
             raise invalid("data.resolution", self.resolution, problem, "set it to the size that all images have")
         checked = []
         for pair in kept:
-            try:
-                self._noises(pair)
-                checked.append(pair)
-            except BrokenRow as error:
+            noise = caught(self._noise, pair, 0), caught(self._noise, pair, 1)
+            if error := next((found for found in noise if isinstance(found, BrokenRow)), None):
                 self.broken.add(pair.row, self.source.place(pair.row), error)
+            else:
+                checked.append(pair)
         if not checked:
-            raise invalid(
-                "data.path", self.source.path, f"every row is broken: {self.broken.shown()}", "repair the file"
-            )
+            raise invalid("data.path", path, f"every row is broken: {self.broken.shown()}", "repair the file")
         return checked, size
 
-    def _noises(self, pair: PairEntry) -> Any:
-        """Of winner and loser."""
-        where = partial(self.source.where, pair.row)
+    def _noise(self, pair: PairEntry, side: int) -> Any:
         if self._by_seed:
-            found: Any = seeds_of(self.source.record(pair.row), where)
-        else:
-            found = tuple(_latent(self.source.noise(pair.row, side), where(name)) for side, name in enumerate(NOISES))
-        return found if pair.winner == 0 else found[::-1]
+            return self.source.record(pair.row).seeds()[side]
+        return _latent(self.source.encoded(pair.row, NOISES[side]), self.source.where(pair.row, NOISES[side]))
 
 
 def _latent(data: memoryview, where: str) -> np.ndarray:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageOps
 
-from fastinvdpo.data.broken import DataSummary, by_cause, write_report
-from fastinvdpo.data.likes import LikedDataset, LikedImage
+from fastinvdpo.data.broken import by_cause, write_report
 from fastinvdpo.data.pairs import Pair, PairDataset
 from fastinvdpo.data.rows import SCORES
 from fastinvdpo.output import OutputDirectory
@@ -19,7 +18,7 @@ _WON, _LOST, _TIED = (46, 125, 50), (198, 40, 40), (117, 117, 117)
 _SIZES_SHOWN = 5
 
 
-def inspect_pairs(dataset: PairDataset | LikedDataset, output: OutputDirectory, *, pairs: int = 8) -> str:
+def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int = 8) -> str:
     """Write ``data.json``, ``broken.jsonl`` and a sheet of the first ``pairs`` pairs; return a summary as text."""
     write_report(dataset.summary, dataset.broken, output)
     with output.file(SHEET) as partial:
@@ -29,34 +28,27 @@ def inspect_pairs(dataset: PairDataset | LikedDataset, output: OutputDirectory, 
         sizes = [*sizes[:_SIZES_SHOWN], f"{len(sizes) - _SIZES_SHOWN} other sizes"]
     captions = [dataset.caption(i) for i in range(len(dataset))]
     lengths = [len(caption) for caption in captions]
-    lines = [
-        f"path      {found.path} ({found.format})",
-        f"rows      {found.rows}",
-        *_kept(found),
-        f"broken    {by_cause(found.broken) or 'none'}",
-        f"images    {', '.join(sizes) or 'not looked at (streaming)'}",
-        f"captions  {len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
-        f"characters, median {statistics.median(lengths):g}",
-        f"scores    {_scores(dataset)}",
-        f"masks     {_masks(dataset)}",
-        f"sheet     {output.path / SHEET}",
-    ]
-    return "\n".join(lines)
-
-
-def _masks(dataset: PairDataset | LikedDataset) -> str:
-    names = ", ".join(map(dataset.source.shown, dataset.source.stored_masks))
-    return (names if dataset.has_masks else f"{names}, not read (data.masks)") if names else "none"
-
-
-def _kept(found: DataSummary) -> list[str]:
+    kept = {"pairs": found.pairs, "ties": f"{found.ties} ({'kept' if found.ties_kept else 'dropped'})"}
     if found.liked is not None:
-        return [f"liked     {found.liked} ({found.both} also disliked)", f"disliked  {found.pairs - found.liked}"]
-    return [f"pairs     {found.pairs}", f"ties      {found.ties} ({'kept' if found.ties_kept else 'dropped'})"]
+        kept = {"liked": f"{found.liked} ({found.both} also disliked)", "disliked": found.pairs - found.liked}
+    masks = ", ".join(map(dataset.source.shown, dataset.source.stored_masks)) or "none"
+    lines = {
+        "path": f"{found.path} ({found.format})",
+        "rows": found.rows,
+        **kept,
+        "broken": by_cause(found.broken) or "none",
+        "images": ", ".join(sizes) or "not looked at (streaming)",
+        "captions": f"{len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
+        f"characters, median {statistics.median(lengths):g}",
+        "scores": _scores(dataset),
+        "masks": masks if dataset.has_masks or masks == "none" else f"{masks}, not read (data.masks)",
+        "sheet": output.path / SHEET,
+    }
+    return "\n".join(f"{name:9} {value}" for name, value in lines.items())
 
 
-def _scores(dataset: PairDataset | LikedDataset) -> str:
-    scores = None if isinstance(dataset, LikedDataset) else dataset.scores()
+def _scores(dataset: PairDataset) -> str:
+    scores = None if dataset.unpaired else dataset.scores()
     if scores is None:
         return "none"
     won, lost = (statistics.fmean(side) for side in zip(*scores, strict=True))
@@ -65,7 +57,7 @@ def _scores(dataset: PairDataset | LikedDataset) -> str:
     return f"{columns}: winners {won:.4g}, losers {lost:.4g} on average; the winner's is higher in {higher:.1%}"
 
 
-def sheet(pairs: Sequence[Pair | LikedImage]) -> Image.Image:
+def sheet(pairs: Sequence[Pair]) -> Image.Image:
     """One line a pair: winner (green), loser (red; both gray for a tie), row, caption, scores; or a line for each image
     that was liked (green) or disliked (red).
     """
@@ -79,14 +71,10 @@ def sheet(pairs: Sequence[Pair | LikedImage]) -> Image.Image:
             small = ImageOps.expand(ImageOps.contain(image.convert("RGB"), (_SIDE, _SIDE), way), 3, frame)
             place = (column * cell + (cell - small.width) // 2, line * cell + (cell - small.height) // 2)
             page.paste(small, place)
-        draw.multiline_text((2 * cell, line * cell + _GAP), _label(pair), fill="black")
+        told = [f"row {pair.row}" + (", tie" if pair.tie else "")]
+        if pair.scores is not None:
+            told.append(f"scores {pair.scores[0]:.4g}, {pair.scores[1]:.4g}")
+        text = pair.caption.encode("ascii", "replace").decode()  # the built-in font has little more
+        told += [text[start : start + 56] for start in range(0, min(len(text), 56 * 7), 56)]
+        draw.multiline_text((2 * cell, line * cell + _GAP), "\n".join(told), fill="black")
     return page
-
-
-def _label(pair: Pair | LikedImage) -> str:
-    lines = [f"row {pair.row}" + (", tie" if pair.tie else "")]
-    if pair.scores is not None:
-        lines.append(f"scores {pair.scores[0]:.4g}, {pair.scores[1]:.4g}")
-    text = pair.caption.encode("ascii", "replace").decode()  # the built-in font has little more
-    lines += [text[start : start + 56] for start in range(0, min(len(text), 56 * 7), 56)]
-    return "\n".join(lines)

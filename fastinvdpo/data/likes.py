@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, read_ahead
-from fastinvdpo.data.pairs import PairEntry, RowDataset, Side, content_key
-from fastinvdpo.data.rows import PAIRS, PairSource, caption_of, liked_of
-from fastinvdpo.data.sources import open_source
+from fastinvdpo.data.pairs import Pair, PairDataset, PairEntry, content_key
+from fastinvdpo.data.rows import PAIRS, PairSource
 from fastinvdpo.data.transforms import Size
 from fastinvdpo.errors import invalid
 
 
-@dataclass(frozen=True)
-class LikedImage:
-    """One image of a caption, liked or not. ``row``: in the file(s), counted over all shards."""
+class LikedImage(Pair):
+    """One image of a caption, ``side``, liked or not."""
 
-    side: Side
-    caption: str
-    liked: bool
-    row: int
-
-    tie: ClassVar[bool] = False
-    scores: ClassVar[None] = None
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        return (self.side,)
-
-    @property
-    def judged(self) -> tuple[Any, ...]:
-        return (self.liked,)
+    side = property(lambda self: self.sides[0])
 
 
-class LikedDataset(RowDataset):
+class LikedDataset(PairDataset):
     """Images that were liked or disliked, for Diffusion-KTO: rows of one image (``open_source(path, form="likes")``,
     what a path means here), or of pairs, whose winners are liked and whose losers are disliked.
 
@@ -51,26 +34,11 @@ class LikedDataset(RowDataset):
     """
 
     unpaired = True
+    _form, _drawn = "likes", LikedImage
 
     def __init__(self, source: str | Path | PairSource, **options: Any) -> None:
         super().__init__(source, **options)
         self.summary = replace(self.summary, liked=sum(self.liked), both=self.both)
-
-    def _open(self, path: str | Path, columns: Mapping[str, str] | None) -> PairSource:
-        return open_source(path, form="likes", columns=columns)
-
-    def __getitem__(self, i: int) -> LikedImage:
-        return self.pair(i, draw=i)
-
-    def pair(self, i: int, draw: int) -> LikedImage:
-        """Image ``i`` at the sample index ``draw``, as :meth:`fastinvdpo.data.PairDataset.pair`."""
-        (side,), kept = self._drawn(i, draw), self._kept[i]
-        return LikedImage(side, kept.caption, bool(kept.liked), kept.row)
-
-    def entry(self, i: int) -> PairEntry:
-        """Row, caption, label and key of image ``i``; reads its bytes and decodes nothing."""
-        kept = self._kept[i]
-        return replace(kept, keys=(content_key(self._bytes(kept), kept.caption).hexdigest(),))
 
     def _read_rows(self, by_score: bool, ties: str) -> tuple[list[PairEntry], int]:
         if self.source.streaming:
@@ -87,11 +55,9 @@ class LikedDataset(RowDataset):
             raise invalid("data.relabel_by_score", True, problem, "set it to false, or data.form to pairs")
         kept = []
         for row in range(len(self.source)):
-            where = partial(self.source.where, row)
             try:
                 stored = self.source.record(row)
-                liked = liked_of(stored, where)
-                kept.append(PairEntry(row, 0, False, caption_of(stored, where), None, liked=liked))
+                kept.append(PairEntry(row, 0, False, liked=stored.liked(), caption=stored.caption(), scores=None))
             except BrokenRow as error:
                 self.broken.add(row, self.source.place(row), error)
         return kept, 0
@@ -117,12 +83,12 @@ class LikedDataset(RowDataset):
         """What is equal for equal images of one caption; bytes are hashed where another image has as many."""
 
         def read(rows: Iterable[int], digest: Callable[[memoryview, str], Any]) -> dict[int, Any]:
-            return dict(read_ahead(lambda i: digest(self._bytes(images[i]), images[i].caption), rows))
+            def one(i: int) -> Any:
+                return digest(self.source.image(images[i].row, images[i].winner), images[i].caption)
+
+            return dict(read_ahead(one, rows))
 
         sizes = read(range(len(images)), lambda data, caption: (len(data), caption))
         equal = Counter(sizes.values())
         several = [i for i, size in sizes.items() if equal[size] > 1]
         return list((sizes | read(several, lambda data, caption: content_key(data, caption).digest())).values())
-
-    def _bytes(self, image: PairEntry) -> memoryview:
-        return self.source.image(image.row, image.winner)

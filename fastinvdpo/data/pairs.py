@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, broken, read_ahead
 from fastinvdpo.data.images import decode, decode_mask, most_of, probe
-from fastinvdpo.data.rows import PAIRS, SCORES, TIE, PairSource, caption_of, scores_of, winner_of
+from fastinvdpo.data.rows import PAIRS, SCORES, TIE, PairSource
 from fastinvdpo.data.sources import open_source
 from fastinvdpo.data.transforms import Buckets, Decisions, ImageGeometry, Size, decide, scaled, transform
 from fastinvdpo.errors import InvalidInput, invalid
 
 
 class Side(NamedTuple):
-    """An image as a model sees it, its original size and crop, and its key; its mask, where masks are read; where it is
+    """An image as a model sees it, its original size and crop, and its key, the SHA-256 of encoded bytes, caption, mask
+    and (where one was applied) transform; its mask, 8-bit gray, cut as the image, where masks are read; where it is
     known, what it was generated from: the initial latent, float32 ``(C, h, w)``, or the seed of that.
     """
 
@@ -38,56 +39,39 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference: two images of the same caption.
+    """One preference: two images of the same caption, ``winner`` and ``loser``.
 
     Attributes:
-        winner_score, loser_score: preference scores of the two images, where the file has them.
+        sides: winner and loser; ``winner_geometry``, ``winner_key``, ``winner_mask`` and those of the loser are theirs.
         row: row in the file(s), counted over all shards.
-        winner_key, loser_key: SHA-256 of encoded bytes, caption, mask and (where one was applied) transform, as cache
-            keys.
-        winner_geometry, loser_geometry: original size and crop, for models conditioned on them.
+        scores: preference scores of the two images (``winner_score``, ``loser_score``), where the file has them.
         tie: neither won; the first image stands for the winner.
-        winner_mask, loser_mask: 8-bit gray, cut as the images; white counts, black does not. None where masks are not
-            read.
-        noises: what winner and loser were generated from (:class:`Side`); of a ``GeneratedDataset``.
+        liked: of a single image.
     """
 
-    winner: Image.Image
-    loser: Image.Image
+    sides: tuple[Side, ...]
     caption: str
-    winner_score: float | None
-    loser_score: float | None
     row: int
-    winner_key: str
-    loser_key: str
-    winner_geometry: ImageGeometry
-    loser_geometry: ImageGeometry
+    scores: tuple[float, float] | None = None
     tie: bool = False
-    winner_mask: Image.Image | None = None
-    loser_mask: Image.Image | None = None
-    noises: tuple[np.ndarray, np.ndarray] | tuple[int, int] | tuple[None, None] = (None, None)
+    liked: bool | None = None
 
-    liked: ClassVar[None] = None
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """Winner and loser."""
-        return (
-            Side(self.winner, self.winner_geometry, self.winner_key, self.winner_mask, self.noises[0]),
-            Side(self.loser, self.loser_geometry, self.loser_key, self.loser_mask, self.noises[1]),
-        )
-
-    @property
-    def scores(self) -> tuple[float, float] | None:
-        """Both scores, None where one is missing."""
-        if self.winner_score is None or self.loser_score is None:
-            return None
-        return self.winner_score, self.loser_score
+    winner = property(lambda self: self.sides[0].image)
+    winner_geometry = property(lambda self: self.sides[0].geometry)
+    winner_key = property(lambda self: self.sides[0].key)
+    winner_mask = property(lambda self: self.sides[0].mask)
+    winner_score = property(lambda self: self.scores and self.scores[0])
+    loser = property(lambda self: self.sides[1].image)
+    loser_geometry = property(lambda self: self.sides[1].geometry)
+    loser_key = property(lambda self: self.sides[1].key)
+    loser_mask = property(lambda self: self.sides[1].mask)
+    loser_score = property(lambda self: self.scores and self.scores[1])
+    noises = property(lambda self: (self.sides[0].noise, self.sides[1].noise))
 
     @property
     def judged(self) -> tuple[Any, ...]:
         """What is known of the preference beside who won."""
-        return self.winner_score, self.loser_score, self.tie
+        return (*(self.scores or (None, None)), self.tie) if self.liked is None else (self.liked,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +94,41 @@ class PairEntry:
     liked: bool | None = None
 
 
-class RowDataset:
-    """What :class:`PairDataset` and :class:`fastinvdpo.data.LikedDataset` share: rows that are read and checked when
-    the set is opened, and images that are transformed when they are drawn. Arguments and attributes are those of
-    :class:`PairDataset`.
+class PairDataset:
+    """Preference pairs of a source: parquet, a folder, ranked images, webdataset shards, a ``datasets`` repository.
+
+    docs/guides/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all
+    rows are checked when the set is opened; the images themselves are decoded when a pair is read.
+
+    Args:
+        source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``; with masks
+            ``open_source(path).with_masks()``.
+        ties: ``"drop"``, ``"keep"`` (``Pair.tie`` is set) or ``"error"``; all are counted.
+        resolution: shorter side in pixels after resizing, and side of the square crop; or :class:`Buckets`, among which
+            the shape of each pair chooses. ``None`` keeps the images, which then must all have one size.
+        random_flip, center_crop: mirror half of the samples; crop the middle instead of a random place.
+        relabel_by_score: the winner is the image with the higher score, equal scores are the ties, and labels are not
+            read (SmPO-Diffusion, arXiv 2506.02698).
+        seed: seed of flips and crops.
+        max_broken: how many rows that cannot be used may be left out, as a count or as a share below 1 of all rows;
+            they are listed in ``broken``, with a warning. Above zero every image is decoded once when the set is
+            opened. Zero: the first one is an error.
+
+    Attributes:
+        summary: what became of every row. broken: the rows that were left out.
+        has_scores, has_masks: whether pairs carry preference scores, and masks.
+        image_sizes: how many images have which ``(height, width)``; empty where they were not looked at.
+        bucket_of, bucket_sizes: with buckets, the number of every pair's bucket, and the buckets' sizes.
+
+    Raises:
+        InvalidInput: naming row and column of the value that cannot be used, or the option.
     """
 
     unpaired = False
     """Whether an entry is one image."""
     has_noise = False
     """Whether it is known what images were generated from."""
+    _form, _drawn = "pairs", Pair  # what the rows at a path are, and what is drawn
 
     def __init__(
         self,
@@ -135,43 +144,67 @@ class RowDataset:
         max_broken: int | float = 0,
     ) -> None:
         _check_options(ties, resolution, max_broken)
-        self.source = source if isinstance(source, PairSource) else self._open(source, columns)
+        if not isinstance(source, PairSource):
+            source = open_source(source, form=self._form, columns=columns)
+        self.source, self.seed = source, seed
         self.resolution, self.random_flip, self.center_crop = resolution, random_flip, center_crop
-        self.seed = seed
-        form = self.source.form
-        by_score = relabel_by_score and form is PAIRS
-        stored = self.source.resolve((*form.images, "caption", *(SCORES if by_score else form.labels[:1])))
-        scored = sorted(stored & set(SCORES))
+        form, path, total = source.form, source.path, len(source)
+        needed = SCORES if relabel_by_score and form is PAIRS else form.labels[:1]
+        scored = sorted(source.resolve((*form.images, "caption", *needed)) & set(SCORES))
         if len(scored) == 1:
             raise invalid("data.columns", scored, "has no other side beside it", "store both scores or neither")
-        self.has_scores, self.has_masks = bool(scored), self.source.mask_names is not None
-        path, total = self.source.path, len(self.source)
+        self.has_scores, self.has_masks = bool(scored), source.mask_names is not None
         if not total:
             raise invalid("data.path", path, "holds no rows", "write at least one")
         self.broken = BrokenRows(max_broken, total)
         self.bucket_sizes: list[Size] = resolution.sizes if isinstance(resolution, Buckets) else []
         self.bucket_of: list[int] = []
         self.image_sizes: Counter[Size] = Counter()
-        kept, self.dropped_ties = self._read_rows(relabel_by_score, ties)
         self._alike: list[int] = []
+        kept, self.dropped_ties = self._read_rows(relabel_by_score, ties)
         self._kept, self.image_size = self._check_images(kept)
         if self._alike:
             shown = f"{len(self._alike)} pairs have one image on both sides, the first in row {min(self._alike)}"
             warnings.warn(f"{path}: {shown}; there is nothing to learn from them", stacklevel=2)
         found = self.dropped_ties + sum(pair.tie for pair in self._kept), ties == "keep"
-        self.summary = DataSummary(path, self.source.format, total, len(self), *found, self.broken.counts())
+        self.summary = DataSummary(path, source.format, total, len(self), *found, self.broken.counts())
         if self.broken.found:
             left_out = f"left out {len(self.broken.found)} broken rows {self.broken.shown()}"
             warnings.warn(f"{path}: {left_out}", stacklevel=2)
 
-    def _open(self, path: str | Path, columns: Mapping[str, str] | None) -> PairSource:
-        return open_source(path, columns=columns)
-
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __getitem__(self, i: int) -> Pair:
+        return self.pair(i, draw=i)
+
+    def pair(self, i: int, draw: int) -> Pair:
+        """Pair ``i`` at the sample index ``draw``: flip and crop follow from ``(seed, draw)``, equal on both sides.
+
+        Raises:
+            IndexError: ``i`` out of range. InvalidInput: image data that turns out to be broken.
+        """
+        if not 0 <= i < len(self._kept):
+            raise IndexError(f"pair {i} of a set of {len(self._kept)} pairs")
+        kept = self._kept[i]
+        target = self.bucket_sizes[self.bucket_of[i]] if self.bucket_of else self.resolution
+        assert not isinstance(target, Buckets)  # then there are bucket numbers
+        decisions = decide(self.seed, draw, random_flip=self.random_flip, center_crop=self.center_crop)
+        sides = tuple(self._side(kept, side, target, decisions) for side in self._sides(kept))
+        return self._drawn(sides, kept.caption, kept.row, kept.scores, kept.tie, kept.liked)
+
+    def entry(self, i: int) -> PairEntry:
+        """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
+        kept, read = self._kept[i], self.source
+        found = [(read.image(kept.row, side), read.mask(kept.row, side)) for side in self._sides(kept)]
+        return replace(kept, keys=tuple(content_key(data, kept.caption, mask).hexdigest() for data, mask in found))
+
     def caption(self, i: int) -> str:
         return self._kept[i].caption
+
+    def scores(self) -> list[tuple[float, float]] | None:
+        """Scores of winner and loser of all pairs, None where the data has none."""
+        return [pair.scores for pair in self._kept if pair.scores is not None] if self.has_scores else None
 
     def groups(self) -> list[list[int]] | None:
         """Pairs that are read together, where the source reads groups of rows; None where it reads single rows."""
@@ -184,15 +217,9 @@ class RowDataset:
             found[bisect_right(ends, pair.row)].append(i)
         return [group for group in found if group]
 
-    def _drawn(self, i: int, draw: int, *others: int) -> list[Side]:
-        """The images of entry ``i`` at the sample index ``draw``: its own side, and ``others`` relative to it."""
-        if not 0 <= i < len(self._kept):
-            raise IndexError(f"pair {i} of a set of {len(self._kept)} pairs")
-        kept = self._kept[i]
-        target = self.bucket_sizes[self.bucket_of[i]] if self.bucket_of else self.resolution
-        assert not isinstance(target, Buckets)  # then there are bucket numbers
-        decisions = decide(self.seed, draw, random_flip=self.random_flip, center_crop=self.center_crop)
-        return [self._side(kept, abs(other - kept.winner), target, decisions) for other in (0, *others)]
+    def _sides(self, kept: PairEntry) -> tuple[int, ...]:
+        """The images of an entry, by their numbers in the row."""
+        return (kept.winner,) if self.unpaired else (kept.winner, 1 - kept.winner)
 
     def _side(self, kept: PairEntry, side: int, target: int | Size | None, decisions: Decisions) -> Side:
         data = self.source.image(kept.row, side)
@@ -225,20 +252,18 @@ class RowDataset:
         kept: list[PairEntry] = []
         dropped: list[int] = []
         for row in range(len(self.source)):
-            where = partial(self.source.where, row)
             try:
                 stored = self.source.record(row)
-                scores = scores_of(stored, where) if self.has_scores else None
-                if by_score:
-                    assert scores is not None  # required columns
+                scores = stored.scores() if self.has_scores else None
+                if by_score and scores is not None:  # required columns
                     winner = TIE if scores[0] == scores[1] else int(scores[1] > scores[0])
                 else:
-                    winner = winner_of(stored, where, self.source.names)
+                    winner = stored.winner()
                 if winner == TIE and ties != "keep":
                     dropped.append(row)
                     continue
-                ordered = (scores[1], scores[0]) if scores is not None and winner == 1 else scores
-                kept.append(PairEntry(row, max(winner, 0), winner == TIE, caption_of(stored, where), ordered))
+                ordered = scores[::-1] if scores is not None and winner == 1 else scores
+                kept.append(PairEntry(row, max(winner, 0), winner == TIE, stored.caption(), ordered))
             except BrokenRow as error:
                 self.broken.add(row, self.source.place(row), error)
         if dropped and ties == "error":
@@ -251,37 +276,34 @@ class RowDataset:
 
     def _check_images(self, pairs: list[PairEntry]) -> tuple[list[PairEntry], Size | None]:
         """The pairs whose images are there, and the size of all images; assigns the buckets."""
-        whole, square = self.broken.allowed != 0, self.resolution
-        if pairs and self.source.streaming and not whole and not isinstance(square, Buckets):
-            return pairs, self._sizes(True, pairs[0].row)[0] if square is None else (square, square)
+        whole, target = self.broken.allowed != 0, self.resolution
+        size = (target, target) if isinstance(target, int) else None
+        if pairs and self.source.streaming and not whole and not isinstance(target, Buckets):
+            return pairs, size or self._sizes(True, pairs[0].row)[0]
         kept: list[PairEntry] = []
-        size: Size | None = None
         found = read_ahead(partial(self._sizes, whole), [pair.row for pair in pairs], 4 if whole else 1)
         for pair, (row, sizes) in zip(pairs, found, strict=True):
             if isinstance(sizes, BrokenRow):
                 self.broken.add(row, self.source.place(row), sizes)
                 continue
             kept.append(pair)
-            size = size or sizes[0]
             self.image_sizes.update(sizes)
-            if isinstance(square, Buckets):
-                self.bucket_of.append(square.choose(sizes[0], sizes[-1]))
-            elif square is None and set(sizes) != {size}:
-                side = int(sizes[0] == size)
-                raise _another_size(self.source.where(row, self.source.form.images[side]), sizes[side], size)
+            if isinstance(target, Buckets):
+                self.bucket_of.append(target.choose(sizes[0], sizes[-1]))
+            elif target is None:
+                size = size or sizes[0]
+                if set(sizes) != {size}:
+                    side = int(sizes[0] == size)
+                    raise _another_size(self.source.where(row, self.source.form.images[side]), sizes[side], size)
         if not kept:
             problem = f"every row that is no tie is broken: {self.broken.shown()}"
             raise invalid("data.path", self.source.path, problem, "repair the file")
-        if isinstance(square, Buckets):
-            return kept, None
-        return kept, size if square is None else (square, square)
+        return kept, size
 
     def _sizes(self, whole: bool, row: int) -> list[Size]:
         """The sizes of the images of a row; ``whole`` decodes them, otherwise the headers are read."""
-        images = [
-            (self.source.image(row, side), self.source.where(row, name))
-            for side, name in enumerate(self.source.form.images)
-        ]
+        read, names = self.source, self.source.form.images
+        images = [(read.encoded(row, name), read.where(row, name)) for name in names]
         if len(images) == 2 and images[0][0] == images[1][0]:
             self._alike.append(row)
         sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
@@ -292,7 +314,7 @@ class RowDataset:
         if self.has_masks:  # small when encoded, and often wrong: they are always looked at
             cut = target.sizes[target.choose(*sizes)] if isinstance(target, Buckets) else target
             for side, size in enumerate(sizes):
-                self._mask(self.source.mask(row, side), row, side, size, cut, Decisions())
+                self._mask(read.mask(row, side), row, side, size, cut, Decisions())
         return sizes
 
 
@@ -303,62 +325,6 @@ def content_key(data: memoryview, caption: str, mask: memoryview | None = None) 
     if mask is not None:
         key.update(b"\0" + hashlib.sha256(mask).digest())
     return key
-
-
-class PairDataset(RowDataset):
-    """Preference pairs of a source: parquet, a folder, ranked images, webdataset shards, a ``datasets`` repository.
-
-    docs/guides/data.md has the formats. Labels, captions, scores and (unless the source streams) image headers of all
-    rows are checked when the set is opened; the images themselves are decoded when a pair is read.
-
-    Args:
-        source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``; with masks
-            ``open_source(path).with_masks()``.
-        ties: ``"drop"``, ``"keep"`` (``Pair.tie`` is set) or ``"error"``; all are counted.
-        resolution: shorter side in pixels after resizing, and side of the square crop; or :class:`Buckets`, among which
-            the shape of each pair chooses. ``None`` keeps the images, which then must all have one size.
-        random_flip, center_crop: mirror half of the samples; crop the middle instead of a random place.
-        relabel_by_score: the winner is the image with the higher score, equal scores are the ties, and labels are not
-            read (SmPO-Diffusion, arXiv 2506.02698).
-        seed: seed of flips and crops.
-        max_broken: how many rows that cannot be used may be left out, as a count or as a share below 1 of all rows;
-            they are listed in ``broken``, with a warning. Above zero every image is decoded once when the set is
-            opened. Zero: the first one is an error.
-
-    Attributes:
-        summary: what became of every row. broken: the rows that were left out.
-        has_scores, has_masks: whether pairs carry preference scores, and masks.
-        image_sizes: how many images have which ``(height, width)``; empty where they were not looked at.
-        bucket_of, bucket_sizes: with buckets, the number of every pair's bucket, and the buckets' sizes.
-
-    Raises:
-        InvalidInput: naming row and column of the value that cannot be used, or the option.
-    """
-
-    def __getitem__(self, i: int) -> Pair:
-        return self.pair(i, draw=i)
-
-    def pair(self, i: int, draw: int) -> Pair:
-        """Pair ``i`` at the sample index ``draw``: flip and crop follow from ``(seed, draw)``, equal on both sides.
-
-        Raises:
-            IndexError: ``i`` out of range. InvalidInput: image data that turns out to be broken.
-        """
-        (won, won_at, won_key, won_mask, _), (lost, lost_at, lost_key, lost_mask, _) = self._drawn(i, draw, 1)
-        kept = self._kept[i]
-        better, worse = kept.scores or (None, None)
-        known = (better, worse, kept.row, won_key, lost_key, won_at, lost_at, kept.tie)
-        return Pair(won, lost, kept.caption, *known, won_mask, lost_mask)
-
-    def entry(self, i: int) -> PairEntry:
-        """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
-        kept, read = self._kept[i], self.source
-        found = [(read.image(kept.row, side), read.mask(kept.row, side)) for side in (kept.winner, 1 - kept.winner)]
-        return replace(kept, keys=tuple(content_key(data, kept.caption, mask).hexdigest() for data, mask in found))
-
-    def scores(self) -> list[tuple[float, float]] | None:
-        """Scores of winner and loser of all pairs, None where the data has none."""
-        return [pair.scores for pair in self._kept if pair.scores is not None] if self.has_scores else None
 
 
 def _another_size(where: str, found: Size, size: Size | None) -> InvalidInput:
@@ -372,7 +338,7 @@ def _check_options(ties: str, resolution: Any, max_broken: Any) -> None:
     whole = isinstance(resolution, int) and not isinstance(resolution, bool) and resolution >= 1
     if not (resolution is None or whole or isinstance(resolution, Buckets)):
         raise invalid("data.resolution", resolution, "is not a positive whole number", "give pixels, such as 512")
-    is_count = isinstance(max_broken, int) and not isinstance(max_broken, bool) and max_broken >= 0
-    if not is_count and not (isinstance(max_broken, float) and 0 <= max_broken < 1):
+    share = isinstance(max_broken, float) and 0 <= max_broken < 1
+    if not share and (type(max_broken) is not int or max_broken < 0):
         problem = "is neither a count nor a share below 1"
         raise invalid("data.max_broken", max_broken, problem, "use 0, a count such as 10, or a share such as 0.01")

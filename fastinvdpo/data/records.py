@@ -28,8 +28,8 @@ from fastinvdpo.data.rows import (
     Form,
     PairSource,
     choices,
-    in_schema,
     number,
+    stored_under,
 )
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import UTF_16, decoded, read_bounded
@@ -47,7 +47,7 @@ _ENDINGS = {
     **{name: (f"{name}.npy",) for name in NOISES},
     "image": _KINDS,
 }
-Row = tuple[str, dict[str, Any] | BrokenRow]  # where it stands; its values by the names of the schema, or what is wrong
+Rows = Iterator[tuple[str, dict[str, Any] | BrokenRow]]  # where each stands; its values by the schema, or what is wrong
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class RecordSource(PairSource):
     path: str
     format: str
     names: Mapping[str, str]
-    rows: list[Row]
+    rows: list[tuple[str, dict[str, Any] | BrokenRow]]
     listed: list[Path]
     root: Path | None = None
     streaming: bool = False
@@ -70,25 +70,27 @@ class RecordSource(PairSource):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _readable(self) -> list[dict[str, Any]]:
+        return [values for _, values in self.rows if isinstance(values, dict)]
+
     def resolve(self, required: Sequence[str]) -> set[str]:
         # A row that lacks something is broken, not the whole set; what is optional is there when some row has it.
-        readable = [values for _, values in self.rows if isinstance(values, dict)]
         optional = {*SCORES, *MASKS, *NOISES, *SEEDS}
-        scored = {name for name in optional if any(values.get(name) is not None for values in readable)}
+        scored = {name for name in optional if any(values.get(name) is not None for values in self._readable())}
         for name in SCORES:
             if name in required and name not in scored:
                 remedy = "add score_0 and score_1, or name yours in data.columns"
                 raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
         return self.choose_masks(set(self.form.schema) - optional | scored)
 
-    def record(self, row: int) -> Mapping[str, Any]:
+    def values(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row][1]
         if isinstance(values, BrokenRow):
             raise values
         return values
 
-    def encoded(self, row: int, name: str) -> memoryview:
-        where, place = self.where(row, name), self.record(row).get(name)
+    def _bytes(self, row: int, name: str) -> memoryview:
+        where, place = self.where(row, name), self.values(row).get(name)
         if isinstance(place, tuple):
             file, offset, size = place
             return file_bytes(self.listed[file], where, offset, size)
@@ -98,14 +100,12 @@ class RecordSource(PairSource):
         return file_bytes(file_below([self.root], place, where), where)
 
     def files(self) -> list[Path]:
-        if self.root is None:
-            return list(self.listed)
-        images = set()
-        rows = [values for _, values in self.rows if isinstance(values, dict)]
+        images = set[Path]()
         names = (*self.form.images, *self.stored_masks, *(name for name in NOISES if name in self.stored))
-        for named in {str(values.get(name)) for values in rows for name in names}:
+        named = {str(values.get(name)) for values in self._readable() for name in names} if self.root else set()
+        for place in named:
             try:
-                image = file_below([self.root], named, self.path)
+                image = file_below([self.root or Path()], place, self.path)
                 images |= {image} if image.is_file() else set()
             except (BrokenRow, OSError):  # reported where the row is read
                 continue
@@ -115,14 +115,46 @@ class RecordSource(PairSource):
         return f"row {row} ({self.rows[row][0]})"
 
 
-def folder_rows(listing: Path, names: Mapping[str, str], form: Form = PAIRS) -> Iterator[Row]:
-    """Of a file with one JSON object a line; see :func:`fastinvdpo.data.rows.in_schema` for the keys."""
+def in_schema(
+    stored: Any, where: str, names: Mapping[str, str], images: Mapping[str, Any] | None = None, form: Form = PAIRS
+) -> dict[str, Any]:
+    """The values of an object by the names of the schema and of ``form.choices``; what is missing is left out.
+
+    ``winner`` and ``loser`` without two other images are the images themselves, 0 and 1 of the schema. ``images``:
+    where the images lie, if not in the object.
+
+    Raises:
+        BrokenRow: not an object, or what reading it has raised.
+    """
+    if isinstance(stored, BrokenRow):
+        raise stored
+    if not isinstance(stored, Mapping):
+        raise broken("malformed row", where, stored, "is not an object", "write an object with images and caption")
+    row: dict[str, Any] = {}
+    for name in form.schema:
+        for key in stored_under(name, names):
+            if name in row and key in stored and row[name] != stored[key]:
+                problem = f"is another {name} than {row[name]!r}"
+                remedy = f"keep one, or name the key that counts, as in data.columns.{name}={key}"
+                raise broken("malformed row", f"{where}, {key}", stored[key], problem, remedy)
+            if key in stored:
+                row[name] = stored[key]
+    others = choices(names, form)
+    named = form is PAIRS and images is None and not row.keys() & set(IMAGES) and stored.keys() & {"winner", "loser"}
+    row |= {key: stored[key] for key in others if key in stored and not (named and key != "label")}
+    if named:
+        row |= {"jpg_0": stored.get("winner"), "jpg_1": stored.get("loser"), **({"members": 0} if others else {})}
+    return row | dict(images or {})
+
+
+def folder_rows(listing: Path, names: Mapping[str, str], form: Form = PAIRS) -> Rows:
+    """Of a file with one JSON object a line; see :func:`in_schema` for the keys."""
     for line, record in json_lines(listing):
         place = f"{listing.name}, line {line}"
         yield place, caught(in_schema, record, place, names, None, form)
 
 
-def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Iterator[Row]:
+def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Rows:
     """Of several images of a prompt with ranks, as HPDv2 stores them; each entry gives several rows.
 
     An entry has ``prompt``, image paths (``image_path``, ``file_path`` or ``images``), and ``rank`` (lower is better,
@@ -131,11 +163,11 @@ def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Ite
     """
     for entry, record in _json_records(listing):
         place = f"{listing.name}, entry {entry}"
-        found = caught(_ranked, record, place, names)
-        if isinstance(found, BrokenRow):
-            yield place, found
+        try:
+            images, orders, caption = _ranked(record, place, names)
+        except BrokenRow as error:
+            yield place, error
             continue
-        images, orders, caption = found["images"], found["orders"], found["caption"]
         best = max(range(len(images)), key=lambda i: orders[0][i])  # the first of several equally good ones
         pairs = [(best, other) for other in range(len(images)) if other != best]
         for first, second in combinations(range(len(images)), 2) if rank_pairs == "all" else pairs:
@@ -149,7 +181,7 @@ def ranked_rows(listing: Path, names: Mapping[str, str], rank_pairs: str) -> Ite
             yield place, {"jpg_0": images[first], "jpg_1": images[second], "caption": caption, **labels}
 
 
-def shard_rows(files: Sequence[Path], names: Mapping[str, str], form: Form = PAIRS) -> Iterator[Row]:
+def shard_rows(files: Sequence[Path], names: Mapping[str, str], form: Form = PAIRS) -> Rows:
     """Of webdataset shards: members that share the name up to the first dot make a row.
 
     One image (``KEY.jpg``) or two (``KEY.0.jpg`` and ``KEY.1.jpg``, ``KEY.jpg_0`` and ``KEY.jpg_1``, or
@@ -167,15 +199,14 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str],
     members, texts = sample.members, sample.texts
     if sample.twice is not None:
         raise broken("malformed row", place, sample.twice, "is the name of two members", "write each member once")
-    images: dict[str, Any] = {}
-    named = []
+    images, named = dict[str, Any](), False
     for name in (*form.images, *(name for name in (*MASKS, *NOISES) if name in form.schema)):
         found = [e for e in ((names[name],) if name in names else _ENDINGS[name]) if e in members]
         if len(found) > 1:
             raise broken("malformed row", place, found, f"are several images for {name}", "keep one, or name it")
         if found or name in form.images:
             images[name] = (file, *members[found[0]]) if found and members[found[0]][1] else None
-        named += [ending.startswith(("winner.", "loser.")) for ending in found]
+        named |= any(ending.startswith(("winner.", "loser.")) for ending in found)
     stored = parsed(texts["json"], f"{place}.json") if "json" in texts else {}
     row = in_schema(stored, f"{place}.json", names, images, form)
     if "txt" in texts:
@@ -187,7 +218,7 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str],
         if str(row.setdefault("caption", caption)).strip() != caption:
             problem = f"is not the caption in {place}.json, {row['caption']!r}"
             raise broken("malformed caption", f"{place}.txt", caption, problem, "keep one of them")
-    if any(named) and choices(names):
+    if named and choices(names):
         row["members"] = 0
     return row
 
@@ -281,12 +312,8 @@ def _json_records(path: Path) -> Iterator[tuple[int, Any]]:
     data = _content(path)
     if not data[:4096].lstrip(b"\xef\xbb\xbf\0 \t\r\n").startswith(b"["):
         yield from json_lines(path)
-        return
-    try:
-        entries = json.loads(data, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise invalid("data.path", str(path), f"is not valid JSON ({error})", "write the file again") from None
-    yield from enumerate(entries, start=1)
+    else:
+        yield from enumerate(parsed(data, path.name), start=1)
 
 
 def _content(path: Path, argument: str = "data.path") -> bytes:
@@ -309,7 +336,7 @@ def looks_ranked(path: Path) -> bool:
     return isinstance(record, Mapping) and any(key in record for key in _RANKED)
 
 
-def _ranked(record: Any, where: str, names: Mapping[str, str]) -> dict[str, Any]:
+def _ranked(record: Any, where: str, names: Mapping[str, str]) -> tuple[list[Any], list[list[float]], Any]:
     """Images, how good they are by every order that is there (higher is better), and the prompt of an entry."""
     caption = in_schema(record, where, names).get("caption")
     images = next((record[name] for name in _IMAGE_LISTS if name in record), None)
@@ -322,8 +349,7 @@ def _ranked(record: Any, where: str, names: Mapping[str, str]) -> dict[str, Any]
         if not isinstance(ranks, list) or len(ranks) != len(images) or any(number(rank) is None for rank in ranks):
             remedy = f"give one number for each of the {len(images)} images"
             raise broken("malformed label", f"{where}, {key}", ranks, "does not rank the images", remedy)
-    orders = [[_RANKED[key] * float(rank) for rank in record[key]] for key in keys]
-    return {"images": images, "orders": orders, "caption": caption}
+    return images, [[_RANKED[key] * float(rank) for rank in record[key]] for key in keys], caption
 
 
 def parsed(data: bytes, where: str) -> Any:

@@ -8,8 +8,9 @@ encoded bytes of an image are read when they are needed.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,8 @@ SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *MASKS, *NOISES, *SEEDS)
 # besides, 0 where the images themselves are named winner and loser.
 CHOICES = ("winner", "loser", "label")
 TIE = -1
+DAMAGED = "is damaged text: it holds NUL or ESC, or half of a character"
+_DAMAGE = re.compile("[\0\x1b\ud800-\udfff]")
 _ALIASES = {
     **{"jpg_0": ("jpg_0", "image_0"), "jpg_1": ("jpg_1", "image_1"), "image": ("image", "jpg")},
     "caption": ("caption", "prompt"),
@@ -54,21 +57,12 @@ class Form:
     remedy: str
 
 
-PAIRS = Form(
-    IMAGES,
-    SCHEMA,
-    LABELS,
-    CHOICES,
-    "pairs.jsonl",
-    f"store the winner in label_0, label_1 or one of {', '.join(CHOICES)}",
-)
-LIKES = Form(
-    ("image",), ("image", "liked", "caption"), ("liked",), ("label",), "likes.jsonl", "store 1 or 0 in liked or label"
-)
+_PAIR_REMEDY = f"store the winner in label_0, label_1 or one of {', '.join(CHOICES)}"
+PAIRS = Form(IMAGES, SCHEMA, LABELS, CHOICES, "pairs.jsonl", _PAIR_REMEDY)
+_LIKE = ("image", "liked", "caption")
+LIKES = Form(_LIKE[:1], _LIKE, _LIKE[1:2], ("label",), "likes.jsonl", "store 1 or 0 in liked or label")
 FORMS = {"pairs": PAIRS, "likes": LIKES}
 """By their names in the configuration: two images that were compared, or one that was liked or disliked."""
-
-Where = Callable[..., str]  # names of the schema -> row and columns, for messages
 
 
 class WrongForm(InvalidInput):
@@ -112,20 +106,34 @@ class PairSource(ABC):
         """
 
     @abstractmethod
-    def record(self, row: int) -> Mapping[str, Any]:
+    def values(self, row: int) -> Mapping[str, Any]:
         """Labels, caption and scores as they are stored, by the names of the schema. After :meth:`resolve`.
 
         Raises ``BrokenRow`` where the row could not even be read.
         """
 
     @abstractmethod
+    def _bytes(self, row: int, name: str) -> memoryview: ...
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Every local file that the pairs follow from. Raises ``InvalidInput`` where they are not all local."""
+
+    def record(self, row: int) -> Row:
+        """What :meth:`values` of a row mean."""
+        return Row(self, row, self.values(row))
+
     def encoded(self, row: int, name: str) -> memoryview:
         """The bytes of one of ``form.images``, :data:`MASKS` or :data:`NOISES`. Raises ``BrokenRow`` where a row has
         none.
         """
+        try:
+            return self._bytes(row, name)
+        except BrokenRow as error:
+            raise BrokenRow("malformed noise", str(error)) if name in NOISES else error from None
 
     def image(self, row: int, side: int) -> memoryview:
-        """The encoded bytes of image 0 or 1. Raises ``BrokenRow`` where there are none."""
+        """The encoded bytes of image 0 or 1."""
         return self.encoded(row, self.form.images[side])
 
     def mask(self, row: int, side: int) -> memoryview | None:
@@ -152,26 +160,12 @@ class PairSource(ABC):
         if self.masks and self.form is not PAIRS:
             raise invalid("data.masks", True, "is read of pairs alone", "set it to false")
         if self.masks:
-            names = {MASKS[:1]: (MASKS[0], MASKS[0]), MASKS[1:]: MASKS[1:]}.get(self.stored_masks)
-            if names is None:
+            self.mask_names = {MASKS[:1]: (MASKS[0], MASKS[0]), MASKS[1:]: MASKS[1:]}.get(self.stored_masks)
+            if self.mask_names is None:
                 found = " and ".join(map(self.shown, self.stored_masks)) or "no masks"
                 remedy = "store mask, or mask_0 and mask_1; name yours in data.columns; or set data.masks to false"
                 raise invalid("data.masks", True, f"{self.path} has {found}", remedy)
-            self.mask_names = names[0], names[1]
         return stored
-
-    def noise(self, row: int, side: int) -> memoryview:
-        """The bytes of ``noise_0`` or ``noise_1``, where :meth:`resolve` found them. Raises ``BrokenRow`` where a row
-        has none.
-        """
-        try:
-            return self.encoded(row, NOISES[side])
-        except BrokenRow as error:
-            raise BrokenRow("malformed noise", str(error)) from None
-
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """Every local file that the pairs follow from. Raises ``InvalidInput`` where they are not all local."""
 
     def shown(self, name: str) -> str:
         """The name under which a part of the schema is stored, for messages."""
@@ -206,6 +200,111 @@ class PairSource(ABC):
         return []
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The ``values`` of a row; every reading raises ``BrokenRow`` for what is not there or means nothing."""
+
+    source: PairSource
+    number: int
+    values: Mapping[str, Any]
+
+    def winner(self) -> int:
+        """0 or 1, the side that won, or :data:`TIE`. One of the two labels is enough; everything that is there must
+        agree.
+        """
+        claims = {"labels": self._by_labels()} if self.values.keys() & set(LABELS) else {}
+        for key in (*CHOICES, "members"):
+            if key in self.values:
+                side = self._by_choice(key)
+                claims[key] = 1 - side if key == "loser" and side != TIE else side
+        return int(self._agreed(claims))
+
+    def liked(self) -> bool:
+        """Whether the image was liked; everything that is there must agree."""
+        claims = dict[str, bool]()
+        for key in (*LIKES.labels, *LIKES.choices):
+            if key in self.values:
+                value = self.values[key].lower() if isinstance(self.values[key], str) else self.values[key]
+                if not isinstance(value, int | float | str) or value not in _LIKED:
+                    problem = "says neither that the image was liked nor that it was not"
+                    raise self._broken("malformed label", key, problem, "store 1 or 0, true or false")
+                claims[key] = _LIKED[value]
+        return bool(self._agreed(claims))
+
+    def scores(self) -> tuple[float, float]:
+        """The scores of image 0 and 1, finite numbers."""
+        first, second = (number(self.values.get(name)) for name in SCORES)
+        if first is None or second is None:
+            name = SCORES[0 if first is None else 1]
+            raise self._broken("malformed score", name, "is not a finite number", "store a number in every row")
+        return first, second
+
+    def seeds(self) -> tuple[int, int]:
+        """The seeds of image 0 and 1, whole numbers from 0 to 2⁶³ − 1."""
+        for name in SEEDS:
+            if not is_seed(self.values.get(name)):
+                raise self._broken("malformed noise", name, "is not the seed of a generator", "store a whole number")
+        return self.values[SEEDS[0]], self.values[SEEDS[1]]
+
+    def caption(self) -> str:
+        """The caption, without a byte order mark."""
+        caption = self.values.get("caption")
+        if not isinstance(caption, str):
+            raise self._broken("missing caption", "caption", "is not a string", "store text; '' means no prompt")
+        if is_damaged(caption):
+            raise self._broken("malformed caption", "caption", DAMAGED, "write it again as UTF-8")
+        return caption.removeprefix("\ufeff")
+
+    def labels(self) -> tuple[float | None, float | None]:
+        """Both labels as numbers, the one that is not stored from the other; None for what is no number."""
+        first, second = (number(self.values.get(name)) for name in LABELS)
+        if "label_0" not in self.values and second is not None:
+            first = 1.0 - second
+        if "label_1" not in self.values and first is not None:
+            second = 1.0 - first
+        return first, second
+
+    def _by_labels(self) -> int:
+        first, second = found = self.labels()
+        for name, value in zip(LABELS, found, strict=True):
+            if name in self.values and (value is None or not 0.0 <= value <= 1.0):
+                problem = "is not a finite number" if value is None else "is not in [0, 1]"
+                raise self._broken("malformed label", name, problem, _LABEL_REMEDY)
+        assert first is not None and second is not None  # looked at above
+        if abs(first + second - 1.0) > _SUM_TOLERANCE:
+            where = self.source.where(self.number, *LABELS)
+            raise broken("malformed label", where, found, "do not sum to 1", _LABEL_REMEDY)
+        return TIE if abs(first - second) <= _SUM_TOLERANCE else int(second > first)
+
+    def _by_choice(self, key: str) -> int:
+        value, meant = self.values[key], set[int]()
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            meant = {_SIDES[value]} if value in _SIDES else set()
+            images = [self.values.get(name) for name in IMAGES]
+            for side, name in enumerate(IMAGES):
+                if value in stored_under(name, self.source.names) or (value == images[side] != images[1 - side]):
+                    meant.add(side)
+        if len(meant) == 1:
+            return meant.pop()
+        problem = f"names {'both images' if meant else 'neither image'}"
+        remedy = "name the image by 0 or 1, by its key or path, or write 'tie'"
+        raise self._broken("malformed label", key, problem, remedy)
+
+    def _agreed(self, claims: Mapping[str, int]) -> int:
+        """What all fields say of the preference."""
+        if len(set(claims.values())) == 1:
+            return next(iter(claims.values()))
+        form, where = self.source.form, self.source.where(self.number, *self.source.form.labels)
+        if not claims:
+            raise broken("malformed label", where, None, "nothing says which image is preferred", form.remedy)
+        shown = {key: self.values[key] for key in (*form.labels, *form.choices, "members") if key in self.values}
+        remedy = "correct the row, or name what counts with data.columns"
+        raise broken("malformed label", where, shown, "contradict one another", remedy)
+
+    def _broken(self, cause: str, name: str, problem: str, remedy: str) -> BrokenRow:
+        return broken(cause, self.source.where(self.number, name), self.values.get(name), problem, remedy)
+
+
 def stored_under(name: str, names: Mapping[str, str]) -> tuple[str, ...]:
     """Under which keys a part of the schema may be stored; ``names`` (data.columns) leaves one."""
     return (names[name],) if name in names else _ALIASES.get(name, (name,))
@@ -216,154 +315,14 @@ def choices(names: Mapping[str, str], form: Form = PAIRS) -> tuple[str, ...]:
     return () if set(names) & set(form.labels) else form.choices
 
 
-def in_schema(
-    stored: Any, where: str, names: Mapping[str, str], images: Mapping[str, Any] | None = None, form: Form = PAIRS
-) -> dict[str, Any]:
-    """The values of an object by the names of the schema and of ``form.choices``; what is missing is left out.
-
-    ``winner`` and ``loser`` without two other images are the images themselves, 0 and 1 of the schema. ``images``:
-    where the images lie, if not in the object.
-
-    Raises:
-        BrokenRow: not an object, or what reading it has raised.
-    """
-    if isinstance(stored, BrokenRow):
-        raise stored
-    if not isinstance(stored, Mapping):
-        raise broken("malformed row", where, stored, "is not an object", "write an object with images and caption")
-    row: dict[str, Any] = {}
-    for name in form.schema:
-        for key in stored_under(name, names):
-            if name in row and key in stored and row[name] != stored[key]:
-                problem = f"is another {name} than {row[name]!r}"
-                remedy = f"keep one, or name the key that counts, as in data.columns.{name}={key}"
-                raise broken("malformed row", f"{where}, {key}", stored[key], problem, remedy)
-            if key in stored:
-                row[name] = stored[key]
-    row |= {key: stored[key] for key in choices(names, form) if key in stored}
-    if images is not None:
-        return {**row, **images}
-    if form is PAIRS and not row.keys() & set(IMAGES) and ("winner" in stored or "loser" in stored):
-        row |= {"jpg_0": stored.get("winner"), "jpg_1": stored.get("loser")}
-        row = {key: value for key, value in row.items() if key not in ("winner", "loser")}
-        row |= {"members": 0} if choices(names) else {}
-    return row
-
-
-def winner_of(row: Mapping[str, Any], where: Where, names: Mapping[str, str]) -> int:
-    """0 or 1, the side that won, or :data:`TIE`. One of the two labels is enough; everything that is there must agree.
-
-    Raises:
-        BrokenRow: nothing says who won, or what does is unreadable or contradicts itself.
-    """
-    claims = {", ".join(LABELS): _by_labels(row, where)} if row.keys() & set(LABELS) else {}
-    for key in (*CHOICES, "members"):
-        if key in row:
-            side = _by_choice(key, row, where, names)
-            claims[key] = 1 - side if key == "loser" and side != TIE else side
-    if not claims:
-        raise broken("malformed label", where(*LABELS), None, "are missing", _LABEL_REMEDY)
-    if len(set(claims.values())) > 1:
-        shown = {key: row[key] for key in (*LABELS, *CHOICES, "members") if key in row}
-        remedy = "correct the row, or name the labels that count with data.columns"
-        raise broken("malformed label", where(*LABELS), shown, "contradict one another", remedy)
-    return next(iter(claims.values()))
-
-
-def liked_of(row: Mapping[str, Any], where: Where) -> bool:
-    """Whether the image was liked; everything that is there must agree. Raises ``BrokenRow`` where nothing says so, or
-    what does is unreadable.
-    """
-    claims: dict[str, bool | None] = {}
-    for key in (*LIKES.labels, *LIKES.choices):
-        if key in row:
-            value = row[key].lower() if isinstance(row[key], str) else row[key]
-            claims[key] = _LIKED.get(value) if isinstance(value, int | float | str) else None
-            if claims[key] is None:
-                problem = "says neither that the image was liked nor that it was not"
-                raise broken("malformed label", where(key), row[key], problem, "store 1 or 0, true or false")
-    if not claims:
-        raise broken("malformed label", where(*LIKES.labels), None, "is missing", LIKES.remedy)
-    if len(set(claims.values())) > 1:
-        shown, remedy = (
-            {key: row[key] for key in claims},
-            "correct the row, or name the one that counts in data.columns",
-        )
-        raise broken("malformed label", where(*claims), shown, "contradict one another", remedy)
-    return bool(next(iter(claims.values())))
-
-
-def _by_labels(row: Mapping[str, Any], where: Where) -> int:
-    for name in LABELS:
-        value = number(row.get(name))
-        if name in row and (value is None or not 0.0 <= value <= 1.0):
-            problem = "is not a finite number" if value is None else "is not in [0, 1]"
-            raise broken("malformed label", where(name), row[name], problem, _LABEL_REMEDY)
-    first, second = labels_of(row)
-    assert first is not None and second is not None  # looked at above
-    if abs(first + second - 1.0) > _SUM_TOLERANCE:
-        raise broken("malformed label", where(*LABELS), (first, second), "do not sum to 1", _LABEL_REMEDY)
-    return TIE if abs(first - second) <= _SUM_TOLERANCE else int(second > first)
-
-
-def labels_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Both labels as numbers, the one that is not stored from the other; None for what is no number."""
-    first, second = (number(row.get(name)) for name in LABELS)
-    if "label_0" not in row and second is not None:
-        first = 1.0 - second
-    if "label_1" not in row and first is not None:
-        second = 1.0 - first
-    return first, second
-
-
-def _by_choice(key: str, row: Mapping[str, Any], where: Where, names: Mapping[str, str]) -> int:
-    value = row[key]
-    meant: set[int] = set()
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        meant = {_SIDES[value]} if value in _SIDES else set()
-        images = [row.get(name) for name in IMAGES]
-        for side, name in enumerate(IMAGES):
-            if value in stored_under(name, names) or (value == images[side] != images[1 - side]):
-                meant.add(side)
-    if len(meant) == 1:
-        return meant.pop()
-    remedy = "name the image by 0 or 1, by its key or path, or write 'tie'"
-    raise broken("malformed label", where(key), value, f"names {'both images' if meant else 'neither image'}", remedy)
-
-
-def scores_of(row: Mapping[str, Any], where: Where) -> tuple[float, float]:
-    """The scores of image 0 and 1. Raises ``BrokenRow`` where one is no finite number."""
-    first, second = (number(row.get(name)) for name in SCORES)
-    if first is None or second is None:
-        name = SCORES[0 if first is None else 1]
-        remedy = "store a number in every row"
-        raise broken("malformed score", where(name), row.get(name), "is not a finite number", remedy)
-    return first, second
+def is_damaged(text: str) -> bool:
+    """Whether text holds what only a wrong encoding puts there."""
+    return _DAMAGE.search(text) is not None
 
 
 def is_seed(value: Any) -> bool:
     """Whether a generator takes it: a whole number from 0 to 2⁶³ − 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def seeds_of(row: Mapping[str, Any], where: Where) -> tuple[int, int]:
-    """The seeds of image 0 and 1. Raises ``BrokenRow`` where one is no whole number from 0 to 2⁶³ − 1."""
-    found = [row.get(name) for name in SEEDS]
-    for name, seed in zip(SEEDS, found, strict=True):
-        if not is_seed(seed):
-            raise broken("malformed noise", where(name), seed, "is not the seed of a generator", "store a whole number")
-    return found[0], found[1]  # type: ignore[return-value]
-
-
-def caption_of(row: Mapping[str, Any], where: Where) -> str:
-    """The caption, without a byte order mark. Raises ``BrokenRow`` where it is no text, or damaged text."""
-    caption = row.get("caption")
-    if not isinstance(caption, str):
-        raise broken("missing caption", where("caption"), caption, "is not a string", "store text; '' means no prompt")
-    if any(letter in "\0\x1b" or "\ud800" <= letter <= "\udfff" for letter in caption):
-        problem = "is damaged text: it holds NUL or ESC, or half of a character"
-        raise broken("malformed caption", where("caption"), caption, problem, "write it again as UTF-8")
-    return caption.removeprefix("\ufeff")
 
 
 def number(value: Any) -> float | None:

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 from fastinvdpo.data.broken import BrokenRow
-from fastinvdpo.data.rows import SCORES, PairSource, scores_of
+from fastinvdpo.data.rows import SCORES, PairSource
 from fastinvdpo.errors import invalid
 
 METADATA = b"fastinvdpo.scores"
 
 
-@dataclass(frozen=True)
-class ScoreRange:
+class ScoreRange(NamedTuple):
     """Extremes of a scorer's values over both images of all pairs."""
 
     low: float
@@ -32,34 +30,32 @@ class ScoreRange:
         return self.high - self.low
 
     @classmethod
-    def of(cls, scores: Sequence[float]) -> ScoreRange:
-        return cls(min(scores), max(scores))
+    def of(cls, scores: Sequence[float]) -> ScoreRange | None:
+        return cls(min(scores), max(scores)) if len(scores) else None
 
 
 def measured_range(source: PairSource) -> ScoreRange | None:
     """The range of the scores that are there, whoever wrote them; None without scores, or where all are broken."""
-    if not set(SCORES) <= source.resolve(()):
-        return None
     found: list[float] = []
-    for row in range(len(source)):
+    for row in range(len(source)) if set(SCORES) <= source.resolve(()) else ():
         try:
-            found += scores_of(source.record(row), partial(source.where, row))
+            found += source.record(row).scores()
         except BrokenRow:  # PairDataset names the row
             continue
-    return ScoreRange.of(found) if found else None
+    return ScoreRange.of(found)
 
 
 def stored_range(source: PairSource, columns: tuple[str, str]) -> ScoreRange | None:
     """The range of two columns that ``fastinvdpo score`` wrote, over all files; None where a file lacks it."""
     ends: list[float] = []
-    for footer in source.footers():
-        try:
+    try:
+        for footer in source.footers():
             scores = json.loads(footer.get(METADATA, b'{"scores": []}'))["scores"]
             found = next((score for score in scores if tuple(score["columns"]) == columns), None)
             if found is None:
                 return None
             ends += [float(found["low"]), float(found["high"])]
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"the metadata {METADATA.decode()!r} cannot be read ({type(error).__name__}: {error})"
-            raise invalid("data.path", columns, problem, "score the pairs again with fastinvdpo score") from error
-    return ScoreRange.of(ends) if ends else None
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"the metadata {METADATA.decode()!r} cannot be read ({type(error).__name__}: {error})"
+        raise invalid("data.path", columns, problem, "score the pairs again with fastinvdpo score") from error
+    return ScoreRange.of(ends)

@@ -92,30 +92,29 @@ def open_source(
 def detect_format(path: str | Path) -> str:
     """Which of :data:`FORMATS` a path holds. Raises ``InvalidInput`` saying why it cannot be inferred."""
     root = Path(path)
-    if root.is_dir():
-        kinds = {"parquet": _visible(root, ".parquet"), "webdataset": _visible(root, ".tar")}
-        kinds["folder"] = [file for form in FORMS.values() if (file := root / form.listing).is_file()]
-        found = [kind for kind, files in kinds.items() if files]
-        nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
-        if not found and (nested or (root / "dataset_info.json").is_file()):
-            found = ["datasets"]  # the layout of a repository, or what Dataset.save_to_disk wrote
-        if len(found) > 1:
-            problem = f"holds what could be read as {' and as '.join(found)}"
-            raise invalid("data.path", str(root), problem, "set data.format to one of them")
-        if not found:
-            problem = f"is a directory without *.parquet, *.tar or {PAIRS.listing}, so its format cannot be inferred"
-            remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
-            raise invalid("data.path", str(root), problem, remedy)
-        return found[0]
     if not root.exists():
         remedy = "name a parquet file, a directory of pairs, or a .json, .jsonl or .tar file"
         if str(path).count("/") <= 1 and not root.suffix:
             remedy += "; for a data set of the hub set data.format to datasets"
         raise invalid("data.path", str(path), "does not exist", remedy)
     suffix = root.suffix.lower()
-    if suffix in (".json", ".jsonl"):
-        return "hpd" if looks_ranked(root) else "folder"
-    return "webdataset" if suffix == ".tar" else "parquet"
+    if not root.is_dir():
+        if suffix in (".json", ".jsonl"):
+            return "hpd" if looks_ranked(root) else "folder"
+        return "webdataset" if suffix == ".tar" else "parquet"
+    kinds = {"parquet": _visible(root, ".parquet"), "webdataset": _visible(root, ".tar")}
+    kinds["folder"] = [file for form in FORMS.values() if (file := root / form.listing).is_file()]
+    found = [kind for kind, files in kinds.items() if files]
+    nested = (root / "data").is_dir() and _visible(root / "data", ".parquet")
+    if not found and (nested or (root / "dataset_info.json").is_file()):
+        found = ["datasets"]  # the layout of a repository, or what Dataset.save_to_disk wrote
+    if len(found) == 1:
+        return found[0]
+    problem = f"is a directory without *.parquet, *.tar or {PAIRS.listing}, so its format cannot be inferred"
+    remedy = "name a directory of shards, the .json file of ranked images, or set data.format"
+    if found:
+        problem, remedy = f"holds what could be read as {' and as '.join(found)}", "set data.format to one of them"
+    raise invalid("data.path", str(root), problem, remedy)
 
 
 def files_of(path: str | Path, suffix: str, split: str | None = None) -> list[Path]:

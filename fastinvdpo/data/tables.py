@@ -10,8 +10,7 @@ import glob
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from fastinvdpo.data.broken import broken
 from fastinvdpo.data.images import image_bytes
 from fastinvdpo.data.rows import FORMS, MASKS, NOISES, PAIRS, Form, PairSource, WrongForm, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
-from fastinvdpo.errors import InvalidInput, invalid
+from fastinvdpo.errors import invalid
 
 # Larger sets are converted once to memory-mapped Arrow files by `datasets` (its cache directory, HF_DATASETS_CACHE):
 # parquet cannot read a single row, and every process of a run would otherwise hold its own copy.
@@ -66,18 +65,17 @@ class TableSource(PairSource):
         self._dataset: Any = None
         self._loaded: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
-        self._footers: list[Mapping[bytes, bytes]] = []
-        self._schemas: list[tuple[str, Any]] = []
-        self._groups: list[tuple[str, int, int]] = []  # file, number of the row group in it, rows
-        for file in self._locations:
-            with _readable(file) as opened:
-                found = opened.metadata
-            self._footers.append(found.metadata or {})
-            self._schemas.append((file, found.schema.to_arrow_schema()))
-            self._groups += [(file, n, found.row_group(n).num_rows) for n in range(found.num_row_groups)]
+        found = {file: _from_file(file, lambda opened: opened.metadata) for file in self._locations}
+        self._footers: list[Mapping[bytes, bytes]] = [metadata.metadata or {} for metadata in found.values()]
+        self._schemas = {file: metadata.schema.to_arrow_schema() for file, metadata in found.items()}
+        self._groups = [  # file, number of the row group in it, rows
+            (file, number, metadata.row_group(number).num_rows)
+            for file, metadata in found.items()
+            for number in range(metadata.num_row_groups)
+        ]
         if repository is not None:
             table = self._repository_table()
-            self._schemas, self._groups = [(path, table.schema)], [(path, 0, table.num_rows)]
+            self._schemas, self._groups = {path: table.schema}, [(path, 0, table.num_rows)]
         sizes = [rows for *_, rows in self._groups]
         self._starts = [0, *accumulate(sizes if streaming else [sum(sizes)])]
         self.groups_per_window = max(1, -(-shuffle_buffer // max([1, *sizes])))
@@ -86,17 +84,16 @@ class TableSource(PairSource):
         return self._starts[-1]
 
     def resolve(self, required: Sequence[str]) -> set[str]:
-        found = [self._found(file, schema, required) for file, schema in self._schemas]
-        for (file, _), columns in zip(self._schemas, found, strict=True):
-            for name in {**found[0], **columns}:
-                if name not in columns or name not in found[0]:
-                    problem = f"{'lacks' if name not in columns else 'has'} the column of {name!r}, unlike other files"
-                    raise invalid("data.path", file, problem, "write all files with the same columns")
+        found = {file: self._found(file, schema, required) for file, schema in self._schemas.items()}
+        self._columns = next(iter(found.values()))
+        for file, columns in found.items():
+            for name in sorted(columns.keys() ^ self._columns.keys()):
+                problem = f"{'has' if name in columns else 'lacks'} the column of {name!r}, unlike other files"
+                raise invalid("data.path", file, problem, "write all files with the same columns")
         scored = [METADATA in footer for footer in self._footers]
         if len(set(scored)) > 1:
             file, problem = self._locations[scored.index(True)], "was written by fastinvdpo score, and others were not"
             raise invalid("data.path", file, problem, "name one of the files, or move it")
-        self._columns = found[0]
         large = (*self.form.images, *MASKS, *NOISES)
         small = {name: column for name, column in self._columns.items() if name not in large}
         stored = list(dict.fromkeys(small.values()))
@@ -106,15 +103,15 @@ class TableSource(PairSource):
         self._values = {name: values[column] for name, column in small.items()}
         return self.choose_masks(set(self._columns))
 
-    def record(self, row: int) -> Mapping[str, Any]:
+    def values(self, row: int) -> Mapping[str, Any]:
         return {name: values[row] for name, values in self._values.items()}
 
-    def encoded(self, row: int, name: str) -> memoryview:
-        number = bisect_right(self._starts, row) - 1
+    def _bytes(self, row: int, name: str) -> memoryview:
+        number, roots = bisect_right(self._starts, row) - 1, None
         cell, where = self._group(number).column(self._columns[name])[row - self._starts[number]], self.where(row, name)
-        if name in NOISES:
-            return _noise_bytes(cell, where)
-        roots = None
+        if name in NOISES and (not isinstance(cell, arrow.BinaryScalar | arrow.LargeBinaryScalar) or not cell.is_valid):
+            remedy = "store the bytes of a .npy file in every row"
+            raise broken("malformed noise", where, cell.as_py() and str(cell.type), "holds no bytes", remedy)
         if self.format == "datasets":  # which may name images below its place, or where `datasets` keeps what it loaded
             config = require("datasets", extra="train", purpose="reading preference pairs").config
             caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
@@ -145,8 +142,8 @@ class TableSource(PairSource):
         return self._columns.get(name, self.names.get(name, name))
 
     def column_names(self) -> list[str]:
-        first, schema = self._schemas[0]
-        for file, found in self._schemas:
+        first, schema = next(iter(self._schemas.items()))
+        for file, found in self._schemas.items():
             if set(found.names) != set(schema.names):
                 problem = f"its columns {found.names} are not those of {first}, {schema.names}"
                 raise invalid("data.path", file, problem, "write files with the same columns")
@@ -154,12 +151,11 @@ class TableSource(PairSource):
 
     def tables(self, columns: list[str] | None = None) -> Iterator[Any]:
         if self._locations:
-            for location, number, _ in self._groups:
-                yield _read(location, number, columns)
-            return
-        whole = self._repository_table()
-        whole = whole if columns is None else whole.select(columns)
-        yield from (whole.slice(start, _ROWS_PER_PIECE) for start in range(0, whole.num_rows, _ROWS_PER_PIECE))
+            yield from (_read(location, number, columns) for location, number, _ in self._groups)
+        else:
+            whole = self._repository_table()
+            whole = whole if columns is None else whole.select(columns)
+            yield from (whole.slice(start, _ROWS_PER_PIECE) for start in range(0, whole.num_rows, _ROWS_PER_PIECE))
 
     def footers(self) -> list[Mapping[bytes, bytes]]:
         return self._footers
@@ -178,7 +174,7 @@ class TableSource(PairSource):
             kind = schema.field(name).type if name in schema.names else None
             if kind is not None and not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):
                 found[name] = name  # no image
-        label = self.form.labels[0]
+        label, columns = self.form.labels[0], set(schema.names)
         says_who_won = any(name in found for name in (*self.form.labels, *others))
         for name in dict.fromkeys((*required, *self.names)):
             if name not in found and (name in self.names or not (name == label and says_who_won)):
@@ -186,18 +182,12 @@ class TableSource(PairSource):
                 remedy = f"name yours with data.columns, as in {{{name}: YOUR_COLUMN}}"
                 if name == label:
                     remedy = f"{self.form.remedy}, or {remedy}"
-                if name in self.form.images and (other := self._other_form(schema.names)) is not None:
-                    remedy = f"set data.form to {other}, or {remedy}"
-                    raise WrongForm(str(invalid("data.path", file, problem, remedy)))
+                for kind, form in FORMS.items() if name in self.form.images else ():
+                    if all(set(stored_under(image, {})) & columns for image in form.images):
+                        remedy = f"set data.form to {kind}, or {remedy}"
+                        raise WrongForm(str(invalid("data.path", file, problem, remedy)))
                 raise invalid("data.path", file, problem, remedy)
         return found
-
-    def _other_form(self, columns: Sequence[str]) -> str | None:
-        """The form whose images are all there."""
-        for name, form in FORMS.items():
-            if all(set(stored_under(image, {})) & set(columns) for image in form.images):
-                return name
-        return None
 
     def _group(self, number: int) -> Any:
         """The images of a group, the masks if they are read, and the noise."""
@@ -231,13 +221,6 @@ class TableSource(PairSource):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
-
-
-def _noise_bytes(cell: Any, where: str) -> memoryview:
-    if not isinstance(cell, arrow.BinaryScalar | arrow.LargeBinaryScalar) or not cell.is_valid:
-        remedy = "store the bytes of a .npy file in every row"
-        raise broken("malformed noise", where, cell.as_py() and str(cell.type), "holds no bytes", remedy)
-    return memoryview(cell.as_buffer()).cast("B")
 
 
 def parquet_locations(path: str, options: Mapping[str, str | None]) -> list[str]:
@@ -311,27 +294,29 @@ def _short(error: Exception) -> str:
 
 def _read(location: str, group: int | None, columns: list[str] | None = None) -> Any:
     """A row group, or the whole file."""
-    with _readable(location) as opened:
-        return opened.read(columns=columns) if group is None else opened.read_row_group(group, columns=columns)
+
+    def read(file: Any) -> Any:
+        return file.read(columns=columns) if group is None else file.read_row_group(group, columns=columns)
+
+    return _from_file(location, read)
 
 
-@contextmanager
-def _readable(location: str) -> Iterator[Any]:
-    """A parquet file. Raises ``InvalidInput`` for a damaged one, whether its footer or its data are."""
+def _from_file(location: str, read: Callable[[Any], Any]) -> Any:
+    """What ``read`` finds in a parquet file. Raises ``InvalidInput`` for a damaged one, whether its footer or its data
+    are.
+    """
     try:
         with _open(location) as file:
-            yield parquet.ParquetFile(file)
-    except InvalidInput:
-        raise
+            return read(parquet.ParquetFile(file))
     except (arrow.ArrowException, OSError, ValueError) as error:
         problem = f"is not a readable parquet file ({_short(error)})"
         raise invalid("data.path", location, problem, "write it again") from error
 
 
 def _open(location: str) -> Any:
-    if "://" not in location:
-        if not Path(location).is_file():
-            raise OSError("is no regular file")
-        return Path(location).open("rb")
-    fsspec = require("fsspec", extra="train", purpose="reading pairs from a remote place")
-    return fsspec.open(location, "rb").open()
+    if "://" in location:
+        fsspec = require("fsspec", extra="train", purpose="reading pairs from a remote place")
+        return fsspec.open(location, "rb").open()
+    if not Path(location).is_file():
+        raise OSError("is no regular file")
+    return Path(location).open("rb")

@@ -15,6 +15,7 @@ import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.aligned import aligned_files, differences_of, open_aligned
 from fastinvdpo.evaluation.metrics import statistics
 from fastinvdpo.evaluation.page import report_page
-from fastinvdpo.evaluation.sampling import Sampling, initial_noise, sample_images
+from fastinvdpo.evaluation.sampling import Sampling, check_whole, initial_noise, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, as_json, check_same, has_key, key_hash, plain, sealed, unsealed
 from fastinvdpo.models import DiffusionModel, checkpoint_files, load_model, own_guidance, resolve_family
@@ -94,7 +95,12 @@ def compare(
     before, after = Origin.of(base), Origin.of(aligned)
     family = resolve_family(family, before.path, before.revision)
     texts, scorers = check_prompts(prompts), check_scorers(scorers)
-    _check(sampling, shown)
+    check_whole(1, num_inference_steps=sampling.num_inference_steps, batch_size=sampling.batch_size)
+    check_whole(0, seed=sampling.seed, shown=shown)
+    if sampling.guidance_scale is not None:
+        check_guidance(sampling.guidance_scale)
+    if sampling.dtype not in DTYPES:
+        raise invalid("dtype", sampling.dtype, "is not known", f"choose one of {', '.join(DTYPES)}")
     reads = [before.path, after.path]
     with OutputDirectory(output, earlier=lambda path: has_key(path / _SETTINGS, _PROMPTS), reads=reads) as place:
         place.claim(SUMMARY, PAGE, files=(_SETTINGS, *(f"{side}/*.png" for side in SIDES), f"{_NOISE}/*.npy"))
@@ -103,35 +109,28 @@ def compare(
             sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
         _check_settings(place.path / _SETTINGS, _key(files, texts, family, sampling))
         notes, dtype = differences_of(before, after, files), DTYPES[sampling.dtype]
-        openers: dict[str, Callable[[], DiffusionModel]] = {
-            "base": lambda: load_model(family, before, dtype=dtype),
-            "aligned": lambda: open_aligned(family, before, after, dtype=dtype),
-        }
-        for side in SIDES:
-            _sample_missing(openers[side], place.path / side, texts, sampling)
-            gc.collect()  # two models need not fit into memory together
+        _sample_missing(lambda: load_model(family, before, dtype=dtype), place.path / "base", texts, sampling)
+        gc.collect()  # two models need not fit into memory together
+        opened = partial(open_aligned, family, before, after, dtype=dtype)
+        _sample_missing(opened, place.path / "aligned", texts, sampling)
+        gc.collect()
         scores = {scorer.name: {side: _score(scorer, place.path / side, texts) for side in SIDES} for scorer in scorers}
-        summary = {
-            "base": str(before.path),
-            "aligned": str(after.path),
-            "notes": notes,
-            "family": family,
-            "prompts": len(texts),
-            **asdict(sampling),
-            "scorers": {
-                scorer.name: {**statistics(**scores[scorer.name]), "key": dict(getattr(scorer, "key", {}))}
-                for scorer in scorers
-            },
-            "samples": [
-                {
-                    "prompt": text,
-                    **{side: f"{side}/{_file_name(number)}" for side in SIDES},
-                    **({_NOISE: f"{_NOISE}/{_file_name(number, 'npy')}"} if sampling.noise else {}),
-                    "scores": {name: {side: both[side][number] for side in SIDES} for name, both in scores.items()},
-                }
-                for number, text in enumerate(texts)
-            ],
+        results = {
+            scorer.name: {**statistics(**scores[scorer.name]), "key": dict(getattr(scorer, "key", {}))}
+            for scorer in scorers
         }
+        samples = [
+            {
+                "prompt": text,
+                **{side: f"{side}/{_file_name(number)}" for side in SIDES},
+                **({_NOISE: f"{_NOISE}/{_file_name(number, 'npy')}"} if sampling.noise else {}),
+                "scores": {name: {side: both[side][number] for side in SIDES} for name, both in scores.items()},
+            }
+            for number, text in enumerate(texts)
+        ]
+        summary: dict[str, Any] = {"base": str(before.path), "aligned": str(after.path), "notes": notes}
+        summary |= {"family": family, "prompts": len(texts), **asdict(sampling)}
+        summary |= {"scorers": results, "samples": samples}
         place.write(SUMMARY, summary)
         place.write(PAGE, report_page(summary, place.path, shown=shown))
     return summary
@@ -144,17 +143,6 @@ def read_image(path: Path) -> Image:
     except BrokenRow as error:
         problem = f"cannot be read ({error})"
         raise invalid("output", str(path), problem, "delete it to have it sampled again") from error
-
-
-def _check(sampling: Sampling, shown: int) -> None:
-    values = {**asdict(sampling), "shown": shown}
-    for name, least in {"num_inference_steps": 1, "batch_size": 1, "seed": 0, "shown": 0}.items():
-        if values[name] < least:
-            raise invalid(name, values[name], f"is below {least}", f"pass {least} or more")
-    if sampling.guidance_scale is not None:
-        check_guidance(sampling.guidance_scale)
-    if sampling.dtype not in DTYPES:
-        raise invalid("dtype", sampling.dtype, "is not known", f"choose one of {', '.join(DTYPES)}")
 
 
 def _key(
@@ -175,8 +163,8 @@ def _key(
 def _check_settings(file: Path, key: dict[str, Any]) -> None:
     """Note what the images depend on, or raise when the directory holds those of something else."""
     if not file.is_file():
-        with atomic_file(file) as partial:
-            partial.write_text(as_json(_SETTINGS, sealed(key)), "utf-8")
+        with atomic_file(file) as temporary:
+            temporary.write_text(as_json(_SETTINGS, sealed(key)), "utf-8")
         return
     try:
         stored = unsealed(file)
@@ -190,34 +178,25 @@ def _sample_missing(
     open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling
 ) -> None:
     """Sample the images that ``folder`` lacks, in whole batches: another batch gives other last bits."""
-    make_directory(folder)
-    batches = [
-        range(start, min(start + sampling.batch_size, len(prompts)))
-        for start in range(0, len(prompts), sampling.batch_size)
-    ]
-    noise = folder.parent / _NOISE
-
-    def is_whole(place: int) -> bool:
-        kept = not sampling.noise or (noise / _file_name(place, "npy")).is_file()
-        return kept and _is_whole(folder / _file_name(place))
-
-    missing = [places for places in batches if not all(map(is_whole, places))]
-    if not missing:
-        return
-    if sampling.noise:
-        make_directory(noise)
-    model = open_model()
-    if torch.cuda.is_available():
-        model.to("cuda")
-    for places in missing:
+    noise, model = make_directory(folder).parent / _NOISE, None
+    for start in range(0, len(prompts), sampling.batch_size):
+        places = range(start, min(start + sampling.batch_size, len(prompts)))
+        files = {noise / _file_name(place, "npy") for place in places} if sampling.noise else set[Path]()
+        if all(file.is_file() for file in files) and all(_is_whole(folder / _file_name(place)) for place in places):
+            continue
+        if model is None:
+            model = open_model()
+            if torch.cuda.is_available():
+                model.to("cuda")
         images = sample_images(model, model.network, [prompts[place] for place in places], places, sampling)
         for place, image in zip(places, images, strict=True):
-            with atomic_file(folder / _file_name(place)) as partial:
-                image.save(partial, format="PNG")
+            with atomic_file(folder / _file_name(place)) as temporary:
+                image.save(temporary, format="PNG")
         if sampling.noise:
+            make_directory(noise)
             for place, latent in zip(places, initial_noise(model, sampling.seed, places).cpu().numpy(), strict=True):
-                with atomic_file(noise / _file_name(place, "npy")) as partial:
-                    partial.write_bytes(npy_bytes(latent))
+                with atomic_file(noise / _file_name(place, "npy")) as temporary:
+                    temporary.write_bytes(npy_bytes(latent))
 
 
 def _is_whole(path: Path) -> bool:

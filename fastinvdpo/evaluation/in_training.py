@@ -62,15 +62,9 @@ class EvaluationCallback(Callback):
         self.section, self.rows = section, list[dict[str, Any]]()
         self._texts = load_prompts(section.prompts, column=section.column, limit=section.samples)
         self._scorers = check_scorers(open_scorers(section.scorers, device=device) if scorers is None else scorers)
-        self.settings = plain(
-            {
-                "prompts": key_hash({"prompts": self._texts}),
-                "num_inference_steps": section.num_inference_steps,
-                "guidance_scale": section.guidance_scale,
-                "seed": section.seed,
-                "scorers": {scorer.name: dict(getattr(scorer, "key", {})) for scorer in self._scorers},
-            }
-        )
+        kept = {name: getattr(section, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+        keys = {scorer.name: dict(getattr(scorer, "key", {})) for scorer in self._scorers}
+        self.settings = plain({"prompts": key_hash({"prompts": self._texts}), **kept, "scorers": keys})
         self._base: Scores = {}
         self._shown: list[Image.Image] = []
 
@@ -106,7 +100,7 @@ class EvaluationCallback(Callback):
         self._base = stored["scores"]
         self.rows = [row for row in stored["rows"] if row["step"] <= trainer.first_step]
         if not self.rows:
-            self._add(trainer, {"step": 0, **self._row(self._base)}, self._base)
+            self._add(trainer, 0, self._base)
 
     def on_step(self, trainer: Run, step: int) -> None:
         if step % self.section.every and step != trainer.config.training.steps:
@@ -117,7 +111,7 @@ class EvaluationCallback(Callback):
             with nullcontext() if ema is None else ema.applied():
                 scores = self._shared_scores(trainer)
             if trainer.accelerator.is_main_process:
-                self._add(trainer, {"step": step, **self._row(scores)}, scores)
+                self._add(trainer, step, scores)
                 if self.section.keep_best:
                     self._keep(trainer, step)
             trainer.accelerator.wait_for_everyone()
@@ -132,13 +126,10 @@ class EvaluationCallback(Callback):
         if not {0, step} <= found.keys():
             return []
         rows = [f"| {name} | {found[0][name]:.6g} | {value:.6g} |" for name, value in found[step].items()]
-        lines = [
-            f"## Evaluation\n\nUp to {of.samples} prompts of `{of.prompts}`, sampled by both models from the same "
-            f"noise in {of.num_inference_steps} steps with guidance {of.guidance_scale:g} and seed {of.seed}.\n",
-            "| | base | this model |\n|---|---|---|",
-            *rows[1:],  # the first is the step
-        ]
-        return ["\n".join(lines)]
+        settings = f"{of.num_inference_steps} steps with guidance {of.guidance_scale:g} and seed {of.seed}."
+        told = f"Up to {of.samples} prompts of `{of.prompts}`, sampled by both models from the same noise in {settings}"
+        table = ["| | base | this model |\n|---|---|---|", *rows[1:]]  # the first is the step
+        return ["\n".join([f"## Evaluation\n\n{told}\n", *table])]
 
     def scores(self, model: DiffusionModel, network: nn.Module, places: Sequence[int]) -> Scores:
         """Scores, by scorer, of the prompts at ``places`` of the list, in their order."""
@@ -158,19 +149,18 @@ class EvaluationCallback(Callback):
         """Those of all prompts, which the processes share out; whole on the first."""
         from accelerate.utils import gather_object
 
-        accelerator, total = trainer.accelerator, len(self._texts)
-        several = accelerator.num_processes
-        own = range(accelerator.process_index, total, several)
-        parts = gather_object([self.scores(trainer.model, trainer.state.networks.policy_module, own)])
-        found = {scorer.name: [0.0] * total for scorer in self._scorers}
+        several, own = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        places = range(own, len(self._texts), several)
+        parts = gather_object([self.scores(trainer.model, trainer.state.networks.policy_module, places)])
+        found = {scorer.name: [0.0] * len(self._texts) for scorer in self._scorers}
         for process, part in enumerate(parts):
             for name, scores in part.items():
                 found[name][process::several] = scores
         return found
 
-    def _row(self, scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    def _row(self, step: int, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         """Mean, and win rate over the base, for each scorer."""
-        numbers: dict[str, float] = {}
+        numbers: dict[str, Any] = {"step": step}
         for name, found in scores.items():
             numbers |= {name: fmean(found), f"{name}_win_rate": win_rate(found, self._base[name]).mean}
         return numbers
@@ -190,20 +180,18 @@ class EvaluationCallback(Callback):
         trainer.say("The evaluation is another one than before: its rows and the best model start over.")
         return None
 
-    def _add(self, trainer: Run, row: dict[str, Any], scores: Scores) -> None:
+    def _add(self, trainer: Run, step: int, scores: Scores) -> None:
+        row = self._row(step, scores)
         self.rows.append(row)
         stored = {"settings": self.settings, "scores": self._base, "rows": self.rows}
-        texts = {
-            "base.json": json.dumps(sealed(stored), indent=2) + "\n",
-            "history.jsonl": "".join(json.dumps(row) + "\n" for row in self.rows),
-        }
-        for name, text in texts.items():
+        history = "".join(json.dumps(row) + "\n" for row in self.rows)
+        for name, text in {"base.json": json.dumps(sealed(stored), indent=2) + "\n", "history.jsonl": history}.items():
             with atomic_file(self._folder / name) as partial:
                 partial.write_text(text)
         trainer.reporting.scalars("evaluation", row)
-        trainer.reporting.images("evaluation", lambda: self._images(scores), row["step"])
+        trainer.reporting.images("evaluation", lambda: self._images(scores), step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-        trainer.say(f"Evaluation after step {row['step']}: {shown}.")
+        trainer.say(f"Evaluation after step {step}: {shown}.")
 
     def _images(self, scores: Scores) -> dict[str, Image.Image]:
         """For trackers: the first samples, and for each scorer the scores beside the base's."""

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ImageDraw
 from PIL.Image import Image, Resampling
-from PIL.Image import new as new_image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +26,8 @@ from fastinvdpo.data.transforms import Decisions, transform
 from fastinvdpo.diffusion.inversion import InversionPlan, InversionSettings, invert, plan_levels
 from fastinvdpo.diffusion.prompt import Conditioning
 from fastinvdpo.errors import invalid
-from fastinvdpo.evaluation.sampling import descending_levels, encode_prompt
+from fastinvdpo.evaluation.page import grid
+from fastinvdpo.evaluation.sampling import check_whole, descending_levels, encode_prompt
 from fastinvdpo.models import load_model
 from fastinvdpo.models.base import DiffusionModel, Origin, check_guidance, check_images, check_prompts
 from fastinvdpo.output import OutputDirectory
@@ -47,9 +46,6 @@ class InversionResult:
         clean_latents, latents, reconstructed_latents: float32 ``(n, C, h, w)``: the encoded images, the noise that they
             were inverted to, and what sampling from that noise gives.
         originals, reconstructions: images, in the color mode of the model.
-        latent_mse: ``(n,)`` mean squared error of the latents; the error of inversion alone.
-        mse: ``(n,)`` mean squared error of the pixels on a scale of 0 to 1; the VAE's own error is part of it.
-        psnr: ``(n,)`` ``-10 log10(mse)`` in dB, infinite for equal images.
         network_evaluations: samples that passed the network.
     """
 
@@ -59,10 +55,26 @@ class InversionResult:
     prompts: list[str]
     originals: list[Image]
     reconstructions: list[Image]
-    latent_mse: Tensor
-    mse: Tensor
-    psnr: Tensor
     network_evaluations: int
+
+    @property
+    def latent_mse(self) -> Tensor:
+        """``(n,)`` mean squared error of the latents; the error of inversion alone."""
+        return (self.reconstructed_latents - self.clean_latents).square().flatten(1).mean(1).cpu()
+
+    @property
+    def mse(self) -> Tensor:
+        """``(n,)`` mean squared error of the pixels on a scale of 0 to 1; the VAE's own error is part of it."""
+        first, second = (
+            torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images])
+            for images in (self.originals, self.reconstructions)
+        )
+        return ((first.double() - second.double()) / 255.0).square().mean(1)
+
+    @property
+    def psnr(self) -> Tensor:
+        """``(n,)`` ``-10 log10(mse)`` in dB, infinite for equal images."""
+        return -10.0 * self.mse.log10()
 
 
 @torch.no_grad()
@@ -97,7 +109,8 @@ def invert_images(
     # Before any image is encoded, for their checks.
     levels = descending_levels(model, num_inference_steps).round().long().unique()
     model.guidance(guidance_scale)
-    settings = InversionSettings(renoise_iterations=renoise_iterations)
+    climbing = InversionSettings(renoise_iterations=renoise_iterations)
+    descending = InversionSettings(model_time="source")
     evaluations = 0
 
     def network(latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -113,52 +126,28 @@ def invert_images(
             clean = model.encode_images(images[start : start + batch_size])
             prompt = encode_prompt(model, texts[start : start + batch_size], guidance_scale)
             up = plan_levels(levels, len(clean))
-            noise = invert(network, model.sampling_schedule, clean, up, prompt, settings)
+            noise = invert(network, model.sampling_schedule, clean, up, prompt, climbing)
             # The way back is the same plan reversed, with the network at the level it leaves, which on the way up was
             # the level it went to: both directions use the same model times.
-            source, target, lower, upper = (
-                column.flip(1) for column in (up.target, up.source, up.noise_lower, up.noise_upper)
-            )
-            down = InversionPlan(source, target, up.steps, lower, upper)
-            back = InversionSettings(model_time="source")
-            parts.append((clean, noise, invert(network, model.sampling_schedule, noise, down, prompt, back)))
+            source, target = up.target.flip(1), up.source.flip(1)
+            down = InversionPlan(source, target, up.steps, target, source)
+            parts.append((clean, noise, invert(network, model.sampling_schedule, noise, down, prompt, descending)))
     finally:
         model.network.train(was_training)
     clean, latents, reconstructed = (torch.cat(column) for column in zip(*parts, strict=True))
     reconstructions = model.decode_latents(reconstructed)
     originals = [image.convert(new.mode) for image, new in zip(images, reconstructions, strict=True)]
-    mse = torch.stack([_pixel_mse(*both) for both in zip(originals, reconstructions, strict=True)])
-    return InversionResult(
-        clean_latents=clean,
-        latents=latents,
-        reconstructed_latents=reconstructed,
-        prompts=texts,
-        originals=originals,
-        reconstructions=reconstructions,
-        latent_mse=(reconstructed - clean).square().flatten(1).mean(1).cpu(),
-        mse=mse,
-        psnr=-10.0 * mse.log10(),
-        network_evaluations=evaluations,
-    )
+    return InversionResult(clean, latents, reconstructed, texts, originals, reconstructions, evaluations)
 
 
 def overview(model: DiffusionModel, result: InversionResult) -> Image:
     """One row an image: original, inverted noise (decoded as if it were an image), reconstruction."""
-    rows = list(zip(result.originals, model.decode_latents(result.latents), result.reconstructions, strict=True))
-    width, height = rows[0][0].size
+    rows = zip(result.originals, model.decode_latents(result.latents), result.reconstructions, strict=True)
+    width, height = result.originals[0].size
     scale = max(1, math.ceil(_TILE / min(width, height)))
-    width, height, margin, header = width * scale, height * scale, 8, 20
-    size = (len(_COLUMNS) * (width + margin) + margin, header + len(rows) * (height + margin) + margin)
-    sheet = new_image("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(_COLUMNS):
-        left = margin + column * (width + margin)
-        draw.text((left, margin // 2), title, fill="black")
-        for line, row in enumerate(rows):
-            # Whole pixels stay whole: a small image must not look smooth.
-            tile = row[column].convert("RGB").resize((width, height), Resampling.NEAREST)
-            sheet.paste(tile, (left, header + margin + line * (height + margin)))
-    return sheet
+    # Whole pixels stay whole: a small image must not look smooth.
+    tiles = [image.resize((width * scale, height * scale), Resampling.NEAREST) for row in rows for image in row]
+    return grid(tiles, len(_COLUMNS), _COLUMNS, gap=8)
 
 
 def run_invert(
@@ -199,25 +188,24 @@ def run_invert(
         model = load_model(family, path)
         if torch.cuda.is_available():
             model.to("cuda")
-        guidance_scale = _guidance(model, guidance_scale)
+        settings: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": _guidance(model, guidance_scale),
+            "renoise_iterations": renoise_iterations,
+        }
         side, captions = min(model.image_size), [""]
         if pair_set:
-            named, captions = _of_pair_set(pair_set, side, max_images)
-        result = invert_images(
-            model,
-            [transform(image, side, Decisions())[0] for _, image in named],
-            captions if texts is None else texts,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            renoise_iterations=renoise_iterations,
-            batch_size=batch_size,
-        )
+            dataset = PairDataset(pair_set, resolution=side)
+            pairs = [dataset[i] for i in range(min(len(dataset), math.ceil(max_images / 2)))]
+            both = [(pair, name) for pair in pairs for name in ("winner", "loser")][:max_images]
+            named = [(f"row {pair.row}, {name}", getattr(pair, name)) for pair, name in both]
+            captions = [pair.caption for pair, _ in both]
+        images = [transform(image, side, Decisions())[0] for _, image in named]
+        result = invert_images(model, images, texts or captions, batch_size=batch_size, **settings)
         columns = (result.latent_mse.tolist(), result.mse.tolist(), result.psnr.tolist())
         report = {
             "model": {"family": model.family, "path": str(where), "prediction_type": model.schedule.prediction_type},
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "renoise_iterations": renoise_iterations,
+            **settings,
             "network_evaluations": result.network_evaluations,
             "mean": {"latent_mse": float(result.latent_mse.mean()), "mse": float(result.mse.mean())},
             "images": [
@@ -250,28 +238,11 @@ def _one_per_image(prompts: Sequence[str], count: int) -> list[str]:
     return texts * count if len(texts) == 1 else texts
 
 
-def _check_numbers(
-    num_inference_steps: int,
-    guidance_scale: float | None,
-    renoise_iterations: int,
-    batch_size: int,
-    max_images: int = 1,
-) -> None:
-    for name, value, least in (
-        ("num_inference_steps", num_inference_steps, 1),
-        ("renoise_iterations", renoise_iterations, 0),
-        ("batch_size", batch_size, 1),
-        ("max_images", max_images, 1),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise invalid(name, value, f"is not a whole number of at least {least}", f"pass {least} or more")
-    if guidance_scale is not None:
-        check_guidance(guidance_scale)
-
-
-def _pixel_mse(first: Image, second: Image) -> Tensor:
-    pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in (first, second)]
-    return ((pixels[0].double() - pixels[1].double()) / 255.0).square().mean()
+def _check_numbers(steps: int, guidance: float | None, renoise: int, batch_size: int, max_images: int = 1) -> None:
+    check_whole(1, num_inference_steps=steps, batch_size=batch_size, max_images=max_images)
+    check_whole(0, renoise_iterations=renoise)
+    if guidance is not None:
+        check_guidance(guidance)
 
 
 def _open_files(files: Sequence[str | Path]) -> list[tuple[str, Image]]:
@@ -296,15 +267,3 @@ def _pair_set(inputs: Sequence[str | Path]) -> Path | None:
     if sets:
         files_of(sets[0], ".parquet", "train")
     return sets[0] if sets else None
-
-
-def _of_pair_set(path: Path, side: int, max_images: int) -> tuple[list[tuple[str, Image]], list[str]]:
-    """``([(name, image)], captions)``: winner and loser of the first pairs."""
-    dataset = PairDataset(path, resolution=side)
-    named: list[tuple[str, Image]] = []
-    captions: list[str] = []
-    for i in range(min(len(dataset), math.ceil(max_images / 2))):
-        pair = dataset[i]
-        named += [(f"row {pair.row}, winner", pair.winner), (f"row {pair.row}, loser", pair.loser)]
-        captions += [pair.caption] * 2
-    return named[:max_images], captions[:max_images]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fastinvdpo._extras import require
 
@@ -117,13 +117,15 @@ def scores_figure(sides: tuple[Sequence[float], Sequence[float]], name: str, lab
     return buffer.getvalue()
 
 
-def grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Images of one size as one RGB image, four in a row."""
-    width, height = images[0].size
-    columns = min(4, len(images))
-    page = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+def grid(images: Sequence[Image.Image], columns: int = 4, titles: Sequence[str] = (), gap: int = 0) -> Image.Image:
+    """Images of one size as one RGB image, ``columns`` in a row, ``gap`` pixels apart; ``titles`` of the columns."""
+    width, height = (side + gap for side in images[0].size)
+    columns, top = min(columns, len(images)), 20 if titles else 0
+    page = Image.new("RGB", (columns * width + gap, top + -(-len(images) // columns) * height + gap), "white")
     for number, image in enumerate(images):
-        page.paste(image.convert("RGB"), (number % columns * width, number // columns * height))
+        page.paste(image.convert("RGB"), (gap + number % columns * width, top + gap + number // columns * height))
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(page).text((gap + column * width, gap // 2), title, fill="black")
     return page
 
 

@@ -10,9 +10,9 @@ from pyarrow import ArrowException, parquet
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.records import json_lines, parsed
-from fastinvdpo.data.rows import caption_of
+from fastinvdpo.data.rows import DAMAGED, is_damaged
 from fastinvdpo.data.sources import files_of
-from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
+from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import read_text
 
 # Keys and columns that are looked for where none is named, in this order.
@@ -57,7 +57,8 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
         where = f"prompts, entry {number} of {name}"
         if not isinstance(prompt, str) or not prompt.strip():
             raise invalid(where, prompt, "is no prompt", "write text, or leave it out")
-        caption_of({"caption": prompt}, lambda *_, where=where: where)  # damaged text
+        if is_damaged(prompt):
+            raise invalid(where, prompt, DAMAGED, "write it again as UTF-8")
     return prompts
 
 
@@ -89,26 +90,26 @@ def _column(path: Path, column: str | None) -> list[Any]:
 
 
 def _chosen(names: list[str], where: str, column: str | None) -> str:
-    for name in COLUMNS if column is None else (column,):
-        if name in names:
-            return name
-    problem = f"has no {column!r}" if column is not None else f"has none of {', '.join(COLUMNS)}"
-    raise invalid("prompts", where, f"{problem}, only {', '.join(names)}", "name the column that holds the prompts")
+    wanted = COLUMNS if column is None else (column,)
+    if found := next((name for name in wanted if name in names), None):
+        return found
+    problem = f"has none of {', '.join(wanted)}, only {', '.join(names)}"
+    raise invalid("prompts", where, problem, "name the column that holds the prompts")
 
 
 def _from_hub(name: str) -> list[Any]:
+    datasets = require("datasets", extra="train", purpose="loading PartiPrompts")
+    fsspec = require("fsspec", extra="train", purpose="loading the prompts of HPDv2")
+    found: list[Any] = []
     try:
         if name == "partiprompts":
-            datasets = require("datasets", extra="train", purpose="loading PartiPrompts")
             return list(datasets.load_dataset("nateraw/parti-prompts", split="train")["Prompt"])
-        fsspec = require("fsspec", extra="train", purpose="loading the prompts of HPDv2")
-        found: list[Any] = []
         for style in _HPD_STYLES:  # JSON lists of strings, which are no table
             location = f"hf://datasets/zhwang/HPDv2/benchmark/{style}.json"
             with fsspec.open(location, "r", encoding="utf-8") as file:
                 found += _json_list(file.read(), location, None)
         return found
-    except (InvalidInput, MissingExtra):
+    except InvalidInput:
         raise
     except Exception as error:  # the clients of the hub raise many kinds where there is no connection
         problem = f"cannot be loaded from the hub ({type(error).__name__}: {error})"

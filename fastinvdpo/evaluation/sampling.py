@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -75,8 +76,7 @@ def sample(
     """
     if len(prompts) == 0:
         raise invalid("prompts", list(prompts), "is empty", "pass at least one prompt")
-    if batch_size < 1:
-        raise invalid("batch_size", batch_size, "must be positive", "pass 100, say")
+    check_whole(1, batch_size=batch_size)
     numbers = list(range(len(prompts)) if places is None else places)
     if len(numbers) != len(prompts):
         raise invalid("places", len(numbers), f"are not those of {len(prompts)} prompts", "pass one for each")
@@ -100,6 +100,13 @@ def initial_noise(model: DiffusionModel, seed: int, places: Sequence[int]) -> Te
     """The latents ``(n, *model.latent_shape)``, float32, that the prompts at some places of a list are sampled from."""
     index = torch.tensor(places, device=model.device)
     return philox.normal(seed, STREAM_SAMPLING, index, model.latent_shape)
+
+
+def check_whole(least: int, **numbers: Any) -> None:
+    """Raise ``InvalidInput`` where a number, by its name, is no whole one of at least ``least``."""
+    for name, value in numbers.items():
+        if type(value) is not int or value < least:
+            raise invalid(name, value, f"is not a whole number of at least {least}", f"pass {least} or more")
 
 
 def check_sampling(model: DiffusionModel, num_inference_steps: int, guidance_scale: float | None) -> None:

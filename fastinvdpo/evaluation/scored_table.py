@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as arrow
 from pyarrow import parquet, types
 
 from fastinvdpo._extras import require
 from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow, caught
-from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, NOISES, SEEDS, TIE, caption_of, labels_of, winner_of
+from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, MASKS, NOISES, SEEDS, TIE
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_PIECE = 256
@@ -25,8 +27,8 @@ def write_scored(
     source: PairSource,
     target: Path,
     rows: Sequence[int],
-    scores: Mapping[str, Sequence[float]],
-    labels: Mapping[str, Sequence[float]],
+    scores: Mapping[str, np.ndarray],
+    labels: Mapping[str, np.ndarray],
     metadata: Mapping[bytes, bytes],
 ) -> None:
     """Write ``rows`` of a source as one parquet file, with their scores in float32 columns of their own.
@@ -65,76 +67,65 @@ def write_scored(
 
 
 def _relabeled(table: Any, stored: str, name: str, labels: Any) -> Any:
-    if stored not in table.column_names:
+    original, found = f"original_{name}", table.column_names
+    if stored not in found:
         return table.append_column(stored, labels)
-    place = table.column_names.index(stored)
-    before = table.column(place)
-    table = table.set_column(place, stored, labels)
-    original = f"original_{name}"
-    return table if original in table.column_names else table.append_column(original, before)
+    if original not in found:
+        table = table.append_column(original, table.column(stored))
+    return table.set_column(found.index(stored), stored, labels)
 
 
 def _pieces(source: PairSource, rows: Sequence[int]) -> Iterator[Any]:
     if not source.column_names():
-        for start in range(0, len(rows), _ROWS_PER_PIECE):
-            yield _built(source, rows[start : start + _ROWS_PER_PIECE])
+        pieces = (rows[start : start + _ROWS_PER_PIECE] for start in range(0, len(rows), _ROWS_PER_PIECE))
+        yield from map(partial(_built, source), pieces)
         return
     start = taken = 0
     for table in source.tables():
-        end = start + table.num_rows
-        first = taken
-        while taken < len(rows) and rows[taken] < end:
-            taken += 1
-        own = rows[first:taken]
-        if len(own) < table.num_rows:
-            table = table.take([row - start for row in own])
-        if own:
-            yield _with_bytes(source, table, own) if source.format == "datasets" else table
+        end, first = start + table.num_rows, taken
+        taken = bisect_left(rows, end, first)
+        if own := rows[first:taken]:
+            part = table if len(own) == table.num_rows else table.take([row - start for row in own])
+            yield _with_bytes(source, part, own) if source.format == "datasets" else part
         start = end
 
 
 def _built(source: PairSource, rows: Sequence[int]) -> Any:
     """The schema's columns of a source whose rows are no table. Labels that say nothing become null."""
-    number, image = arrow.float64(), arrow.binary()
-    kinds = {"jpg_0": image, "jpg_1": image, "label_0": number, "label_1": number, "caption": arrow.string()}
-    kinds |= dict.fromkeys(source.stored_masks, image)
-    columns: dict[str, list[Any]] = {name: [bytes(source.encoded(row, name)) for row in rows] for name in IMAGES}
-    columns |= {name: [_encoded(source, row, name) for row in rows] for name in source.stored_masks}
-    both = [_labels(source, row) for row in rows]
-    columns |= {name: [labels[side] for labels in both] for side, name in enumerate(LABELS)}
-    columns["caption"] = [caption_of(source.record(row), partial(source.where, row)) for row in rows]
-    if set(NOISES) <= source.stored:
-        kinds |= dict.fromkeys(NOISES, image)
-        columns |= {name: [bytes(source.noise(row, side)) for row in rows] for side, name in enumerate(NOISES)}
-    if set(SEEDS) <= source.stored:
-        kinds |= dict.fromkeys(SEEDS, arrow.int64())
-        columns |= {name: [source.record(row).get(name) for row in rows] for name in SEEDS}
-    return arrow.table(columns, schema=arrow.schema(list(kinds.items())))
+    optional = [pair for pair in (NOISES, SEEDS) if set(pair) <= source.stored]
+    names = [*IMAGES, *LABELS, "caption", *source.stored_masks, *(name for pair in optional for name in pair)]
+    kinds = dict.fromkeys(LABELS, arrow.float64()) | dict.fromkeys(SEEDS, arrow.int64()) | {"caption": arrow.string()}
+    cells = [_cells(source, row, names) for row in rows]
+    schema = arrow.schema([(name, kinds.get(name, arrow.binary())) for name in names])
+    return arrow.Table.from_pylist(cells, schema=schema)
 
 
-def _labels(source: PairSource, row: int) -> tuple[float | None, float | None]:
+def _cells(source: PairSource, row: int, names: Sequence[str]) -> dict[str, Any]:
     record = source.record(row)
-    try:
-        side = winner_of(record, partial(source.where, row), source.names)
-    except BrokenRow:
-        return None, None
-    return labels_of(record) if record.keys() & set(LABELS) else _BY_SIDE[side]
+    side, stored = caught(record.winner), record.values.keys() & set(LABELS)
+    labels = (None, None) if isinstance(side, BrokenRow) else record.labels() if stored else _BY_SIDE[side]
+    known = {"caption": record.caption(), **dict(zip(LABELS, labels, strict=True))}
+    known |= {name: record.values.get(name) for name in SEEDS}
+    return {name: known[name] if name in known else _encoded(source, row, name) for name in names}
 
 
 def _encoded(source: PairSource, row: int, name: str) -> bytes | None:
     """An image, or None where there is none: of the rows written here only a mask may be missing."""
-    found = caught(source.encoded, row, name)
-    return None if isinstance(found, BrokenRow) else bytes(found)
+    try:
+        return bytes(source.encoded(row, name))
+    except BrokenRow:
+        if name not in MASKS:
+            raise
+        return None
 
 
 def _with_bytes(source: PairSource, table: Any, rows: Sequence[int]) -> Any:
     """A repository may name image files by paths, which mean nothing elsewhere."""
     for name in (*IMAGES, *source.stored_masks):
         place = table.column_names.index(source.shown(name))
-        if name not in IMAGES and not types.is_struct(table.column(place).type):
-            continue  # bytes already, or no mask at all
-        data = arrow.array([_encoded(source, row, name) for row in rows], arrow.binary())
-        table = table.set_column(place, table.column_names[place], data)
+        if name in IMAGES or types.is_struct(table.column(place).type):  # a mask may be bytes already, or none at all
+            data = arrow.array([_encoded(source, row, name) for row in rows], arrow.binary())
+            table = table.set_column(place, table.column_names[place], data)
     return table
 
 
@@ -143,9 +134,8 @@ def _described(schema: Any) -> dict[bytes, bytes]:
     whose columns are others; where it cannot, it is dropped, and ``datasets`` finds the types itself.
     """
     found = {**(schema.metadata or {})}
-    if _FEATURES in found:
+    if found.pop(_FEATURES, None) is not None:
         datasets = require("datasets", extra="train", purpose="writing preference pairs")
-        del found[_FEATURES]
         try:
             found |= datasets.Features.from_arrow_schema(schema).arrow_schema.metadata
         except (ValueError, KeyError, TypeError):  # a damaged description, or a type that datasets does not know

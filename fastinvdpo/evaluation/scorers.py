@@ -70,35 +70,45 @@ class FunctionScorer:
         return torch.as_tensor(self.function(images, captions), dtype=torch.float32)
 
 
-class Clip:
-    """A ``CLIPModel`` of transformers with its tokenizer and image processor, in float32.
+class ClipScorer:
+    """Scores that follow from the embeddings of a ``CLIPModel`` of transformers, in float32, the same in any batch.
 
-    Images and captions become embeddings ``(n, width)``, each of norm 1, the same in any batch.
+    - ``pickscore``: ``exp(logit_scale)·cos`` of image and caption (Pick-a-Pic, arXiv 2305.01569); the published scale
+      is 100. SmPO's code takes the bare cosine, so that its κ of 0.16658 is 16.658 here.
+    - ``hps``: ``100·cos`` (HPSv2, arXiv 2306.09341).
+    - ``clip``: ``max(100·cos, 0)`` (CLIPScore, arXiv 2104.08718, with 100 in the place of 2.5).
+    - ``aesthetic``: LAION's predictor, a head on the image's embedding, whatever the caption.
 
     Args:
         path: directory in transformers' format, or hub id; weights as safetensors only.
-        processor: where tokenizer and image processor lie; beside the weights when None, and if they are not there, at
-            ``fallback``.
+        head: file of the aesthetic head.
+        processor: where tokenizer and image processor lie; beside the weights when None, and if they are not there, for
+            ``pickscore`` at :data:`PICKSCORE_PROCESSOR`.
 
     Attributes:
-        key: SHA-256 of the files of weights and processor.
+        key: SHA-256 of the files of weights, processor and head.
     """
 
     def __init__(
         self,
+        kind: str,
         path: str,
         *,
+        name: str,
+        batch_size: int = 32,
+        head: str | None = None,
         processor: str | None = None,
-        fallback: str | None = None,
         revision: str | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         transformers = require("transformers", extra="train", purpose="scoring images")
-        self.device = torch.device(device)
+        self.name, self.batch_size, self._kind, self._device = name, batch_size, kind, torch.device(device)
         folder = _folder(path, "config.json", revision)
-        kind = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-        if kind != "clip":
-            raise invalid("scorer", path, f"holds a model of type {kind!r}", "name a CLIP model, such as CLIP-ViT-H-14")
+        found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+        if found != "clip":
+            raise invalid(
+                "scorer", path, f"holds a model of type {found!r}", "name a CLIP model, such as CLIP-ViT-H-14"
+            )
         try:
             model, info = transformers.CLIPModel.from_pretrained(
                 path, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -106,8 +116,15 @@ class Clip:
         except (OSError, ValueError, RuntimeError) as error:
             raise invalid("scorer", path, f"cannot be loaded ({error})", _CLIP_REMEDY) from error
         check_loaded("scorer", folder, info)
-        self._model = model.eval().requires_grad_(False).to(self.device)
-        where, place, of = _processor_place(path, processor, fallback, revision)
+        self._model = model.eval().requires_grad_(False).to(self._device)
+        where, of = (path, revision) if processor is None else (processor, None)
+        try:
+            place = _folder(where, "preprocessor_config.json", of)
+        except InvalidInput:
+            if kind != "pickscore" or processor is not None:
+                raise
+            where, of = PICKSCORE_PROCESSOR, None
+            place = _folder(where, "preprocessor_config.json", of)
         # The processor that works with PIL alone: with torchvision there, transformers would choose another one, whose
         # resizing differs in the last bits.
         reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
@@ -117,67 +134,34 @@ class Clip:
         except (OSError, ValueError) as error:
             problem = f"its tokenizer or image processor cannot be loaded ({error})"
             raise invalid("scorer", where, problem, "name another place with the option processor") from error
-        self.scale = float(self._model.logit_scale.exp())
-        self.width: int = self._model.config.projection_dim
-        positions: int = self._model.config.text_config.max_position_embeddings
-        self._max_length = min(self._tokenizer.model_max_length, positions)
-        self.key: dict[str, Any] = {
-            "weights": Digests().of([folder / "config.json", *sorted(folder.glob("*.safetensors"))]),
-            "processor": Digests().of([place / name for name in _PROCESSOR_FILES if (place / name).is_file()]),
+        self._scale = float(model.logit_scale.exp()) if kind == "pickscore" else 100.0
+        self._max_length = min(self._tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        self._head = None if head is None else load_head(head, model.config.projection_dim).to(self._device)
+        files = {
+            "weights": [folder / "config.json", *sorted(folder.glob("*.safetensors"))],
+            "processor": [place / name for name in _PROCESSOR_FILES if (place / name).is_file()],
+            **({} if head is None else {"head": [Path(head)]}),
         }
-
-    @torch.no_grad()
-    def embed_images(self, images: Sequence[Image]) -> Tensor:
-        """Gray, palette and transparent images become RGB first."""
-        pixels = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        hidden = self._model.vision_model(pixel_values=pixels["pixel_values"].to(self.device)).pooler_output
-        return nn.functional.normalize(self._model.visual_projection(hidden), dim=-1)
-
-    @torch.no_grad()
-    def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """Captions beyond the model's length are cut off.
-
-        Every caption is padded to the full length, so that its embedding does not follow from the longest beside it.
-        """
-        tokens = self._tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
-        )
-        hidden = self._model.text_model(
-            input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
-        ).pooler_output
-        return nn.functional.normalize(self._model.text_projection(hidden), dim=-1)
-
-
-class ClipScorer:
-    """Scores that follow from CLIP's embeddings.
-
-    - ``pickscore``: ``exp(logit_scale)·cos`` of image and caption (Pick-a-Pic, arXiv 2305.01569); the published scale
-      is 100. SmPO's code takes the bare cosine, so that its κ of 0.16658 is 16.658 here.
-    - ``hps``: ``100·cos`` (HPSv2, arXiv 2306.09341).
-    - ``clip``: ``max(100·cos, 0)`` (CLIPScore, arXiv 2104.08718, with 100 in the place of 2.5).
-    - ``aesthetic``: LAION's predictor, a head on the image's embedding, whatever the caption.
-    """
-
-    def __init__(self, kind: str, clip: Clip, name: str, batch_size: int, head: str | None = None) -> None:
-        self.name, self.batch_size = name, batch_size
-        self._kind, self._clip = kind, clip
-        self._scale = clip.scale if kind == "pickscore" else 100.0
-        self.key: dict[str, Any] = {"kind": kind, **clip.key}
-        self._head = None
-        if head is not None:
-            self._head = load_head(head, clip.width).to(clip.device)
-            self.key["head"] = Digests().of([Path(head)])
+        self.key: dict[str, Any] = {"kind": kind, **{part: Digests().of(found) for part, found in files.items()}}
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
-        embedded = self._clip.embed_images(images)
-        scores: Tensor
+        """Gray, palette and transparent images become RGB first. Captions beyond the model's length are cut off."""
+        pixels = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        hidden = self._model.vision_model(pixel_values=pixels.to(self._device)).pooler_output
+        embedded = nn.functional.normalize(self._model.visual_projection(hidden), dim=-1)
         if self._head is not None:
-            scores = self._head(embedded).squeeze(-1)
-            return scores.cpu()
+            values: Tensor = self._head(embedded)
+            return values.squeeze(-1).cpu()
         distinct = list(dict.fromkeys(captions))
-        texts = self._clip.embed_captions(distinct)[[distinct.index(caption) for caption in captions]]
-        scores = self._scale * (embedded * texts).sum(-1)
+        # Padded to the full length, so that an embedding does not follow from the longest caption beside it.
+        tokens = self._tokenizer(
+            distinct, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+        ).to(self._device)
+        hidden = self._model.text_model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+        texts = nn.functional.normalize(self._model.text_projection(hidden), dim=-1)
+        texts = texts[[distinct.index(caption) for caption in captions]]
+        scores: Tensor = self._scale * (embedded * texts).sum(-1)
         return (scores.clamp(min=0) if self._kind == "clip" else scores).cpu()
 
 
@@ -191,24 +175,33 @@ def load_head(path: str, width: int) -> nn.Module:
     Raises:
         InvalidInput: not such a file, or made for embeddings of another width.
     """
-    state = _read_head(Path(path))
+    file = Path(path)
+    if not file.is_file():
+        raise invalid("scorer", path, "is no file", "name the file of the aesthetic head")
+    try:
+        own = file.suffix == ".safetensors"
+        state: Any = load_file(file) if own else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+        raise invalid("scorer", path, problem, _HEAD_REMEDY) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise invalid("scorer", path, "is no state dict of tensors", _HEAD_REMEDY)
     prefixes = [f"layers.{number}." for number in _HEAD_LAYERS] if "layers.0.weight" in state else [""]
     if set(state) != {f"{prefix}{kind}" for prefix in prefixes for kind in ("weight", "bias")}:
         problem = f"has the tensors {sorted(state)}, which are no known aesthetic head"
         raise invalid("scorer", path, problem, _HEAD_REMEDY)
-    layers, inputs = [], width
+    layers, inputs = nn.Sequential(), width
     for prefix in prefixes:
         weight, bias = (state[f"{prefix}{kind}"].float() for kind in ("weight", "bias"))
         if weight.ndim != 2 or weight.shape[1] != inputs or bias.shape != weight.shape[:1]:
             problem = f"its layer {prefix or 'weight'} is {tuple(weight.shape)}, and gets {inputs} numbers"
             raise invalid("scorer", path, problem, "name the CLIP that the head was made for with the option clip")
-        inputs = len(weight)
-        layer = nn.Linear(weight.shape[1], inputs)
+        layer = nn.Linear(inputs, inputs := len(weight))
         layer.load_state_dict({"weight": weight, "bias": bias})
         layers.append(layer)
     if inputs != 1:
         raise invalid("scorer", path, f"gives {inputs} numbers for an image", _HEAD_REMEDY)
-    return nn.Sequential(*layers).eval().requires_grad_(False)
+    return layers.eval().requires_grad_(False)
 
 
 def open_scorer(spec: str, *, batch_size: int = 32, device: str | torch.device = "cpu") -> Scorer:
@@ -225,29 +218,20 @@ def open_scorer(spec: str, *, batch_size: int = 32, device: str | torch.device =
     Raises:
         InvalidInput: not such a description, or what it names cannot be loaded.
     """
-    kind, path, options = parse_spec(spec)
-    name, below = options.pop("name", kind), options.pop("clip", AESTHETIC_CLIP)
-    head = path if kind == "aesthetic" else None
-    fallback = PICKSCORE_PROCESSOR if kind == "pickscore" else None
-    clip = Clip(path if head is None else below, **options, fallback=fallback, device=device)
-    return ClipScorer(kind, clip, name, batch_size, head)
-
-
-def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
-    """``(kind, path, options)`` of a description for :func:`open_scorer`."""
-    first, *rest = spec.split(",")
-    kind, _, path = first.partition("=")
+    (kind, _, path), *given = (entry.partition("=") for entry in spec.split(","))
     if kind not in _OPTIONS or not path:
         remedy = f"write KIND=PATH, KIND one of {', '.join(_OPTIONS)}, as in pickscore=yuvalkirstain/PickScore_v1"
         raise invalid("scorer", spec, "describes no scorer", remedy)
-    options = {}
-    for entry in rest:
-        option, _, value = entry.partition("=")
+    options: dict[str, Any] = {"name": kind, "batch_size": batch_size, "device": device}
+    for option, _, value in given:
         if option not in _OPTIONS[kind] or not value:
             remedy = f"write option=value with one of {', '.join(_OPTIONS[kind])}"
-            raise invalid("scorer", spec, f"{entry!r} is no option of {kind}", remedy)
+            raise invalid("scorer", spec, f"{option!r} is no option of {kind}", remedy)
         options[option] = value if option in ("name", "revision") else expand_path(value, "scorer")
-    return kind, expand_path(path, "scorer"), options
+    path = expand_path(path, "scorer")
+    if kind == "aesthetic":
+        path, options["head"] = options.pop("clip", AESTHETIC_CLIP), path
+    return ClipScorer(kind, path, **options)
 
 
 def open_scorers(specs: Sequence[str], *, batch_size: int = 32, device: str = "auto", own: bool = True) -> list[Scorer]:
@@ -293,8 +277,17 @@ def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str])
     """
     found = [torch.empty(0)]
     for start in range(0, len(images), scorer.batch_size):
-        part = images[start : start + scorer.batch_size]
-        scores = _scores(scorer, part, captions[start : start + scorer.batch_size])
+        batch = slice(start, start + scorer.batch_size)
+        part = images[batch]
+        try:
+            scores = torch.as_tensor(scorer(part, captions[batch]), dtype=torch.float32).cpu()
+        except (InvalidInput, MissingExtra):
+            raise
+        except Exception as error:  # anybody's code
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"fails on a batch of {len(part)} images ({type(error).__name__}: {error})"
+            remedy = f"look at {frame.filename}, line {frame.lineno}; what is finished is kept"
+            raise invalid("scorer", scorer.name, problem, remedy) from error
         if scores.shape != (len(part),):
             problem = f"gives scores of shape {tuple(scores.shape)} for {len(part)} images"
             raise invalid("scorer", scorer.name, problem, "return one number for each image")
@@ -303,18 +296,6 @@ def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str])
             raise invalid("scorer", scorer.name, "gives scores that are not finite", remedy)
         found.append(scores)
     return torch.cat(found)
-
-
-def _scores(scorer: Scorer, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
-    try:
-        return torch.as_tensor(scorer(images, captions), dtype=torch.float32).cpu()
-    except (InvalidInput, MissingExtra):
-        raise
-    except Exception as error:  # anybody's code
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        problem = f"fails on a batch of {len(images)} images ({type(error).__name__}: {error})"
-        remedy = f"look at {frame.filename}, line {frame.lineno}; what is finished is kept"
-        raise invalid("scorer", scorer.name, problem, remedy) from error
 
 
 def _own_scorer(spec: str) -> Scorer:
@@ -343,32 +324,3 @@ def _folder(path: str, file: str, revision: str | None) -> Path:
     if found is None:
         raise invalid("scorer", path, f"holds no {file}", _CLIP_REMEDY)
     return Path(found).parent
-
-
-def _processor_place(
-    path: str, processor: str | None, fallback: str | None, revision: str | None
-) -> tuple[str, Path, str | None]:
-    """``(path or hub id, local directory, revision)`` of tokenizer and image processor."""
-    file = "preprocessor_config.json"
-    if processor is not None:
-        return processor, _folder(processor, file, None), None
-    try:
-        return path, _folder(path, file, revision), revision
-    except InvalidInput:
-        if fallback is None:
-            raise
-        return fallback, _folder(fallback, file, None), None
-
-
-def _read_head(file: Path) -> Mapping[str, Tensor]:
-    if not file.is_file():
-        raise invalid("scorer", str(file), "is no file", "name the file of the aesthetic head")
-    try:
-        own = file.suffix == ".safetensors"
-        state: Any = load_file(file) if own else torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
-        problem = f"cannot be read ({type(error).__name__}: {error})"
-        raise invalid("scorer", str(file), problem, _HEAD_REMEDY) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise invalid("scorer", str(file), "is no state dict of tensors", _HEAD_REMEDY)
-    return state

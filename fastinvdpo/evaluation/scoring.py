@@ -10,32 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from pyarrow import ArrowException, parquet
 
 from fastinvdpo._extras import require
-from fastinvdpo.atomic import atomic_file, clean_folder, make_directory, prepare_folder
+from fastinvdpo.atomic import ELSEWHERE, atomic_file, clean_folder, make_directory, prepare_folder
 from fastinvdpo.config.sections import DataSection
 from fastinvdpo.data import PairSource
-from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, check_list, entry, jsonl
+from fastinvdpo.data.broken import BrokenRow, BrokenRows, by_cause, read_ahead
 from fastinvdpo.data.content import columns_of, content_of
 from fastinvdpo.data.images import decode
-from fastinvdpo.data.rows import IMAGES, LABELS, caption_of
+from fastinvdpo.data.rows import IMAGES, LABELS
 from fastinvdpo.data.score_range import METADATA, ScoreRange
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.data.writing import check_parquet_name
 from fastinvdpo.errors import invalid
-from fastinvdpo.evaluation.agreement import agreed, votes_of
 from fastinvdpo.evaluation.scored_table import write_scored
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
 from fastinvdpo.io import Digests, check_same, key_hash, plain, sealed, unsealed
@@ -48,7 +46,7 @@ _MANIFEST = "manifest.json"
 _READ_BY_SCORE = frozenset(
     {"path", "format", "split", "revision", "subset", "image_root", "rank_pairs", "columns", "max_broken"}
 )
-_THREADS, _ROWS_AHEAD = 4, 16
+_ROWS_AHEAD = 16
 _Identity: TypeAlias = tuple[bytes, str]  # SHA-256 of an image, caption
 
 
@@ -72,13 +70,22 @@ class ScoreResult:
     disagreed: int = 0
     dissent: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, output: Path, found: Mapping[str, Any]) -> ScoreResult:
+        """From the description in the file's metadata."""
+        columns = {score["name"]: (score["columns"][0], score["columns"][1]) for score in found["scores"]}
+        ranges = {score["name"]: ScoreRange(score["low"], score["high"]) for score in found["scores"]}
+        disagreed = found.get("disagreed", 0), found.get("dissent", {})
+        return cls(output, found["rows"], found["pairs"], found["broken"], columns, ranges, *disagreed)
+
     def __str__(self) -> str:
-        left_out = (
-            f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})" if self.broken else ""
-        )
+        lines = [f"{self.rows} rows: {self.pairs} pairs scored"]
+        if self.broken:
+            lines[0] += f", {sum(self.broken.values())} broken rows left out ({by_cause(self.broken)})"
         if self.disagreed:
-            left_out += f", {self.disagreed} without agreement left out (other winner or tie: {by_cause(self.dissent)})"
-        lines = [f"{self.rows} rows: {self.pairs} pairs scored{left_out}. Output: {self.output}"]
+            dissent = by_cause(self.dissent)
+            lines[0] += f", {self.disagreed} without agreement left out (other winner or tie: {dissent})"
+        lines[0] += f". Output: {self.output}"
         for name, (first, second) in self.columns.items():
             found = self.ranges[name]
             span = f"{found.low:.5g} to {found.high:.5g}, score_range {found.value:.5g}"
@@ -140,7 +147,7 @@ def score_pairs(
     if own.is_dir() and (place == own or (source.format == "datasets" and place.is_relative_to(own))):
         remedy = "name another directory: the next run would read the output"
         raise invalid("output", str(output), "lies among the files that are read", remedy)
-    votes = votes_of(agree, relabel, list(columns))
+    votes = _votes(agree, relabel, list(columns))
     parts = output.with_name(f"{output.name}.parts")
     manifest = _read_manifest(parts)
     digests = Digests(manifest["files"] if manifest else None)
@@ -153,7 +160,7 @@ def score_pairs(
         with suppress(OSError):  # there is none, or it holds something: killed after its mark was deleted, it is empty
             parts.rmdir()
         return finished
-    check_list(list_of_broken(output))
+    _check_list(list_of_broken(output))
     prepare_folder(make_directory(output.parent))
     with OutputDirectory(parts, earlier=lambda path: manifest is not None) as begun:
         begun.claim(files=(_MANIFEST, "part-??????.json", ".lock"))
@@ -164,121 +171,132 @@ def score_pairs(
             check_same("output", parts, manifest["key"], key)
         with atomic_file(parts / _MANIFEST) as temporary:
             temporary.write_text(json.dumps(sealed({"key": key, "files": digests.remembered})))
-        bad, found = BrokenRows(max_broken, len(source)), []
+        bad, rows, found = BrokenRows(max_broken, len(source)), list[int](), list[Any]()
         for part in _parts(source, scorers, parts, key_hash(key), progress):
-            for line in part.broken:
+            for line in part["broken"]:
                 bad.add(line["row"], line["place"], BrokenRow(line["cause"], line["problem"]))
-            found.append(part)
-        scored = [item for part in found for item in zip(part.rows, part.scores, strict=True)]
-        if not scored:
+            rows += part["rows"]
+            found += part["scores"]
+        if not rows:
             problem = f"holds no row that can be scored: {bad.shown()}" if bad.found else "holds no rows"
             raise invalid("data.path", source.path, problem, "repair the data")
-        kept, dissent = agreed(scored, list(columns), relabel, votes)
-        rows = [row for row, _ in kept]
-        ranges, scores, labels = _assembled([both for _, both in kept], columns, relabel)
-        counts = len(source), len(rows), bad.counts()
-        result = ScoreResult(output, *counts, dict(columns), ranges, len(scored) - len(rows), dissent)
+        scores = np.array(found)  # (rows, scorers, 2)
+        kept, labels, dissent = _judged(scores, list(columns), relabel, votes)
+        scores, chosen = scores[kept], [row for row, keep in zip(rows, kept, strict=True) if keep]
         description = {
-            **{"key": final, "rows": result.rows, "pairs": result.pairs, "broken": result.broken},
-            **({"disagreed": result.disagreed, "dissent": dissent} if votes else {}),
+            **{"key": final, "rows": len(source), "pairs": len(chosen), "broken": bad.counts()},
+            **({"disagreed": len(rows) - len(chosen), "dissent": dissent} if votes else {}),
             "scores": [
-                {"name": name, "columns": list(result.columns[name]), "low": one.low, "high": one.high}
-                for name, one in result.ranges.items()
+                {
+                    "name": name,
+                    "columns": list(names),
+                    "low": float(scores[:, i].min()),
+                    "high": float(scores[:, i].max()),
+                }
+                for i, (name, names) in enumerate(columns.items())
             ],
         }
+        added = {name: scores[:, i, side] for i, both in enumerate(columns.values()) for side, name in enumerate(both)}
         if bad.found:
             with atomic_file(list_of_broken(output)) as temporary:
-                temporary.write_text(jsonl(bad.lines()), "utf-8")
+                temporary.write_text(bad.listed(), "utf-8")
         with atomic_file(output, new=True) as temporary:
-            write_scored(source, temporary, rows, scores, labels, {METADATA: json.dumps(description).encode()})
+            write_scored(source, temporary, chosen, added, labels, {METADATA: json.dumps(description).encode()})
         begun.remove()
-    return result
+    return ScoreResult.of(output, description)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Finished rows: ``scores[i][s]`` are those of ``rows[i]`` by scorer ``s``, of both sides."""
+def _judged(
+    scores: np.ndarray, names: Sequence[str], relabel: str | None, votes: int | None
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, int]]:
+    """Which rows are kept, their labels from scores, and for how many of the others each scorer did not agree."""
+    kept = np.ones(len(scores), dtype=bool)
+    if relabel is None:
+        return kept, {}, {}
+    winners = np.sign(scores[..., 0] - scores[..., 1])  # 1: image 0, -1: image 1, 0: neither
+    judge, dissent = winners[:, names.index(relabel)], dict[str, int]()
+    if votes is not None:
+        agrees = (winners == judge[:, None]) & (judge != 0)[:, None]
+        kept = agrees.sum(1) >= votes
+        if not kept.any():
+            problem = f"is more than agree on any of {len(scores)} pairs"
+            raise invalid("agree", votes, problem, "lower it, or look at the scores without it")
+        dissent = {name: int(n) for name, n in zip(names, (~agrees[~kept]).sum(0), strict=True) if n}
+    won = (1 + judge[kept]) / 2
+    return kept, {"label_0": won, "label_1": 1 - won}, dissent
 
-    hash: str
-    rows: list[int]
-    scores: list[list[list[float]]]
-    broken: list[dict[str, Any]]
+
+def _votes(agree: int | str | None, relabel: str | None, names: Sequence[str]) -> int | None:
+    """How many scorers must agree; None: it does not matter. Raises ``InvalidInput`` for what cannot be agreed on."""
+    if agree is None:
+        return None
+    if relabel is None:
+        remedy = "name the scorer whose winner it is, with relabel"
+        raise invalid("agree", agree, "keeps labels that scorers agree on, and none are made", remedy)
+    votes = len(names) if agree == "all" else agree
+    if type(votes) is not int or not 2 <= votes <= len(names):
+        remedy = f"use 2 to {len(names)}, or all" if len(names) > 1 else "name several scorers"
+        raise invalid("agree", agree, f"is no number of scorers that can agree, of {', '.join(names)}", remedy)
+    return votes
 
 
 def _parts(
     source: PairSource, scorers: Sequence[Scorer], directory: Path, identity: str, progress: bool
-) -> Iterator[_Part]:
-    """All parts in order; those that are missing are computed."""
+) -> Iterator[dict[str, Any]]:
+    """All parts in order; those that are missing, damaged or another's are computed."""
     tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
     starts = range(0, len(source), ROWS_PER_PART)
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for start in tqdm(starts, desc="scoring", unit=f"part of {ROWS_PER_PART} rows", disable=not progress):
-            path = directory / f"part-{start // ROWS_PER_PART:06d}.json"
-            part = _read_part(path, identity)
-            if part is None:
-                rows = range(start, min(start + ROWS_PER_PART, len(source)))
-                part = _Part(identity, *_scored(source, scorers, rows, threads))
-                with atomic_file(path) as temporary:
-                    temporary.write_text(json.dumps(sealed(asdict(part))))
-            yield part
+    for start in tqdm(starts, desc="scoring", unit=f"part of {ROWS_PER_PART} rows", disable=not progress):
+        path = directory / f"part-{start // ROWS_PER_PART:06d}.json"
+        try:
+            part = unsealed(path)
+        except (OSError, ValueError):
+            part = {}
+        if part.get("hash") != identity or not {"rows", "scores", "broken"} <= part.keys():
+            rows = range(start, min(start + ROWS_PER_PART, len(source)))
+            part = {"hash": identity, **_scored(source, scorers, rows)}
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(sealed(part)))
+        yield part
 
 
-def _scored(
-    source: PairSource, scorers: Sequence[Scorer], rows: range, threads: ThreadPoolExecutor
-) -> tuple[list[int], list[list[list[float]]], list[dict[str, Any]]]:
-    """The rows that could be scored, their scores, and the broken ones."""
+def _scored(source: PairSource, scorers: Sequence[Scorer], rows: range) -> dict[str, list[Any]]:
+    """The ``rows`` that could be scored, their ``scores`` (by scorer, of both sides), and the ``broken`` ones."""
     batch = max(scorer.batch_size for scorer in scorers)
     known: dict[_Identity, list[float]] = {}
     pending: dict[_Identity, Image] = {}
-    good: list[tuple[int, list[_Identity]]] = []
-    bad: list[dict[str, Any]] = []
+    good: dict[int, list[_Identity]] = {}
+    bad = BrokenRows(len(source), len(source))
 
     def score_a_batch() -> None:
         first = dict(list(pending.items())[:batch])
         images, captions = list(first.values()), [caption for _, caption in first]
-        columns = [in_batches(scorer, images, captions) for scorer in scorers]
-        known.update(zip(first, torch.stack(columns, 1).tolist(), strict=True))
+        scores = [in_batches(scorer, images, captions) for scorer in scorers]
+        known.update(zip(first, torch.stack(scores, 1).tolist(), strict=True))
         for identity in first:
             del pending[identity]
 
-    for row, sides in _ahead(rows, partial(_decoded, source), threads):
+    for row, sides in read_ahead(partial(_decoded, source), rows, ahead=_ROWS_AHEAD):
         if isinstance(sides, BrokenRow):
-            bad.append(entry(row, source.place(row), sides))
+            bad.add(row, source.place(row), sides)
             continue
-        good.append((row, [identity for identity, _ in sides]))
+        good[row] = [identity for identity, _ in sides]
         # An image that several pairs of a caption share is scored once.
         pending |= {identity: image for identity, image in sides if identity not in known}
         if len(pending) >= batch:
             score_a_batch()
     while pending:
         score_a_batch()
-    scores = [[list(both) for both in zip(*(known[side] for side in sides), strict=True)] for _, sides in good]
-    return [row for row, _ in good], scores, bad
+    scores = [list(zip(*(known[side] for side in sides), strict=True)) for sides in good.values()]
+    return {"rows": list(good), "scores": scores, "broken": bad.lines()}
 
 
-def _decoded(source: PairSource, row: int) -> list[tuple[_Identity, Image]] | BrokenRow:
-    where = partial(source.where, row)
-    try:
-        caption = caption_of(source.record(row), where)
-        data = [source.image(row, side) for side in range(len(IMAGES))]
-        return [
-            ((hashlib.sha256(one).digest(), caption), decode(one, where(name)))
-            for one, name in zip(data, IMAGES, strict=True)
-        ]
-    except BrokenRow as error:
-        return error
-
-
-def _ahead(rows: Iterable[int], read: Any, threads: ThreadPoolExecutor) -> Iterator[tuple[int, Any]]:
-    """``(row, read(row))`` in order, some rows read ahead by threads."""
-    ahead: deque[tuple[int, Any]] = deque()
-    for row in rows:
-        ahead.append((row, threads.submit(read, row)))
-        if len(ahead) > _ROWS_AHEAD:
-            first, future = ahead.popleft()
-            yield first, future.result()
-    for row, future in ahead:
-        yield row, future.result()
+def _decoded(source: PairSource, row: int) -> list[tuple[_Identity, Image]]:
+    caption = source.record(row).caption()
+    data = {name: source.encoded(row, name) for name in IMAGES}
+    return [
+        ((hashlib.sha256(one).digest(), caption), decode(one, source.where(row, name))) for name, one in data.items()
+    ]
 
 
 def _columns(scorers: Sequence[Scorer], named: bool, taken: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -327,33 +345,6 @@ def _read_manifest(parts: Path) -> dict[str, Any] | None:
         raise invalid("output", str(parts), problem, "delete that directory") from None
 
 
-def _read_part(path: Path, identity: str) -> _Part | None:
-    """A finished part; None where it is missing, damaged or another's."""
-    try:
-        part = _Part(**unsealed(path))
-    except (OSError, ValueError, TypeError):
-        return None
-    return part if part.hash == identity else None
-
-
-def _assembled(
-    scored: Sequence[list[list[float]]], columns: Mapping[str, tuple[str, str]], relabel: str | None
-) -> tuple[dict[str, ScoreRange], dict[str, list[float]], dict[str, list[float]]]:
-    """The ranges, the columns of scores and those of labels."""
-    scores: dict[str, list[float]] = {}
-    labels: dict[str, list[float]] = {}
-    ranges = {}
-    for number, (name, names) in enumerate(columns.items()):
-        pairs = [both[number] for both in scored]
-        for side in (0, 1):
-            scores[names[side]] = [pair[side] for pair in pairs]
-        ranges[name] = ScoreRange.of([score for pair in pairs for score in pair])
-        if name == relabel:
-            won = [0.5 if first == second else float(first > second) for first, second in pairs]
-            labels = {"label_0": won, "label_1": [1.0 - label for label in won]}
-    return ranges, scores, labels
-
-
 def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
     """The result that is there already. Raises ``InvalidInput`` where something else is."""
     if not output.exists():
@@ -364,7 +355,16 @@ def _finished(output: Path, key: Mapping[str, Any]) -> ScoreResult | None:
         remedy = "name another output, or delete it"
         raise invalid("output", str(output), "is there, and fastinvdpo score did not write it", remedy) from None
     check_same("output", output, found["key"], key)
-    columns = {score["name"]: (score["columns"][0], score["columns"][1]) for score in found["scores"]}
-    ranges = {score["name"]: ScoreRange(score["low"], score["high"]) for score in found["scores"]}
-    disagreed = found.get("disagreed", 0), found.get("dissent", {})
-    return ScoreResult(output, found["rows"], found["pairs"], found["broken"], columns, ranges, *disagreed)
+    return ScoreResult.of(output, found)
+
+
+def _check_list(path: Path) -> None:
+    """Raise ``InvalidInput`` where something is at ``path`` that is no list of broken rows."""
+    try:
+        lines = {frozenset(json.loads(line)) for line in path.read_text("utf-8").splitlines()}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError):
+        lines = set()
+    if lines != {frozenset({"row", "place", "cause", "problem"})}:
+        raise invalid("output", str(path), "is there, and was not written by fastinvdpo", ELSEWHERE)

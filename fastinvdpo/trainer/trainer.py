@@ -14,7 +14,7 @@ import torch
 from fastinvdpo.atomic import make_directory
 from fastinvdpo.config import TrainConfig, complete
 from fastinvdpo.data.broken import DataSummary, copy_report, write_report
-from fastinvdpo.data.pairs import RowDataset
+from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.io import key_hash
@@ -148,7 +148,7 @@ class PreferenceTrainer:
             make_directory(self._checkpoints)
             if self.cache is not None:
                 copy_report(self.cache.directory, self.output)
-            elif self.summary is not None and isinstance(pairs, RowDataset):
+            elif self.summary is not None and isinstance(pairs, PairDataset):
                 write_report(self.summary, pairs.broken, self.output)
         self.accelerator.wait_for_everyone()
         self.model.to(self.accelerator.device)

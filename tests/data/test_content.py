@@ -14,7 +14,7 @@ from fastinvdpo.data.content import content_at_hand, content_of
 from fastinvdpo.data.rows import IMAGES
 from fastinvdpo.io import Digests
 from tests.data.test_pairs import encoded, image, row, store
-from tests.data.test_sources import COUNT, FORMATS, _own_cache, folder_with_labels, rows, write_lines  # noqa: F401
+from tests.data.test_sources import COUNT, FORMATS, _own_cache, folder, rows, write_lines  # noqa: F401
 
 
 def content(path: Path, digests: Digests | None = None, **options: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_equal_pairs_have_equal_digests_in_every_format(tmp_path: Path, name: str, expected: dict[str, Any]) -> None:
     root = tmp_path / "set"
     root.mkdir()
-    assert content(FORMATS[name][0](root)) == expected
+    assert content(FORMATS[name][0](root, rows())) == expected
     assert expected["data rows"] == COUNT
 
 
@@ -44,17 +44,17 @@ def test_only_a_change_of_rows_changes_the_digests(tmp_path: Path, expected: dic
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("part", "change"),
     [
-        ({"caption": "another"}, "captions"),
-        ({"label_0": 0.0, "label_1": 1.0}, "winners"),
-        ({"score_1": 2.75}, "scores"),
-        ({"jpg_1": encoded(image(77))}, "images"),
-        ({"caption": None}, "captions"),
+        ("captions", {"caption": "another"}),
+        ("captions", {"caption": None}),
+        ("winners", {"label_0": 0.0, "label_1": 1.0}),
+        ("scores", {"score_1": 2.75}),
+        ("images", {"jpg_1": encoded(image(77))}),
     ],
 )
 def test_a_change_of_one_row_changes_its_part(
-    tmp_path: Path, change: dict[str, Any], part: str, expected: dict[str, Any]
+    tmp_path: Path, part: str, change: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     changed = rows()
     changed[3] |= change
@@ -64,13 +64,13 @@ def test_a_change_of_one_row_changes_its_part(
 
 def test_images_are_read_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Digests, "settled_ns", 0)
-    root = folder_with_labels(tmp_path)
+    root = folder(tmp_path, rows())
     digests = Digests()
     first = content(root, digests)
     with monkeypatch.context() as patched:
-        patched.setattr("fastinvdpo.data.records.RecordSource.image", lambda *arguments: pytest.fail("read again"))
+        patched.setattr("fastinvdpo.data.records.RecordSource.encoded", lambda *arguments: pytest.fail("read again"))
         assert content(root, Digests(digests.remembered)) == first
-    (root / "images" / "2-1.png").write_bytes(encoded(image(9)))
+    (root / "2.jpg_1").write_bytes(encoded(image(9)))
     replaced = content(root, Digests(digests.remembered))
     assert replaced["data images"] != first["data images"]
     # Two rows change places in the listing: the same files, in another order.

@@ -33,13 +33,22 @@ def test_the_summary_counts_what_is_there(tmp_path: Path, capsys: pytest.Capture
         assert drawn.size == (2 * 176 + 360, 2 * 176)
 
 
-def test_options_are_those_of_the_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = store(tmp_path / "p.parquet", [{**row(0, 0.5), "text": "mapped"}, row(1)])
-    command = ["data", "inspect", str(path), "ties=keep", "data.columns.caption=text", "--output", str(tmp_path)]
-    assert cli.main(command) == 0
-    shown = capsys.readouterr().out
-    assert "1 (kept)" in shown and "1 missing caption" in shown
-    assert cli.main(["data", "inspect", str(path), "tie=keep"]) == 2
+def test_options_are_those_of_the_section_and_masks_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row(0, 0.5, text="mapped"), row(1, text=None)]
+    rows = [one | {"mask_0": one["jpg_0"], "mask_1": one["jpg_1"]} for one in rows]
+    rows[1]["mask_1"] = encoded(Image.new("L", (8, 8)))
+    command = ["data", "inspect", str(store(tmp_path / "p.parquet", rows)), "--output", str(tmp_path / "out")]
+    for options, expected in (
+        ([], {"ties": "1 (dropped)", "masks": "mask_0, mask_1, not read (data.masks)", "broken": "none"}),
+        (["ties=keep", "data.columns.caption=text"], {"ties": "1 (kept)", "broken": "1 missing caption"}),
+        (["masks=true", "ties=keep"], {"masks": "mask_0, mask_1", "broken": "1 malformed mask"}),
+    ):
+        assert cli.main([*command, *options]) == 0
+        shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert {name: shown[name] for name in expected} == expected
+    assert cli.main([*command, "tie=keep"]) == 2
     assert "did you mean data.ties?" in capsys.readouterr().err
 
 
@@ -48,8 +57,8 @@ def test_the_sheet_frames_winners_green_and_losers_red(tmp_path: Path) -> None:
     path = store(tmp_path / "p.parquet", [row(0), row(1, 0.5), row(2, **wide)])
     page = sheet(list(PairDataset(path, resolution=8, ties="keep")))
     assert page.size == (2 * 176 + 360, 3 * 176)
-    assert [page.getpixel((6, 88)), page.getpixel((182, 88))] == [(46, 125, 50), (198, 40, 40)]
-    assert [page.getpixel((6, 264)), page.getpixel((182, 264))] == [(117, 117, 117)] * 2
+    frames = [page.getpixel(place) for place in ((6, 88), (182, 88), (6, 264), (182, 264))]
+    assert frames == [(46, 125, 50), (198, 40, 40), (117, 117, 117), (117, 117, 117)]
     assert page.getpixel((8, 8)) == (0, 0, 0) and page.getpixel((184, 8)) == (100, 100, 100)
 
 

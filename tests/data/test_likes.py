@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastinvdpo.data import LikedDataset, PairDataset, open_source
-from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.content import content_of
 from fastinvdpo.data.inspecting import inspect_pairs
-from fastinvdpo.data.rows import LIKES, WrongForm, in_schema, liked_of
+from fastinvdpo.data.rows import WrongForm
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import Digests
 from fastinvdpo.output import OutputDirectory
 from tests.data.test_pairs import encoded, image, row, store
-
-
-def where(*names: str) -> str:
-    return f"row 3, {names}"
-
-
-def read(stored: dict[str, Any], names: dict[str, str] | None = None) -> bool:
-    return liked_of(in_schema(stored, "line 1", names or {}, None, LIKES), where)
-
-
-@pytest.mark.parametrize("key", ["liked", "label"])
-@pytest.mark.parametrize("value", [1, True, 1.0, "1", "true", "True", "like", "liked"])
-def test_a_label_is_read_by_value(key: str, value: Any) -> None:
-    opposite = {"1": "0", "true": "false", "True": "False", "like": "dislike", "liked": "disliked"}
-    assert read({key: value}) is True
-    assert read({key: opposite[value] if isinstance(value, str) else type(value)(0)}) is False
-    assert read({"liked": value, "label": 1}) is True, "what agrees by value is no contradiction"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *[{"liked": value} for value in (None, 2, -1, 0.5, "yes", "", [], float("nan"))],
-        {"label": "image_0"},
-        {"liked": 1, "label": 0},
-        {"liked": True, "label": None},
-        {},
-    ],
-)
-def test_what_says_nothing_or_two_things_is_a_malformed_label(fields: dict[str, Any]) -> None:
-    with pytest.raises(BrokenRow, match="Remedy") as caught:
-        read(fields)
-    assert caught.value.cause == "malformed label"
-
-
-def test_a_label_that_is_mapped_counts_alone() -> None:
-    assert read({"mine": 1, "label": 0, "liked": 0}, {"liked": "mine"}) is True
+from tests.data.test_sources import folder, webdataset
 
 
 def likes(*labels: Any, **changes: Any) -> list[dict[str, Any]]:
@@ -72,22 +34,13 @@ def shades(data: LikedDataset) -> dict[Any, bool]:
 
 def test_tables_folders_and_shards_hold_the_same_images(tmp_path: Path) -> None:
     rows = likes(1, 0, 1)
-    store(tmp_path / "likes.parquet", rows)
-    folder, shard = tmp_path / "folder", tmp_path / "likes.tar"
-    folder.mkdir()
-    lines = []
-    with tarfile.open(shard, "w") as tar:
-        for i, one in enumerate(rows):
-            (folder / f"{i}.png").write_bytes(one["image"])
-            line = {"label": bool(one["liked"]), "prompt": one["caption"]}
-            lines.append(json.dumps({"image": f"{i}.png", **line}))
-            for name, data in ((f"{i}.png", one["image"]), (f"{i}.json", json.dumps(line).encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    (folder / "likes.jsonl").write_text("\n".join(lines))
+    told = [{"image": one["image"], "label": bool(one["liked"]), "prompt": one["caption"]} for one in rows]
+    for kind in (folder, webdataset):
+        (tmp_path / kind.__name__).mkdir()
+        kind(tmp_path / kind.__name__, told)
+    table = store(tmp_path / "likes.parquet", rows)
     contents = []
-    for path in (tmp_path / "likes.parquet", folder, folder / "likes.jsonl", shard):
+    for path in (table, *(tmp_path / name for name in ("folder", "folder/likes.jsonl", "webdataset"))):
         source = open_source(path, form="likes")
         data = LikedDataset(source)
         assert shades(data) == {0: True, 1: False, 2: True} and data.liked == [True, False, True]
@@ -102,15 +55,10 @@ def test_an_image_of_a_caption_counts_once_and_is_liked_where_any_row_likes_it(t
     judged = [(one, 0, "a"), (one, 1, "a"), (one, 0, "b"), (other, 1, "a"), (other, 1, "a"), (one, 0, "a")]
     rows = [{"image": data, "liked": liked, "caption": caption} for data, liked, caption in judged]
     data = LikedDataset(store(tmp_path / "likes.parquet", rows))
-    assert [(found.row, found.caption, found.liked) for found in data] == [
-        (0, "a", True),
-        (2, "b", False),
-        (3, "a", True),
-    ]
-    assert (data.summary.liked, data.summary.both) == (2, 1)
+    found = [(one.row, one.caption, one.liked) for one in data]
+    assert found == [(0, "a", True), (2, "b", False), (3, "a", True)]
     assert str(data.summary) == "6 rows: 3 images, 2 liked (1 also disliked)"
-    assert data.entry(0).keys != data.entry(1).keys
-    assert data[0].side.key == data.entry(0).keys[0]
+    assert data.entry(0).keys != data.entry(1).keys and data[0].side.key == data.entry(0).keys[0]
 
 
 def test_of_pairs_winners_are_liked_and_losers_disliked(tmp_path: Path) -> None:
@@ -123,8 +71,7 @@ def test_of_pairs_winners_are_liked_and_losers_disliked(tmp_path: Path) -> None:
     assert len(PairDataset(path)) == 4
     with OutputDirectory(tmp_path / "out") as place:
         place.claim("pairs.png", "data.json", "broken.jsonl")
-        shown = inspect_pairs(data, place)
-    assert "liked     3 (1 also disliked)\ndisliked  2" in shown
+        assert "liked     3 (1 also disliked)\ndisliked  2" in inspect_pairs(data, place)
     assert json.loads((tmp_path / "out" / "data.json").read_text())["both"] == 1
     with pytest.raises(InvalidInput, match=r"^data.ties = 'keep': keeps pairs that like neither image"):
         LikedDataset(open_source(path), ties="keep")
@@ -148,30 +95,24 @@ def test_broken_rows_are_counted_and_transforms_apply(tmp_path: Path) -> None:
 
 def test_rows_of_the_other_form_are_told_by_name(tmp_path: Path) -> None:
     pairs, single = store(tmp_path / "pairs.parquet", [row()]), store(tmp_path / "likes.parquet", likes(1))
-    for folder, listing in (("pairs", "pairs.jsonl"), ("likes", "likes.jsonl")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / listing).write_text("{}")
-    with pytest.raises(WrongForm, match=r"has no column 'image'; .*set data.form to pairs, or name yours"):
-        LikedDataset(pairs)
-    with pytest.raises(WrongForm, match=r"has no column 'jpg_0'; .*set data.form to likes, or name yours"):
-        PairDataset(single)
-    with pytest.raises(WrongForm, match=r"holds no likes.jsonl\. .*what a row is with data.form"):
-        LikedDataset(tmp_path / "pairs")
-    with pytest.raises(WrongForm, match=r"holds no pairs.jsonl"):
-        PairDataset(tmp_path / "likes")
-    with pytest.raises(InvalidInput, match=r"has no column 'liked'; .*store 1 or 0 in liked or label"):
-        LikedDataset(store(tmp_path / "bare.parquet", [{"image": encoded(image(0)), "caption": "a"}]))
+    bare = store(tmp_path / "bare.parquet", [{"image": encoded(image(0)), "caption": "a"}])
     ranked = tmp_path / "ranked.json"
     ranked.write_text(json.dumps([{"prompt": "a", "image_path": ["0.png", "1.png"], "rank": [1, 2]}]))
-    with pytest.raises(InvalidInput, match=r"data.format = 'hpd': ranks images against one another"):
-        open_source(ranked, form="likes")
-    with pytest.raises(InvalidInput, match=r"data.relabel_by_score = True: compares two images"):
-        LikedDataset(open_source(single, form="likes"), relabel_by_score=True)
-    for options, message in (
-        ({"form": "rows"}, "data.form = 'rows'"),
-        ({"columns": {"jpg_0": "x"}}, "which no row of likes has"),
-    ):
-        with pytest.raises(InvalidInput, match=message):
-            open_source(single, **{"form": "likes", **options})
-    with pytest.raises(TypeError, match="no argument 'revisoin'"):
-        open_source(single, revisoin="main")
+    for name in ("pairs", "likes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jsonl").write_text("{}")
+    refused: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (WrongForm, r"has no column 'image'; .*set data.form to pairs, or name yours", lambda: LikedDataset(pairs)),
+        (WrongForm, r"has no column 'jpg_0'; .*set data.form to likes, or name yours", lambda: PairDataset(single)),
+        (WrongForm, r"no likes.jsonl\. .*what a row is with data.form", lambda: LikedDataset(tmp_path / "pairs")),
+        (WrongForm, r"holds no pairs.jsonl", lambda: PairDataset(tmp_path / "likes")),
+        (InvalidInput, r"has no column 'liked'; .*store 1 or 0 in liked or label", lambda: LikedDataset(bare)),
+        (InvalidInput, "data.format = 'hpd': ranks images", lambda: open_source(ranked, form="likes")),
+        (InvalidInput, "by_score = True: compares two", lambda: LikedDataset(single, relabel_by_score=True)),
+        (InvalidInput, "data.form = 'rows'", lambda: open_source(single, form="rows")),
+        (InvalidInput, "no row of likes has", lambda: open_source(single, form="likes", columns={"jpg_0": "x"})),
+        (TypeError, "no argument 'revisoin'", lambda: open_source(single, revisoin="main")),
+    ]
+    for error, message, call in refused:
+        with pytest.raises(error, match=message):
+            call()

@@ -6,19 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fastinvdpo import cli
-from fastinvdpo.data import Buckets, PairDataset, open_source, write_pairs
+from fastinvdpo.data import Buckets, PairDataset, open_source
 from fastinvdpo.data.content import content_at_hand, content_of
 from fastinvdpo.data.rows import IMAGES
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import Digests
 from tests.data.test_pairs import encoded, image, row, store
-from tests.data.test_sources import write_images, write_lines, write_tar
+from tests.data.test_sources import FORMATS, _own_cache, parquet  # noqa: F401
 
 SIZE = (8, 8)
 
@@ -33,57 +30,15 @@ def own(number: int, **changes: Any) -> dict[str, Any]:
     return found | {"mask_0": found["jpg_0"], "mask_1": found["jpg_1"]}
 
 
-def parquet(root: Path, shared: bool) -> Path:
-    rows = [row(i, i % 2) | {"mask": encoded(image(i))} if shared else own(i, label=i % 2) for i in range(3)]
-    return store(root / "pairs.parquet", rows)
-
-
-def written(root: Path, shared: bool) -> Path:
-    write_pairs(root / "pairs.parquet", pq.read_table(parquet(root, shared)).to_pylist())
-    return root / "pairs.parquet"
-
-
-def folder(root: Path, shared: bool) -> Path:
-    write_images(root)
-    masks = ({"mask": "images/{}-0.png"},) if shared else ({"mask_0": "images/{}-0.png", "mask_1": "images/{}-1.png"},)
-    lines = [
-        {"image_0": f"images/{i}-0.png", "image_1": f"images/{i}-1.png", "label": int(i % 2 == 0), "caption": "one"}
-        | {name: value.format(i) for name, value in masks[0].items()}
-        for i in range(3)
-    ]
-    write_lines(root / "pairs.jsonl", lines)
-    return root
-
-
-def webdataset(root: Path, shared: bool) -> Path:
-    images = [{"0.png": encoded(image(i)), "1.png": encoded(image(i + 100))} for i in range(3)]
-    names = [("mask.png", "0.png")] if shared else [("mask_0.png", "0.png"), ("mask_1.png", "1.png")]
-    samples = [
-        {
-            **own,
-            **{name: own[of] for name, of in names},
-            "json": f'{{"label": {int(i % 2 == 0)}, "caption": "c"}}'.encode(),
-        }
-        for i, own in enumerate(images)
-    ]
-    return write_tar(root / "pairs.tar", samples)
-
-
-def repository(root: Path, shared: bool) -> Path:
-    datasets.load_dataset("parquet", data_files=str(parquet(root, shared)), split="train").save_to_disk(root / "saved")
-    return root / "saved"
-
-
-FORMATS = {f.__name__: f for f in (parquet, written, folder, webdataset, repository)}
+def rows(shared: bool) -> list[dict[str, Any]]:
+    return [row(i, i % 2) | {"mask": encoded(image(i))} if shared else own(i, label=i % 2) for i in range(3)]
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one mask", "two masks"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_masks_are_read_from_every_format_and_follow_the_sides(
-    tmp_path: Path, kind: str, shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    path = FORMATS[kind](tmp_path, shared)
+def test_masks_are_read_from_every_format_and_follow_the_sides(tmp_path: Path, kind: str, shared: bool) -> None:
+    (tmp_path / "set").mkdir()
+    path = FORMATS[kind][0](tmp_path / "set", rows(shared))
     pairs = opened(path)
     assert pairs.has_masks and len(pairs) == 3
     for i, pair in enumerate(pairs):
@@ -167,12 +122,12 @@ def test_masks_that_are_not_there_for_both_sides_are_refused(
     with pytest.raises(InvalidInput, match=rf"data\.masks = True: .*{problem}"):
         opened(path)
     assert len(PairDataset(path)) == 1
-    source = open_source(parquet(tmp_path, shared=True)).with_masks()
+    source = open_source(parquet(tmp_path, rows(shared=True))).with_masks()
     assert PairDataset(source).has_masks and not PairDataset(source.with_masks(False)).has_masks
 
 
 def test_masks_are_part_of_what_pairs_hold(tmp_path: Path) -> None:
-    path = parquet(tmp_path, shared=True)
+    path = parquet(tmp_path, rows(shared=True))
 
     def content(masks: bool) -> dict[str, Any]:
         source = open_source(path).with_masks(masks)
@@ -185,12 +140,3 @@ def test_masks_are_part_of_what_pairs_hold(tmp_path: Path) -> None:
     store(path, [row(i, i % 2) | {"mask": encoded(image(i + 1))} for i in range(3)])
     assert content(False) == plain and content(True) == first | {"data masks": content(True)["data masks"]} != first
     assert content_at_hand(opened(path)) != at_hand
-
-
-def test_inspecting_tells_of_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = store(tmp_path / "pairs.parquet", [own(0), own(1) | {"mask_1": encoded(Image.new("L", SIZE))}])
-    for options, shown in (([], "mask_0, mask_1, not read (data.masks)"), (["masks=true"], "mask_0, mask_1")):
-        command = ["data", "inspect", str(path), "--output", str(tmp_path / "out"), *options]
-        assert cli.main(command) == 0
-        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-        assert lines["masks"] == shown and lines["broken"] == ("1 malformed mask" if options else "none")

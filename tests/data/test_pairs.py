@@ -84,12 +84,6 @@ def test_scores_travel_with_their_images_and_may_decide_the_winner(write: Write)
     assert pairs.dropped_ties == 1, "equal scores are the ties"
 
 
-def test_pairs_of_one_image_are_counted(write: Write) -> None:
-    with pytest.warns(UserWarning, match="2 pairs have one image on both sides, the first in row 1"):
-        same = {"jpg_0": encoded(image(9)), "jpg_1": encoded(image(9))}
-        assert len(PairDataset(write(row(0), row(1, **same), row(2, **same)))) == 3
-
-
 def test_keys_name_bytes_caption_and_transform(write: Write) -> None:
     same = row(0)
     path = write(same, {**same, "caption": "other"}, row(0, 0))
@@ -101,28 +95,18 @@ def test_keys_name_bytes_caption_and_transform(write: Write) -> None:
     assert len({(pair.winner.tobytes(), pair.winner_key) for pair in (flipped.pair(0, draw=i) for i in range(20))}) == 2
 
 
-def test_of_two_columns_for_one_thing_a_user_names_the_one_that_counts(tmp_path: Path) -> None:
-    path = store(tmp_path / "pairs.parquet", [row(1, prompt="another")])
+def test_columns_can_be_mapped_and_of_two_for_one_thing_a_user_names_the_one_that_counts(write: Write) -> None:
+    path = write(row(1, prompt="another"))
     with pytest.raises(InvalidInput, match=r"two columns for caption: caption and prompt. .*columns.caption=caption"):
         PairDataset(path)
     for key, caption in {"caption": "caption 1", "prompt": "another"}.items():
         assert PairDataset(path, columns={"caption": key}).caption(0) == caption
-
-
-def test_columns_can_be_mapped(write: Write) -> None:
     mine = {"jpg_0": "left", "jpg_1": "right", "caption": "prompt", "score_0": "s0", "score_1": "s1"}
     renamed = {mine.get(name, name): value for name, value in row(0, score_0=1.0, score_1=2.0).items()}
     pairs = PairDataset(write({**renamed, "jpg_0": b"not this one", "extra": 7}), columns=mine)
-    assert pairs[0].winner.getpixel((0, 0)) == 0
-    assert pairs[0].loser_score == 2.0
-
-
-def test_image_feature_structs_and_other_formats(write: Write) -> None:
+    assert (pairs[0].winner.getpixel((0, 0)), pairs[0].loser_score) == (0, 2.0)
     cells = {"jpg_0": {"bytes": encoded(image(7)), "path": None}, "jpg_1": {"bytes": encoded(image(9)), "path": "x"}}
-    assert PairDataset(write(row(0, **cells)))[0].winner.getpixel((0, 0)) == 7
-    jpeg = encoded(Image.new("RGB", (8, 8), (200, 10, 10)), "JPEG")
-    pair = PairDataset(write(row(0, jpg_0=jpeg, jpg_1=encoded(image(0).convert("P")))))[0]
-    assert (pair.winner.mode, pair.loser.mode) == ("RGB", "RGB")
+    assert shades(PairDataset(write(row(0, **cells)))) == [(7, 9)], "columns of datasets' Image feature"
 
 
 def test_shards_are_one_set_and_large_ones_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +131,10 @@ def test_a_copy_in_another_process_reads_the_files_itself(write: Write) -> None:
     assert pickle.loads(sent).pair(7, draw=5).winner.tobytes() == pairs.pair(7, draw=5).winner.tobytes()
 
 
-def test_broken_images_are_left_out_up_to_the_allowed_number(write: Write) -> None:
+def test_broken_images_are_left_out_up_to_the_allowed_number_and_pairs_of_one_image_are_counted(write: Write) -> None:
+    with pytest.warns(UserWarning, match="2 pairs have one image on both sides, the first in row 1"):
+        same = {"jpg_0": encoded(image(9)), "jpg_1": encoded(image(9))}
+        assert len(PairDataset(write(row(0), row(1, **same), row(2, **same)))) == 3
     damaged = bytearray(row(1)["jpg_1"])
     damaged[len(damaged) // 2] ^= 0xFF  # header and end are intact: only decoding finds this
     path = write(row(0), row(1, jpg_1=bytes(damaged)), row(2), row(3, jpg_0=b"text"), row(4))
@@ -222,14 +209,13 @@ def test_paths_that_hold_no_pairs(tmp_path: Path) -> None:
     (tmp_path / "truncated.parquet").write_bytes(whole[:-50])
     pq.write_table(pa.Table.from_pylist([row(0)]).slice(0, 0), tmp_path / "empty.parquet")
     (tmp_path / "nothing").mkdir()
-    for name, problem in {
-        "missing.parquet": r"data.path = .*missing.parquet': does not exist",
+    unreadable = dict.fromkeys(("text.parquet", "truncated.parquet"), "is not a readable parquet file")
+    missing = {
+        "missing.parquet": r"missing.parquet': does not exist",
         "nothing": r"is a directory without \*.parquet, ",
-        "text.parquet": "is not a readable parquet file",
-        "truncated.parquet": "is not a readable parquet file",
-        "empty.parquet": "holds no rows",
-    }.items():
-        with pytest.raises(InvalidInput, match=problem):
+    }
+    for name, problem in {**unreadable, **missing, "empty.parquet": "holds no rows"}.items():
+        with pytest.raises(InvalidInput, match=rf"data.path = .*{problem}"):
             PairDataset(tmp_path / name)
 
 
@@ -249,19 +235,17 @@ def test_shards_must_agree(tmp_path: Path, second: dict[str, Any], message: str)
         PairDataset(tmp_path)
 
 
-def test_writing_then_reading(tmp_path: Path) -> None:
-    rows = [row(i, i % 2, score_0=float(i), score_1=0.5) for i in range(5)]
-    rows[2]["jpg_0"] = image(2)  # a PIL image is encoded without loss
-    assert write_pairs(tmp_path / "new" / "pairs.parquet", iter(rows)) == 5
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["pairs.parquet"]
-    stored = pq.read_schema(tmp_path / "new" / "pairs.parquet")
-    assert stored.names == ["jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1"]
-    pairs = PairDataset(tmp_path / "new" / "pairs.parquet")
-    assert pairs[2].loser.tobytes() == image(2).tobytes()
-    assert [pair.winner_score for pair in pairs] == [0.5, 1.0, 0.5, 3.0, 0.5]
-    assert write_pairs(tmp_path / "many.parquet", (row(i % 50) for i in range(2500))) == 2500
-    assert pq.ParquetFile(tmp_path / "many.parquet").num_row_groups == 3
-    assert PairDataset(tmp_path / "many.parquet")[2499].caption == "caption 49"
+def test_writing_encodes_images_without_loss_streams_rows_and_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "pairs.parquet"
+    rows = (row(i % 50, i % 2, score_0=float(i), score_1=0.5, jpg_0=image(i % 50)) for i in range(2500))
+    assert write_pairs(path, rows) == 2500
+    assert [file.name for file in path.parent.iterdir()] == ["pairs.parquet"]
+    stored = pq.ParquetFile(path)
+    names = ["jpg_0", "jpg_1", "label_0", "label_1", "caption", "score_0", "score_1"]
+    assert stored.schema_arrow.names == names and stored.num_row_groups == 3
+    pairs = PairDataset(path)
+    assert pairs[2].loser.tobytes() == image(2).tobytes() and pairs[2499].caption == "caption 49"
+    assert [pairs[i].winner_score for i in range(5)] == [0.5, 1.0, 0.5, 3.0, 0.5]
 
 
 @pytest.mark.parametrize(

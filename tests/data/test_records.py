@@ -27,6 +27,15 @@ def root(tmp_path: Path) -> Path:
 
 
 PNGS = {"winner.png": encoded(image(0)), "loser.png": encoded(image(1))}
+GOOD = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
+
+
+def opened(path: Path, *causes: str) -> PairDataset:
+    """The pairs of a set some of whose rows are broken for these causes, in their order."""
+    with pytest.warns(UserWarning, match=rf"left out {len(causes)} broken rows"):
+        dataset = PairDataset(path, max_broken=len(causes))
+    assert [line["cause"] for line in dataset.broken.lines()] == list(causes)
+    return dataset
 
 
 def test_a_folder_names_winner_and_loser_or_has_other_names_and_images_elsewhere(root: Path, tmp_path: Path) -> None:
@@ -75,81 +84,59 @@ def test_encodings_that_tell_themselves_are_read(root: Path, text: bytes) -> Non
 
 def test_encodings_that_cannot_be_told_are_broken_rows(root: Path) -> None:
     texts = ("café".encode("latin-1"), "cafe".encode("utf-16-le"), b"a")
-    path = write_tar(root / "s.tar", [{**PNGS, "txt": text} for text in texts])
-    with pytest.warns(UserWarning, match=r"left out 2 broken rows \[0, 1\] \(2 malformed caption\)"):
-        assert len(PairDataset(path, max_broken=2)) == 1
+    shard = write_tar(root / "s.tar", [{**PNGS, "txt": text} for text in texts])
+    assert len(opened(shard, *["malformed caption"] * 2)) == 1
     line = '{"winner": "images/0-0.png", "loser": "images/0-1.png", "caption": "%s"}\n'
     lines = [(line % "café").encode("latin-1"), (line % "a \\ud83d").encode(), b"[" * 10**5, (line % "a").encode()]
     (root / "pairs.jsonl").write_bytes(b"\n".join(lines))
-    with pytest.warns(UserWarning, match=r"\(2 malformed row, 1 malformed caption\)"):
-        PairDataset(root / "pairs.jsonl", max_broken=3)
+    assert len(opened(root / "pairs.jsonl", "malformed row", "malformed caption", "malformed row")) == 1
 
 
-def test_rows_that_cannot_be_used_are_told_by_line(root: Path) -> None:
-    good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
+def test_rows_that_cannot_be_used_are_told_by_line_or_entry(root: Path) -> None:
     changes = ({"label": 2}, {"caption": None}, {"image_1": "images/no.png"})
-    records = [good, "{not json", *(good | change for change in changes), []]
-    path = write_lines(root / "pairs.jsonl", [*records, {k: v for k, v in good.items() if k != "image_0"}])
-    with pytest.warns(UserWarning, match=r"left out 6 broken rows"):
-        dataset = PairDataset(path, max_broken=6)
-    assert [line["cause"] for line in dataset.broken.lines()] == [
-        *("malformed row", "malformed label", "missing caption", "missing image", "malformed row", "missing image")
-    ]
-    assert dataset.broken.lines()[1]["place"] == "row 2 (pairs.jsonl, line 3)"
+    records = [GOOD, "{not json", *(GOOD | change for change in changes), []]
+    path = write_lines(root / "pairs.jsonl", [*records, {k: v for k, v in GOOD.items() if k != "image_0"}])
+    first = ("malformed row", "malformed label", "missing caption", "missing image", "malformed row", "missing image")
+    assert opened(path, *first).broken.lines()[1]["place"] == "row 2 (pairs.jsonl, line 3)"
     with pytest.raises(InvalidInput, match=r"pairs.jsonl, line 2 = '10 bytes': is not valid JSON"):
         PairDataset(path)
+    entries = [RANKED | {"rank": [1, 2]}, RANKED | {"rank": [1, 2, 3]}, {"prompt": "p", "rank": [1]}, 7]
+    (root / "r.json").write_text(json.dumps(entries))
+    assert len(opened(root / "r.json", "malformed label", "malformed row", "malformed row")) == 3
 
 
 def test_two_values_of_one_key_are_a_broken_row_unless_they_agree(root: Path) -> None:
-    good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
-    records = [good | {"prompt": "a"}, good | {"prompt": "b"}, good | {"jpg_1": "images/1-1.png"}]
+    records = [GOOD | {"prompt": "a"}, GOOD | {"prompt": "b"}, GOOD | {"jpg_1": "images/1-1.png"}]
     path = write_lines(root / "pairs.jsonl", records)
-    with pytest.warns(UserWarning, match=r"left out 2 broken rows \[1, 2\] \(2 malformed row\)"):
-        assert [pair.caption for pair in PairDataset(root, max_broken=2)] == ["a"]
+    assert [pair.caption for pair in opened(root, *["malformed row"] * 2)] == ["a"]
     with pytest.raises(InvalidInput, match=r"line 2, prompt = 'b': is another caption than 'a'.*caption=prompt"):
         PairDataset(root)
     write_lines(path, records[:2])
     assert captions(root, columns={"caption": "prompt"}) == ["a", "b"]
     texts = [{"json": b'{"caption": " a"}', "txt": b"a\n"}, {"json": b'{"caption": "a"}', "txt": b"b"}]
     shard = write_tar(root / "s.tar", [PNGS | text for text in texts])
-    with pytest.warns(UserWarning, match=r"left out 1 broken rows \[1\] \(1 malformed caption\)"):
-        assert PairDataset(shard, max_broken=1).caption(0) == " a"
+    assert opened(shard, "malformed caption").caption(0) == " a"
 
 
 def test_a_listing_is_read_line_by_line_and_a_line_has_a_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "_LARGEST_LISTING", 10)
-    good = {"image_0": "images/0-0.png", "image_1": "images/0-1.png", "label": 0, "caption": "a"}
-    write_lines(root / "pairs.jsonl", [good] * 3)
+    write_lines(root / "pairs.jsonl", [GOOD] * 3)
     assert len(PairDataset(root)) == 3
     monkeypatch.setattr(records, "_LARGEST_TEXT", 50)
     with pytest.raises(InvalidInput, match=r"pairs.jsonl'?: cannot be read \(a line has more than 50 bytes\)"):
         PairDataset(root)
 
 
-def test_broken_entries_of_ranked_images(root: Path) -> None:
-    entries = [RANKED | {"rank": [1, 2]}, RANKED | {"rank": [1, 2, 3]}, {"prompt": "p", "rank": [1]}, 7]
-    (root / "r.json").write_text(json.dumps(entries))
-    with pytest.warns(UserWarning, match=r"left out 3 broken rows"):
-        dataset = PairDataset(open_source(root / "r.json", format="hpd"), max_broken=3)
-    assert len(dataset) == 3
-    assert dataset.broken.counts() == {"malformed row": 2, "malformed label": 1}
-
-
 def test_broken_members_of_shards(root: Path) -> None:
     whole = {**PNGS, "txt": b"text\n"}
+    others = [{"json": b"{"}, {"json": b'{"label": 1}'}, {"json": b'{"a":1,"a":2}'}, {"0.jpg": encoded(image(5))}]
     missing = {"winner.png": encoded(image(0)), "txt": b"t"}
-    other = {**whole, "json": b'{"label": 1}'}
-    twice = {**whole, "0.jpg": encoded(image(5))}
-    again = {**whole, "json": b'{"a":1,"a":2}'}
-    write_tar(root / "s.tar", [whole, {**whole, "json": b"{"}, missing, other, again, twice])
+    write_tar(root / "s.tar", [whole, whole | others[0], missing, *(whole | more for more in others[1:])])
     with tarfile.open(root / "s.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("2.txt"))
-    with pytest.warns(UserWarning, match=r"left out 5 broken rows"):
-        dataset = PairDataset(root / "s.tar", max_broken=0.9)
+    rows = ["malformed row"] * 2 + ["malformed label"] + ["malformed row"] * 2
+    dataset = opened(root / "s.tar", *rows)
     assert dataset[0].caption == "text"
-    assert [line["cause"] for line in dataset.broken.lines()] == [
-        *("malformed row", "malformed row", "malformed label", "malformed row", "malformed row")
-    ]
     assert "'2.txt': is the name of two members" in dataset.broken.lines()[1]["problem"]
 
 
@@ -165,11 +152,9 @@ def outside(root: Path, tmp_path: Path) -> Path:
 
 def test_images_of_a_folder_lie_in_it_or_where_the_user_says(root: Path, outside: Path) -> None:
     bad = [str(outside), "../other/a.png", "link/a.png", "pipe", "images", "/dev/zero", "a\0b", "x" * 5000, "~/a.png"]
-    good = {"image_0": "images/0-0.png", "image_1": str(root / "images" / "0-1.png"), "label": 0, "caption": "a"}
-    write_lines(root / "pairs.jsonl", [good, *(good | {"image_1": place} for place in bad)])
-    with pytest.warns(UserWarning, match="left out 9"):
-        dataset = PairDataset(root, max_broken=9)
-    assert dataset.summary.broken == {"missing image": 9} and len(dataset) == 1
+    absolute = GOOD | {"image_1": str(root / "images" / "0-1.png")}
+    write_lines(root / "pairs.jsonl", [absolute, *(GOOD | {"image_1": place} for place in bad)])
+    dataset = opened(root, *["missing image"] * len(bad))
     assert not any(file.is_relative_to(outside.parent) for file in dataset.source.files())
     with pytest.raises(InvalidInput, match=r"line 2.* lies outside the folder.*data\.image_root"):
         PairDataset(root)

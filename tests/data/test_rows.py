@@ -9,19 +9,22 @@ import pytest
 
 from fastinvdpo.data import PairDataset
 from fastinvdpo.data.broken import BrokenRow
-from fastinvdpo.data.rows import TIE, caption_of, in_schema, labels_of, scores_of, winner_of
+from fastinvdpo.data.records import RecordSource, in_schema
+from fastinvdpo.data.rows import LIKES, PAIRS, TIE, Form, Row
 from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import row, shades, store
 
 IMAGES = {"image_0": "a.png", "image_1": "b.png"}
 
 
-def where(*names: str) -> str:
-    return f"row 3, {names}"
+def read(stored: dict[str, Any], names: dict[str, str] | None = None, form: Form = PAIRS) -> Row:
+    """A row as a line of a listing gives it."""
+    values = in_schema(stored, "line 1", names or {}, None, form)
+    return RecordSource("pairs.jsonl", "folder", names or {}, [("line 1", values)], [], form=form).record(0)
 
 
 def side(stored: dict[str, Any], names: dict[str, str] | None = None) -> int:
-    return winner_of(in_schema(stored, "line 1", names or {}), where, names or {})
+    return read(stored, names).winner()
 
 
 @pytest.mark.parametrize(
@@ -53,19 +56,35 @@ def test_a_winner_is_read_by_value(fields: dict[str, Any], winner: int) -> None:
         {"label_0": 1, "winner": "b.png"},
         {"label_1": 0.5, "label": 1},
         {"chosen": "b.png"},
+        *[{"liked": value} for value in (None, 2, -1, 0.5, "yes", "", [], float("nan"))],
+        {"liked": 1, "label": 0},
+        {"liked": True, "label": None},
+        {"liked": 1, "label": "image_0"},
         {},
     ],
 )
-def test_what_names_no_winner_or_two_is_a_malformed_label(fields: dict[str, Any]) -> None:
-    with pytest.raises(BrokenRow, match="Remedy") as caught:
-        side(IMAGES | fields)
-    assert caught.value.cause == "malformed label"
+def test_what_says_nothing_or_two_things_is_a_malformed_label(fields: dict[str, Any]) -> None:
+    row = read(fields, form=LIKES) if "liked" in fields else read(IMAGES | fields)
+    for way in (row.liked,) if "liked" in fields else (row.winner, read({}, form=LIKES).liked):
+        with pytest.raises(BrokenRow, match="Remedy") as caught:
+            way()
+        assert caught.value.cause == "malformed label"
+
+
+@pytest.mark.parametrize("key", ["liked", "label"])
+@pytest.mark.parametrize("value", [1, True, 1.0, "1", "true", "True", "like", "liked"])
+def test_a_like_is_read_by_value(key: str, value: Any) -> None:
+    opposite = {"1": "0", "true": "false", "True": "False", "like": "dislike", "liked": "disliked"}
+    dislike = opposite[value] if isinstance(value, str) else type(value)(0)
+    for fields, liked in (({key: value}, True), ({key: dislike}, False), ({"liked": value, "label": 1}, True)):
+        assert read(fields, form=LIKES).liked() is liked
+    assert read({"mine": 1, "label": 0, "liked": 0}, {"liked": "mine"}, LIKES).liked(), "a mapped label counts alone"
 
 
 def test_what_stands_for_the_images_and_what_counts_beside_it() -> None:
-    found = in_schema({"winner": "b.png", "loser": "a.png", "prompt": "p"}, "line 1", {})
-    assert (found["jpg_0"], found["jpg_1"], found["caption"]) == ("b.png", "a.png", "p")
-    assert winner_of(found, where, {}) == 0
+    found = read({"winner": "b.png", "loser": "a.png", "prompt": "p"})
+    assert (found.values["jpg_0"], found.values["jpg_1"], found.caption()) == ("b.png", "a.png", "p")
+    assert found.winner() == 0
     refused = {
         "contradict one another": {"winner": "b.png", "loser": "a.png", "label": 1},
         "names neither image": {"image_0": "a.png", "image_1": "a.png", "winner": "a.png"},
@@ -80,21 +99,21 @@ def test_what_stands_for_the_images_and_what_counts_beside_it() -> None:
 
 
 def test_the_other_label_follows() -> None:
-    assert labels_of({"label_0": 0.25}) == (0.25, 0.75)
-    assert labels_of({"label_1": True}) == (0.0, 1.0)
-    assert labels_of({"label_0": None, "label_1": 1}) == (None, 1.0)
+    assert read({"label_0": 0.25}).labels() == (0.25, 0.75)
+    assert read({"label_1": True}).labels() == (0.0, 1.0)
+    assert read({"label_0": None, "label_1": 1}).labels() == (None, 1.0)
 
 
 def test_captions_are_text_and_scores_are_finite_numbers() -> None:
-    assert caption_of({"caption": "\ufeffun café 🐈"}, where) == "un café 🐈", "without the byte order mark"
+    assert read({"caption": "\ufeffun café 🐈"}).caption() == "un café 🐈", "without the byte order mark"
     for caption in ("a cat \ud83d", "c\0a\0t\0", "\x1b$BG-\x1b(B", None, 7):
         with pytest.raises(BrokenRow) as caught:
-            caption_of({"caption": caption}, where)
+            read({"caption": caption}).caption()
         assert caught.value.cause == ("malformed caption" if isinstance(caption, str) else "missing caption")
-    assert scores_of({"score_0": 1, "score_1": -2.5}, where) == (1.0, -2.5)
+    assert read({"score_0": 1, "score_1": -2.5}).scores() == (1.0, -2.5)
     for bad in ({"score_0": 1.0}, {"score_0": 1.0, "score_1": float("inf")}, {"score_0": "1", "score_1": 1}):
         with pytest.raises(BrokenRow, match="is not a finite number"):
-            scores_of(bad, where)
+            read(bad).scores()
 
 
 def test_tables_name_the_winner_in_the_same_ways(tmp_path: Path) -> None:

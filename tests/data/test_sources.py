@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastinvdpo.data import PairDataset, open_source
+from fastinvdpo.data import PairDataset, open_source, write_pairs
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.data.sources import detect_format
 from fastinvdpo.errors import InvalidInput
@@ -23,14 +23,11 @@ from tests.data.test_pairs import encoded, image, row, shades, store
 
 COUNT = 6
 LABELS = (1.0, 0.0, 0.5, 1.0, 0.0, 1.0)  # of image 0
+Rows = list[dict[str, Any]]
 
 
-def scores(i: int) -> dict[str, float]:
-    return {"score_0": float(i), "score_1": 2.5}
-
-
-def rows() -> list[dict[str, Any]]:
-    return [row(i, LABELS[i], **scores(i)) for i in range(COUNT)]
+def rows() -> Rows:
+    return [row(i, LABELS[i], score_0=float(i), score_1=2.5) for i in range(COUNT)]
 
 
 def write_images(root: Path) -> None:
@@ -45,48 +42,7 @@ def write_lines(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def parquet(root: Path) -> Path:
-    return store(root / "pairs.parquet", rows())
-
-
-def parquet_shards(root: Path) -> Path:
-    store(root / "0.parquet", rows()[:4])
-    store(root / "1.parquet", rows()[4:])
-    return root
-
-
-def folder_with_labels(root: Path) -> Path:
-    write_images(root)
-    records = []
-    for i, label in enumerate(LABELS):
-        images = {f"image_{side}": f"images/{i}-{side}.png" for side in (0, 1)}
-        told = {"label": {1.0: 0, 0.0: 1, 0.5: "tie"}[label], "caption": f"caption {i}"}
-        records.append({**images, **told, **scores(i)})
-    write_lines(root / "pairs.jsonl", records)
-    return root
-
-
-def shards(root: Path) -> Path:
-    for shard, numbers in enumerate((range(4), range(4, COUNT))):
-        members: dict[str, bytes] = {}
-        for i in numbers:
-            labels = {"label_0": LABELS[i], "label_1": 1 - LABELS[i], "caption": f"caption {i}", **scores(i)}
-            images = {"0.png": encoded(image(i)), "1.png": encoded(image(i + 100))}
-            parts = {"json": json.dumps(labels).encode(), **images}
-            members |= {f"part/{i:04d}.{ending}": data for ending, data in parts.items()}
-        write_tar(root / f"{shard}.tar", [], members)
-    return root
-
-
-def repository(root: Path) -> Path:
-    (root / "data").mkdir(parents=True)
-    store(root / "data" / "train-0.parquet", rows()[:4])
-    store(root / "data" / "train-1.parquet", rows()[4:])
-    store(root / "data" / "validation-0.parquet", rows()[:1])
-    return root
-
-
-def write_tar(path: Path, samples: list[dict[str, bytes]], more: dict[str, bytes] | None = None) -> Path:
+def write_tar(path: Path, samples: Rows, more: dict[str, bytes] | None = None) -> Path:
     """A shard of samples with the keys 0, 1, …, and further members by name."""
     members = {f"{i}.{ending}": data for i, sample in enumerate(samples) for ending, data in sample.items()}
     with tarfile.open(path, "w") as tar:
@@ -97,12 +53,59 @@ def write_tar(path: Path, samples: list[dict[str, bytes]], more: dict[str, bytes
     return path
 
 
-FORMATS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "parquet": (parquet, "parquet"),
-    "parquet shards": (parquet_shards, "parquet"),
-    "folder": (folder_with_labels, "folder"),
-    "shards": (shards, "webdataset"),
-    "repository": (repository, "datasets"),
+def parquet(root: Path, rows: Rows) -> Path:
+    return store(root / "pairs.parquet", rows)
+
+
+def written(root: Path, rows: Rows) -> Path:
+    write_pairs(root / "pairs.parquet", rows)
+    return root / "pairs.parquet"
+
+
+def parquet_shards(root: Path, rows: Rows) -> Path:
+    root.mkdir(exist_ok=True, parents=True)
+    for number, part in enumerate((rows[:2], rows[2:])):
+        store(root / f"train-{number}.parquet", part)
+    return root
+
+
+def folder(root: Path, rows: Rows) -> Path:
+    """What is bytes becomes a file."""
+    lines = [{key: f"{i}.{key}" if isinstance(v, bytes) else v for key, v in one.items()} for i, one in enumerate(rows)]
+    for i, one in enumerate(rows):
+        for name, value in one.items():
+            if isinstance(value, bytes):
+                (root / f"{i}.{name}").write_bytes(value)
+    write_lines(root / ("likes.jsonl" if "image" in rows[0] else "pairs.jsonl"), lines)
+    return root
+
+
+def webdataset(root: Path, rows: Rows) -> Path:
+    for number, part in enumerate((rows[:2], rows[2:])):
+        samples = []
+        for one in part:
+            told = {key: value for key, value in one.items() if not isinstance(value, bytes)}
+            parts = {"png" if key == "image" else key: one[key] for key in one.keys() - told.keys()}
+            samples.append({"json": json.dumps(told).encode(), **parts})
+        write_tar(root / f"{number}.tar", samples)
+    return root
+
+
+def repository(root: Path, rows: Rows) -> Path:
+    parquet_shards(root / "data", rows)
+    store(root / "data" / "validation-0.parquet", rows[:1])
+    return root
+
+
+def saved(root: Path, rows: Rows) -> Path:
+    datasets.Dataset.from_parquet(str(parquet(root, rows)), cache_dir=str(root)).save_to_disk(root / "saved")
+    return root / "saved"
+
+
+FORMATS: dict[str, tuple[Callable[[Path, Rows], Path], str]] = {
+    **{f.__name__: (f, "parquet") for f in (parquet, written, parquet_shards)},
+    **{f.__name__: (f, f.__name__) for f in (folder, webdataset)},
+    **{f.__name__: (f, "datasets") for f in (repository, saved)},
 }
 
 
@@ -121,8 +124,12 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_pairs(root: Path, name: str, streaming: bool) -> None:
     write, kind = FORMATS[name]
-    path = write(root)
+    path = write(root, rows())
     assert detect_format(path) == kind
+    if streaming and name == "saved":
+        with pytest.raises(InvalidInput, match="only parquet can be read by row groups"):
+            open_source(path, streaming=True)
+        return
     source = open_source(path, streaming=streaming, shuffle_buffer=2)
     assert (source.format, source.streaming) == (kind, streaming)
     dataset = PairDataset(source)
@@ -137,15 +144,15 @@ def test_every_format_gives_the_same_pairs(root: Path, name: str, streaming: boo
     assert again.pair(1, draw=3).winner.tobytes() == dataset.pair(1, draw=3).winner.tobytes()
 
 
-def test_a_repository_has_splits_and_can_be_saved_to_disk(root: Path, tmp_path: Path) -> None:
-    repository(root)
-    assert len(PairDataset(open_source(root, format="datasets", split="validation"))) == 1
+def test_a_repository_has_splits_and_one_whose_path_datasets_would_read_as_a_pattern_is_refused(root: Path) -> None:
+    for name in ("repo1", "repo[1]"):
+        repository(root / name, rows())
+    assert len(PairDataset(open_source(root / "repo1", split="validation"))) == 1
     for streaming in (False, True):
         with pytest.raises(InvalidInput, match=r"test"):
-            PairDataset(open_source(root, format="datasets", split="test", streaming=streaming))
-    datasets.load_dataset(str(root), split="train").save_to_disk(tmp_path / "saved")
-    assert detect_format(tmp_path / "saved") == "datasets"
-    assert len(PairDataset(tmp_path / "saved")) == COUNT - 1
+            PairDataset(open_source(root / "repo1", split="test", streaming=streaming))
+        with pytest.raises(InvalidInput, match="which datasets reads as a pattern"):
+            open_source(root / "repo[1]", streaming=streaming)
 
 
 def test_streamed_parquet_keeps_few_groups_and_looks_at_no_image(root: Path) -> None:
@@ -184,15 +191,11 @@ def test_a_split_that_file_names_tell_is_read_alone(root: Path, suffix: str) -> 
     for split in ("no-such-split", "train[:50%]"):
         with pytest.raises(InvalidInput, match=r"is not a split of .*test, train, validation"):
             open_source(root, split=split)
+    with pytest.raises(InvalidInput, match=r"data.split = 'test': is not a split of"):
+        open_source(parquet(root.parent, rows()), split="test")
     (root / f"train-00000.{suffix}").rename(root / f"more.{suffix}")
     with pytest.raises(InvalidInput, match=rf"more.{suffix}, whose name has none"):
         open_source(root)
-
-
-@pytest.mark.parametrize("write", [parquet, folder_with_labels])
-def test_a_split_that_nothing_tells_is_refused(root: Path, write: Callable[[Path], Path]) -> None:
-    with pytest.raises(InvalidInput, match=r"data.split = 'test': is not a split of"):
-        open_source(write(root), split="test")
 
 
 @pytest.mark.parametrize("way", ["memory", "mapped", "streaming"])
@@ -205,14 +208,6 @@ def test_paths_are_no_patterns(root: Path, way: str, monkeypatch: pytest.MonkeyP
         for path in (root / name, root / name / "p[0].parquet"):
             pair = PairDataset(open_source(path, streaming=way == "streaming"))[0]
             assert (pair.winner.getpixel((0, 0)), pair.caption) == (shade, f"caption {shade}")
-
-
-def test_a_repository_whose_path_datasets_would_read_as_a_pattern_is_refused(root: Path) -> None:
-    for name in ("repo1", "repo[1]"):
-        repository(root / name)
-    for streaming in (False, True):
-        with pytest.raises(InvalidInput, match="which datasets reads as a pattern"):
-            open_source(root / "repo[1]", streaming=streaming)
 
 
 def test_hidden_files_and_companions_of_a_mac_are_no_pairs(root: Path) -> None:
@@ -260,8 +255,8 @@ def test_damaged_text_and_offsets_are_refused(root: Path, name: str) -> None:
 def test_formats_that_cannot_be_told_and_files_that_cannot_be_read(root: Path) -> None:
     for name in ("empty", "several"):
         (root / name).mkdir()
-    parquet(root / "several")
-    shards(root / "several")
+    for write in (parquet, webdataset):
+        write(root / "several", rows())
     (root / "bad.tar").write_bytes(b"x" * 2000)
     (root / "bad.json").write_text('[{"rank": ')
     write_lines(root / "pairs.jsonl", [{}])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageOps
 
-from fastinvdpo.data import Buckets, PairDataset
+from fastinvdpo.data import Buckets, ImageGeometry, PairDataset
 from fastinvdpo.data.transforms import Decisions, transform
 from fastinvdpo.errors import InvalidInput
 from tests.data.test_pairs import encoded, image, row, store
@@ -27,8 +27,7 @@ def test_both_sides_are_mirrored_together(tmp_path: Path) -> None:
         return [[pair.winner.tobytes() == mirrored[0], pair.loser.tobytes() == mirrored[1]] for pair in read]
 
     found = flips(4)
-    assert all(won == lost for won, lost in found)
-    assert 70 < sum(won for won, _ in found) < 130
+    assert all(won == lost for won, lost in found) and 70 < sum(won for won, _ in found) < 130
     assert flips(4) == found != flips(5)
 
 
@@ -37,13 +36,9 @@ def test_crops_of_equal_sizes_are_the_same_window(tmp_path: Path) -> None:
     path = store(tmp_path / "p.parquet", [row(0, **wide)])
     pairs = PairDataset(path, resolution=8, center_crop=False, random_flip=True)
     lefts = set()
-    for index in range(100):
-        pair = pairs.pair(0, index)
-        assert pair.winner.size == pair.loser.size == (8, 8)
-        assert pair.winner_geometry == pair.loser_geometry
-        assert pair.winner_geometry.original_size == (8, 20)
-        assert pair.winner_geometry.target_size == (8, 8)
-        top, left = pair.winner_geometry.crop_top_left
+    for pair in (pairs.pair(0, index) for index in range(100)):
+        geometry, (top, left) = pair.winner_geometry, pair.winner_geometry.crop_top_left
+        assert geometry == pair.loser_geometry == ImageGeometry((8, 20), (top, left), (8, 8))
         flipped = pair.winner.getpixel((0, 0)) > pair.winner.getpixel((1, 0))
         for side, shade in ((pair.winner, 0), (pair.loser, 100)):
             whole = image(shade, (20, 8))
@@ -60,9 +55,7 @@ def test_crops_of_equal_sizes_are_the_same_window(tmp_path: Path) -> None:
 def test_any_size_comes_out_square(size: tuple[int, int]) -> None:
     for decisions in (Decisions(), Decisions(True, 0.999999, 0.0), Decisions(False, 0.0, 0.999999)):
         result, geometry = transform(image(0, size), 8, decisions)
-        assert result.size == (8, 8)
-        assert geometry.original_size == (size[1], size[0])
-        assert min(geometry.crop_top_left) >= 0
+        assert (result.size, geometry.original_size) == ((8, 8), size[::-1]) and min(geometry.crop_top_left) >= 0
 
 
 @given(st.integers(2, 16), st.sampled_from([8, 32, 64]), st.floats(1.0, 4.0))

@@ -49,19 +49,7 @@ def pixels(root: Path, side: str) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in sorted((root / side).iterdir())]).astype(int)
 
 
-def test_equal_models_tie_everywhere(models: tuple[Path, Path], tmp_path: Path) -> None:
-    summary = evaluate((models[0], models[0]), tmp_path)
-    found = summary["scorers"]["brightness"]
-    assert np.array_equal(pixels(tmp_path, "base"), pixels(tmp_path, "aligned"))
-    assert (found["wins"], found["ties"], found["losses"]) == (0, len(PROMPTS), 0)
-    assert found["win_rate"] == metrics.wilson_interval(len(PROMPTS) / 2, len(PROMPTS))._asdict()
-    assert found["win_rate"]["mean"] == 0.5
-    assert found["base"] == found["aligned"]
-    (note,) = summary["notes"]
-    assert note.startswith("Both sides have the same network") and note in (tmp_path / "report.html").read_text()
-
-
-def test_a_brighter_model_wins_the_numbers_follow_from_the_images_and_these_are_sampled_once(
+def test_a_brighter_model_wins_and_the_numbers_follow_from_the_images_which_are_sampled_once(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = evaluate(models, tmp_path)
@@ -77,13 +65,9 @@ def test_a_brighter_model_wins_the_numbers_follow_from_the_images_and_these_are_
     assert (numbers["wins"], numbers["ties"], numbers["losses"]) == (len(PROMPTS), 0, 0)
     assert [sample["prompt"] for sample in found["samples"]] == PROMPTS
     assert [sample["aligned"] for sample in found["samples"]] == [f"aligned/{place:05d}.png" for place in range(7)]
-
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("a model was loaded")
-
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
-    monkeypatch.setattr(comparing, "load_model", refuse)
-    monkeypatch.setattr(comparing, "open_aligned", refuse)
+    for name in ("load_model", "open_aligned"):
+        monkeypatch.setattr(comparing, name, lambda *_, **__: pytest.fail("a model was loaded"))
     assert evaluate(models, tmp_path) == found
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")} == stamps
 
@@ -141,19 +125,28 @@ def test_every_flipped_bit_of_an_image_is_found(models: tuple[Path, Path], tmp_p
         evaluate(models, tmp_path / "run")
 
 
-def test_images_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
-    evaluate(models, tmp_path)
+def test_equal_models_tie_everywhere_and_images_of_another_evaluation_are_refused(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    same = (models[0], models[0])
+    summary = evaluate(same, tmp_path)
+    found, half = summary["scorers"]["brightness"], metrics.wilson_interval(len(PROMPTS) / 2, len(PROMPTS))
+    assert np.array_equal(pixels(tmp_path, "base"), pixels(tmp_path, "aligned"))
+    assert (found["wins"], found["ties"], found["losses"]) == (0, len(PROMPTS), 0)
+    assert found["win_rate"] == half._asdict() and half.mean == 0.5 and found["base"] == found["aligned"]
+    (note,) = summary["notes"]
+    assert note.startswith("Both sides have the same network") and note in (tmp_path / "report.html").read_text()
     with pytest.raises(InvalidInput, match=r"different are num_inference_steps \(3 there, 4 here\), seed \(0 .*1 here"):
-        evaluate(models, tmp_path, Sampling(num_inference_steps=4, guidance_scale=1.0, seed=1))
+        evaluate(same, tmp_path, Sampling(num_inference_steps=4, guidance_scale=1.0, seed=1))
     with pytest.raises(InvalidInput, match=r"different are aligned unet \(sha256:.* there, sha256:.* here\)\. Remedy"):
-        evaluate((models[0], models[0]), tmp_path)
+        evaluate(models, tmp_path)
     with pytest.raises(InvalidInput, match=r"different are prompts \(7 there, 6 here\), content of the prompts"):
-        compare(*models, PROMPTS[:6], [SCORER], tmp_path, family="stable-diffusion", sampling=SAMPLING)
-    assert evaluate(models, tmp_path, Sampling(3, 1.0, batch_size=7))["batch_size"] == 7  # speed alone
+        compare(*same, PROMPTS[:6], [SCORER], tmp_path, family="stable-diffusion", sampling=SAMPLING)
+    assert evaluate(same, tmp_path, Sampling(3, 1.0, batch_size=7))["batch_size"] == 7  # speed alone
     (tmp_path / MARK).unlink()
     (tmp_path / "settings.json").unlink()
     with pytest.raises(InvalidInput, match=r"is there, and was not written by fastinvdpo"):
-        evaluate(models, tmp_path)
+        evaluate(same, tmp_path)
 
 
 def test_an_adapter_a_network_and_a_whole_model_are_one(tmp_path: Path) -> None:
@@ -182,33 +175,21 @@ def test_an_adapter_a_network_and_a_whole_model_are_one(tmp_path: Path) -> None:
         evaluate((other, tmp_path / "plain" / "adapter"), tmp_path / "evaluations" / "misfit")
 
 
-def test_what_else_the_sides_differ_in_is_noted(tmp_path: Path) -> None:
-    for name, pipeline in {
-        "base": tiny_models.sd_pipeline(),
-        "other": tiny_models.sd_pipeline(
-            vae=tiny_models.vae(norm_num_groups=8),
-            scheduler=DDIMScheduler(**{**SD_SCHEDULER, "timestep_spacing": "trailing"}),
-        ),
-    }.items():
-        pipeline.save_pretrained(tmp_path / name, safe_serialization=True)
-    sampling = Sampling(num_inference_steps=1, guidance_scale=1.0)
-    sides = (tmp_path / "base", tmp_path / "other")
-    notes = "\n".join(compare(*sides, ["a cat"], [SCORER], tmp_path / "sd", sampling=sampling)["notes"])
-    assert "they differ in timestep_spacing" in notes and "different weights of vae" in notes
-
-
-def test_weights_that_are_there_as_a_variant_and_guidance_by_default(tmp_path: Path) -> None:
-    tiny_models.sdxl_pipeline().save_pretrained(tmp_path / "base", safe_serialization=True, variant="fp16")
-    shutil.copytree(tmp_path / "base", tmp_path / "same")
-    stored = tmp_path / "same" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+def test_what_else_the_sides_differ_in_is_noted_and_variants_are_named(tmp_path: Path) -> None:
+    vae, scheduler = tiny_models.vae(norm_num_groups=8), {**SD_SCHEDULER, "timestep_spacing": "trailing"}
+    other = tiny_models.sd_pipeline(vae=vae, scheduler=DDIMScheduler(**scheduler))
+    for name, pipeline in {"base": tiny_models.sd_pipeline(), "other": other}.items():
+        pipeline.save_pretrained(tmp_path / name, safe_serialization=True, variant="fp16")
+    stored = tmp_path / "other" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     shutil.copyfile(stored, stored.with_name("diffusion_pytorch_model.bf16.safetensors"))
-    base = Origin(tmp_path / "base", variant="fp16")
+    sides = [Origin(tmp_path / name, variant="fp16") for name in ("base", "other")]
     command = ["a cat"], [SCORER], tmp_path / "out"
     with pytest.raises(InvalidInput, match=r"variants bf16, fp16, not plain ones.*--variant of a command"):
-        compare(base, tmp_path / "same", *command, sampling=Sampling(num_inference_steps=1))
-    aligned = Origin(tmp_path / "same", variant="fp16")
-    found = compare(base, aligned, *command, sampling=Sampling(num_inference_steps=1))
-    assert found["guidance_scale"] == 5.0
+        compare(sides[0], tmp_path / "other", *command, sampling=Sampling(num_inference_steps=1))
+    found = compare(*sides, *command, sampling=Sampling(num_inference_steps=1))
+    notes = "\n".join(found["notes"])
+    assert "they differ in timestep_spacing" in notes and "different weights of vae" in notes
+    assert found["guidance_scale"] == 7.5, "that of the base's pipeline"
 
 
 def test_the_command(
@@ -240,57 +221,46 @@ def test_the_command(
     assert "option = 'steps=3': is not known" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"sampling": Sampling(num_inference_steps=0)}, "num_inference_steps = 0"),
-        ({"sampling": Sampling(batch_size=0)}, "batch_size = 0"),
-        ({"sampling": Sampling(seed=-1)}, "seed = -1"),
-        ({"sampling": Sampling(dtype="fp8")}, "dtype = 'fp8'"),
-        ({"sampling": Sampling(guidance_scale=float("nan"))}, "guidance_scale = nan"),
+def test_bad_arguments(models: tuple[Path, Path], tmp_path: Path) -> None:
+    given = {"base": models[0], "aligned": models[1], "prompts": PROMPTS, "scorers": [SCORER], "sampling": SAMPLING}
+    one = FunctionScorer(lambda images, captions: [1.0], "one", batch_size=2)
+    numbers = {"num_inference_steps": 0, "batch_size": 0, "seed": -1, "dtype": "fp8", "guidance_scale": float("nan")}
+    for arguments, message in (
+        *[({"sampling": Sampling(**{name: value})}, f"{name} = {value!r}") for name, value in numbers.items()],
         ({"shown": -1}, "shown = -1"),
         ({"prompts": []}, "prompts"),
         ({"scorers": []}, "names no scorer"),
         ({"scorers": [SCORER, SCORER]}, "names brightness twice"),
         ({"base": "nowhere"}, "model.path"),
         ({"aligned": "nowhere"}, "model.path"),
-        ({"scorers": [FunctionScorer(lambda images, captions: [1.0], "one", batch_size=2)]}, "gives scores of shape"),
-    ],
-)
-def test_bad_arguments(models: tuple[Path, Path], tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
-    given = {"base": models[0], "aligned": models[1], "prompts": PROMPTS, "scorers": [SCORER], "sampling": SAMPLING}
-    with pytest.raises(InvalidInput, match=message):
-        compare(output=tmp_path / "out", family="stable-diffusion", **{**given, **arguments})
+        ({"scorers": [one]}, "gives scores of shape"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            compare(output=tmp_path / "out", family="stable-diffusion", **{**given, **arguments})
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_options_of_sampling() -> None:
     assert parse_sampling([]) == Sampling()
-    options = ["seed=3", "guidance_scale=2", "dtype=bf16"]
-    assert parse_sampling(options) == Sampling(seed=3, guidance_scale=2.0, dtype="bf16")
-    for wrong in ("seed=x", "guidance_scale=", "seed", "num_inference_steps=2.5"):
+    options = ["seed=3", "guidance_scale=2", "dtype=bf16", "noise=true"]
+    assert parse_sampling(options) == Sampling(seed=3, guidance_scale=2.0, dtype="bf16", noise=True)
+    for wrong in ("seed=x", "guidance_scale=", "seed", "num_inference_steps=2.5", "noise=1"):
         with pytest.raises(InvalidInput):
             parse_sampling([wrong])
 
 
-@pytest.mark.parametrize(
-    ("specs", "message"),
-    [
+def test_a_scorer_of_ones_own_is_taken_as_it_is_and_others_are_refused() -> None:
+    assert check_scorers([SCORER]) == open_scorers(["tests.evaluation.test_comparing:SCORER"]) == [SCORER]
+    for specs, message in (
         ([], "names no scorer"),
         (["nothing"], "describes no scorer"),
         (["no_such_module_here:scorer"], "cannot be imported"),
         (["tests.evaluation.tiny:nothing"], "cannot be imported"),
         (["tests.evaluation.tiny:PROMPTS"], "cannot be called"),
         (["tests.evaluation.tiny:brightness"] * 2, "names brightness twice"),
-    ],
-)
-def test_bad_scorers(specs: list[str], message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        open_scorers(specs)
-
-
-def test_a_scorer_of_ones_own_is_taken_as_it_is() -> None:
-    assert check_scorers([SCORER]) == open_scorers(["tests.evaluation.test_comparing:SCORER"]) == [SCORER]
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            open_scorers(specs)
 
 
 @pytest.mark.parametrize(("wins", "trials"), [(0, 7), (7, 7), (300, 300), (1, 300), (150, 300), (271, 300)])
@@ -314,16 +284,10 @@ def test_win_rate_counts_ties_half_and_is_antisymmetric() -> None:
     assert found["base"] == {"mean": 1.5, "median": 1.5} and found["aligned"] == {"mean": 1.75, "median": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("call", "argument"),
-    [
-        (lambda: metrics.wilson_interval(3, 0), "successes"),
-        (lambda: metrics.wilson_interval(4, 3), "successes"),
-        (lambda: metrics.win_rate([1.0, 2.0], [1.0]), "after"),
-        (lambda: metrics.win_rate([], []), "after"),
-        (lambda: metrics.win_rate([float("nan")], [1.0]), "after"),
-    ],
-)
-def test_bad_statistics(call: Any, argument: str) -> None:
-    with pytest.raises(InvalidInput, match=argument):
-        call()
+def test_bad_statistics() -> None:
+    for successes, trials in ((3, 0), (4, 3)):
+        with pytest.raises(InvalidInput, match="successes"):
+            metrics.wilson_interval(successes, trials)
+    for after, before in (([1.0, 2.0], [1.0]), ([], []), ([float("nan")], [1.0])):
+        with pytest.raises(InvalidInput, match="after"):
+            metrics.win_rate(after, before)

@@ -126,35 +126,25 @@ def test_rows_are_the_scores_of_the_averaged_models(workspace: Path) -> None:
     assert not np.array_equal(first, last)
 
 
-def test_the_first_of_equally_good_models_is_kept(workspace: Path) -> None:
-    result = run(workspace, "run", Planned(0.0, 5.0, 5.0, 5.0))
-    best = json.loads((result.directory / "best" / "best.json").read_text())
-    assert best == {"step": 2, "scorer": "brightness", "mean": 5.0}
-    assert result.best_model_directory == result.directory / "best" / "model"
-    kept = weights(result.best_model_directory)
-    _assert_same(kept, load_checkpoint(result.directory / "checkpoints" / "step-00000002").trainable)
-    assert any(not torch.equal(value, weights(result.model_directory)[name]) for name, value in kept.items())
-
-
-def test_every_model_has_a_card_of_its_own_step(workspace: Path) -> None:
-    """The best one after each of two steps, and the last."""
-    result = run(workspace, "run", Planned(9.0, 1.0, 3.0, 2.0), model={"lora": {"rank": 2}})
-    assert [row["brightness"] for row in result.evaluation] == [9.0, 1.0, 3.0, 2.0]
+def test_the_first_of_equally_good_models_is_kept_and_every_model_has_a_card_of_its_own_step(workspace: Path) -> None:
+    result = run(workspace, "run", Planned(9.0, 1.0, 3.0, 3.0), model={"lora": {"rank": 2}})
+    assert [row["brightness"] for row in result.evaluation] == [9.0, 1.0, 3.0, 3.0]
     folders = result.directory / "best", result.directory
-    assert json.loads((folders[0] / "best.json").read_text())["step"] == 4  # of those after a step
-    best, last = ((folder / "model" / "README.md").read_text() for folder in folders)
-    for card, step, score, logged in ((best, 4, 3, 4), (last, 6, 2, 6)):
-        assert f"after {step} steps of diffusion-dpo" in card
+    best = json.loads((folders[0] / "best.json").read_text())
+    assert best == {"step": 4, "scorer": "brightness", "mean": 3.0}, "the first, of those after a step"
+    assert result.best_model_directory == folders[0] / "model"
+    kept, last = (weights(folder / "model") for folder in folders)
+    assert any(not torch.equal(value, last[name]) for name, value in kept.items())
+    cards = [(folder / "model" / "README.md").read_text() for folder in folders]
+    for card, step in zip(cards, (4, 6), strict=True):
+        assert f"after {step} steps of diffusion-dpo" in card and f"| step | {step} |" in card
         assert "Up to 5 prompts of `" in card and "in 2 steps with guidance 1 and seed 0." in card
-        assert f"| brightness | 9 | {score} |\n| brightness_win_rate | 0.5 | 0 |" in card
-        assert f"| step | {logged} |" in card
-    found = [re.search(r"10 pairs from .* Content: sha256:[0-9a-f]{64}", card) for card in (best, last)]
+        assert "| brightness | 9 | 3 |\n| brightness_win_rate | 0.5 | 0 |" in card
+    found = [re.search(r"10 pairs from .* Content: sha256:[0-9a-f]{64}", card) for card in cards]
     assert found[0] and found[1] and found[0][0] == found[1][0]
-    body = best.split("```yaml\n")[1].split("```")[0]
     config = TrainConfig.from_mapping(mapping(workspace, "run", model={"lora": {"rank": 2}}))
-    assert TrainConfig.from_mapping(yaml.safe_load(body)) == config
-    for folder, card in zip(folders, (best, last), strict=True):
-        assert (folder / "adapter" / "README.md").read_text() == card
+    assert TrainConfig.from_mapping(yaml.safe_load(cards[0].split("```yaml\n")[1].split("```")[0])) == config
+    assert [(folder / "adapter" / "README.md").read_text() for folder in folders] == cards
 
 
 def test_lora_in_bf16(workspace: Path) -> None:
@@ -164,11 +154,9 @@ def test_lora_in_bf16(workspace: Path) -> None:
     assert [row["step"] for row in result.history] == [1, 2, 4, 6]
     assert (result.directory / "best" / "adapter" / "adapter_config.json").is_file()
     assert result.best_model_directory is not None
-    _assert_same(weights(result.best_model_directory), weights(result.model_directory))
     plain = mapping(workspace, "plain", **sections) | {"evaluation": None}
-    _assert_same(
-        weights(train(TrainConfig.from_mapping(plain), progress=False).model_directory), weights(result.model_directory)
-    )
+    for model in (result.best_model_directory, train(TrainConfig.from_mapping(plain), progress=False).model_directory):
+        _assert_same(weights(model), weights(result.model_directory))
 
 
 # Five samples are two batches: 1 and 2 of the base, 3 and 4 after step 2, 5 and 6 after step 4.
@@ -230,25 +218,19 @@ def test_a_run_without_evaluation_may_continue_with_one_that_keeps_no_model(work
     assert result.best_model_directory is None and not (result.directory / "best").exists()
 
 
-def test_the_section_needs_a_callback(workspace: Path) -> None:
+def test_the_section_needs_a_callback_and_bad_ones_are_refused(workspace: Path) -> None:
     config = TrainConfig.from_mapping(mapping(workspace, "run"))
     with pytest.raises(InvalidInput, match=r"pass callbacks=\[fastinvdpo\.evaluation\.EvaluationCallback"):
         train(config, progress=False)
     assert not (workspace / "run" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+    for change, message in (
         ({"every": 0}, r"evaluation\.every = 0"),
         ({"scorers": []}, r"evaluation\.scorers"),
         ({"guidance_scale": -1.0}, r"evaluation\.guidance_scale = -1\.0"),
         ({"evry": 1}, r"evaluation\.evry = 1: is not a known key.*evaluation\.every"),
-    ],
-)
-def test_bad_sections(workspace: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        TrainConfig.from_mapping(mapping(workspace, "run", change))
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            TrainConfig.from_mapping(mapping(workspace, "run", change))
 
 
 def run_as_configured(values: dict[str, Any]) -> None:
@@ -258,18 +240,14 @@ def run_as_configured(values: dict[str, Any]) -> None:
 
 
 def test_two_processes_share_the_prompts(workspace: Path, forks: Server) -> None:
-    steps = {"steps": 2, "batch_size": 1}
     alone = run(workspace, "alone", training={"steps": 2, "batch_size": 2})
-    forks.together(run_as_configured, mapping(workspace, "together", training=steps))
+    forks.together(run_as_configured, mapping(workspace, "together", training={"steps": 2, "batch_size": 1}))
     together = rows(workspace / "together")
     assert [row["step"] for row in together] == [0, 2]
-    bases = [
-        json.loads((workspace / name / "evaluation" / "base.json").read_text())["scores"]["brightness"]
-        for name in ("alone", "together")
-    ]
+    files = [workspace / name / "evaluation" / "base.json" for name in ("alone", "together")]
+    bases = [json.loads(file.read_text())["scores"]["brightness"] for file in files]
     # Batches of other prompts: a pixel near a half may be rounded to its other side.
-    assert bases[0] == pytest.approx(bases[1], abs=1 / 64 + 1e-6)
-    assert len(set(bases[1])) == 5
+    assert bases[0] == pytest.approx(bases[1], abs=1 / 64 + 1e-6) and len(set(bases[1])) == 5
     # The gradient differs in its rounding, which Adam's first steps turn into a part of a step.
     assert together[1]["brightness"] == pytest.approx(alone.evaluation[1]["brightness"], abs=1.0)
     assert (workspace / "together" / "best" / "model").is_dir()

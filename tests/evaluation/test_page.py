@@ -59,57 +59,50 @@ def data_of(image: dict[str, str | None]) -> bytes:
     return base64.b64decode(data, validate=True)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("page")
-    base, brighter = tiny.write_models(root)
-    scorers = [
-        FunctionScorer(tiny.brightness, "brightness"),
-        FunctionScorer(lambda images, captions: [1 / 3] * len(images), "same"),
-    ]
-    prompts = [*tiny.PROMPTS[:3], HOSTILE]
-    sampling = Sampling(num_inference_steps=2, guidance_scale=1.0)
-    compare(base, brighter, prompts, scorers, root / "out", family="stable-diffusion", sampling=sampling, shown=4)
-    compare(base, brighter, prompts, scorers, root / "few", family="stable-diffusion", sampling=sampling, shown=1)
-    return root
+def test_the_report_holds_every_value_and_image_and_a_browser_fetches_nothing(tmp_path: Path) -> None:
+    models = tiny.write_models(tmp_path)
+    same = FunctionScorer(lambda images, captions: [1 / 3] * len(images), "same")
+    scorers = [FunctionScorer(tiny.brightness, "brightness"), same]
+    sampling, out = Sampling(num_inference_steps=2, guidance_scale=1.0), tmp_path / "out"
 
+    def report(shown: int) -> Page:
+        compare(
+            *models,
+            [*tiny.PROMPTS[:3], HOSTILE],
+            scorers,
+            out,
+            family="stable-diffusion",
+            sampling=sampling,
+            shown=shown,
+        )
+        return Page((out / "report.html").read_text("utf-8"))
 
-def test_the_report_holds_every_value_and_image(root: Path) -> None:
-    summary = json.loads((root / "out" / "evaluation.json").read_text())
-    page = Page((root / "out" / "report.html").read_text("utf-8"))
+    few = report(shown=1)  # the first are shown
+    assert "1 of 4" in few.text and [image["alt"] for image in images(few)][2:] == ["base", "aligned"]
+    page, text = report(shown=4), (out / "report.html").read_text("utf-8")
+    summary = json.loads((out / "evaluation.json").read_text())
     rows = [page.cells[start : start + 7] for start in range(0, len(page.cells), 7)]
     assert [row[0] for row in rows] == ["scorer", *summary["scorers"]]
     for row, found in zip(rows[1:], summary["scorers"].values(), strict=True):
-        shown = [found[side][kind] for kind in ("mean", "median") for side in ("base", "aligned")]
-        assert [float(cell) for cell in row[1:5]] == pytest.approx(shown, rel=1e-4)
-        assert [float(number) for number in re.findall(r"[\d.]+", row[5])] == pytest.approx(
-            list(found["win_rate"].values()), abs=5e-4
-        )
+        values = [found[side][kind] for kind in ("mean", "median") for side in ("base", "aligned")]
+        assert [float(cell) for cell in row[1:5]] == pytest.approx(values, rel=1e-4)
+        rates = [float(number) for number in re.findall(r"[\d.]+", row[5])]
+        assert rates == pytest.approx(list(found["win_rate"].values()), abs=5e-4)
         assert int(row[6]) == found["ties"]
     pictures = [image for image in images(page) if image["alt"] in ("base", "aligned")]
+    stored = [(out / entry[side]).read_bytes() for entry in summary["samples"] for side in ("base", "aligned")]
+    assert [data_of(picture) for picture in pictures] == stored
     plots = [image for image in images(page) if "scores of" in str(image["alt"])]
-    assert [data_of(picture) for picture in pictures] == [
-        (root / "out" / entry[side]).read_bytes() for entry in summary["samples"] for side in ("base", "aligned")
-    ]
     assert [plot["alt"] for plot in plots] == ["scores of brightness", "scores of same"]
-    for plot in plots:
-        assert Image.open(io.BytesIO(data_of(plot))).size[0] > 500
+    assert all(Image.open(io.BytesIO(data_of(plot))).size[0] > 500 for plot in plots)
     for entry in summary["samples"]:
-        assert entry["prompt"] in page.text
+        assert entry["prompt"] in page.text  # the hostile one is shown as it is, not obeyed
         assert f"{entry['scores']['brightness']['aligned']:.5g}" in page.text
-
-
-def test_a_browser_fetches_nothing(root: Path) -> None:
-    text = (root / "out" / "report.html").read_text("utf-8")
-    page = Page(text)
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base", "a")
         for name, value in attributes.items():
             assert not re.search(r"https?:|//", str(value)) or str(value).startswith("data:image/"), (tag, name)
     assert not re.search(r"url\(|@import", text)
-    assert HOSTILE in page.text  # shown as it is, not obeyed
-    few = Page((root / "few" / "report.html").read_text("utf-8"))  # the first are shown
-    assert "1 of 4" in few.text and [image["alt"] for image in images(few)][2:] == ["base", "aligned"]
     policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
     assert policy is not None and "default-src 'none'" in policy and "img-src data:" in policy
 

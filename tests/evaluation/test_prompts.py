@@ -24,6 +24,9 @@ def test_text_and_limits(tmp_path: Path) -> None:
         assert load_prompts(tmp_path / "p.txt", limit=limit) == WANTED[:limit]
     with pytest.raises(InvalidInput, match="limit = 0"):
         load_prompts(tmp_path / "p.txt", limit=0)
+    (tmp_path / "p.txt").write_bytes("a caf\u00e9\u2028b\r\n".encode("utf-16"))  # encodings that name themselves
+    (tmp_path / "p.jsonl").write_bytes('\ufeff"a caf\u00e9\u2028b"\n'.encode())
+    assert load_prompts(tmp_path / "p.txt") == load_prompts(tmp_path / "p.jsonl") == ["a caf\u00e9\u2028b"]
 
 
 @pytest.mark.parametrize("key", ["prompt", "caption", "text", "Prompt"])
@@ -79,12 +82,6 @@ def test_bad_lists(tmp_path: Path, name: str, content: str | bytes | None, messa
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InvalidInput, match=message):
         load_prompts(tmp_path / name)
-
-
-def test_text_that_names_its_encoding_is_read(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_bytes("a caf\u00e9\u2028b\r\n".encode("utf-16"))
-    (tmp_path / "p.jsonl").write_bytes('\ufeff"a caf\u00e9\u2028b"\n'.encode())
-    assert load_prompts(tmp_path / "p.txt") == load_prompts(tmp_path / "p.jsonl") == ["a caf\u00e9\u2028b"]
 
 
 def test_published_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -95,37 +95,22 @@ def test_an_oracle_is_followed_to_its_image(prediction_type: str) -> None:
     configuration = {**SD_SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": True}
     clean = torch.linspace(-1, 1, 256).view(4, 8, 8)
     model = StableDiffusionModel(tiny.pixel_pipeline(scheduler=diffusers.DDIMScheduler(**configuration)))
-    oracle = Oracle(model.schedule, clean).eval()
-    model.network = oracle
+    oracle = model.network = Oracle(model.schedule, clean).eval()
     sampled = sample(model, oracle, PROMPTS, num_inference_steps=7, guidance_scale=2.0, batch_size=3)
     torch.testing.assert_close(sampled, clean.expand(5, 4, 8, 8), rtol=1e-5, atol=2e-5)
     assert sum(oracle.seen) == 5 * 7 * 2
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_training_mode_is_restored_even_after_an_error(training: bool) -> None:
-    model = StableDiffusionModel(tiny.pixel_pipeline())
-    for fail in (False, True):
-        model.network = Oracle(model.schedule, torch.zeros(4, 8, 8), fail).train(training)
+    for training, fail in ((True, False), (True, True), (False, True)):
+        oracle.fail = fail
         with pytest.raises(RuntimeError) if fail else nullcontext():
-            sample(model, model.network, PROMPTS, num_inference_steps=2)
-        assert model.network.training is training
+            sample(model, oracle.train(training), PROMPTS, num_inference_steps=2)
+        assert oracle.training is training, "its mode is restored even after an error"
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("prompts", []),
-        ("batch_size", 0),
-        ("num_inference_steps", 0),
-        ("guidance_scale", -1.0),
-        ("guidance_scale", float("nan")),
-    ],
-)
-def test_bad_sampling_arguments(model: DiffusionModel, argument: str, value: Any) -> None:
-    arguments = {"prompts": PROMPTS, argument: value}
-    with pytest.raises(InvalidInput, match=argument):
-        sample(model, model.network, **arguments)
+def test_bad_sampling_arguments(model: DiffusionModel) -> None:
+    scales = [("guidance_scale", -1.0), ("guidance_scale", float("nan"))]
+    for argument, value in [("prompts", []), ("batch_size", 0), ("num_inference_steps", 0), *scales]:
+        with pytest.raises(InvalidInput, match=argument):
+            sample(model, model.network, **{"prompts": PROMPTS, argument: value})
 
 
 def opened(folder: Path, scheduler: str, config: dict[str, Any]) -> Any:
@@ -164,10 +149,18 @@ def test_the_network_is_called_at_the_levels_of_the_checkpoints_scheduler(
     assert up[: len(seen)] == seen[::-1] and up[len(seen) :] == seen
 
 
-def test_a_network_of_noise_cannot_start_without_signal(tmp_path: Path) -> None:
-    model = opened(tmp_path, "DDIM", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True})
+def test_models_that_cannot_start_from_noise_are_refused_and_a_refiner_inverts_within_its_levels(
+    tmp_path: Path,
+) -> None:
+    model = opened(tmp_path / "zero", "DDIM", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True})
     with pytest.raises(InvalidInput, match=r"rescale_betas_zero_snr = True: leaves no signal at the last level"):
         sample(model, model.network, ["a"], num_inference_steps=4)
+    tiny.refiner_pipeline().save_pretrained(tmp_path / "refiner")
+    model = load_model("auto", tmp_path / "refiner")
+    with pytest.raises(InvalidInput, match=r"model\.path = .*is a refiner, which starts from another model's images"):
+        sample(model, model.network, ["a"], num_inference_steps=4)
+    seen = levels_seen(model, lambda: invert_images(model, [picture()], ["a"], num_inference_steps=4))
+    assert max(seen) < 200
 
 
 def test_a_schedule_that_training_rescales_is_sampled_as_the_checkpoint_says(tmp_path: Path) -> None:
@@ -175,15 +168,6 @@ def test_a_schedule_that_training_rescales_is_sampled_as_the_checkpoint_says(tmp
     trained, own = (load_model("auto", tmp_path, zero_terminal_snr=value) for value in (True, None))
     drawn = [sample(model, model.network, ["a"], num_inference_steps=2) for model in (trained, own)]
     assert torch.equal(*drawn) and bool(drawn[0].isfinite().all())
-
-
-def test_a_refiner_inverts_within_its_levels_and_does_not_draw_from_noise(tmp_path: Path) -> None:
-    tiny.refiner_pipeline().save_pretrained(tmp_path)
-    model = load_model("auto", tmp_path)
-    with pytest.raises(InvalidInput, match=r"model\.path = .*is a refiner, which starts from another model's images"):
-        sample(model, model.network, ["a"], num_inference_steps=4)
-    seen = levels_seen(model, lambda: invert_images(model, [picture()], ["a"], num_inference_steps=4))
-    assert max(seen) < 200
 
 
 @pytest.mark.parametrize(

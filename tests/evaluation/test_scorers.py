@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastinvdpo.errors import InvalidInput
-from fastinvdpo.evaluation.scorers import FunctionScorer, in_batches, open_scorer, parse_spec
+from fastinvdpo.evaluation.scorers import FunctionScorer, in_batches, open_scorer
 from tests.evaluation import tiny_clip as tiny
 
 CAPTIONS = ["ab", "zz top", "", "a cat on a mat in a hat", "ab"]
@@ -157,46 +157,35 @@ def test_a_processor_of_another_place(clip: Path, tmp_path: Path, monkeypatch: p
         open_scorer(f"hps={bare}")  # only PickScore is published without
 
 
-def test_descriptions() -> None:
-    assert parse_spec("pickscore=yuvalkirstain/PickScore_v1") == ("pickscore", "yuvalkirstain/PickScore_v1", {})
-    assert parse_spec("aesthetic=a.pth,clip=b,name=c") == ("aesthetic", "a.pth", {"clip": "b", "name": "c"})
-    for wrong in ("", "pickscore", "pickscore=", "imagereward=x", "clip=x,clip=y", "clip=x,name"):
-        with pytest.raises(InvalidInput, match="scorer = "):
-            parse_spec(wrong)
-
-
-@pytest.mark.parametrize(
-    ("state", "match"),
-    [
-        ({"weight": torch.zeros(1, 5), "bias": torch.zeros(1)}, "gets 8 numbers"),
-        ({"weight": torch.zeros(2, 8), "bias": torch.zeros(2)}, "gives 2 numbers"),
-        ({"layers.0.weight": torch.zeros(1, 8), "layers.0.bias": torch.zeros(1)}, "no known aesthetic head"),
-        ({"linear.weight": torch.zeros(1, 8)}, "no known aesthetic head"),
-    ],
-)
-def test_other_heads_are_refused(clip: Path, tmp_path: Path, state: dict[str, Tensor], match: str) -> None:
-    head = tiny.write_head(tmp_path / "head.safetensors", state)
-    with pytest.raises(InvalidInput, match=match):
-        open_scorer(f"aesthetic={head},clip={clip}")
-
-
 def test_what_cannot_be_loaded_is_said(clip: Path, tmp_path: Path) -> None:
     class Harmful:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"weight": Harmful()}, tmp_path / "harmful.pth")
-    with pytest.raises(InvalidInput, match="cannot be read"):
-        open_scorer(f"aesthetic={tmp_path / 'harmful.pth'},clip={clip}")
-    assert not (tmp_path / "executed").exists()
-    with pytest.raises(InvalidInput, match="is no file"):
-        open_scorer(f"aesthetic={tmp_path / 'missing.pth'},clip={clip}")
-    with pytest.raises(InvalidInput, match=r"holds no config\.json"):
-        open_scorer(f"clip={tmp_path}")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InvalidInput, match="a model of type 'bert'"):
-        open_scorer(f"clip={tmp_path / 'bert'}")
+    zeros = torch.zeros
+    heads = {
+        "of other width": ({"weight": zeros(1, 5), "bias": zeros(1)}, "gets 8 numbers"),
+        "of two scores": ({"weight": zeros(2, 8), "bias": zeros(2)}, "gives 2 numbers"),
+        "too short": ({"layers.0.weight": zeros(1, 8), "layers.0.bias": zeros(1)}, "no known aesthetic head"),
+        "of other names": ({"linear.weight": zeros(1, 8)}, "no known aesthetic head"),
+    }
+    refused = {
+        f"aesthetic={tmp_path / 'harmful.pth'},clip={clip}": "cannot be read",
+        f"aesthetic={tmp_path / 'missing.pth'},clip={clip}": "is no file",
+        f"clip={tmp_path}": r"holds no config\.json",
+        f"clip={tmp_path / 'bert'}": "a model of type 'bert'",
+    }
+    for name, (state, message) in heads.items():
+        refused[f"aesthetic={tiny.write_head(tmp_path / f'{name}.safetensors', state)},clip={clip}"] = message
+    refused |= dict.fromkeys(("", "pickscore", "pickscore=", "imagereward=x"), "describes no scorer")
+    refused |= dict.fromkeys(("clip=x,clip=y", "clip=x,name", "hps=x,name="), "is no option of")
+    for spec, message in refused.items():
+        with pytest.raises(InvalidInput, match=message):
+            open_scorer(spec)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_function_is_a_scorer() -> None:

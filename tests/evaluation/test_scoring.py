@@ -23,7 +23,7 @@ from fastinvdpo.evaluation.scoring import list_of_broken, open_to_score, score_p
 from fastinvdpo.output import OutputDirectory
 from tests.data import test_masks as masks
 from tests.data.test_pairs import encoded, image, row, store
-from tests.data.test_sources import FORMATS, write_images, write_lines
+from tests.data.test_sources import FORMATS, rows, write_images, write_lines
 from tests.evaluation import tiny_clip as tiny
 
 SCORED: list[str] = []
@@ -57,11 +57,8 @@ def ten(tmp_path: Path) -> Path:
     return store(tmp_path / "pairs.parquet", rows)
 
 
-def expected(path: Path) -> list[tuple[float, float]]:
-    return [
-        tuple(i / 4 + len("caption 0") / 8 for i in pair)
-        for pair in [(2 if i == 7 else i, 4 if i == 4 else i + 100) for i in range(10)]
-    ]
+SHADES = [(2 if i == 7 else i, 4 if i == 4 else i + 100) for i in range(10)]
+EXPECTED = [(first / 4 + 9 / 8, second / 4 + 9 / 8) for first, second in SHADES]  # of those ten rows
 
 
 def read(path: Path) -> dict[str, list[Any]]:
@@ -74,13 +71,13 @@ def test_scores_stand_beside_the_original_columns(ten: Path, tmp_path: Path) -> 
     before, after = read(ten), read(output)
     assert list(after) == [*before, "score_0", "score_1"]
     assert {name: after[name] for name in before} == before
-    assert list(zip(after["score_0"], after["score_1"], strict=True)) == expected(ten)
+    assert list(zip(after["score_0"], after["score_1"], strict=True)) == EXPECTED
     assert pq.read_schema(output).field("score_0").type == pa.float32()
     assert (result.rows, result.pairs, result.broken) == (10, 10, {})
     assert not output.with_name("scored.parquet.parts").exists() and not list_of_broken(output).exists()
     dataset = PairDataset(output)
-    assert (dataset[0].winner_score, dataset[0].loser_score) == expected(ten)[0]
-    numbers, columns = [score for pair in expected(ten) for score in pair], ("score_0", "score_1")
+    assert (dataset[0].winner_score, dataset[0].loser_score) == EXPECTED[0]
+    numbers, columns = [score for pair in EXPECTED for score in pair], ("score_0", "score_1")
     assert result.ranges["shade"].value == max(numbers) - min(numbers) == 109 / 4
     for streaming in (False, True):
         assert stored_range(open_source(output, streaming=streaming), columns) == result.ranges["shade"]
@@ -93,7 +90,7 @@ def test_scores_stand_beside_the_original_columns(ten: Path, tmp_path: Path) -> 
 def test_every_format(tmp_path: Path, name: str) -> None:
     (tmp_path / "set").mkdir()
     write, kind = FORMATS[name]
-    path = write(tmp_path / "set")
+    path = write(tmp_path / "set", rows())
     source = open_to_score(load_data_section(str(path), []))
     assert source.format == kind
     output = tmp_path / "scored.parquet"
@@ -108,41 +105,38 @@ def test_every_format(tmp_path: Path, name: str) -> None:
     assert shades == [(0, 100), (101, 1), (3, 103), (104, 4), (5, 105)]
 
 
-@pytest.mark.parametrize("kind", ["folder", "webdataset", "repository"])
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "saved"])
 def test_masks_are_kept(tmp_path: Path, kind: str) -> None:
     (tmp_path / "set").mkdir()
-    path, output = masks.FORMATS[kind](tmp_path / "set", False), tmp_path / "scored.parquet"
-    score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)
+    path, output = FORMATS[kind][0](tmp_path / "set", masks.rows(shared=False)), tmp_path / "scored.parquet"
+
+    def score() -> None:
+        score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)
+
+    score()
     for pair in masks.opened(output):
         assert pair.winner_mask.tobytes() == pair.winner.tobytes() and pair.loser_mask.tobytes() == pair.loser.tobytes()
-    score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)  # is there
+    score()  # is there
     if kind == "folder":
         (path / "white.png").write_bytes(encoded(Image.new("L", (8, 8), 255)))
         listing = (path / "pairs.jsonl").read_text()
-        (path / "pairs.jsonl").write_text(listing.replace('"mask_1": "images/2-1.png"', '"mask_1": "white.png"'))
+        (path / "pairs.jsonl").write_text(listing.replace('"2.mask_1"', '"white.png"'))
         with pytest.raises(InvalidInput, match="different are data columns"):
-            score_pairs(open_to_score(load_data_section(str(path), [])), [scorer()], output)
+            score()
 
 
-def test_ranked_images_and_a_batch_that_shares_images(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    write_images(tmp_path / "set")
+def test_an_image_that_pairs_of_a_caption_share_is_scored_once(tmp_path: Path) -> None:
+    write_images(tmp_path)
     entry = {"prompt": "p", "rank": [2, 1, 3], "image_path": [f"images/{i}-0.png" for i in range(3)]}
-    path = write_lines(tmp_path / "set" / "ranked.jsonl", [entry])
-    seen: list[int] = []
-
-    def counted(images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
-        seen.append(len(images))
-        return shade(images, captions)
-
-    output = tmp_path / "scored.parquet"
-    score_pairs(open_source(path), [scorer(function=counted)], output)
-    assert list(zip(read(output)["score_0"], read(output)["score_1"], strict=True)) == [
+    output = tmp_path / "out" / "scored.parquet"
+    score_pairs(open_source(write_lines(tmp_path / "ranked.jsonl", [entry])), [scorer()], output)
+    after = read(output)
+    assert list(zip(after["score_0"], after["score_1"], strict=True)) == [
         (0.125, 0.375),
         (0.125, 0.625),
         (0.375, 0.625),
     ]
-    assert sum(seen) == 3  # three images in three pairs
+    assert SCORED == ["p"] * 3  # three images in three pairs
 
 
 def test_what_datasets_stored_of_the_columns_is_completed(ten: Path, tmp_path: Path) -> None:
@@ -160,24 +154,21 @@ def test_what_datasets_stored_of_the_columns_is_completed(ten: Path, tmp_path: P
 
 def test_several_scorers_and_labels_from_one_of_them(ten: Path, tmp_path: Path) -> None:
     darker = scorer("darker", lambda images, captions: [-s for s in shade(images, captions)])
-    output = tmp_path / "scored.parquet"
+    output, named = tmp_path / "scored.parquet", tmp_path / "named-scored.parquet"
     score_pairs(open_source(ten), [scorer(), darker], output, relabel="shade")
     after = read(output)
-    assert [name for name in after if "score" in name] == [
-        *("score_shade_0", "score_shade_1", "score_darker_0", "score_darker_1")
-    ]
+    names = [name for name in after if "score" in name]
+    assert names == ["score_shade_0", "score_shade_1", "score_darker_0", "score_darker_1"]
     assert after["score_darker_1"] == [-score for score in after["score_shade_1"]]
     assert after["label_0"] == [0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]  # row 4 is a tie
     assert after["original_label_0"] == [1.0] * 10
     # The same labels as in training from the columns of scores.
-    names = {"score_0": "score_shade_0", "score_1": "score_shade_1"}
-    by_score = PairDataset(output, columns=names, relabel_by_score=True)
-    by_label = PairDataset(output, columns=names)
+    columns = {"score_0": "score_shade_0", "score_1": "score_shade_1"}
+    by_score, by_label = (PairDataset(output, columns=columns, relabel_by_score=by) for by in (True, False))
     assert [(p.row, p.winner.tobytes()) for p in by_score] == [(p.row, p.winner.tobytes()) for p in by_label]
     assert len(by_label) == 9
     # New labels do not meet the old name of the winner.
     rows = [{k: v for k, v in one.items() if k != "label_1"} | {"winner": 0} for one in pq.read_table(ten).to_pylist()]
-    named = tmp_path / "named-scored.parquet"
     score_pairs(open_source(store(tmp_path / "named.parquet", rows)), [scorer()], named, relabel="shade")
     assert read(named)["original_winner"] == [0] * 10 and read(named)["original_label_0"] == [1.0] * 10
     assert PairDataset(named)[0].winner.getpixel((0, 0)) == 100
@@ -193,23 +184,22 @@ def vote(name: str, signs: str) -> FunctionScorer:
     return FunctionScorer(function, name, 3, {})
 
 
-@pytest.mark.parametrize(("agree", "votes"), [(2, 2), ("all", 3)])
-def test_only_labels_that_scorers_agree_on_are_kept(tmp_path: Path, agree: int | str, votes: int) -> None:
+@pytest.mark.parametrize(
+    ("agree", "votes", "kept", "dissent"),
+    [(2, 2, [0, 2, 5], {"a": 2, "b": 4, "c": 4}), ("all", 3, [0, 5], {"a": 2, "b": 4, "c": 5})],
+)
+def test_only_labels_that_scorers_agree_on_are_kept(
+    tmp_path: Path, agree: int | str, votes: int, kept: list[int], dissent: dict[str, int]
+) -> None:
     path, output = store(tmp_path / "pairs.parquet", [row(i, 0.0) for i in range(7)]), tmp_path / "scored.parquet"
-    signs = {"a": "++-=--=", "b": "+---+-+", "c": "+-=++-="}
-    scorers = [vote(name, text) for name, text in signs.items()]
-    kept = [
-        i for i in range(7) if signs["a"][i] != "=" and [s[i] for s in signs.values()].count(signs["a"][i]) >= votes
-    ]
-    lost = [i for i in range(7) if i not in kept]
-    dissent = {n: sum(signs["a"][i] == "=" or s[i] != signs["a"][i] for i in lost) for n, s in signs.items()}
+    scorers = [vote("a", "++-=--="), vote("b", "+---+-+"), vote("c", "+-=++-=")]
     result = score_pairs(open_source(path), scorers, output, relabel="a", agree=agree)
     after = read(output)
-    assert after["caption"] == [f"caption {i}" for i in kept] and kept == {2: [0, 2, 5], 3: [0, 5]}[votes]
-    assert after["label_0"] == [float(signs["a"][i] == "+") for i in kept]
-    assert (result.rows, result.pairs, result.disagreed) == (7, len(kept), len(lost)) and result.dissent == dissent
+    assert after["caption"] == [f"caption {i}" for i in kept]
+    assert after["label_0"] == [float("++-=--="[i] == "+") for i in kept]
+    assert (result.rows, result.pairs, result.disagreed, result.dissent) == (7, len(kept), 7 - len(kept), dissent)
     words = ", ".join(f"{count} {name}" for name, count in dissent.items())
-    assert f"{len(lost)} without agreement left out (other winner or tie: {words})" in str(result)
+    assert f"{7 - len(kept)} without agreement left out (other winner or tie: {words})" in str(result)
     assert score_pairs(open_source(path), scorers, output, relabel="a", agree=agree) == result
     with pytest.raises(InvalidInput, match=rf"different are agree \({votes} there"):
         score_pairs(open_source(path), scorers, output, relabel="a")
@@ -235,7 +225,7 @@ def test_broken_rows_are_counted_listed_and_left_out(ten: Path, tmp_path: Path) 
     assert result.broken == {"missing caption": 1, "missing image": 1, "corrupt image": 2}
     assert SCORED == []  # the second call had scored them all
     assert read(output)["extra"] == [0, 2, 3, 4, 6, 7]
-    assert read(output)["score_0"] == [expected(ten)[i][0] for i in (0, 2, 3, 4, 6, 7)]
+    assert read(output)["score_0"] == [EXPECTED[i][0] for i in (0, 2, 3, 4, 6, 7)]
     listed = [json.loads(line) for line in list_of_broken(output).read_text().splitlines()]
     assert [(line["row"], line["cause"]) for line in listed] == [
         *((1, "corrupt image"), (5, "missing image"), (8, "missing caption"), (9, "corrupt image"))
@@ -259,13 +249,16 @@ def test_finished_parts_are_not_computed_again(ten: Path, tmp_path: Path) -> Non
     with pytest.raises(InvalidInput, match="out of memory, says the test"):
         score_pairs(open_source(ten), [scorer(function=failing)], output)
     assert not output.exists()
+    parts, whole = tmp_path / "scored.parquet.parts", tmp_path / "whole.parquet"
+    part = parts / "part-000000.json"
+    part.write_text(part.read_text().replace('"rows": [0', '"rows": [3', 1))  # damaged: it is computed again
+    (parts / "part-000002.json").write_text("{")
     SCORED.clear()
     result = score_pairs(open_source(ten), [scorer()], output)
-    assert set(SCORED) == {"caption 8", "caption 9"}
-    score_pairs(open_source(ten), [scorer()], tmp_path / "whole.parquet")
-    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert {caption[-1] for caption in SCORED} == {"0", "1", "2", "3", "8", "9"}
+    score_pairs(open_source(ten), [scorer()], whole)
+    assert output.read_bytes() == whole.read_bytes()
     # Killed while it deleted the parts.
-    parts = tmp_path / "scored.parquet.parts"
     with OutputDirectory(parts) as place:
         place.claim(files=["part-??????.json"])
         (parts / "part-000002.json").write_text("{}")
@@ -280,31 +273,11 @@ def test_finished_parts_are_not_computed_again(ten: Path, tmp_path: Path) -> Non
     assert score_pairs(open_source(ten), [scorer()], output) == result and not left.exists() and not parts.exists()
 
 
-def leave_parts(data: Path, output: Path, own: FunctionScorer) -> None:
-    """All parts are finished, and no output."""
-    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(scoring, "write_scored", lambda *arguments: (_ for _ in ()).throw(RuntimeError))
-        score_pairs(open_source(data), [own], output)
-
-
-def test_a_damaged_part_is_computed_again(ten: Path, tmp_path: Path) -> None:
-    output, whole = tmp_path / "scored.parquet", tmp_path / "whole.parquet"
-    score_pairs(open_source(ten), [scorer()], whole)
-    leave_parts(ten, output, scorer())
-    parts = output.with_name("scored.parquet.parts")
-    for name, found, put in (("part-000000", '"rows": [0', '"rows": [3'), ("part-000001", "]", "")):
-        part = parts / f"{name}.json"
-        assert found in part.read_text()
-        part.write_text(part.read_text().replace(found, put, 1))
-    SCORED.clear()
-    score_pairs(open_source(ten), [scorer()], output)
-    assert "caption 0" in SCORED and "caption 4" in SCORED and "caption 8" not in SCORED
-    assert output.read_bytes() == whole.read_bytes()
-
-
 def test_parts_and_outputs_of_something_else_are_refused(ten: Path, tmp_path: Path) -> None:
     output = tmp_path / "scored.parquet"
-    leave_parts(ten, output, scorer(weights=1))
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patched:  # all parts are there, and no output
+        patched.setattr(scoring, "write_scored", lambda *arguments: (_ for _ in ()).throw(RuntimeError))
+        score_pairs(open_source(ten), [scorer(weights=1)], output)
     with pytest.raises(InvalidInput, match=r"parts'.*different are shade weights \(1 there, 2 here\)"):
         score_pairs(open_source(ten), [scorer(weights=2)], output)
     other = store(tmp_path / "other.parquet", [row(i + 1) for i in range(10)])
@@ -320,41 +293,32 @@ def test_parts_and_outputs_of_something_else_are_refused(ten: Path, tmp_path: Pa
         score_pairs(open_source(ten), [scorer()], other)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
+def test_bad_options_and_columns_and_files_that_are_there(ten: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "out" / "first.parquet", tmp_path / "out" / "second.parquet"
+    score_pairs(open_source(ten), [scorer()], first)
+    two = {"scorers": [scorer(), scorer("b")]}
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"scorers": []}, "names no scorer"),
         ({"scorers": [scorer("a b")]}, "cannot name columns"),
         ({"scorers": [scorer("a"), scorer("a")]}, "names a twice"),
-        ({"scorers": [scorer()], "relabel": "other"}, "relabel = 'other'"),
-        ({"scorers": [scorer(), scorer("b")], "agree": 2}, "agree = 2: keeps labels .* with relabel"),
-        ({"scorers": [scorer()], "relabel": "shade", "agree": "all"}, "agree = 'all': is no number .*several scorers"),
+        ({"relabel": "other"}, "relabel = 'other'"),
+        ({**two, "agree": 2}, "agree = 2: keeps labels .* with relabel"),
+        ({"relabel": "shade", "agree": "all"}, "agree = 'all': is no number .*several scorers"),
         *(
-            (
-                {"scorers": [scorer(), scorer("b")], "relabel": "b", "agree": wrong},
-                r"agree = .* of shade, b\. Remedy: use 2 to",
-            )
+            ({**two, "relabel": "b", "agree": wrong}, r"of shade, b\. Remedy: use 2 to")
             for wrong in (1, 3, "two", True)
         ),
-    ],
-)
-def test_bad_options(ten: Path, tmp_path: Path, options: dict[str, Any], match: str) -> None:
-    with pytest.raises(InvalidInput, match=match):
-        score_pairs(open_source(ten), output=tmp_path / "scored.parquet", **options)
-
-
-def test_columns_and_files_that_are_there_are_not_overwritten(ten: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "out" / "first.parquet", tmp_path / "out" / "second.parquet"
-    score_pairs(open_source(ten), [scorer()], first)
-    with pytest.raises(InvalidInput, match="has a column 'score_0' already"):
-        score_pairs(open_source(first), [scorer()], second)
-    with pytest.raises(InvalidInput, match=r"third\.txt': is not the name of a parquet file"):
-        score_pairs(open_source(ten), [scorer()], tmp_path / "third.txt")
+        ({"source": open_source(first)}, "has a column 'score_0' already"),
+        ({"output": tmp_path / "third.txt"}, r"third\.txt': is not the name of a parquet file"),
+        ({"source": open_source(ten.parent), "output": ten.parent / "x.parquet"}, "lies among the files that are read"),
+    ]
+    for options, match in refused:
+        given = {"source": open_source(ten), "scorers": [scorer()], "output": second, **options}
+        with pytest.raises(InvalidInput, match=match):
+            score_pairs(**given)
+    assert [file.name for file in ten.parent.glob("*.parquet*")] == ["pairs.parquet"]
     score_pairs(open_source(first), [scorer()], second, named=True)
     assert read(second)["score_shade_0"] == read(second)["score_0"]
-    with pytest.raises(InvalidInput, match="lies among the files that are read"):
-        score_pairs(open_source(ten.parent), [scorer()], ten.parent / "scored.parquet")
-    assert [file.name for file in ten.parent.glob("*.parquet*")] == ["pairs.parquet"]
 
 
 def test_two_at_once_are_refused(ten: Path, tmp_path: Path) -> None:
