@@ -154,7 +154,7 @@ def test_what_changes_nothing_stored_keeps_the_cache(
     filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(shutil.copytree(filled, tmp_path / "moved"))  # other paths, other times
-    monkeypatch.setattr(cache_writing, "_fill", lambda *arguments, **options: pytest.fail("computed again"))
+    monkeypatch.setattr(cache_writing, "_complete", lambda *arguments, **options: pytest.fail("computed again"))
     fill(
         root,
         method={"beta": 7.0, "utility": "hinge", "timesteps_per_step": 2},
