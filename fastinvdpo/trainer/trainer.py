@@ -23,7 +23,7 @@ from fastinvdpo.models import DiffusionModel
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.accounting import choose_max_batch, gradient_passes, measure_costs, peak_memory
-from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder, Pairs
+from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache, reference_key
 from fastinvdpo.trainer.callbacks import Callback, Place, Reporting, TrainResult
 from fastinvdpo.trainer.checkpoint import (
@@ -137,7 +137,7 @@ class PreferenceTrainer:
 
     def prepare(self) -> None:
         """Make the output directory with the counts of the data, and what batches come from; :meth:`start` does."""
-        config, pairs, model = self.config, self._pairs, self.model
+        config, pairs = self.config, self._pairs
         self.summary: DataSummary | None = getattr(pairs, "summary", None)
         if self.accelerator.is_main_process:
             opening.warn_of_masks(getattr(pairs, "source", None))
@@ -149,10 +149,15 @@ class PreferenceTrainer:
             elif self.summary is not None and isinstance(pairs, RowDataset):
                 write_report(self.summary, pairs.broken, self.output)
         self.accelerator.wait_for_everyone()
-        model.to(self.accelerator.device)
-        options = {"sampled_latents": config.data.latents == "sampled", "cache_gib": config.data.cache_gib}
+        self.model.to(self.accelerator.device)
+        encoded: EncodedPairs
+        if isinstance(pairs, PairCache):
+            encoded = pairs
+        else:
+            sampled = config.data.latents == "sampled"
+            encoded = PairEncoder(self.model, pairs, sampled_latents=sampled, cache_gib=config.data.cache_gib)
         self.builder = BatchBuilder(
-            pairs if isinstance(pairs, PairCache) else PairEncoder(model, pairs, **options),
+            encoded,
             self.accelerator.device,
             self.order,
             with_unconditional=config.method.guided,

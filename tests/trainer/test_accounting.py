@@ -107,9 +107,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     predict = Networks._predict
 
-    def watched(self: Networks, kind: str, *arguments: Any, **options: Any) -> Any:
+    def watched(self: Networks, caller: str, *arguments: Any) -> Any:
         found.append(arguments[1].shape[0])
-        return predict(self, kind, *arguments, **options)
+        return predict(self, caller, *arguments)
 
     monkeypatch.setattr(Networks, "_predict", watched)
     return found

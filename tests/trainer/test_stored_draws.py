@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from fastinvdpo.trainer.dry_run import count_evaluations, described
 from fastinvdpo.trainer.networks import Networks
 from tests.models import tiny as models
 from tests.trainer import tiny
-from tests.trainer.forked import Server
 from tests.trainer.test_cache import PAIRS, mapping, refuse
 from tests.trainer.test_families import LENGTH, write_two_pairs
 
@@ -207,32 +205,6 @@ def test_draws_depend_on_seed_and_pair_alone(workspace: Path, small_shards: None
     timesteps = objective.method.timesteps.draw(objective.schedule, 0, STREAM_TIMESTEP, at_once)
     out = objective(lambda x, *_: x, refuse, built(stored, range(40)), seed=0)
     assert torch.equal(out.timesteps, timesteps.repeat(2))
-
-
-def fill_until(run: dict[str, Any], fatal: int) -> int:
-    """Kills its process at the n-th prediction, or runs to the end."""
-    predictions = tiny.CountedPredictions(fatal)
-    cache_writing.PAIRS_PER_SHARD = 3
-    precompute(TrainConfig.from_mapping(run), progress=False)
-    return predictions.count
-
-
-def test_a_killed_precompute_goes_on_with_the_draws_that_are_missing(workspace: Path, forks: Server) -> None:
-    """Nine draws a shard, two at once."""
-    auto = {"score_range": "auto"}  # which decides weights, and no draw
-    killed, whole = (drawn(workspace, "smpo", method=auto, cache={"path": str(workspace / n)}).as_dict() for n in "kw")
-    total = forks.call(fill_until, whole, 0).result
-    assert forks.call(fill_until, killed, total // 2).status == -signal.SIGKILL
-    left = len(list((workspace / "k").glob("draws-*")))
-    assert 0 < left < 4
-    rest = forks.call(fill_until, killed, 0).result
-    assert 0 < rest < total * (1 - left / 4) + 1
-    (workspace / "k" / "draws-000001.safetensors").unlink()
-    assert 0 < forks.call(fill_until, killed, 0).result < total / 2
-    files = sorted(path.name for path in (workspace / "w").glob("*.safetensors"))
-    assert len(files) == 2 + 4 + 4  # index, unconditional, shards of pairs and draws
-    for name in files:
-        assert (workspace / "k" / name).read_bytes() == (workspace / "w" / name).read_bytes()
 
 
 OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
