@@ -139,16 +139,8 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionMo
     """
     source = config.model
     family = resolve_family(source.family, source.path, source.revision)
-    names = (
-        "revision",
-        "variant",
-        "unet_init",
-        "vae",
-        "zero_terminal_snr",
-        "max_sequence_length",
-        "guidance_embedding",
-    )
-    options: dict[str, Any] = {name: getattr(source, name) for name in names}
+    keys = ("revision", "variant", "unet_init", "vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
+    options: dict[str, Any] = {key: getattr(source, key) for key in keys}
     if family in FLOW_FAMILIES:
         options["resolution"] = config.data.resolution
     load = partial(load_model, family, source.path, **options)

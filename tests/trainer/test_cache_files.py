@@ -284,7 +284,7 @@ def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
         ({"cache": {"path": None}}, r"cache\.path = None: names no directory"),
         ({"model": {"path": nowhere}}, r"model\.path = .*nowhere'?: holds no"),
         ({"data": {"path": nowhere}}, r"data\.path = .*does not exist"),
-        ({"cache": {"path": str(workspace / "pairs.parquet")}}, r"cache\.path = .*: is a file"),
+        ({"cache": {"path": str(next(workspace.rglob("*.json")))}}, r"cache\.path = .*: is a file"),
     ):
         with pytest.raises(InvalidInput, match=message):
             fill(workspace, **sections)  # type: ignore[arg-type]
