@@ -72,8 +72,8 @@ class LoraSection(Section):
 class ModelSection(Section):
     """``family``: ``auto`` infers it from the checkpoint. ``unet_init``: other weights of the denoiser, UNet or
     transformer, to start from; ``vae``: another VAE. ``zero_terminal_snr``: rescale the noise schedule so that its last
-    level is pure noise; null: as the checkpoint says. ``max_sequence_length``: tokens of T5 (SD3, FLUX);
-    ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines.
+    level is pure noise; null: as the checkpoint says. ``max_sequence_length``: tokens of a prompt, of SD3 and FLUX.1
+    T5's; ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines.
 
     ``reference_dtype``: type of the frozen copy's weights in full fine-tuning; the policy's when null.
     ``reference_quantization``: its linear layers in 8 or 4 bits; convolutions, norms and biases stay in
@@ -81,7 +81,9 @@ class ModelSection(Section):
     reference at once.
     """
 
-    family: Literal["auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux"] = "auto"
+    family: Literal[
+        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image"
+    ] = "auto"
     path: Place
     unet_init: Place | None = None
     vae: Place | None = None

@@ -142,7 +142,7 @@ def _descend(model: DiffusionModel, network: nn.Module, latents: Tensor, prompt:
     below = torch.cat([levels[1:], levels.new_tensor([-1])])
     for source, target in zip(levels, below, strict=True):
         timesteps = source.expand(len(latents))
-        outputs, weights = evaluate(predict, latents, timesteps.to(latents.device), prompt)
+        outputs, weights = model.guided(*evaluate(predict, latents, timesteps.to(latents.device), prompt))
         kept, scale = affine_coefficients(model.sampling_schedule, timesteps, target.expand(len(latents)))
         columns = [kept, *(scale * weight for weight in weights)]
         latents = affine_step(latents, outputs, stack_coefficients(latents, *columns))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Names shared by diffusers' attention blocks; the projections that LoRA papers adapt.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+_PART_FILES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
 class Origin(NamedTuple):
@@ -93,8 +94,10 @@ class DiffusionModel(ABC):
         return self.schedule
 
     @classmethod
-    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
-        """``own_guidance`` of a checkpoint, by its pipeline's class and the configurations of two of its parts."""
+    def guidance_by_default(
+        cls, index: Mapping[str, Any], scheduler: Mapping[str, Any], network: Mapping[str, Any]
+    ) -> float:
+        """``own_guidance`` of a checkpoint, by its model_index.json and the configurations of two of its parts."""
         return cls.own_guidance
 
     def guidance(self, scale: float | None) -> tuple[float, float | None]:
@@ -102,6 +105,10 @@ class DiffusionModel(ABC):
         checkpoint's own pipeline takes it: up to 1 there is none. Raises ``InvalidInput`` for one that means nothing.
         """
         return max(check_guidance(self.own_guidance if scale is None else scale), 1.0), None
+
+    def guided(self, outputs: list[Tensor], weights: list[float]) -> tuple[list[Tensor], list[float]]:
+        """Outputs and weights of ``evaluate``, as the checkpoint's own pipeline makes a guided prediction of them."""
+        return outputs, weights
 
     def sampling_levels(self, num_inference_steps: int) -> Tensor:
         """The levels at which the checkpoint's scheduler calls the network, descending: int64, or for flow matching
@@ -163,8 +170,8 @@ class DiffusionModel(ABC):
 
 
 def part_files(folder: Path) -> list[Path]:
-    """Configuration, vocabulary and safetensors files of one part, in the order of their names."""
-    return sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".txt", ".model", ".safetensors"))
+    """Configuration, vocabulary, chat template and safetensors files of one part, in the order of their names."""
+    return sorted(file for file in folder.rglob("*") if file.suffix in _PART_FILES)
 
 
 def check_guidance(scale: float) -> float:

@@ -1,7 +1,8 @@
-"""Flow-matching transformers from diffusers checkpoints: Stable Diffusion 3 and 3.5, FLUX.1."""
+"""Flow-matching transformers from diffusers checkpoints: what they share, Stable Diffusion 3 and 3.5, FLUX.1."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,19 +19,20 @@ if TYPE_CHECKING:
 
 # The guidance that FluxPipeline gives a guidance-distilled transformer (FLUX.1-dev) by default.
 _GUIDANCE = 3.5
+_TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _EMBEDDINGS = ("encoder_hidden_states", "pooled_projections")
 
 
 class FlowModel(PipelineModel):
     """A pipeline around a transformer that predicts the velocity ``ε − x_0``.
 
-    ``conditioning`` holds ``encoder_hidden_states`` ``(n, tokens, width)`` and ``pooled_projections`` ``(n, width)``.
+    ``conditioning`` holds ``encoder_hidden_states`` ``(n, tokens, width)``, and of SD3 and FLUX.1
+    ``pooled_projections`` ``(n, width)``.
     """
 
     network_folder = "transformer"
     options: ClassVar[tuple[str, ...]] = ("vae", "resolution", "max_sequence_length")
-    # Image and text have projections of their own.
-    default_lora_targets = (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    default_lora_targets: tuple[str, ...] = (*ATTENTION_PROJECTIONS, *_TEXT_PROJECTIONS)
     patch = 2
     _latents_per_token = 1  # on the channels of the transformer's input
 
@@ -49,17 +51,24 @@ class FlowModel(PipelineModel):
         if not scheduler.startswith("FlowMatch"):
             problem = f"its scheduler {scheduler} is not one of flow matching"
             raise self._refuse(problem, "use a checkpoint as published")
-        self.schedule = NoiseSchedule.from_config(self.scheduler_config, image_seq_len=self._tokens)
+        self.schedule = self._noise_schedule()
         assert self.schedule.prediction_type == FLOW
-        taken, given = self.pipeline.transformer.config.in_channels, self._vae["latent_channels"]
+        taken, given = self.pipeline.transformer.config.in_channels, self._latent_channels
         if taken != given * self._latents_per_token:
             problem = f"the transformer takes {taken} channels, the VAE gives {given}"
             raise self._refuse(problem, "use a text-to-image checkpoint")
 
+    def _noise_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_config(self.scheduler_config, image_seq_len=self._tokens)
+
+    def _mu(self, num_inference_steps: int) -> float:
+        """The shift of the noise schedule, for a checkpoint whose is not constant."""
+        return dynamic_shift(self.scheduler_config, self._tokens)
+
     def _levels(self, scheduler: Any, num_inference_steps: int) -> Tensor:
         shift = {}
         if scheduler.config.get("use_dynamic_shifting"):
-            shift = {"mu": dynamic_shift(scheduler.config, self._tokens)}
+            shift = {"mu": self._mu(num_inference_steps)}
         self._set_timesteps(scheduler, num_inference_steps, shift)
         noise = scheduler.sigmas[:-1].unique().double()  # Heun's come twice
         _, table = self.schedule.rates(torch.arange(self.schedule.num_train_timesteps))
@@ -67,11 +76,13 @@ class FlowModel(PipelineModel):
         return (below + (noise - table[below]) / table.diff()[below]).flip(0)
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, shift: dict[str, float]) -> None:
-        scheduler.set_timesteps(num_inference_steps, **shift)
+        """As most pipelines: equal steps down to ``1/N`` before the shift."""
+        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, **shift)
 
     def _sample_size(self) -> Any:
         """Sides of the latents of the model's own resolution."""
-        return self.pipeline.transformer.config.sample_size
+        return self.pipeline.default_sample_size
 
     @property
     def size_factor(self) -> int:
@@ -82,10 +93,11 @@ class FlowModel(PipelineModel):
         self, prompts: Sequence[str], *, geometry: Sequence[ImageGeometry] | None = None
     ) -> dict[str, Tensor]:
         """Embeddings as the checkpoint's own pipeline computes them; ``geometry`` changes nothing."""
-        return dict(zip(_EMBEDDINGS, self._encode(self._texts(prompts, geometry)), strict=True))
+        return self._encode(self._texts(prompts, geometry))
 
-    def _encode(self, texts: list[str]) -> tuple[Any, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """The conditioning of texts."""
 
 
 class StableDiffusion3Model(FlowModel):
@@ -98,11 +110,17 @@ class StableDiffusion3Model(FlowModel):
         self.patch = self.pipeline.transformer.config.patch_size
         super()._set_up(**options)
 
-    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, shift: dict[str, float]) -> None:
+        scheduler.set_timesteps(num_inference_steps, **shift)
+
+    def _sample_size(self) -> Any:
+        return self.pipeline.transformer.config.sample_size
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
             texts, None, None, device=self.device, do_classifier_free_guidance=False, **self._encode_options
         )
-        return hidden, pooled
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
@@ -139,29 +157,20 @@ class FluxModel(FlowModel):
         self._guidance = _GUIDANCE if guidance is None else guidance
 
     @classmethod
-    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
-        return super().guidance_by_default(pipeline, scheduler, network) if network.get("guidance_embeds") else 1.0
+    def guidance_by_default(
+        cls, index: Mapping[str, Any], scheduler: Mapping[str, Any], network: Mapping[str, Any]
+    ) -> float:
+        return super().guidance_by_default(index, scheduler, network) if network.get("guidance_embeds") else 1.0
 
     def guidance(self, scale: float | None) -> tuple[float, float | None]:
         """Guidance is an input of a distilled transformer (FLUX.1-dev), and means nothing to the others."""
         if self.guidance_embedded:
             return 1.0, check_guidance(self.own_guidance if scale is None else scale)
-        if scale is not None and check_guidance(scale) > 1:
-            problem = "means nothing to this transformer, which has no input for guidance"
-            raise invalid("guidance_scale", scale, problem, "leave it out, or pass 1")
-        return 1.0, None
+        return no_guidance(scale), None
 
-    def _set_timesteps(self, scheduler: Any, num_inference_steps: int, shift: dict[str, float]) -> None:
-        """As FluxPipeline: equal steps down to ``1/N`` before the shift."""
-        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, **shift)
-
-    def _sample_size(self) -> Any:
-        return self.pipeline.default_sample_size
-
-    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         hidden, pooled, _ = self.pipeline.encode_prompt(texts, None, device=self.device, **self._encode_options)
-        return hidden, pooled
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
@@ -183,6 +192,19 @@ class FluxModel(FlowModel):
             return_dict=False,
         )[0]
         return unpack_latents(output, height, width)
+
+
+def no_guidance(scale: float | None) -> float:
+    """1. Raises ``InvalidInput`` for the scale of a guidance that a transformer distilled without has not."""
+    if scale is not None and check_guidance(scale) > 1:
+        problem = "means nothing to this transformer, which was distilled to be sampled without guidance"
+        raise invalid("guidance_scale", scale, problem, "leave it out, or pass 1")
+    return 1.0
+
+
+def pad_tokens(hidden: Tensor, length: int) -> Tensor:
+    """``(n, tokens, …)`` with zeros up to ``(n, length, …)``."""
+    return torch.cat([hidden, hidden.new_zeros(len(hidden), length - hidden.shape[1], *hidden.shape[2:])], dim=1)
 
 
 def pack_latents(latents: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fastinvdpo.errors import invalid
+from fastinvdpo._extras import require
+from fastinvdpo.errors import MissingExtra, invalid
 from fastinvdpo.io import read_object
 from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import model_index
@@ -21,7 +22,11 @@ _FAMILIES = {
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
     "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
     "flux": ("fastinvdpo.models.flow", "FluxModel"),
+    "flux2-klein": ("fastinvdpo.models.flux2", "Flux2KleinModel"),
+    "qwen-image": ("fastinvdpo.models.qwen_image", "QwenImageModel"),
+    "z-image": ("fastinvdpo.models.z_image", "ZImageModel"),
 }
+FLOW_FAMILIES = tuple(name for name in _FAMILIES if name not in ("digits", "stable-diffusion"))
 # Pipeline class in a checkpoint's model_index.json -> family.
 _PIPELINES = {
     "StableDiffusionPipeline": "stable-diffusion",
@@ -29,7 +34,12 @@ _PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": "stable-diffusion",  # the SDXL refiner
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2-klein",
+    "QwenImagePipeline": "qwen-image",
+    "ZImagePipeline": "z-image",
 }
+# Since when diffusers has a family as it is used here, where that is later than the oldest that is supported.
+_SINCE = {"flux2-klein": "0.37", "qwen-image": "0.37"}
 _RESULTS = ("model", "adapter", "best/model", "best/adapter")  # what a run saves for others
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -62,7 +72,12 @@ def resolve_family(family: str, path: str | Path, revision: str | None = None) -
 
 
 def family_class(family: str) -> Any:
-    """The class of a family. Raises ``MissingExtra`` where a package that it needs is not installed."""
+    """The class of a family. Raises ``MissingExtra`` where a package that it needs is not installed, or too old."""
+    if since := _SINCE.get(family):
+        found = require("diffusers", extra="train", purpose=f"a model of the family {family}").__version__
+        if [int(part) for part in found.split(".")[:2]] < [int(part) for part in since.split(".")]:
+            needed = f"the family {family} needs diffusers {since} or later, and {found} is installed"
+            raise MissingExtra(f"{needed}. Remedy: pip install 'diffusers>={since}'.")
     module_name, class_name = _FAMILIES[family]
     return getattr(importlib.import_module(module_name), class_name)
 
@@ -87,8 +102,9 @@ def load_model(
             transformer to start from (a supervised fine-tuned UNet, say). ``revision``: branch, tag or commit on the
             hub. ``variant``: file variant such as ``"fp16"``. Some families also know ``vae``: path or hub id of
             another VAE; ``zero_terminal_snr`` (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it;
-            ``resolution`` (SD3, FLUX): side of the images in pixels, which FLUX's noise schedule depends on;
-            ``max_sequence_length`` (SD3, FLUX): T5's tokens; ``guidance_embedding`` (FLUX).
+            ``resolution`` (flow matching): side of the images in pixels, which some noise schedules depend on;
+            ``max_sequence_length`` (flow matching): tokens of a prompt, of SD3 and FLUX.1 T5's;
+            ``guidance_embedding`` (FLUX.1).
 
     Raises:
         InvalidInput: unknown family, missing files, a checkpoint of another kind, or an option it does not have.
@@ -125,9 +141,9 @@ def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
     def read(part: str, name: str) -> dict[str, Any]:
         return next((read_object(file, "model.path") for file in files.get(part, ()) if file.name == name), {})
 
-    pipeline = str(read("model_index", "model_index.json").get("_class_name"))
+    index = read("model_index", "model_index.json")
     scheduler, network = read("scheduler", "scheduler_config.json"), read(kind.network_folder, "config.json")
-    scale: float = kind.guidance_by_default(pipeline, scheduler, network)
+    scale: float = kind.guidance_by_default(index, scheduler, network)
     return scale
 
 

@@ -35,10 +35,12 @@ class PipelineModel(DiffusionModel):
 
     Attributes:
         pipelines: the pipeline classes of the family.
+        guidance_argument: what their call names the scale of guidance.
         whole: whether text encoders and VAE were loaded.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
+    guidance_argument: ClassVar[str] = "guidance_scale"
 
     def __init__(self, pipeline: Any, origin: Origin | None = None, *, whole: bool = True, **options: Any) -> None:
         self.pipeline, self.origin, self.whole = pipeline, origin, whole
@@ -46,10 +48,10 @@ class PipelineModel(DiffusionModel):
         self.network: nn.Module = network
         self.scheduler_config = {"_class_name": type(pipeline.scheduler).__name__, **dict(pipeline.scheduler.config)}
         self._vae = pipeline.vae.config if whole or origin is None else vae_config(origin)
-        self._vae_factor = 2 ** (len(self._vae["block_out_channels"]) - 1)
+        self._latent_channels, self._vae_factor = self._vae_sizes()
         self._set_up(**options)
-        name = type(pipeline).__name__
-        self.own_guidance = self.guidance_by_default(name, self.scheduler_config, dict(network.config))
+        index = {**dict(pipeline.config), "_class_name": type(pipeline).__name__}
+        self.own_guidance = self.guidance_by_default(index, self.scheduler_config, dict(network.config))
         for module in self.frozen_modules():
             module.requires_grad_(False).eval()
 
@@ -57,8 +59,12 @@ class PipelineModel(DiffusionModel):
     def _set_up(self, **options: Any) -> None:
         """Check the parts, and set ``schedule``, ``latent_shape`` and ``image_size``; ``options``: the class's."""
 
+    def _vae_sizes(self) -> tuple[int, int]:
+        """Channels of a latent, and how many pixels wide one is."""
+        return self._vae["latent_channels"], 2 ** (len(self._vae["block_out_channels"]) - 1)
+
     def _set_sizes(self, side: tuple[int, int]) -> None:
-        self.latent_shape = (self._vae["latent_channels"], *side)
+        self.latent_shape = (self._latent_channels, *side)
         self.image_size = (side[0] * self._vae_factor, side[1] * self._vae_factor)
 
     @classmethod
@@ -77,10 +83,12 @@ class PipelineModel(DiffusionModel):
         return pipeline_files(origin, cls.network_folder)
 
     @classmethod
-    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
+    def guidance_by_default(
+        cls, index: Mapping[str, Any], scheduler: Mapping[str, Any], network: Mapping[str, Any]
+    ) -> float:
         diffusers = require("diffusers", extra="train", purpose="sampling")
-        parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
-        return float(parameters["guidance_scale"].default)
+        parameters = inspect.signature(getattr(diffusers, index["_class_name"]).__call__).parameters
+        return float(parameters[cls.guidance_argument].default)
 
     def sampling_levels(self, num_inference_steps: int) -> Tensor:
         inversion_levels(self.schedule, num_inference_steps)  # its check of the step count
@@ -113,14 +121,13 @@ class PipelineModel(DiffusionModel):
         latents = []
         for start in range(0, len(images), _VAE_BATCH):
             chunk = slice(start, start + _VAE_BATCH)
-            distribution = vae.encode(base.pixels_of(images[chunk], "RGB").to(vae.device, vae.dtype)).latent_dist
-            latents.append(distribution.mode().to(torch.float32))
+            mean, std = self._posterior(base.pixels_of(images[chunk], "RGB").to(vae.device, vae.dtype))
+            latents.append(mean.to(torch.float32))
             if posterior is not None:
                 index, shape = posterior[chunk].to(vae.device), tuple(latents[-1].shape[1:])
                 noise = philox.normal(0, _STREAM_POSTERIOR, index, shape)
-                latents[-1] += distribution.std.to(torch.float32) * noise
-        shift, scale = self._latent_affine()
-        return (torch.cat(latents) - shift) * scale
+                latents[-1] += std.to(torch.float32) * noise
+        return self._normalized(torch.cat(latents))
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image]:
@@ -128,10 +135,9 @@ class PipelineModel(DiffusionModel):
         self._need_frozen_parts()
         base.check_latents(latents, channels=self.latent_shape[0])
         vae = self.pipeline.vae
-        shift, scale = self._latent_affine()
         images = []
         for chunk in latents.detach().to(vae.device, torch.float32).split(_VAE_BATCH):
-            decoded = vae.decode((chunk / scale + shift).to(vae.dtype), return_dict=False)[0]
+            decoded = self._decoded(self._unnormalized(chunk).to(vae.dtype))
             images += base.images_of(((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8))
         return images
 
@@ -185,13 +191,31 @@ class PipelineModel(DiffusionModel):
             remedy = "load the model with frozen_parts=True"
             raise invalid("frozen_parts", False, "left text encoders and VAE out, which this needs", remedy)
 
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's posterior, as the VAE gives them."""
+        distribution = self.pipeline.vae.encode(pixels).latent_dist
+        return distribution.mode(), distribution.std
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.pipeline.vae.decode(latents, return_dict=False)[0]
+        return pixels
+
+    def _normalized(self, latents: Tensor) -> Tensor:
+        """What the network sees of the VAE's latents."""
+        shift, scale = self._latent_affine()
+        return (latents - shift) * scale
+
+    def _unnormalized(self, latents: Tensor) -> Tensor:
+        shift, scale = self._latent_affine()
+        return latents / scale + shift
+
     def _latent_affine(self) -> tuple[Any, Any]:
         """``(shift, scale)`` with ``latents = (vae output - shift) * scale``; tensors where they differ by channel."""
         config = self.pipeline.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
             shift, spread = (torch.tensor(v, device=self.pipeline.vae.device).reshape(1, -1, 1, 1) for v in (mean, std))
-            return shift, config["scaling_factor"] / spread
+            return shift, config.get("scaling_factor", 1.0) / spread
         return config.get("shift_factor") or 0.0, config["scaling_factor"]
 
     @property

@@ -46,12 +46,14 @@ class StableDiffusionModel(PipelineModel):
         return NoiseSchedule.from_config(self.scheduler_config)
 
     @classmethod
-    def guidance_by_default(cls, pipeline: str, scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> float:
+    def guidance_by_default(
+        cls, index: Mapping[str, Any], scheduler: Mapping[str, Any], network: Mapping[str, Any]
+    ) -> float:
         """That of diffusers' pipeline; 1 for models distilled to few steps, which are sampled without guidance."""
         few_steps = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
         if few_steps or scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler"):
             return 1.0
-        return super().guidance_by_default(pipeline, scheduler, network)
+        return super().guidance_by_default(index, scheduler, network)
 
     def _levels(self, scheduler: Any, num_inference_steps: int) -> Tensor:
         if not self.refines:
@@ -113,7 +115,7 @@ class StableDiffusionModel(PipelineModel):
     def _check_unet(self) -> None:
         """Raise ``InvalidInput`` for relatives that want other inputs: inpainting, depth, consistency."""
         pipeline: Any = self.pipeline
-        config, channels = pipeline.unet.config, self._vae["latent_channels"]
+        config, channels = pipeline.unet.config, self._latent_channels
         needed = ("text_encoder_2",) if self.refines else ("text_encoder", "text_encoder_2")
         problem = None
         if config.in_channels != channels:

@@ -27,8 +27,9 @@ shard, one row an image or caption::
 A draw's random numbers are keyed by its number among those of all pairs, pair·K + k; noise follows from that and is not
 stored.
 
-Clean latents, geometry and masks are float32 always; the others are of the type ``cache.dtype``. Files appear
-atomically. The header of a shard has a CRC-32 of each image, caption and draw, which is verified whenever one is read.
+Clean latents, geometry and masks are float32 always, whole numbers stay; the others are of the type ``cache.dtype``.
+Files appear atomically. The header of a shard has a CRC-32 of each image, caption and draw, which is verified whenever
+one is read.
 """
 
 from __future__ import annotations

@@ -362,7 +362,7 @@ class _Shards:
         empty = {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self._unconditional.items()}
         latents = stored["latents"]
         prompts = [
-            {name: tensor.to(latents.device, torch.float32) for name, tensor in part.items()} | geometry_of(stored)
+            {name: _as(tensor.to(latents.device), torch.float32) for name, tensor in part.items()} | geometry_of(stored)
             for part in (given, empty)
         ]
         chain = objective.reference_trajectory(self._reference, latents, *prompts).to(self._dtype)
@@ -371,4 +371,9 @@ class _Shards:
 
     def _embed(self, captions: list[str]) -> Tensors:
         """The part of the conditioning that follows from the captions, as stored, on the host."""
-        return {name: tensor.to("cpu", self._dtype) for name, tensor in embed(self._model, captions).items()}
+        return {name: _as(tensor.cpu(), self._dtype) for name, tensor in embed(self._model, captions).items()}
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``dtype``; whole numbers, such as masks, stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -19,8 +19,8 @@ from fastinvdpo.config import TrainConfig
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.io import read_object
 from fastinvdpo.methods import PairBatch
+from fastinvdpo.models.loading import FLOW_FAMILIES
 from fastinvdpo.trainer.accounting import gradient_passes
-from fastinvdpo.trainer.opening import FLOW_FAMILIES
 from fastinvdpo.trainer.order import DrawOrder
 
 _PAIRS = 256  # counted at least, in whole micro-batches

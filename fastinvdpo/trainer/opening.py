@@ -23,6 +23,7 @@ from fastinvdpo.data.score_range import measured_range, stored_range
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import has_key
 from fastinvdpo.models import DiffusionModel, load_model, resolve_family
+from fastinvdpo.models.loading import FLOW_FAMILIES
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.checkpoint import FILES
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EVALUATION_FILES = ("evaluation/base.json", "evaluation/history.jsonl")
-FLOW_FAMILIES = ("stable-diffusion-3", "flux")
 # Options of the launcher that are keys of the configuration too, and what it exports where it was told nothing.
 _SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
 _UNSUPPORTED = ("use_deepspeed", "use_megatron_lm", "use_parallelism_config")

@@ -189,7 +189,10 @@ def test_a_refiner_inverts_within_its_levels_and_does_not_draw_from_noise(tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "told", "evaluations"),
-    [("sd15", 7.5, 2), ("sdxl", 5.0, 2), ("sd3", 7.0, 2), ("flux", 3.5, 1), ("schnell", 1.0, 1), ("turbo", 1.0, 1)],
+    [
+        *(("sd15", 7.5, 2), ("sdxl", 5.0, 2), ("sd3", 7.0, 2), ("klein", 4.0, 2), ("qwen", 4.0, 2)),
+        *(("z-image", 5.0, 2), ("flux", 3.5, 1), ("schnell", 1.0, 1), ("turbo", 1.0, 1)),
+    ],
 )
 def test_guidance_is_by_default_that_of_the_pipeline(tmp_path: Path, name: str, told: float, evaluations: int) -> None:
     pipeline = tiny.turbo_pipeline() if name == "turbo" else tiny.PIPELINES[name]()

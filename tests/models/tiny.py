@@ -9,24 +9,40 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -189,6 +205,80 @@ def flux_pipeline(*, distilled: bool = True, **parts: Any) -> FluxPipeline:
     return FluxPipeline(**{**own, **parts})
 
 
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A word, a mark and a line's end are tokens, as far as known; with a template of one role. What Qwen-Image puts
+    before a prompt has 34 tokens, as it has to.
+    """
+    words = [*"abcdefghijklmnopqrstuvwxyz", "user", "model", "cat", "zebra", "longer", "prompt", "than", "that"]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", *words])}, "<unk>"))
+    model.pre_tokenizer = Split(Regex(r"<\|\w+\|>|\n|\w+|[^\w\s]"), "removed", invert=True)
+    template = "{% for message in messages %}user {{ message['content'] }} model{% endfor %}"
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "right"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=template, **special)
+
+
+_DECODER = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 600, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+
+
+def qwen3(layers: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**_DECODER, num_hidden_layers=layers, head_dim=4)).eval()
+
+
+def flux2_pipeline(*, distilled: bool = False, **parts: Any) -> Flux2KleinPipeline:
+    """FLUX.2-klein: 4 latent channels, 2 x 2 of them a token of 16, and three layers of Qwen3 as the prompt's."""
+    torch.manual_seed(6)
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": 24, "timestep_guidance_channels": 16}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    image = {"block_out_channels": (8, 16), "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
+    own = {
+        "transformer": Flux2Transformer2DModel(**sizes, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": AutoencoderKLFlux2(**blocks, **image),
+        "text_encoder": qwen3(28),
+        "tokenizer": chat_tokenizer(),
+    }
+    own["vae"].bn.running_mean.uniform_(-0.2, 0.2)
+    own["vae"].bn.running_var.uniform_(0.5, 2)
+    return Flux2KleinPipeline(**{**own, **parts}, is_distilled=distilled)
+
+
+def qwen_pipeline(**parts: Any) -> QwenImagePipeline:
+    """Qwen-Image: 4 latent channels packed to 16, and a VAE with a time axis."""
+    torch.manual_seed(7)
+    sizes = {"in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+    image = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+    statistics = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [1.5, 0.7, 1.0, 2.0]}
+    text = {**_DECODER, "num_hidden_layers": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
+    shift = {"shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    own = {
+        "transformer": QwenImageTransformer2DModel(**sizes, joint_attention_dim=8, axes_dims_rope=(2, 2, 4)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**shift),
+        "vae": AutoencoderKLQwenImage(**image, **statistics),
+        "text_encoder": encoder,
+        "tokenizer": chat_tokenizer(),
+    }
+    return QwenImagePipeline(**{**own, **parts})
+
+
+def z_image_pipeline(*, turbo: bool = False, **parts: Any) -> ZImagePipeline:
+    """Z-Image, or -Turbo: FLUX.1's VAE, and the second layer from the end of Qwen3 as the prompt's."""
+    torch.manual_seed(8)
+    sizes = {"in_channels": 4, "dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    places = {"axes_dims": [2, 2, 4], "axes_lens": [600, 64, 64]}
+    own = {
+        "transformer": ZImageTransformer2DModel(**sizes, cap_feat_dim=8, **places),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0),
+        "vae": flow_vae(),
+        "text_encoder": qwen3(2),
+        "tokenizer": chat_tokenizer(),
+    }
+    return ZImagePipeline(**{**own, **parts})
+
+
 PIPELINES = {
     "sd15": sd_pipeline,
     "sd21": lambda: sd_pipeline(prediction_type="v_prediction"),
@@ -197,6 +287,9 @@ PIPELINES = {
     "sd3": sd3_pipeline,
     "flux": flux_pipeline,
     "schnell": lambda: flux_pipeline(distilled=False),
+    "klein": flux2_pipeline,
+    "qwen": qwen_pipeline,
+    "z-image": z_image_pipeline,
 }
 """Every family at its smallest."""
-FLOW = ("sd3", "flux", "schnell")
+FLOW = ("sd3", "flux", "schnell", "klein", "qwen", "z-image")

@@ -1,0 +1,78 @@
+"""Qwen-Image from diffusers checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinvdpo.diffusion.prompt import weighted_sum
+from fastinvdpo.models.base import cast_inputs
+from fastinvdpo.models.flow import FlowModel, pack_latents, pad_tokens, unpack_latents
+
+TOKENS = 512
+_EMBEDDINGS = ("encoder_hidden_states", "encoder_hidden_states_mask")
+
+
+class QwenImageModel(FlowModel):
+    """Qwen-Image: a transformer on 2 x 2 latents as one token, and a video VAE that sees an image as one frame.
+
+    ``conditioning`` holds ``encoder_hidden_states`` ``(n, max_sequence_length, width)`` and
+    ``encoder_hidden_states_mask``, int64, 1 for the tokens of the prompt and 0 behind them; the network sees as many as
+    the longest prompt of its batch has. An embedding does not depend on the batch that it was made in.
+    """
+
+    family = "qwen-image"
+    pipelines = ("QwenImagePipeline",)
+    guidance_argument = "true_cfg_scale"
+    _latents_per_token = 4
+
+    def _vae_sizes(self) -> tuple[int, int]:
+        return self._vae["z_dim"], 2 ** len(self._vae["temperal_downsample"])
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = super()._posterior(pixels.unsqueeze(2))
+        return mean.squeeze(2), std.squeeze(2)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return super()._decoded(latents.unsqueeze(2)).squeeze(2)
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        length = self._encode_options.get("max_sequence_length", TOKENS)
+        hidden, mask = self.pipeline.encode_prompt(texts, device=self.device, max_sequence_length=length)
+        if mask is None:  # all prompts are equally long
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        both = (pad_tokens(hidden, length), pad_tokens(mask, length))
+        return dict(zip(_EMBEDDINGS, both, strict=True))
+
+    def guided(self, outputs: list[Tensor], weights: list[float]) -> tuple[list[Tensor], list[float]]:
+        """As the pipeline: the guided prediction keeps the norm of the conditional one in every token."""
+        if len(outputs) == 1:
+            return outputs, weights
+        combined = pack_latents(weighted_sum(outputs, weights))
+        size = pack_latents(outputs[1]).norm(dim=-1, keepdim=True)
+        height, width = (side // 2 for side in outputs[0].shape[2:])
+        return [unpack_latents(combined * (size / combined.norm(dim=-1, keepdim=True)), height, width)], [1.0]
+
+    def predict(
+        self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        sample, cast = cast_inputs(network, latents, conditioning, _EMBEDDINGS)
+        hidden, mask = (cast[name] for name in _EMBEDDINGS)
+        longest = int(mask.sum(1).max())
+        hidden, mask = hidden[:, :longest], mask[:, :longest]
+        height, width = sample.shape[2] // 2, sample.shape[3] // 2
+        shape: Any = [(1, height, width)]
+        output: Tensor = network(
+            hidden_states=pack_latents(sample),
+            # As the pipeline: the transformer multiplies by 1000 again.
+            timestep=self.schedule.model_times(timesteps).to(sample.dtype) / 1000,
+            guidance=None,
+            encoder_hidden_states=hidden,
+            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            img_shapes=[shape] * len(sample),
+            return_dict=False,
+        )[0]
+        return unpack_latents(output, height, width)
