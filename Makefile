@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test test-deep test-faults test-oldest test-gpu check bench docs wheels constraints
 
 help:
-	@echo "make demo      align a diffusion model to preferences on real images: ARGS='--method inpo --seed 1 ...'"
+	@echo "make demo      align a small Stable Diffusion to preferences over real drawings: ARGS='--method inpo --seed 1 ...'"
 	@echo "make test      the test suite: JOBS=2 ARGS='-k schedule'"
 	@echo "make test-deep what takes longest: kernels interpreted, compiled, under sanitizers; wheels; every model family; processes; kills"
 	@echo "make test-faults  kills, disk errors and signals at file-system calls of every command, mutated inputs: KILLS=400 DISK=190 SIGNALS=100 MUTATIONS=6000 SEED=0"

@@ -25,7 +25,6 @@ NEEDED = (
     "safetensors",
     "scipy",
     "setuptools",
-    "sklearn",
     "tensorboard",
     "torch",
     "transformers",

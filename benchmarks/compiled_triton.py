@@ -84,12 +84,13 @@ def kernel_modules() -> tuple[ModuleType, ...]:
     assert spec is not None and spec.loader is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
     return tuple(
-        importlib.import_module(f"{name}.{op}") for op in ("preference_loss", "affine_step", "pair_statistics")
+        importlib.import_module(f"{name}.{op}")
+        for op in ("preference_loss", "affine_step", "pair_statistics", "token_log_probs")
     )
 
 
 def cases() -> Iterator[Case]:
-    loss, affine, statistics = kernel_modules()
+    loss, affine, statistics, tokens = kernel_modules()
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     small, odd, huge = (4, 128, 128), (3, 33, 35), (16, 21, 90, 160)
     utilities = [(name, 0.1 if utility.smoothed else 0.0) for name, utility in UTILITIES.items()]
@@ -132,6 +133,8 @@ def cases() -> Iterator[Case]:
         yield statistics_case(statistics, (dtype,) * 3, odd, odd)
         yield statistics_backward_case(statistics, (dtype,) * 3, small, None, paired=False)
         yield statistics_backward_case(statistics, (dtype,) * 3, odd, odd)
+    for dtype in (f32, bf16):
+        yield from token_cases(tokens, dtype)
 
 
 def forward_case(
@@ -276,6 +279,20 @@ def statistics_words(mask: tuple[int, ...] | None, paired: bool) -> str:
     return ("" if mask is None else f" masked {'×'.join(map(str, mask))}") + ("" if paired else " unpaired")
 
 
+def token_cases(module: ModuleType, dtype: torch.dtype) -> Iterator[Case]:
+    """The launches of 512 tokens, 1024 wide, and 8192 columns; their loads go past the registers."""
+    hidden, weight, found = (torch.empty(shape, dtype=dtype) for shape in ((512, 1024), (8192, 1024), (512, 8192)))
+    targets, rows = torch.zeros(512, dtype=torch.int64), torch.empty(3, 512)
+    launches: dict[str, Callable[[], object]] = {
+        "sums": lambda: module.sums(hidden, weight, targets, 0),
+        "slopes": lambda: module.slopes(rows[0], rows[1], hidden, weight, targets, rows[2], 0, found),
+        "hidden": lambda: module.product(found, weight, torch.empty(512, 1024), True),
+        "weight": lambda: module.product(found.T, hidden, weight, False),
+    }
+    for name, launch in launches.items():
+        yield Case(describe(f"token_log_probs {name}", (dtype,) * 2, (512, 1024), None), launch, [], [], False)
+
+
 def large(shape: tuple[int, ...], dtype: torch.dtype, shifted: bool) -> Tensor:
     """Four samples; ``shifted``: in memory that does not start at 16 bytes."""
     size = 4 * torch.Size(shape).numel()
@@ -301,7 +318,7 @@ def compiled(case: Case, arch: int) -> Any:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernels.append((run(self, *arguments, grid=grid, warmup=True, **options), options["BLOCK"]))
+        kernels.append((run(self, *arguments, grid=grid, warmup=True, **options), options.get("BLOCK", 0)))
 
     JITFunction.run = compile_only
     driver.set_active(NoDevice(arch))

@@ -16,12 +16,15 @@ from fastinvdpo.ops import dispatch
 from .bench_affine_step import AffineStepProblem
 from .bench_pair_statistics import PairStatisticsProblem
 from .bench_preference_loss import PreferenceLossProblem
+from .bench_token_log_probs import SHAPES as TOKENS
+from .bench_token_log_probs import TokenLogProbsProblem
 from .problem import MODES, Case, Problem
 
 OPS: dict[str, type[Problem]] = {
     "affine_step": AffineStepProblem,
     "pair_statistics": PairStatisticsProblem,
     "preference_loss": PreferenceLossProblem,
+    "token_log_probs": TokenLogProbsProblem,
 }
 PROVIDERS = ("eager", "compile", "reference", "native", "triton", "cuda")
 """``eager``: the released codes' order of operations; ``compile``: torch.compile of it; others: backends of the op."""
@@ -30,14 +33,14 @@ BASELINES = ("eager", "compile")
 
 SHAPES = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "flux": (16, 128, 128), "video": (16, 21, 90, 160)}
 PAIRS = (1, 2, 8, 16, 32, 64)
-TIMESTEPS = {"affine_step": (1,), "pair_statistics": (1,), "preference_loss": (1, 10, 80)}
+TIMESTEPS = {"affine_step": (1,), "pair_statistics": (1,), "preference_loss": (1, 10, 80), "token_log_probs": (1,)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def everything() -> Iterator[tuple[Case, str]]:
     """Every case and mode, small ones first within an op and a model."""
     for op in sorted(OPS):
-        for model, shape in SHAPES.items():
+        for model, shape in (TOKENS if op == "token_log_probs" else SHAPES).items():
             for timesteps in TIMESTEPS[op]:
                 for pairs in PAIRS:
                     for dtype in DTYPES:
@@ -56,6 +59,7 @@ QUICK = {
         "(affine_step|preference_loss) sdxl pairs=8 K=1 bfloat16 full",
         "preference_loss sdxl pairs=64 K=80 bfloat16 full",
         "affine_step video pairs=16 float32 full",
+        "token_log_probs vocab152k pairs=8 bfloat16 full",
     ],
 }
 """Filters by device. CPU: a minute's worth of image latents. GPU: the most telling first, most of them with tensors of

@@ -9,7 +9,14 @@ from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import InvalidInput, MissingExtra, NonFiniteLoss
 from fastinvdpo.methods import Draws, PairBatch, build_objective
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPOLoss, diffusion_dpo_loss
-from fastinvdpo.ops import PairStatistics, PreferenceLoss, affine_step, pair_statistics, preference_loss
+from fastinvdpo.ops import (
+    PairStatistics,
+    PreferenceLoss,
+    affine_step,
+    pair_statistics,
+    preference_loss,
+    token_log_probs,
+)
 from fastinvdpo.ops.dispatch import use_backend
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ __all__ = [
     "losses",
     "pair_statistics",
     "preference_loss",
+    "token_log_probs",
     "use_backend",
 ]
 

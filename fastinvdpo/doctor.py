@@ -253,11 +253,19 @@ def _preference_loss(policy: Tensor, reference: Tensor, target: Tensor) -> list[
     return found
 
 
+def _token_log_probs(hidden: Tensor, weight: Tensor, _: Tensor) -> list[Tensor]:
+    leaf = hidden.requires_grad_()
+    with torch.enable_grad():
+        values = fastinvdpo.token_log_probs(leaf, weight, torch.arange(len(leaf), device=leaf.device))
+        return [values.detach(), *torch.autograd.grad(values.sum(), leaf)]
+
+
 # For each op: from three tensors to its results and gradients, and how many terms their sums have.
 _CHECKS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], list[Tensor]], int]] = {
     "affine_step": (_affine_step, 1),
     "pair_statistics": (_pair_statistics, _SIZE),
     "preference_loss": (_preference_loss, _SIZE),
+    "token_log_probs": (_token_log_probs, _SIZE),
 }
 
 if __name__ == "__main__":

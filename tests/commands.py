@@ -33,7 +33,7 @@ def write_inputs(root: Path) -> dict[str, list[str]]:
     sampling: dict[str, Any] = {"prompts": str(root / "prompts.txt"), "scorers": ["tests.evaluation.tiny:brightness"]}
     config = tiny.mapping(
         root,
-        model={"family": "digits", "path": str(base), "lora": {"rank": 2}},
+        model={"family": "stable-diffusion", "path": str(base), "lora": {"rank": 2}},
         training={"steps": STEPS, "batch_size": 2},
         evaluation={**sampling, "every": 2, "num_inference_steps": 2, "guidance_scale": 1.0},
         output={"directory": "out", "checkpoint_every": 2, "keep_checkpoints": 1, "tensorboard": False},
@@ -53,10 +53,10 @@ def write_inputs(root: Path) -> dict[str, list[str]]:
         "inspect": ["data", "inspect", pairs, "--output", "out"],
         "evaluate": [
             *("evaluate", *compared, "--scorer", "tests.evaluation.tiny:brightness", "--output", "out"),
-            *("--family", "digits", "num_inference_steps=2", "guidance_scale=1.0", "batch_size=2"),
+            *("--family", "stable-diffusion", "num_inference_steps=2", "guidance_scale=1.0", "batch_size=2"),
         ],
         "invert": [
-            *("invert", str(root / "0.png"), str(root / "1.png"), "--model", str(base), "--family", "digits"),
+            *("invert", str(root / "0.png"), str(root / "1.png"), "--model", str(base), "--family", "stable-diffusion"),
             *("--output", "out", "--num-inference-steps", "2"),
         ],
     }

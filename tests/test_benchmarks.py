@@ -30,7 +30,13 @@ PROVIDERS = (
     "reference",
     *(["native"] if dispatch.unavailable("affine_step", "native", "cpu") is None else []),
 )
-OPS = [("affine_step", 1), ("pair_statistics", 1), ("preference_loss", 1), ("preference_loss", 4)]
+OPS = [
+    ("affine_step", 1),
+    ("pair_statistics", 1),
+    ("preference_loss", 1),
+    ("preference_loss", 4),
+    ("token_log_probs", 1),
+]
 
 
 def tiny(op: str = "preference_loss", timesteps: int = 1, dtype: torch.dtype = torch.float32) -> Case:

@@ -55,7 +55,7 @@ def test_train_end_to_end_and_resume(workspace: Path, capfd: pytest.CaptureFixtu
     assert str(workspace / "run" / "model") in done.stdout
     assert "pairs/s" in done.stderr  # the progress bar
     assert "Traceback" not in done.stderr
-    trained, base = load_model("digits", workspace / "run" / "model"), load_model("digits", workspace / "model")
+    trained, base = load_model("auto", workspace / "run" / "model"), load_model("auto", workspace / "model")
     pairs = list(zip(trained.network.parameters(), base.network.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in pairs)
     assert list((workspace / "run" / "tensorboard").iterdir())
@@ -81,7 +81,7 @@ def test_precompute_then_train(workspace: Path, capfd: pytest.CaptureFixture[str
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = load_model("digits", workspace / "model")
+    model = load_model("auto", workspace / "model")
     with torch.no_grad():
         next(model.network.parameters()).fill_(float("nan"))
     shutil.rmtree(workspace / "model")
@@ -102,8 +102,8 @@ MISTAKES = {
     "no such model": (["train", "{config}", "model.path=nowhere"], "nowhere"),
     "no such checkpoint": (["train", "{config}", "--resume", "nowhere"], "resume = 'nowhere'"),
     "unknown demo method": (["demo", "--method", "ppo"], "method = 'ppo': is not known"),
-    "unknown model to invert": (["invert", "{image}", "--model", "nowhere", "--family", "digits"], "nowhere"),
-    "no image to invert": (["invert", "nowhere.png", "--model", "{model}", "--family", "digits"], "nowhere.png"),
+    "unknown model to invert": (["invert", "{image}", "--model", "nowhere"], "nowhere"),
+    "no image to invert": (["invert", "nowhere.png", "--model", "{model}"], "nowhere.png"),
 }
 
 
@@ -166,7 +166,7 @@ def test_warnings_are_one_line(workspace: Path, capfd: pytest.CaptureFixture[str
 
 def test_invert_writes_its_report(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(workspace / "image.png")
-    options = ["--model", str(workspace / "model"), "--family", "digits", "--num-inference-steps", "4"]
+    options = ["--model", str(workspace / "model"), "--num-inference-steps", "4"]
     output = workspace / "inverted"
     assert cli.main(["invert", str(workspace / "image.png"), *options, "--output", str(output)]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -199,9 +199,9 @@ for words in sys.argv[1:]:
 
 @pytest.fixture
 def both(tmp_path: Path) -> Path:
-    """Files of a digits model and of Stable Diffusion."""
+    """Files of a run of all weights, and of one with an adapter on quantized ones."""
     sections: dict[str, Any] = {
-        "digits": {},
+        "whole": {},
         "sd15": {"model": {"family": "auto", "lora": {"rank": 2}, "quantization": "nf4"}, "data": {"resolution": 16}},
     }
     for name, own in sections.items():
@@ -209,8 +209,8 @@ def both(tmp_path: Path) -> Path:
         short = {"training": {"steps": 1, "batch_size": 1}, "optimizer": {"warmup_steps": 0}}
         values = tiny.mapping(tmp_path / name, "diffusion-dpo", **short, **own)
         (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(values))
-    tiny.write_model(tmp_path / "digits" / "model")
-    tiny.write_data(tmp_path / "digits" / "pairs.parquet")
+    tiny.write_model(tmp_path / "whole" / "model")
+    tiny.write_data(tmp_path / "whole" / "pairs.parquet")
     sd_pipeline().save_pretrained(tmp_path / "sd15" / "model", safe_serialization=True)
     write_two_pairs(tmp_path / "sd15")
     (tmp_path / "prompts.txt").write_text("a one\na two\n")
@@ -224,13 +224,13 @@ def test_commands_say_nothing_foreign(both: Path) -> None:
         "train|--help",
         "doctor",
         "train|--preset|list",
-        "train|digits/run.yaml|--dry-run",
-        "train|digits/run.yaml|--no-progress|output.tensorboard=true",
+        "train|whole/run.yaml|--dry-run",
+        "train|whole/run.yaml|--no-progress|output.tensorboard=true",
         "train|sd15/run.yaml|--no-progress",
-        "evaluate|--base|digits/model|--aligned|digits/run/model|--prompts|prompts.txt|--scorer|mine:score"
+        "evaluate|--base|whole/model|--aligned|whole/run/model|--prompts|prompts.txt|--scorer|mine:score"
         "|--output|evaluated|num_inference_steps=2",
         "demo|--help",
-        "data|inspect|digits/pairs.parquet|--output|inspected",
+        "data|inspect|whole/pairs.parquet|--output|inspected",
     ]
     done = _python("-c", COMMANDS, *commands, cwd=both)
     assert done.returncode == 0, done.stderr

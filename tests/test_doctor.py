@@ -121,7 +121,12 @@ def test_a_wrong_result_is_noticed(
     checks = json.loads(capsys.readouterr().out)["checks"]
     # Half precision cannot tell so small an error from its rounding.
     checks = {(check["op"], check["passed"]) for check in checks if check["dtype"] == "float32"}
-    assert checks == {("affine_step", False), ("pair_statistics", True), ("preference_loss", True)}
+    assert checks == {
+        ("affine_step", False),
+        ("pair_statistics", True),
+        ("preference_loss", True),
+        ("token_log_probs", True),
+    }
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
@@ -150,7 +155,7 @@ def test_a_choice_that_cannot_run_is_a_finding(
 
 
 def test_the_command_works_with_torch_alone() -> None:
-    names = "diffusers transformers accelerate peft datasets pydantic typer rich yaml PIL pyarrow sklearn scipy"
+    names = "diffusers transformers accelerate peft datasets pydantic typer rich yaml PIL pyarrow scipy"
     absent = {*names.split(), "matplotlib", "tensorboard", "safetensors", "triton", "numpy"}
     code = "from fastinvdpo.cli import main; sys.exit(main(['doctor', '--json']))"
     assert json.loads(run_python(REFUSE + code, "", ",".join(sorted(absent))))["healthy"] is True

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastinvdpo import cli
-from fastinvdpo._examples.demonstration import WRITTEN
+from fastinvdpo._examples.emoji.run import WRITTEN
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.output import MARK, OutputDirectory
 from tests import commands
@@ -182,10 +182,13 @@ def test_no_file_of_a_user_is_replaced(
         refused(tmp_path / str(number), names, words[name], monkeypatch)
 
 
-def test_no_file_of_a_user_is_replaced_by_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_of_a_user_is_replaced_by_the_demo(
+    words: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = [*DEMO, *words["evaluate"][1:3]]  # --base
     written = [*WRITTEN, "training/model/unet/config.json", "training/history.jsonl", "training/data.json"]
     for number, names in enumerate([["summary.json"], [written[-3]], [written[-1]], written]):
-        refused(tmp_path / str(number), names, DEMO, monkeypatch)
+        refused(tmp_path / str(number), names, demo, monkeypatch)
 
 
 def test_other_files_stay_where_they_are(
@@ -210,7 +213,7 @@ def test_a_disk_that_is_full_or_not_to_be_written_is_told_in_one_line(
 ) -> None:
     (tmp_path / "out").write_text("a file where a directory is wanted")
     monkeypatch.chdir(tmp_path)
-    for name, command in [*words.items(), ("demo", DEMO)]:
+    for name, command in [*words.items(), ("demo", [*DEMO, *words["evaluate"][1:3]])]:
         assert cli.main(command) == 2, name
         told = capsys.readouterr().err
         assert told.startswith("error: ") and "out" in told and len(told.splitlines()) == 1, name

@@ -1,4 +1,4 @@
-"""The shipped images: two designers' drawings of every emoji."""
+"""The shipped images, two designers' drawings of every emoji, and preference pairs of them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import functools
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fastinvdpo._extras import require
+from fastinvdpo.data.writing import encode_png
 
 IMAGES = Path(__file__).with_name("emoji.parquet")
 DESIGNERS = ("twemoji", "noto")
 HELD_OUT = 300
+PREFERENCES = ("noto", "twemoji", "vivid", "prompt")
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,39 @@ def load_emoji(path: Path = IMAGES) -> Emoji:
 
 def _pixels(encoded: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def saturation(images: np.ndarray) -> np.ndarray:
+    """Mean over the pixels of the largest minus the smallest of red, green and blue, 0 to 1, for ``(n, h, w, 3)``."""
+    found: np.ndarray = (images.max(-1).astype(np.float64) - images.min(-1)).mean((1, 2)) / 255
+    return found
+
+
+def make_pairs(emoji: Emoji, preference: str, seed: int, *, shuffle: bool = False) -> list[dict]:
+    """One preference pair an emoji, as rows of the schema jpg_0, jpg_1, label_0, label_1, caption, score_0, score_1.
+
+    ``noto``, ``twemoji`` and ``vivid`` compare the two drawings, the last by :func:`saturation`; ``prompt`` a drawing
+    with the same designer's of another emoji. Which side wins is random as well, so that neither column is always the
+    winner. ``shuffle`` is the control experiment: the pairs stay, and a coin decides which side is called the winner.
+    """
+    random = np.random.RandomState(seed)
+    rows = []
+    for place, name in enumerate(emoji.names):
+        drawings, scores = emoji.images[:, place], np.array([0.0, 1.0])
+        if preference == "prompt":
+            other = (place + random.randint(1, len(emoji))) % len(emoji)
+            drawings = emoji.images[random.randint(2), [other, place]]
+        elif preference == "twemoji":
+            scores = scores[::-1]
+        elif preference == "vivid":
+            scores = saturation(drawings)
+        if scores[0] == scores[1]:
+            continue
+        order = random.permutation(2)
+        scores = scores[random.permutation(2)] if shuffle else scores[order]
+        row: dict[str, Any] = {"caption": name}
+        for side in range(2):
+            row[f"jpg_{side}"] = encode_png(Image.fromarray(drawings[order[side]]))
+            row |= {f"label_{side}": float(scores[side] > scores[1 - side]), f"score_{side}": float(scores[side])}
+        rows.append(row)
+    return rows

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastinvdpo._examples.emoji.data import Emoji, load_emoji, split
-from fastinvdpo._examples.judging import frechet_distance
+from fastinvdpo._examples.emoji.data import Emoji, load_emoji, saturation, split
 from fastinvdpo._extras import require
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
@@ -107,10 +106,18 @@ class Judge:
         return Verdict(rewards, ranks, float((logits > 0).mean()), float(colors.mean()), distance)
 
 
-def saturation(images: np.ndarray) -> np.ndarray:
-    """Mean over the pixels of the largest minus the smallest of red, green and blue, 0 to 1, for ``(n, h, w, 3)``."""
-    found: np.ndarray = (images.max(-1).astype(np.float64) - images.min(-1)).mean((1, 2)) / 255
-    return found
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Fréchet distance of the normal distributions fitted to two sets of features, ``(n, d)`` and ``(m, d)``.
+
+    ``|mu_1 − mu_2|² + tr(S_1 + S_2 − 2 (S_1^½ S_2 S_1^½)^½)`` (Dowson and Landau, 1982), the formula of FID. It
+    depends on the number of samples, so compare values only for equal n and m.
+    """
+    one, two = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ two @ root).clip(min=0)
+    shift = first.mean(0) - second.mean(0)
+    return float(shift @ shift + np.trace(one) + np.trace(two) - 2 * np.sqrt(cross).sum())
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

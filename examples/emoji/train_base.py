@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo._examples import SCHEDULER
 from fastinvdpo._examples.emoji.data import Emoji, load_emoji
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_directory, atomic_file
@@ -56,6 +55,17 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+"""The noise schedule of Stable Diffusion 1.x, on which the model is trained."""
 TEXT: dict[str, Any] = {
     "hidden_size": WIDTH,
     "projection_dim": WIDTH,

@@ -28,7 +28,7 @@ Preset: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Start from published hyper-parameters, such as inpo-sd15; 'train --preset list' shows all."),
 ]
-Family: TypeAlias = Annotated[str, typer.Option(help="auto, digits, stable-diffusion, stable-diffusion-3 or flux.")]
+Family: TypeAlias = Annotated[str, typer.Option(help="auto, stable-diffusion, stable-diffusion-3 or flux.")]
 DataKeys: TypeAlias = Annotated[
     list[str] | None,
     typer.Argument(
@@ -213,10 +213,16 @@ def score(
 
 @app.command(cls=PathsExpanded)
 def demo(
-    method: Annotated[str, typer.Option(help="diffusion-dpo, inpo, smpo or inversion-dpo.")] = "inversion-dpo",
+    method: Annotated[
+        str, typer.Option(help="Any method but pnapo, which needs the noise of an image.")
+    ] = "inversion-dpo",
     preference: Annotated[
-        str, typer.Option(help="slant (leaning right wins), bold (more ink wins) or digit (the prompted digit wins).")
-    ] = "slant",
+        str,
+        typer.Option(
+            help="noto or twemoji (that designer's drawing wins), vivid (the more saturated one wins) or prompt (the "
+            "prompted emoji wins against another)."
+        ),
+    ] = "noto",
     seed: Annotated[int, typer.Option(help="Seed of pairs, training and samples.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps instead of the recipe's.")] = None,
     output: Annotated[
@@ -225,26 +231,15 @@ def demo(
     control: Annotated[
         str | None, typer.Option(help="'shuffle' makes winners and losers random: nothing should be learned.")
     ] = None,
-    train_base: Annotated[
-        bool, typer.Option("--train-base", help="Train the base model again first, 5 to 8 minutes on one core.")
-    ] = False,
+    base: Annotated[Path | None, typer.Option(help="Directory of the base model, instead of the shipped one.")] = None,
     progress: Annotated[
         bool, typer.Option(help="Show a progress bar and the table at the end.", callback=quiet)
     ] = True,
 ) -> None:
-    """Align a small model of handwritten digits to a preference in minutes on a CPU, and show what changed."""
-    from fastinvdpo._examples.digits.run import run_demo
+    """Align a small Stable Diffusion of emoji to a preference in minutes on a CPU, and show what changed."""
+    from fastinvdpo._examples.emoji.run import Run, run_demo
 
-    run_demo(
-        method=method,
-        preference=preference,
-        seed=seed,
-        steps=steps,
-        output=output,
-        control=control,
-        train_base=train_base,
-        progress=progress,
-    )
+    run_demo(Run(method, preference, seed, steps, control), base=base, output=output, progress=progress)
 
 
 @app.command(cls=PathsExpanded)

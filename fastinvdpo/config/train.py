@@ -90,9 +90,6 @@ def _method(config: TrainConfig) -> Iterator[InvalidInput]:
 
 def _model(config: TrainConfig) -> Iterator[InvalidInput]:
     model = config.model
-    if model.family == "digits" and model.revision is not None:
-        problem = "names a hub revision; digits models are directories"
-        yield invalid("model.revision", model.revision, problem, "set it to null")
     if model.quantization is not None and model.lora is None:
         remedy = "add model.lora; for full fine-tuning model.reference_quantization makes the frozen copy small"
         yield invalid("model.quantization", model.quantization, "freezes what full fine-tuning trains", remedy)

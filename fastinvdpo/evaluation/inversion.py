@@ -155,7 +155,7 @@ def overview(model: DiffusionModel, result: InversionResult) -> Image:
         left = margin + column * (width + margin)
         draw.text((left, margin // 2), title, fill="black")
         for line, row in enumerate(rows):
-            # Whole pixels stay whole: an 8x8 digit must not look smooth.
+            # Whole pixels stay whole: a small image must not look smooth.
             tile = row[column].convert("RGB").resize((width, height), Resampling.NEAREST)
             sheet.paste(tile, (left, header + margin + line * (height + margin)))
     return sheet

@@ -58,8 +58,7 @@ def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]
     """The content of a checkpoint's model_index.json. Raises ``InvalidInput`` where there is none."""
     source = location("model.path", path)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        remedy = f"{NOT_FOUND}; a model of the demo is of the family digits"
-        raise invalid("model.path", source, "holds no model_index.json", remedy)
+        raise invalid("model.path", source, "holds no model_index.json", NOT_FOUND)
     with readable_errors("model.path", source):
         index: dict[str, Any] = _diffusers().DiffusionPipeline.load_config(source, revision=revision)
     return index

@@ -18,7 +18,6 @@ from fastinvdpo.output import MARK
 
 # family name -> (module, class); modules are imported when needed, since they need diffusers.
 _FAMILIES = {
-    "digits": ("fastinvdpo.models.digits", "DigitsModel"),
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
     "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
     "flux": ("fastinvdpo.models.flow", "FluxModel"),
@@ -26,7 +25,7 @@ _FAMILIES = {
     "qwen-image": ("fastinvdpo.models.qwen_image", "QwenImageModel"),
     "z-image": ("fastinvdpo.models.z_image", "ZImageModel"),
 }
-FLOW_FAMILIES = tuple(name for name in _FAMILIES if name not in ("digits", "stable-diffusion"))
+FLOW_FAMILIES = tuple(name for name in _FAMILIES if name != "stable-diffusion")
 # Pipeline class in a checkpoint's model_index.json -> family.
 _PIPELINES = {
     "StableDiffusionPipeline": "stable-diffusion",
@@ -52,8 +51,7 @@ def families() -> tuple[str, ...]:
 def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
     """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json.
 
-    A directory without one, but with a UNet and a scheduler, is a model of the demo. Raises ``InvalidInput`` where
-    nothing can be inferred.
+    Raises ``InvalidInput`` where nothing can be inferred.
     """
     if not str(path or "").strip():
         raise invalid("model.path", path, "is empty", "name a directory or a hub id")
@@ -62,9 +60,6 @@ def resolve_family(family: str, path: str | Path, revision: str | None = None) -
             known = f"choose auto, or one of {', '.join(_FAMILIES)}"
             raise invalid("model.family", family, "is not a known model family", known)
         return family
-    root = Path(path)
-    if (root / "scheduler" / "scheduler_config.json").is_file() and not (root / "model_index.json").is_file():
-        return "digits"
     name = model_index(path, revision).get("_class_name")
     if name not in _PIPELINES:
         raise invalid("model.path", str(path), f"is a {name}", f"supported are {', '.join(_PIPELINES)}")
@@ -94,7 +89,7 @@ def load_model(
 
     Args:
         family: one of :func:`families`, or ``"auto"``: inferred from the checkpoint.
-        path: directory of the model, or for all but ``digits`` also a Hugging Face hub id.
+        path: directory of the model, or a Hugging Face hub id.
         dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
         frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode
             or decode.

@@ -24,7 +24,10 @@ VARIABLE = "FASTINVDPO_BACKEND"
 BACKENDS = ("cuda", "triton", "native", "reference")
 """Every backend's name, in the order in which ``auto`` tries them."""
 
-IMPLEMENTED: dict[str, tuple[str, ...]] = dict.fromkeys(native.OPS, BACKENDS)
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(native.OPS, BACKENDS),
+    "token_log_probs": ("triton", "native", "reference"),
+}
 """The backends that have a kernel for each op."""
 
 # Delete a line once `make test-gpu` has passed for that backend: from then on ``auto`` chooses it.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parents[1]
-OPS = ("affine_step", "pair_statistics", "preference_loss")
+OPS = ("affine_step", "pair_statistics", "preference_loss", "token_log_probs")
 """All ops; an extension without one of them was built for an older version."""
 
 

@@ -160,7 +160,7 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-MINIMAL = "method: {name: inpo}\nmodel: {family: digits, path: m}\ndata: {path: p}\noutput: {directory: %s}\n"
+MINIMAL = "method: {name: inpo}\nmodel: {family: stable-diffusion, path: m}\ndata: {path: p}\noutput: {directory: %s}\n"
 
 
 def test_overrides_win_and_create_sections(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fastinvdpo.evaluation.comparing import compare, parse_sampling
 from fastinvdpo.evaluation.sampling import Sampling
 from fastinvdpo.evaluation.scorers import FunctionScorer, check_scorers, open_scorers
 from fastinvdpo.models.base import Origin
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.output import MARK
 from fastinvdpo.trainer import train
 from tests.cases import SD_SCHEDULER
@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def evaluate(models: tuple[Path, Path], output: Path, sampling: Sampling = SAMPLING, **options: Any) -> dict[str, Any]:
-    return compare(*models, PROMPTS, [SCORER], output, family="digits", sampling=sampling, **options)
+    return compare(*models, PROMPTS, [SCORER], output, family="stable-diffusion", sampling=sampling, **options)
 
 
 def pixels(root: Path, side: str) -> np.ndarray:
@@ -92,15 +92,15 @@ def test_an_interrupted_evaluation_ends_with_the_same_images(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(models, tmp_path / "whole")
-    decode, calls = DigitsModel.decode_latents, []
+    decode, calls = StableDiffusionModel.decode_latents, []
 
-    def interrupted(self: DigitsModel, latents: torch.Tensor) -> list[Any]:
+    def interrupted(self: StableDiffusionModel, latents: torch.Tensor) -> list[Any]:
         calls.append(len(latents))
         if len(calls) == 5:  # the second batch of the aligned model
             raise KeyboardInterrupt
         return decode(self, latents)
 
-    monkeypatch.setattr(DigitsModel, "decode_latents", interrupted)
+    monkeypatch.setattr(StableDiffusionModel, "decode_latents", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(models, tmp_path / "parts")
     assert not (tmp_path / "parts" / "evaluation.json").exists()
@@ -148,7 +148,7 @@ def test_images_of_another_evaluation_are_refused(models: tuple[Path, Path], tmp
     with pytest.raises(InvalidInput, match=r"different are aligned unet \(sha256:.* there, sha256:.* here\)\. Remedy"):
         evaluate((models[0], models[0]), tmp_path)
     with pytest.raises(InvalidInput, match=r"different are prompts \(7 there, 6 here\), content of the prompts"):
-        compare(*models, PROMPTS[:6], [SCORER], tmp_path, family="digits", sampling=SAMPLING)
+        compare(*models, PROMPTS[:6], [SCORER], tmp_path, family="stable-diffusion", sampling=SAMPLING)
     assert evaluate(models, tmp_path, Sampling(3, 1.0, batch_size=7))["batch_size"] == 7  # speed alone
     (tmp_path / MARK).unlink()
     (tmp_path / "settings.json").unlink()
@@ -160,7 +160,7 @@ def test_an_adapter_a_network_and_a_whole_model_are_one(tmp_path: Path) -> None:
     """The adapter stands on the network that it was trained on."""
     base = tiny_training.write_model(tmp_path / "model")
     tiny_training.write_data(tmp_path / "pairs.parquet")
-    tuned = tiny_models.digits_unet()
+    tuned = tiny_models.unet()
     with torch.no_grad():
         tuned.conv_out.bias.add_(0.3)
     tuned.save_pretrained(tmp_path / "tuned" / "unet")
@@ -177,7 +177,7 @@ def test_an_adapter_a_network_and_a_whole_model_are_one(tmp_path: Path) -> None:
         assert np.array_equal(sampled["model"], sampled["model/unet"])
         assert not np.array_equal(sampled["model"], pixels(output, "base"))
     assert found["notes"] == [f"The adapter stands on the weights that it was trained on, {tmp_path / 'tuned'}."]
-    other = tiny_models.write_digits(tmp_path / "other")
+    other = tiny_models.write_model(tmp_path / "other", unet=tiny_models.unet())
     with pytest.raises(InvalidInput, match=r"aligned = .*adapter.*does not fit"):
         evaluate((other, tmp_path / "plain" / "adapter"), tmp_path / "evaluations" / "misfit")
 
@@ -220,7 +220,7 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     command = ["evaluate", "--base", str(models[0]), "--aligned", str(models[1]), "--prompts", "prompts.txt"]
     scorers = ["--scorer", "own_scorers:brightness", "--scorer", f"clip={clip}"]
-    command += ["--family", "digits", *scorers, "--output", "out"]
+    command += ["--family", "stable-diffusion", *scorers, "--output", "out"]
     command += ["--max-prompts", "4", "num_inference_steps=2", "guidance_scale=1.5", "batch_size=4"]
     path = list(sys.path)
     assert cli.main(command) == 0, capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_the_command(
 def test_bad_arguments(models: tuple[Path, Path], tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     given = {"base": models[0], "aligned": models[1], "prompts": PROMPTS, "scorers": [SCORER], "sampling": SAMPLING}
     with pytest.raises(InvalidInput, match=message):
-        compare(output=tmp_path / "out", family="digits", **{**given, **arguments})
+        compare(output=tmp_path / "out", family="stable-diffusion", **{**given, **arguments})
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 

@@ -69,8 +69,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     prompts = [*tiny.PROMPTS[:3], HOSTILE]
     sampling = Sampling(num_inference_steps=2, guidance_scale=1.0)
-    compare(base, brighter, prompts, scorers, root / "out", family="digits", sampling=sampling, shown=4)
-    compare(base, brighter, prompts, scorers, root / "few", family="digits", sampling=sampling, shown=1)
+    compare(base, brighter, prompts, scorers, root / "out", family="stable-diffusion", sampling=sampling, shown=4)
+    compare(base, brighter, prompts, scorers, root / "few", family="stable-diffusion", sampling=sampling, shown=1)
     return root
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo._examples.digits.base import SCHEDULER, WEIGHTS
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.inversion import invert_images
 from fastinvdpo.evaluation.sampling import STREAM_SAMPLING, sample
 from fastinvdpo.models import DiffusionModel, load_model
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.ops import philox
 from tests.cases import SD_SCHEDULER
 from tests.models import tiny
@@ -35,18 +34,18 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "second order": ("HeunDiscrete", {}),
     "second order, between": ("KDPM2Discrete", {}),
 }
-PROMPTS = ["a handwritten three", "a handwritten seven", "", "a handwritten zero", "a handwritten one"]
+PROMPTS = ["a three", "a seven", "", "a zero", "a one"]
 
 
 @pytest.fixture(scope="module")
 def model() -> DiffusionModel:
-    return load_model("digits", WEIGHTS / "clean")
+    return StableDiffusionModel(tiny.pixel_pipeline())
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_sampling_equals_diffusers_ddim(model: DiffusionModel, guidance_scale: float) -> None:
     ours = sample(model, model.network, PROMPTS, num_inference_steps=10, guidance_scale=guidance_scale, seed=4)
-    scheduler = diffusers.DDIMScheduler(**SCHEDULER)
+    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULER)
     scheduler.set_timesteps(10)
     latents = philox.normal(4, STREAM_SAMPLING, torch.arange(len(PROMPTS)), model.latent_shape)
     conditional, unconditional = model.encode_prompts(PROMPTS), model.encode_prompts([""] * len(PROMPTS))
@@ -93,21 +92,21 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_an_oracle_is_followed_to_its_image(prediction_type: str) -> None:
-    configuration = {**SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": True}
-    clean = torch.linspace(-1, 1, 64).view(1, 8, 8)
-    model = DigitsModel(nn.Identity(), configuration)
+    configuration = {**SD_SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": True}
+    clean = torch.linspace(-1, 1, 256).view(4, 8, 8)
+    model = StableDiffusionModel(tiny.pixel_pipeline(scheduler=diffusers.DDIMScheduler(**configuration)))
     oracle = Oracle(model.schedule, clean).eval()
     model.network = oracle
     sampled = sample(model, oracle, PROMPTS, num_inference_steps=7, guidance_scale=2.0, batch_size=3)
-    torch.testing.assert_close(sampled, clean.expand(5, 1, 8, 8), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(sampled, clean.expand(5, 4, 8, 8), rtol=1e-5, atol=2e-5)
     assert sum(oracle.seen) == 5 * 7 * 2
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_is_restored_even_after_an_error(training: bool) -> None:
-    model = DigitsModel(nn.Identity(), SCHEDULER)
+    model = StableDiffusionModel(tiny.pixel_pipeline())
     for fail in (False, True):
-        model.network = Oracle(model.schedule, torch.zeros(1, 8, 8), fail).train(training)
+        model.network = Oracle(model.schedule, torch.zeros(4, 8, 8), fail).train(training)
         with pytest.raises(RuntimeError) if fail else nullcontext():
             sample(model, model.network, PROMPTS, num_inference_steps=2)
         assert model.network.training is training

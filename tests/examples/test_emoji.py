@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fastinvdpo._examples import demonstration
+from fastinvdpo import cli
+from fastinvdpo._examples import compare_methods
 from fastinvdpo._examples.emoji import fidelity, make_data, run, train_base
 from fastinvdpo._examples.emoji import judge as judging
-from fastinvdpo._examples.emoji.data import DESIGNERS, Emoji, load_emoji, split
+from fastinvdpo._examples.emoji.data import DESIGNERS, PREFERENCES, Emoji, load_emoji, make_pairs, saturation, split
+from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
+from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import load_config, to_yaml
+from fastinvdpo.trainer.dry_run import count_evaluations
 
 STAGES = (
     train_base.Stage("autoencoder", 2, 4, 1e-3, decay=1),
@@ -155,7 +160,7 @@ def test_judges_tell_designers_and_find_emoji(emoji: Emoji) -> None:
     for side, images in enumerate(held_out.images):
         changed = judging.augment(judging.to_tensor(images), generator).clamp(-1, 1)
         seen = ((changed + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        verdicts = {name: judge.judge(name, seen, held_out.names) for name in run.PREFERENCES}
+        verdicts = {name: judge.judge(name, seen, held_out.names) for name in PREFERENCES}
         found = verdicts[DESIGNERS[side]].as_dict()
         assert found["top5"] >= 0.9 and found["top5"] >= found["top1"] >= 0.7
         assert verdicts["noto"].rewards.tolist() == (-verdicts["twemoji"].rewards).tolist()
@@ -163,15 +168,15 @@ def test_judges_tell_designers_and_find_emoji(emoji: Emoji) -> None:
         assert verdicts["vivid"].rewards.mean() == found["saturation"]
         shifted = judge.judge("prompt", seen, held_out.names[1:] + held_out.names[:1]).as_dict()
         assert shifted["top5"] < 0.1 and shifted["reward"] < found["top1"]
-    assert judging.saturation(np.full((1, 2, 2, 3), 7, np.uint8)) == [0]
-    assert judging.saturation(np.array([[[[255, 0, 51]]], [[[0, 51, 0]]]], np.uint8)) == pytest.approx([1, 0.2])
+    assert saturation(np.full((1, 2, 2, 3), 7, np.uint8)) == [0]
+    assert saturation(np.array([[[[255, 0, 51]]], [[[0, 51, 0]]]], np.uint8)) == pytest.approx([1, 0.2])
 
 
-@pytest.mark.parametrize("preference", run.PREFERENCES)
+@pytest.mark.parametrize("preference", PREFERENCES)
 def test_pairs_follow_the_preference_and_shuffled_ones_do_not(preference: str, emoji: Emoji) -> None:
     part = emoji.take(np.arange(0, len(emoji), 6))
-    rows = run.make_pairs(part, preference, seed=1)
-    assert rows == run.make_pairs(part, preference, seed=1) != run.make_pairs(part, preference, seed=2)
+    rows = make_pairs(part, preference, seed=1)
+    assert rows == make_pairs(part, preference, seed=1) != make_pairs(part, preference, seed=2)
     assert 0.4 < np.mean([row["label_0"] for row in rows]) < 0.6
     places = {name: place for place, name in enumerate(part.names)}
 
@@ -180,68 +185,150 @@ def test_pairs_follow_the_preference_and_shuffled_ones_do_not(preference: str, e
         winner, loser = sides if row["label_0"] else sides[::-1]
         drawings = part.images[:, places[row["caption"]]]
         if preference == "vivid":
-            return bool(np.subtract(*judging.saturation(np.array([winner, loser]))) > 0)
+            return bool(np.subtract(*saturation(np.array([winner, loser]))) > 0)
         if preference == "prompt":
             return any((winner == drawing).all() for drawing in drawings)
         return bool((winner == drawings[DESIGNERS.index(preference)]).all())
 
     assert all(map(right, rows)) and all((row["score_0"] > row["score_1"]) == row["label_0"] for row in rows)
-    assert 0.4 < np.mean([right(row) for row in run.make_pairs(part, preference, seed=1, shuffle=True)]) < 0.6
+    assert 0.4 < np.mean([right(row) for row in make_pairs(part, preference, seed=1, shuffle=True)]) < 0.6
 
 
-@pytest.mark.parametrize("method", demonstration.METHODS)
+@pytest.mark.parametrize("method", run.METHODS)
 def test_every_method_has_a_configuration_that_survives_its_file(method: str, base: Path, tmp_path: Path) -> None:
     demo = run.EmojiDemo(base)
-    for preference in run.PREFERENCES:
+    for preference in PREFERENCES:
         rows = [{"score_0": 0.0, "score_1": 0.5}]
-        config = demo.config(demonstration.Run(method, preference), tmp_path, rows)
+        config = demo.config(run.Run(method, preference), tmp_path, rows)
         (tmp_path / "config.yaml").write_text(to_yaml(config))
         assert load_config(tmp_path / "config.yaml") == config
         assert config.training.steps == run.STEPS and (config.cache.path is not None) == (method == "inversion-dpo")
+        if method == "smpo":
+            # A sure preference weighs 1, as in the other methods.
+            sure = config.method.preference_scale * (2 / (1 + math.exp(-1)) - 1)
+            assert config.method.score_range == 0.5
+            assert config.method.preference_scale == 10 if preference == "vivid" else sure == pytest.approx(1.0)
 
 
-def test_a_tiny_demo_leaves_everything(
-    base: Path,
-    few: Emoji,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+@pytest.fixture
+def small(few: Emoji, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen pairs, eight prompts of one step each, and a rate at which two steps of training are seen."""
     for module in (run, judging):
         monkeypatch.setattr(module, "split", lambda: (np.arange(16), np.arange(16, 24)))
     monkeypatch.setattr(run, "load_emoji", lambda: few)
     monkeypatch.setattr(run, "NUM_INFERENCE_STEPS", 1)
-    monkeypatch.setattr(run, "LEARNING_RATE", 0.01)  # seen after two steps
+    monkeypatch.setattr(run, "RECIPES", {name: replace(one, learning_rate=0.01) for name, one in run.RECIPES.items()})
     monkeypatch.setattr(judging, "WEIGHTS", weights)
-    demo = run.EmojiDemo(base)
-    summary = demonstration.run_demo(demo, demonstration.Run("inversion-dpo", "noto", 3, 2), output=tmp_path)
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert summary["status"] == "ok" and summary["steps"] == 2
+
+
+def test_a_tiny_demo_leaves_everything_and_replaces_an_earlier_one(
+    base: Path, small: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["demo", "--seed", "3", "--steps", "2", "--base", str(base), "--output", str(tmp_path)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert cli.main([*words, "--method", "smpo", "--control", "shuffle", "--no-progress"]) == 0
+        control = json.loads((tmp_path / "summary.json").read_text())
+        assert capsys.readouterr().out == ""
+        assert cli.main(words) == 0
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    expected = {"method": "inversion-dpo", "preference": "noto", "seed": 3, "steps": 2, "control": None, "status": "ok"}
+    assert {key: summary[key] for key in expected} == expected
+    assert (control["method"], control["control"]) == ("smpo", "shuffle")
+    assert control["before"] == summary["before"] != summary["after"] != control["after"]
     for side in ("before", "after"):
-        assert set(summary[side]) == {"reward", *demo.measures} and 0 <= summary[side]["top1"] <= summary[side]["top5"]
-    assert summary["before"] != summary["after"]
+        assert set(summary[side]) == set(run.MEASURES) and 0 <= summary[side]["top1"] <= summary[side]["top5"]
+    assert set(summary["win_rate"]) == {"mean", "ci_low", "ci_high"}
+    assert 0 < summary["seconds_training"] < summary["seconds"]
+    # Two steps of 32 pairs: policy and reference on both sides, and the inversion.
+    assert summary["network_evaluations"] > 2 * 32 * 2 * 2
     for name in ("before_after.png", "curves.png"):
         assert Image.open(tmp_path / name).width > 600
+    assert len(PairDataset(tmp_path / "pairs.parquet")) == 16
     assert load_model("stable-diffusion", tmp_path / "training" / "model").image_size == (32, 32)
-    assert "prompted emoji among five nearest" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "prompted emoji among five nearest" in printed and f"{summary['network_evaluations']:,}" in printed
     fidelity.main(["--base", str(base), "--grid", str(tmp_path / "grid.png")])
     found = json.loads(capsys.readouterr().out)
     assert found["samples"].keys() == found["autoencoder"][0].keys() == found["autoencoder"][1].keys()
     assert Image.open(tmp_path / "grid.png").width > 600
 
 
+def test_frechet_distance_equals_the_matrix_root() -> None:
+    from scipy.linalg import sqrtm
+
+    random = np.random.RandomState(1)
+    a, b = random.randn(80, 5) @ random.randn(5, 5), random.randn(60, 5) @ random.randn(5, 5) + 1
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * sqrtm(first @ second).real)
+    assert judging.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9) == judging.frechet_distance(b, a)
+    flat = a @ np.diag([1, 2, 3, 1, 0])  # a feature without variance
+    assert judging.frechet_distance(flat, flat + np.array([1, 0, 0, 2, 0])) == pytest.approx(5, abs=1e-6)
+
+
 def test_mistakes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(InvalidInput, match=r"judge = .*run the demo in a checkout"),
-    ):
+    words = ["demo", "--output", str(tmp_path / "out")]
+
+    def told(*options: str) -> str:
+        assert cli.main([*words, *options]) == 2 and not (tmp_path / "out").exists()
+        return str(capsys.readouterr().err)
+
+    for argument, value in (("method", "pnapo"), ("preference", "apple"), ("steps", "0"), ("control", "none")):
+        assert f"error: {argument} = " in told("--base", str(base), f"--{argument}", value)
+    assert "holds no pipeline. Remedy: train one" in told("--base", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "BASE", tmp_path)
+        assert "holds no pipeline. Remedy: run the demo in a checkout of the repository" in told()
         patch.setattr(judging, "WEIGHTS", tmp_path / "judge.safetensors")
-        run.EmojiDemo(base)
-    with pytest.raises(SystemExit, match="2"):
-        run.main(["--base", str(tmp_path)])
-    assert "holds no pipeline. Remedy: train one" in capsys.readouterr().err
-    for argument, value in (("method", "ppo"), ("preference", "apple"), ("steps", "0"), ("control", "none")):
-        with pytest.raises(SystemExit, match="2"):
-            run.main(["--base", str(base), f"--{argument}", value, "--output", str(tmp_path / "out")])
-        assert f"{argument} = " in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert re.search(r"judge = .*is missing. Remedy: run the demo in a checkout", told("--base", str(base)))
+
+
+# The comparison of methods
+
+
+@pytest.mark.parametrize("method", compare_methods.METHODS)
+def test_every_method_gets_as_many_evaluations_up_to_half_a_step(method: str, base: Path, tmp_path: Path) -> None:
+    rows, given = [{"score_0": 0.0, "score_1": 0.5}], run.Run(method)
+    demo = run.EmojiDemo(base)
+    config = compare_methods.method_config(demo, given, 20_000, 1e-5, tmp_path, rows)
+    found = count_evaluations(config)
+    step = config.training.batch_size * (found.with_gradient + found.without_gradient)
+    assert abs(config.training.steps * step - 20_000) <= step / 2
+    assert config.method.name == method and config.optimizer.learning_rate == 1e-5
+    with pytest.raises(InvalidInput, match=f"less than one step of {method}"):
+        compare_methods.method_config(demo, given, 3, 1e-5, tmp_path, rows)
+
+
+def test_the_best_run_is_the_one_with_the_highest_gain_that_still_shows_the_prompted_emoji() -> None:
+    rows = [
+        {"gain": gain, "top5": top5, "before": {"top5": 0.7}} for gain, top5 in ((0.1, 0.7), (0.2, 0.64), (0.4, 0.6))
+    ]
+    assert compare_methods._best(rows) is rows[1]
+    assert compare_methods._best(rows[2:]) is rows[2]
+
+
+def test_runs_are_kept_and_the_table_and_plot_come_from_them(
+    base: Path, small: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    found = tmp_path / "found"
+    arguments = {"evaluations": 100, "learning_rates": (1e-2,), "seeds": (0,)}
+    results = []
+    for _ in range(2):
+        with OutputDirectory(found) as output:
+            results.append(compare_methods.compare(run.EmojiDemo(base), output, ["mapo"], **arguments))
+        results.append({path: path.stat().st_mtime_ns for path in (found / "runs").iterdir()})
+    first, runs, second, again = results
+    assert first == second == json.loads((found / "comparison.json").read_text())
+    assert runs == again and len(runs) == 2
+    (one,) = first["methods"]["mapo"]["runs"]
+    assert one["steps"] == 2 and one["network_evaluations"] == 128  # two a pair, 32 pairs a step
+    assert one["gain"] != first["methods"]["mapo"]["control"]["gain"]
+    table = (found / "comparison.md").read_text().splitlines()
+    assert len(table) == 4 and table[3].startswith("| mapo | 1e-02 |")
+    assert (found / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert compare_methods.main(["--output", str(found), "--methods", "ppo"]) == 2
+    assert "--methods = 'ppo': is not known" in capsys.readouterr().err

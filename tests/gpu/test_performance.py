@@ -30,14 +30,14 @@ def workspace(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("lora", [None, LoraSection(rank=2, alpha=4.0)], ids=["copy", "lora"])
 def test_replayed_calls_are_the_calls(workspace: Path, lora: LoraSection | None) -> None:
     """The same kernels in the same order: the same bits, also after an update of the weights in place."""
-    model = load_model("digits", workspace / "model").to("cuda")
+    model = load_model("stable-diffusion", workspace / "model").to("cuda")
     networks = Networks(model, lora=lora, gradient_checkpointing=False)
     told = model.encode_prompts(["a one", "a two", ""])
     for update in range(3):
         with torch.no_grad():
             for parameter in networks.trainable().values():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        given = (torch.randn(3, 1, 8, 8, device="cuda"), torch.tensor([update, 400, 900], device="cuda"), told)
+        given = (torch.randn(3, 4, 8, 8, device="cuda"), torch.tensor([update, 400, 900], device="cuda"), told)
         graphs = networks.graphs or GraphedCalls()
         with torch.no_grad():
             networks.graphs = None

@@ -14,7 +14,10 @@ import pytest
 from tests.layout import ROOT
 
 CASES = ROOT / "tests/kernels/triton_cases.py"
-OPS = tuple(f"tests/ops/test_{name}.py" for name in ("autograd", "backends", "pair_statistics", "training_step"))
+OPS = tuple(
+    f"tests/ops/test_{name}.py"
+    for name in ("autograd", "backends", "pair_statistics", "token_log_probs", "training_step")
+)
 PARTS = set(re.findall(r"^class (Test\w+)", CASES.read_text(), re.MULTILINE)) - {"TestBeyond32Bits"}  # on a GPU only
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -66,7 +66,12 @@ def test_a_lesser_set_than_the_best(instructions: str) -> None:
         pytest.skip(f"{instructions} is not below {best}, with which this process runs the same tests")
     extension = native._load()[0]
     assert extension is not None and extension.__file__ is not None
-    files = ["test_native.py", "test_native_lengths.py", "../ops/test_pair_statistics.py"]
+    files = [
+        "test_native.py",
+        "test_native_lengths.py",
+        "../ops/test_pair_statistics.py",
+        "../ops/test_token_log_probs.py",
+    ]
     run_tests(Path(extension.__file__), instructions, files, {})
 
 

@@ -17,6 +17,7 @@ from fastinvdpo.ops.affine_step import reference as step_reference
 from fastinvdpo.ops.preference_loss import UTILITIES
 from tests.kernels import statistics
 from tests.kernels.cases import at_offset, check_public, check_step, problem
+from tests.ops import test_token_log_probs as tokens
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -111,3 +112,14 @@ def test_pair_statistics(dtypes: tuple[torch.dtype, ...]) -> None:
             offsets=[(number + 3 * i) % 9 for i in range(3)],
         )
         statistics.check_public("native", p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_log_probs(dtype: torch.dtype) -> None:
+    """Numbers of columns; of one token, or of more than a block has rows."""
+    for number, n in enumerate(LENGTHS[DTYPES.index(dtype) :: 3]):
+        if n < 4096:
+            start = (number % 3) * (n // 5)
+            inputs = tokens.problem((1, 3, 513)[number % 3], n, 1 + number % 9, (dtype, dtype), (start, n))
+            inputs = (at_offset(inputs[0], number % 9), at_offset(inputs[1], (number + 3) % 9), inputs[2])
+            tokens.check("native", inputs, ((0,), (1,), (0, 1))[number % 3], (start, n))

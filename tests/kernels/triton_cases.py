@@ -17,11 +17,13 @@ from fastinvdpo._triton import _common as common
 from fastinvdpo._triton import affine_step as affine_kernels
 from fastinvdpo._triton import pair_statistics as statistics_kernels
 from fastinvdpo._triton import preference_loss as loss_kernels
+from fastinvdpo._triton import token_log_probs as token_kernels
 from fastinvdpo.ops import philox
 from fastinvdpo.ops.affine_step import reference as affine_reference
 from fastinvdpo.ops.pair_statistics import schema as statistics_schema
 from fastinvdpo.ops.preference_loss import UTILITIES
 from fastinvdpo.ops.preference_loss import reference as loss_reference
+from fastinvdpo.ops.token_log_probs import reference as token_reference
 from tests.cases import pairwise, predictions
 from tests.kernels import statistics
 from tests.kernels.cases import apart, at_offset, between
@@ -371,3 +373,25 @@ class TestStatistics:
 
             monkeypatch.setattr(statistics_kernels, "plan_of", plan)
             statistics.check_sums(p, statistics_kernels.forward(*rows, True))
+
+
+class TestTokens:
+    """What tests/ops/test_token_log_probs.py does not reach: chunks and splits of a large vocabulary, in small."""
+
+    @pytest.mark.parametrize(("dtype", "mean"), [(F32, True), (F32, False), (BF16, True), (F16, False)])
+    def test_several_chunks_and_splits(self, dtype: torch.dtype, mean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {"_WORKSPACE": 1, "_NARROWEST": 96, "_PROGRAMS": 6}.items():
+            monkeypatch.setattr(token_kernels, name, value)
+        hidden, weight = (torch.randn(rows, 24).to(DEVICE, dtype) for rows in (70, 400))
+        columns, targets = (7, 390), torch.randint(7, 390, (70,), device=DEVICE)
+        inputs = (hidden, weight, targets)
+        found = token_kernels.forward(*inputs, *columns, mean)
+        expected = token_reference.forward(hidden.double(), weight.double(), targets, *columns, mean)
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape and (one - other).norm() <= 4 * ROUNDOFF[dtype] * other.norm()
+        slopes = (*torch.randn(2, 70, device=DEVICE).unbind(), *inputs, found[1], *columns, True, True)
+        gradients = token_kernels.backward(*slopes)
+        for one, other in zip(gradients, token_reference.backward(*wide(*slopes)), strict=True):  # type: ignore[arg-type]
+            assert one.shape == other.shape and (one - other).norm() <= 4 * ROUNDOFF[dtype] * other.norm()
+        again = token_kernels.backward(*slopes)
+        assert all(map(torch.equal, gradients, again))

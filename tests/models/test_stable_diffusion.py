@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -17,6 +19,7 @@ from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.methods import PairBatch, build_objective
 from fastinvdpo.models import checkpoint_files, load_model
 from fastinvdpo.ops import philox
+from fastinvdpo.output import OutputDirectory
 from tests.cases import SD_SCHEDULER
 from tests.models import tiny
 
@@ -289,6 +292,45 @@ def test_paths_that_cannot_be_loaded(directories: dict[str, Path], tmp_path: Pat
                 load_model("stable-diffusion", directories["sd"], **{argument: path})
     with pytest.raises(InvalidInput, match=r"model\.max_sequence_length = 3: means nothing for a model of the family"):
         load_model("auto", directories["turbo"], max_sequence_length=3)
+    with pytest.raises(InvalidInput, match=r"model\.family = 'gan'.*stable-diffusion, "):
+        load_model("gan", directories["sd"])
+    with pytest.raises(InvalidInput, match=r"dtype = torch\.int8"):
+        load_model("auto", directories["sd"], dtype=torch.int8)
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "auto"])
+def test_the_directory_of_a_run_is_no_model_and_names_those_in_it(
+    directories: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    run = tmp_path / "run"
+    with OutputDirectory(run) as output, output.directory("best") as best:
+        shutil.copytree(directories["sd"], best / "model")
+    with pytest.raises(InvalidInput, match=r"run': is the output directory of a run\. Remedy: name .*run/best/model\."):
+        load_model(family, run)
+    assert load_model("auto", run / "best" / "model").schedule.num_train_timesteps == 1000
+
+
+BAD_CALLS: list[tuple[str, Any, str]] = [
+    ("encode_images", [], r"images = \[\]: is empty"),
+    ("encode_images", ["three.png"], r"images\[0\] = 'three.png': is not a PIL image"),
+    ("decode_latents", torch.zeros(1, 1, 8, 8), "wrong shape or dtype"),
+    ("decode_latents", torch.zeros(1, 4, 8, 8, dtype=torch.int64), "wrong shape or dtype"),
+    ("decode_latents", torch.full((1, 4, 8, 8), float("nan")), "NaN"),
+    ("encode_prompts", "three", "is one string"),
+    ("encode_prompts", [], "is empty"),
+    ("encode_prompts", ["a", None], r"prompts\[1\] = None"),
+]
+
+
+def test_bad_calls(models: dict[str, Any], tmp_path: Path) -> None:
+    model = models["sd"]
+    for method, argument, message in BAD_CALLS:
+        with pytest.raises(InvalidInput, match=message):
+            getattr(model, method)(argument)
+    network = tiny.unet()
+    network.add_adapter(peft.LoraConfig(r=2, target_modules=list(model.default_lora_targets)))
+    with pytest.raises(InvalidInput, match="LoRA layers that are not merged"):
+        model.save(tmp_path, network=network)
 
 
 def test_turbo_trains_on_pure_noise(directories: dict[str, Path], models: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +52,6 @@ from tests.cases import SD_SCHEDULER
 TOKENS = 12  # length that prompts are padded to
 
 
-def digits_unet(**changes: Any) -> UNet2DConditionModel:
-    """The demo's UNet, narrower."""
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1, "norm_num_groups": 8}
-    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (16, 32)}
-    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "attention_head_dim": 2, "cross_attention_dim": 32}
-    return UNet2DConditionModel(**{**blocks, **sizes, **changes})
-
-
-def write_digits(directory: Path, *, half: bool = False, **unet: Any) -> Path:
-    network = digits_unet(**unet)
-    (network.half() if half else network).save_pretrained(directory / "unet", safe_serialization=True)
-    (directory / "scheduler").mkdir()
-    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD_SCHEDULER))
-    return directory
-
-
 def tokenizer() -> CLIPTokenizer:
     """Every letter is a token of its own, inside a word and at its end."""
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -93,7 +75,11 @@ def vae(**changes: Any) -> AutoencoderKL:
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
-    return digits_unet(**{"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, **changes})
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1, "norm_num_groups": 8}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (16, 32)}
+    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "attention_head_dim": 2, "cross_attention_dim": 16}
+    return UNet2DConditionModel(**{**blocks, **sizes, **changes})
 
 
 def sd_pipeline(*, prediction_type: str = "epsilon", **parts: Any) -> StableDiffusionPipeline:
@@ -108,6 +94,22 @@ def sd_pipeline(*, prediction_type: str = "epsilon", **parts: Any) -> StableDiff
     }
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(**{**own, **parts}, **none)
+
+
+def pixel_pipeline(**parts: Any) -> StableDiffusionPipeline:
+    """SD 1.x at 8 x 8 pixels, latents 4 x 8 x 8: the smallest that trains, for tests of everything around a model."""
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 1, "sample_size": 8, "scaling_factor": 4.0}
+    plain = vae(**blocks, **sizes, mid_block_add_attention=False)
+    narrow = unet(block_out_channels=(8, 16), norm_num_groups=4)
+    return sd_pipeline(**{"vae": plain, "unet": narrow, **parts})
+
+
+def write_model(directory: Path, **parts: Any) -> Path:
+    """A directory of :func:`pixel_pipeline`."""
+    pixel_pipeline(**parts).save_pretrained(directory, safe_serialization=True)
+    return directory
 
 
 def sdxl_unet(*, cross_attention_dim: int, time_ids: int) -> UNet2DConditionModel:

@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 
-from fastinvdpo._examples.digits import digits
-from fastinvdpo._examples.digits.base import WEIGHTS
-from fastinvdpo.data import write_pairs
 from fastinvdpo.ops import native
 from fastinvdpo.ops.affine_step import schema as step_op
 from fastinvdpo.ops.dispatch import VARIABLE
@@ -34,11 +31,12 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of the demo's digits."""
-    path = tmp_path_factory.mktemp("digits") / "pairs.parquet"
-    write_pairs(path, digits.make_pairs(digits.load_splits()[0], "slant", 100, seed=0))
-    return path
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and pairs."""
+    root = tmp_path_factory.mktemp("curves")
+    tiny.write_model(root / "model")
+    tiny.write_data(root / "pairs.parquet", pairs=100)
+    return root
 
 
 @pytest.fixture
@@ -60,17 +58,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def curve(pairs: Path, directory: Path, method: str, learning_rate: float = 2e-5) -> list[float]:
-    """The loss of every step of a short training of the demo's base model."""
+def curve(root: Path, directory: Path, method: str, learning_rate: float = 2e-5) -> list[float]:
+    """The loss of every step of a short training."""
     config = tiny.config(
-        directory,
+        root,
         method,
         method={"beta": BETA},
-        model={"path": str(WEIGHTS / "clean")},
-        data={"path": str(pairs)},
         optimizer={"learning_rate": learning_rate, "weight_decay": 0.0, "warmup_steps": 5},
         training={"steps": STEPS, "batch_size": 4},
-        output={"log_every": 1, "checkpoint_every": STEPS},
+        output={"directory": str(directory), "log_every": 1, "checkpoint_every": STEPS},
     )
     return [row["loss"] for row in train(config, resume="never", progress=False).history]
 
@@ -83,22 +79,22 @@ def distance(losses: list[float], others: list[float]) -> float:
 
 @pytest.mark.parametrize("method", ["diffusion-dpo", "inpo"])
 def test_the_fused_ops_give_the_training_curve_of_the_reference(
-    method: str, pairs: Path, calls: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, root: Path, calls: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = ("preference_loss forward", "preference_loss backward", "affine_step forward")  # noising, inversion
-    by_default = curve(pairs, tmp_path / "default", method)
+    by_default = curve(root, tmp_path / "default", method)
     assert set(calls) == {f"{kernel} native" for kernel in kernels}
     assert min(calls.values()) >= STEPS
 
     calls.clear()
     monkeypatch.setenv(VARIABLE, "reference")
-    by_reference = curve(pairs, tmp_path / "reference", method)
+    by_reference = curve(root, tmp_path / "reference", method)
     assert set(calls) == {f"{kernel} reference" for kernel in kernels}
     assert distance(by_default, by_reference) <= TOLERANCE
     assert max(abs(loss - math.log(2)) for loss in by_reference) > 0.05  # something was learned
 
 
-def test_the_tolerance_tells_trainings_apart(pairs: Path, tmp_path: Path) -> None:
+def test_the_tolerance_tells_trainings_apart(root: Path, tmp_path: Path) -> None:
     """A learning rate that is off by a hundredth makes another curve."""
-    one, other = (curve(pairs, tmp_path / str(rate), "diffusion-dpo", rate) for rate in (2e-5, 2.02e-5))
+    one, other = (curve(root, tmp_path / str(rate), "diffusion-dpo", rate) for rate in (2e-5, 2.02e-5))
     assert distance(one, other) > 10 * TOLERANCE

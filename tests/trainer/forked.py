@@ -24,7 +24,7 @@ PATIENCE = 1500.0  # seconds for one call
 IMPORTED = (
     *("peft", "datasets", "diffusers", "transformers", "accelerate.utils", "pyarrow.dataset", "pyarrow.parquet"),
     *("fastinvdpo.cli.app", "fastinvdpo.evaluation.scoring", "fastinvdpo.config.files"),
-    *("fastinvdpo.models.digits", "fastinvdpo.evaluation.scorers", "fastinvdpo.evaluation.in_training"),
+    *("fastinvdpo.models.stable_diffusion", "fastinvdpo.evaluation.scorers", "fastinvdpo.evaluation.in_training"),
     *("tests.evaluation.tiny", "tests.evaluation.tiny_clip", "tests.trainer.tiny", "pytest"),
 )
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import TrainConfig, TrainResult, opening
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.opening import open_accelerator
@@ -29,8 +29,8 @@ from tests.trainer.forked import Server
 from tests.trainer.tiny import train_model
 
 
-class DoubleModel(DigitsModel):
-    """The digits model with everything in float64."""
+class DoubleModel(StableDiffusionModel):
+    """Everything in float64."""
 
     def encode_images(self, images: Sequence[Any]) -> Tensor:
         return super().encode_images(images).double()
@@ -62,7 +62,7 @@ class Kept:
     inversion_calls: list[int] = field(default_factory=list)
 
 
-def run_kept(run: dict[str, Any], family: type[DigitsModel] = DoubleModel) -> Kept:
+def run_kept(run: dict[str, Any], family: type[StableDiffusionModel] = DoubleModel) -> Kept:
     """Train as ``run`` says."""
     config = TrainConfig.from_mapping(run)
     dtype = torch.float64 if issubclass(family, DoubleModel) else torch.float32
@@ -126,7 +126,7 @@ def open_sharding_accelerator(config: TrainConfig) -> accelerate.Accelerator:
 
 
 # By a word in the name of a run.
-FAMILIES: dict[str, type[DigitsModel]] = {"float32": DigitsModel, "broken": BrokenModel}
+FAMILIES: dict[str, type[StableDiffusionModel]] = {"float32": StableDiffusionModel, "broken": BrokenModel}
 
 
 def main(folder: str, *options: str) -> None:

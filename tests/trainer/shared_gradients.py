@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from tests.trainer import ranks, tiny
 from tests.trainer.forked import Server
 
@@ -132,7 +132,7 @@ def test_adapters_on_quantized_weights_have_the_gradient_of_one_process(
     """In float32, in which weights are made whole: at β = 500 the rounding of predictions, 1e-6, moves what scales the
     gradient by up to 1e-3.
     """
-    alone = ranks.run_kept(_quantized(root, "alone", 1), DigitsModel)
+    alone = ranks.run_kept(_quantized(root, "alone", 1), StableDiffusionModel)
     for kept in together["float32"]:
         assert len(kept.gradients) == len(alone.gradients) == STEPS, kept.error
         for gradient, expected in zip(kept.gradients, alone.gradients, strict=True):

@@ -116,11 +116,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_probes_of_cost_and_size_leave_nothing_behind(workspace: Path, calls: list[int]) -> None:
-    model = load_model("digits", workspace / "model")
+    model = load_model("stable-diffusion", workspace / "model")
     networks = Networks(model, lora=None, gradient_checkpointing=False)
     objective = build_objective("inversion-dpo", model.schedule, num_inference_steps=LEVELS)
     prompts = model.encode_prompts(["a one"] * 2)
-    batch = PairBatch(torch.randn(2, 1, 8, 8), prompts, torch.arange(1), prompts)
+    batch = PairBatch(torch.randn(2, 4, 8, 8), prompts, torch.arange(1), prompts)
     costs = accounting.measure_costs(networks, batch, tiny.config(workspace).training)
     assert costs.without_gradient == flops_of_one(workspace) and costs.with_gradient == 3 * costs.without_gradient
     size = accounting.choose_max_batch(networks, objective, batch, accelerate.Accelerator(cpu=True), passes=1)
@@ -132,10 +132,10 @@ def test_the_probes_of_cost_and_size_leave_nothing_behind(workspace: Path, calls
 
 
 def flops_of_one(workspace: Path) -> float:
-    model = load_model("digits", workspace / "model")
+    model = load_model("stable-diffusion", workspace / "model")
     told = model.encode_prompts(["a one"])
     with torch.no_grad():
-        return forward_flops(lambda: model.predict(model.network, torch.zeros(1, 1, 8, 8), torch.zeros(1).long(), told))
+        return forward_flops(lambda: model.predict(model.network, torch.zeros(1, 4, 8, 8), torch.zeros(1).long(), told))
 
 
 KINDS = [(None, False, 3), (None, True, 4), ({"rank": 2}, False, 2)]

@@ -16,7 +16,7 @@ from fastinvdpo.data import PairDataset, write_pairs
 from fastinvdpo.methods import ChainObjective
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import perturb
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import TrainConfig, TrainResult, cache, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder
 from fastinvdpo.trainer.cache import PairCache
@@ -96,7 +96,7 @@ def test_the_gradient_from_the_cache_is_the_plain_one(workspace: Path, variant: 
     """In float32 from the files, in float64 with the same tensors computed in float64."""
     perturbation = 0.05 if variant == "distance" else 0.0
     config = config_of(workspace, method={"variant": variant}, model={"init_perturbation": perturbation})
-    stored, model = precompute(config, progress=False), load_model("digits", workspace / "model", dtype=dtype)
+    stored, model = precompute(config, progress=False), load_model("stable-diffusion", workspace / "model", dtype=dtype)
     objective, networks = objective_and_networks(config, model)
     batch = BatchBuilder(stored, model.device, DrawOrder(PAIRS, 0, 4, 1), with_unconditional=True).build(range(4))
     wide = {
@@ -130,7 +130,7 @@ def test_bf16_rounds_what_is_stored_and_nothing_else(workspace: Path) -> None:
         "image.reference_pred": torch.bfloat16,
         "caption.encoder_hidden_states": torch.bfloat16,
     }
-    model = load_model("digits", workspace / "model")
+    model = load_model("stable-diffusion", workspace / "model")
     objective, networks = objective_and_networks(config, model)
     builder = BatchBuilder(stored, model.device, DrawOrder(PAIRS, 0, PAIRS, 1), with_unconditional=True)
     batch = builder.build(range(PAIRS))
@@ -160,7 +160,11 @@ def test_mixed_precision_and_a_bf16_reference(workspace: Path) -> None:
 def test_training_from_a_complete_cache_touches_nothing_else(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = precompute(config_of(workspace), progress=False)
     assert before.network_evaluations == IMAGES * LEVELS * GUIDED * 2  # inverted, then evaluated along the chain
-    for place, name in ((DigitsModel, "encode_images"), (DigitsModel, "encode_prompts"), (PairDataset, "__init__")):
+    for place, name in (
+        (StableDiffusionModel, "encode_images"),
+        (StableDiffusionModel, "encode_prompts"),
+        (PairDataset, "__init__"),
+    ):
         monkeypatch.setattr(place, name, refuse)
     monkeypatch.setattr(Networks, "reference", refuse)
     monkeypatch.setattr("fastinvdpo.trainer.networks.frozen_copy", refuse)
@@ -169,7 +173,7 @@ def test_training_from_a_complete_cache_touches_nothing_else(workspace: Path, mo
     assert result.history[-1]["network_evaluations_with_gradient"] == policy
     assert result.history[-1]["network_evaluations_without_gradient"] == 0
     assert result.network_evaluations == policy + before.network_evaluations
-    assert load_model("digits", result.model_directory)
+    assert load_model("stable-diffusion", result.model_directory)
 
 
 def test_equal_images_and_captions_are_stored_once(workspace: Path, small_shards: None) -> None:

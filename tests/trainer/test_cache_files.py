@@ -295,7 +295,7 @@ def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
     fill(workspace, "inpo")
     with pytest.raises(InvalidInput, match=r"method\.name = 'smpo': weighs pairs by scores"):
         train(config_of(workspace, "smpo"), progress=False)
-    model, dataset = load_model("digits", workspace / "model"), PairDataset(workspace / "pairs.parquet")
+    model, dataset = load_model("stable-diffusion", workspace / "model"), PairDataset(workspace / "pairs.parquet")
     with pytest.raises(InvalidInput, match=r"cache\.path = .*not to pairs at hand"):
         tiny.train_model(config_of(workspace), model, dataset)
     train(config_of(workspace, "inpo", training={"steps": 2}), progress=False)

@@ -52,7 +52,7 @@ def another_schedule(root: Path) -> None:
 
 
 def another_network(root: Path) -> None:
-    model = load_model("digits", root / "model")
+    model = load_model("stable-diffusion", root / "model")
     perturb(model.network, 1e-3, seed=0)
     model.save(root / "model")
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_an_earlier_version_continues_with_a_warning(root: Path)
 
 def test_model_and_pairs_at_hand_have_digests(workspace: Path) -> None:
     def attempt(steps: int, pairs: str = "pairs.parquet", change: float = 0.0) -> None:
-        model = load_model("digits", workspace / "model")
+        model = load_model("stable-diffusion", workspace / "model")
         with torch.no_grad():
             next(model.network.parameters()).add_(change)
         tiny.train_model(tiny.config(workspace, training={"steps": steps}), model, PairDataset(workspace / pairs))
@@ -134,7 +134,7 @@ def test_model_and_pairs_at_hand_have_digests(workspace: Path) -> None:
         attempt(4, pairs="longer.parquet")
     attempt(4)
     # Trained in place, a model is no longer what the run began with.
-    model = load_model("digits", workspace / "run" / "model")
+    model = load_model("stable-diffusion", workspace / "run" / "model")
     with pytest.raises(InvalidInput, match=r"different are model network"):
         tiny.train_model(tiny.config(workspace), model, PairDataset(workspace / "pairs.parquet"))
 

@@ -17,7 +17,7 @@ from fastinvdpo.data import LikedDataset, PairDataset
 from fastinvdpo.errors import InvalidInput, NonFiniteLoss
 from fastinvdpo.methods import KTO, Draws, PairBatch, build_objective
 from fastinvdpo.models import load_model
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import TrainConfig, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
 from fastinvdpo.trainer.dry_run import count_evaluations
@@ -216,7 +216,7 @@ def test_pairs_are_read_as_likes_where_the_user_says_so(likes: Path) -> None:
         InvalidInput, match=r"^method.name = 'diffusion-dpo' trains on pairs, and .*set data.form to likes"
     ):
         tiny.trained(likes, data={"path": str(likes / "likes.parquet")})
-    model, config = load_model("digits", likes / "model"), tiny.mapping(likes)
+    model, config = load_model("auto", likes / "model"), tiny.mapping(likes)
     for data, method, what in (
         (PairDataset(likes / "pairs.parquet"), KTO(), "single images"),
         (LikedDataset(likes / "likes.parquet"), TrainConfig.from_mapping(config).method, "pairs"),
@@ -228,12 +228,12 @@ def test_pairs_are_read_as_likes_where_the_user_says_so(likes: Path) -> None:
 def test_a_data_set_at_hand_trains_as_its_file(likes: Path) -> None:
     config = TrainConfig.from_mapping(mapping(likes))
     assert config.data.form == "likes" and TrainConfig.from_mapping(config.as_dict()) == config
-    result = tiny.train_model(config, load_model("digits", likes / "model"), LikedDataset(likes / "likes.parquet"))
+    result = tiny.train_model(config, load_model("auto", likes / "model"), LikedDataset(likes / "likes.parquet"))
     tiny.assert_same(tiny.weights(result), tiny.weights(run(likes, "file")))
 
 
 def test_each_image_has_its_own_caption_and_label_in_a_batch(likes: Path) -> None:
-    model, data = load_model("digits", likes / "model"), LikedDataset(likes / "likes.parquet")
+    model, data = load_model("auto", likes / "model"), LikedDataset(likes / "likes.parquet")
     order = DrawOrder(IMAGES, 0, 5, 1, epochs=by_label(data.liked, 0.5))
     built = BatchBuilder(PairEncoder(model, data), model.device, order, with_unconditional=False).build(range(5))
     drawn = [data[order.pair_index(draw)] for draw in range(5)]
@@ -244,8 +244,8 @@ def test_each_image_has_its_own_caption_and_label_in_a_batch(likes: Path) -> Non
 
 
 def test_a_loss_that_is_not_finite_names_the_image(likes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = DigitsModel.encode_images
-    monkeypatch.setattr(DigitsModel, "encode_images", lambda self, images: encode(self, images) * torch.nan)
+    encode = StableDiffusionModel.encode_images
+    monkeypatch.setattr(StableDiffusionModel, "encode_images", lambda self, images: encode(self, images) * torch.nan)
     with pytest.raises(NonFiniteLoss, match=r"image in data row \d+ .* first in the latents of the image"):
         run(likes)
 

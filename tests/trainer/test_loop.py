@@ -95,7 +95,7 @@ def test_bf16_stays_near_float32_and_keeps_float32_weights(workspace: Path) -> N
     assert first["policy_mse_winner"] == pytest.approx(plain["policy_mse_winner"], rel=2e-2)
     assert first["policy_mse_winner"] != plain["policy_mse_winner"]
     assert {value.dtype for value in tiny.weights(result).values()} == {torch.float32}
-    load_model("digits", result.model_directory)
+    load_model("stable-diffusion", result.model_directory)
 
 
 def test_history_and_tensorboard_hold_every_metric(workspace: Path) -> None:

@@ -18,10 +18,9 @@ from torch import Tensor
 from fastinvdpo.data import PairDataset, open_source, write_pairs
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, train
 from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, PairEncoder
-from tests.cases import SD_SCHEDULER
 from tests.models import tiny as tiny_models
 from tests.trainer import tiny
 
@@ -70,7 +69,8 @@ class Pixelwise(ModelMixin, ConfigMixin):
 def test_no_weight_moves_for_what_is_black(masked: Path, method: str) -> None:
     pairs = PairDataset(open_source(masked / "pairs.parquet").with_masks())
     for given, moved in ((pairs, False), (PairDataset(masked / "pairs.parquet"), True)):
-        model = DigitsModel(Pixelwise(), SD_SCHEDULER)
+        model = StableDiffusionModel(tiny_models.pixel_pipeline())
+        model.network = Pixelwise()
         optimizer = {"learning_rate": 1e-2, "weight_decay": 0.0, "warmup_steps": 0}
         sections: dict[str, Any] = {"optimizer": optimizer, "training": {"steps": 3, "batch_size": 2}}
         sections["output"] = {"directory": str(masked / f"run-{moved}"), "pipeline": False, "tensorboard": False}
@@ -150,7 +150,7 @@ def test_what_cannot_be_masked_is_refused(masked: Path) -> None:
     config = TrainConfig.from_mapping(tiny.mapping(masked))
     pairs = PairDataset(open_source(masked / "pairs.parquet").with_masks())
     with pytest.raises(InvalidInput, match=r"data\.masks = False: .*which have masks"):
-        tiny.train_model(config, load_model("digits", masked / "model"), pairs)
+        tiny.train_model(config, load_model("stable-diffusion", masked / "model"), pairs)
     tiny.write_data(masked / "pairs.parquet")
     with pytest.raises(InvalidInput, match=r"data\.masks = True: .* has no masks"):
         train(tiny.config(masked, data=MASKS), progress=False)

@@ -16,7 +16,7 @@ from fastinvdpo.errors import InvalidInput
 from fastinvdpo.methods import Follows
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import adapters_disabled, merged_copy, perturb
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, precompute, train
 from fastinvdpo.trainer.dry_run import count_evaluations
 from fastinvdpo.trainer.networks import MovingReference, Networks
@@ -28,15 +28,15 @@ full_and_lora = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora
 
 
 @pytest.fixture
-def model(workspace: Path) -> DigitsModel:
-    loaded = load_model("digits", workspace / "model")
-    assert isinstance(loaded, DigitsModel)
+def model(workspace: Path) -> StableDiffusionModel:
+    loaded = load_model("stable-diffusion", workspace / "model")
+    assert isinstance(loaded, StableDiffusionModel)
     return loaded
 
 
 @pytest.fixture
-def inputs(model: DigitsModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    return torch.randn(3, 1, 8, 8), torch.tensor([1, 400, 900]), model.encode_prompts(["a one", "a two", ""])
+def inputs(model: StableDiffusionModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return torch.randn(3, 4, 8, 8), torch.tensor([1, 400, 900]), model.encode_prompts(["a one", "a two", ""])
 
 
 def _shake(network: nn.Module) -> None:
@@ -48,7 +48,9 @@ def _shake(network: nn.Module) -> None:
 
 
 @full_and_lora
-def test_reference_is_the_base_model_bit_for_bit(model: DigitsModel, inputs: Any, lora: LoraSection | None) -> None:
+def test_reference_is_the_base_model_bit_for_bit(
+    model: StableDiffusionModel, inputs: Any, lora: LoraSection | None
+) -> None:
     with torch.no_grad():
         base = model.predict(model.network.eval(), *inputs)
     networks = Networks(model, lora=lora, gradient_checkpointing=False)
@@ -64,7 +66,7 @@ def test_reference_is_the_base_model_bit_for_bit(model: DigitsModel, inputs: Any
     assert adapters and all(adapters) == any(adapters) == (lora is not None)
 
 
-def test_a_reference_in_bf16_is_the_rounded_base_model(model: DigitsModel, inputs: Any) -> None:
+def test_a_reference_in_bf16_is_the_rounded_base_model(model: StableDiffusionModel, inputs: Any) -> None:
     with torch.no_grad():
         rounded = copy.deepcopy(model.network.eval()).to(torch.bfloat16)
         expected = model.predict(rounded, *inputs).float()
@@ -83,7 +85,7 @@ def test_a_reference_in_bf16_is_the_rounded_base_model(model: DigitsModel, input
     assert torch.equal(networks.reference(*inputs), expected)
 
 
-def test_adapters_are_back_after_an_exception(model: DigitsModel, inputs: Any) -> None:
+def test_adapters_are_back_after_an_exception(model: StableDiffusionModel, inputs: Any) -> None:
     networks = Networks(model, lora=LORA, gradient_checkpointing=False)
     _shake(networks.policy_module)
     trainable = sorted(networks.trainable())
@@ -98,7 +100,7 @@ def test_adapters_are_back_after_an_exception(model: DigitsModel, inputs: Any) -
     assert torch.equal(networks.policy(*inputs), adapted)
 
 
-def test_gradient_checkpointing_needs_a_network_that_can(model: DigitsModel) -> None:
+def test_gradient_checkpointing_needs_a_network_that_can(model: StableDiffusionModel) -> None:
     model.network = nn.Linear(2, 2)
     with pytest.raises(InvalidInput, match=r"training\.gradient_checkpointing = True: Linear does not support it"):
         Networks(model, lora=None, gradient_checkpointing=True)
@@ -108,13 +110,15 @@ def test_gradient_checkpointing_needs_a_network_that_can(model: DigitsModel) -> 
     ("targets", "message"),
     [(["to_q", "to_z"], r"= 'to_z': names no module.*to_q"), (["norm1"], r"= \['norm1'\]: cannot carry adapters")],
 )
-def test_bad_lora_targets(model: DigitsModel, targets: list[str], message: str) -> None:
+def test_bad_lora_targets(model: StableDiffusionModel, targets: list[str], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Networks(model, lora=LoraSection(target_modules=targets), gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize("targets", [None, ["to_q", "conv1", "proj_in"]], ids=["attention", "convolutions"])
-def test_merged_copy_predicts_what_the_adapter_does(model: DigitsModel, inputs: Any, targets: list[str] | None) -> None:
+def test_merged_copy_predicts_what_the_adapter_does(
+    model: StableDiffusionModel, inputs: Any, targets: list[str] | None
+) -> None:
     networks = Networks(model, lora=LORA.model_copy(update={"target_modules": targets}), gradient_checkpointing=False)
     _shake(networks.policy_module)
     before = {name: value.clone() for name, value in networks.policy_module.state_dict().items()}
@@ -128,7 +132,7 @@ def test_merged_copy_predicts_what_the_adapter_does(model: DigitsModel, inputs: 
 def test_perturbation_has_its_size_and_depends_on_the_seed_alone(workspace: Path) -> None:
     before, weights = tiny.unet().state_dict(), []
     for seed in (1, 1, 2):
-        network = load_model("digits", workspace / "model").network
+        network = load_model("stable-diffusion", workspace / "model").network
         perturb(network, 0.01, seed=seed)
         weights.append(network.state_dict())
     tiny.assert_same(weights[0], weights[1])
@@ -139,7 +143,7 @@ def test_perturbation_has_its_size_and_depends_on_the_seed_alone(workspace: Path
             assert math.isclose(float(change.square().mean().sqrt() / size), 0.01, rel_tol=0.1)
 
 
-def test_perturbation_of_lora_moves_each_layer_by_that_much(model: DigitsModel, inputs: Any) -> None:
+def test_perturbation_of_lora_moves_each_layer_by_that_much(model: StableDiffusionModel, inputs: Any) -> None:
     networks = Networks(model, lora=LoraSection(rank=8, alpha=4.0), gradient_checkpointing=False)
     perturb(networks.policy_module, 0.01, seed=3)
     merged, base = merged_copy(networks.policy_module).state_dict(), tiny.unet().state_dict()
@@ -176,7 +180,7 @@ def test_the_reference_is_the_average_of_the_weights_after_every_step(
     average = first.reference  # what training starts from
     assert average is not None
     if lora is None:
-        base = dict(load_model("digits", workspace / "model").network.named_parameters())
+        base = dict(load_model("stable-diffusion", workspace / "model").network.named_parameters())
         assert all(torch.equal(base[name], value) for name, value in average.items())
     for step in range(2, 5):
         now = tiny.stored(workspace / "run", step)
@@ -187,7 +191,7 @@ def test_the_reference_is_the_average_of_the_weights_after_every_step(
             torch.testing.assert_close(now.reference[name], value, rtol=1e-6, atol=1e-8)
 
 
-def _moved(model: DigitsModel, lora: LoraSection | None, follows: Follows) -> tuple[Networks, MovingReference]:
+def _moved(model: StableDiffusionModel, lora: LoraSection | None, follows: Follows) -> tuple[Networks, MovingReference]:
     networks = Networks(model, lora=lora, gradient_checkpointing=False, reference="moving")
     moving = MovingReference(networks, follows)
     _shake(networks.policy_module)
@@ -196,7 +200,7 @@ def _moved(model: DigitsModel, lora: LoraSection | None, follows: Follows) -> tu
 
 @full_and_lora
 def test_a_moving_reference_predicts_with_its_own_weights(
-    model: DigitsModel, inputs: Any, lora: LoraSection | None
+    model: StableDiffusionModel, inputs: Any, lora: LoraSection | None
 ) -> None:
     networks, moving = _moved(model, lora, Follows(0.0, 2))
     alone = torch.autograd.grad(networks.policy(*inputs).square().mean(), list(networks.trainable().values()))
@@ -214,7 +218,7 @@ def test_a_moving_reference_predicts_with_its_own_weights(
 
 @full_and_lora
 def test_the_average_of_weights_in_half_precision_is_float32(
-    model: DigitsModel, inputs: Any, lora: LoraSection | None
+    model: StableDiffusionModel, inputs: Any, lora: LoraSection | None
 ) -> None:
     model.network.to(torch.bfloat16)
     networks, moving = _moved(model, lora, Follows(0.999, 1))
@@ -247,7 +251,7 @@ def test_a_method_without_a_reference_keeps_and_evaluates_none(
     assert networks.evaluations == {"with_gradient": 8, "without_gradient": 0}
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="keeps none"):
-        networks.reference(torch.zeros(1, 1, 8, 8), torch.tensor([1]), {})
+        networks.reference(torch.zeros(1, 4, 8, 8), torch.tensor([1]), {})
     assert result.network_evaluations == 8
     counted = count_evaluations(run)
     assert (counted.with_gradient, counted.without_gradient) == (2, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastinvdpo.data import PairDataset
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.order import DrawOrder
@@ -26,7 +26,7 @@ BAD_DRAW, BAD_STEP, SEED = 5, 3, 0
 BAD_ROW = DrawOrder(10, SEED, 2, 1).pair_index(BAD_DRAW)
 
 
-class Broken(DigitsModel):
+class Broken(StableDiffusionModel):
     """A model that cannot cope with the pair in ``BAD_ROW``: its latents, a network's prediction, also at one timestep
     alone, or the gradient are not finite.
     """
@@ -70,7 +70,7 @@ def broken(workspace: Path) -> tuple[Broken, PairDataset]:
     pyarrow.parquet.write_table(table.set_column(index, "caption", [captions]), path)
     model, dataset = Broken.load(Origin(workspace / "model")), PairDataset(path)
     assert isinstance(model, Broken)
-    model.marker = DigitsModel.encode_images(model, [dataset[BAD_ROW].winner])[0]
+    model.marker = StableDiffusionModel.encode_images(model, [dataset[BAD_ROW].winner])[0]
     return model, dataset
 
 

@@ -33,7 +33,7 @@ def on(**switches: Any) -> PerformanceSection:
 
 
 def networks_of(workspace: Path, lora: LoraSection | None = None) -> Networks:
-    return Networks(load_model("digits", workspace / "model"), lora=lora, gradient_checkpointing=False)
+    return Networks(load_model("stable-diffusion", workspace / "model"), lora=lora, gradient_checkpointing=False)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def _predictions(
     workspace: Path, switches: PerformanceSection, lora: LoraSection | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Predictions of policy and reference, and the policy's gradient, with trained weights that no longer agree."""
-    model = load_model("digits", workspace / "model", dtype=dtype)
+    model = load_model("stable-diffusion", workspace / "model", dtype=dtype)
     torch.manual_seed(0)
     networks = Networks(model, lora=lora, gradient_checkpointing=False)
     generator = torch.Generator().manual_seed(1)
@@ -154,7 +154,7 @@ def _predictions(
             assert len(weights) > 10
             assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     given = (
-        torch.randn(4, 1, 8, 8, generator=generator).to(dtype),
+        torch.randn(4, 4, 8, 8, generator=generator).to(dtype),
         torch.tensor([1, 400, 700, 900]),
         {name: tensor.to(dtype) for name, tensor in model.encode_prompts(["a one", "a two", "a three", ""]).items()},
     )
@@ -238,7 +238,7 @@ def test_policy_and_reference_are_those_without_graphs(
     workspace: Path, calls: GraphedCalls, recorded: list[Tensor], lora: LoraSection | None
 ) -> None:
     """Also after an update in place, and with other inputs of known shapes; calls with gradient stay as they are."""
-    model = load_model("digits", workspace / "model")
+    model = load_model("stable-diffusion", workspace / "model")
     networks = Networks(model, lora=lora, gradient_checkpointing=False)
     networks.graphs = calls
     prompts = model.encode_prompts(["a one", "a two", ""])
@@ -247,7 +247,7 @@ def test_policy_and_reference_are_those_without_graphs(
             for parameter in networks.trainable().values():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         conditioning = {name: tensor.roll(update, 0) for name, tensor in prompts.items()}
-        given = (torch.randn(3, 1, 8, 8), torch.tensor([update, 400, 900]), conditioning)
+        given = (torch.randn(3, 4, 8, 8), torch.tensor([update, 400, 900]), conditioning)
         before = networks.evaluations["without_gradient"]
         with torch.no_grad():
             policy, reference = networks.policy(*given), networks.reference(*given)

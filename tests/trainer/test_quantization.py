@@ -36,7 +36,7 @@ UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 def _given(model: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(3, 1, 8, 8, generator=generator)
+    latents = torch.randn(3, 4, 8, 8, generator=generator)
     return latents, torch.tensor([1, 400, 900]), model.encode_prompts(["a one", "a two", ""])
 
 
@@ -115,7 +115,7 @@ def test_a_layer_follows_autocast(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_policy_and_reference_are_one_quantized_network(workspace: Path, kind: Kind) -> None:
-    model = load_model("digits", workspace / "model")
+    model = load_model("stable-diffusion", workspace / "model")
     given = _given(model)
     with torch.no_grad():
         base = model.predict(model.network.eval(), *given)
@@ -142,7 +142,7 @@ def test_policy_and_reference_are_one_quantized_network(workspace: Path, kind: K
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_alone_is_quantized(workspace: Path, kind: Kind, dtype: torch.dtype | None) -> None:
-    model = load_model("digits", workspace / "model")
+    model = load_model("stable-diffusion", workspace / "model")
     before, given = {name: value.clone() for name, value in model.network.state_dict().items()}, _given(model)
     with torch.no_grad():
         base = model.predict(model.network.eval(), *given)
@@ -170,7 +170,7 @@ def test_the_reference_alone_is_quantized(workspace: Path, kind: Kind, dtype: to
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_have_the_gradient_of_the_whole_weights(workspace: Path, kind: Kind, checkpointing: bool) -> None:
     """Its float32 error, against float64, is at most twice that of a network with those weights."""
-    model = load_model("digits", workspace / "model")
+    model = load_model("stable-diffusion", workspace / "model")
     quantize_network(model, kind)
     twin = copy.deepcopy(model.network)
     for name, layer in _quantized(twin).items():
@@ -210,7 +210,7 @@ def test_a_run_leaves_the_original_weights_with_the_adapter(workspace: Path, kin
     changed = {name for name in base if not torch.equal(base[name], written[name])}
     assert changed == {name for name in base if name.rsplit(".", 2)[-2] in TARGETS and name.endswith("weight")}
     # The adapter alone, put on the original network by peft, predicts the same.
-    plain, merged = (load_model("digits", path) for path in (workspace / "model", result.model_directory))
+    plain, merged = (load_model("stable-diffusion", path) for path in (workspace / "model", result.model_directory))
     adapted = PeftModel.from_pretrained(plain.network, str(result.directory / "adapter")).eval()
     with torch.no_grad():
         given = _given(plain)
@@ -226,7 +226,7 @@ def test_a_model_is_quantized_before_it_reaches_the_device_and_keeps_its_own_wei
     tiny.assert_same(dict(model.unquantized().state_dict()), load_file(workspace / "model" / UNET))
     with pytest.raises(InvalidInput, match=r"network = .*: holds quantized weights"):
         model.save(workspace / "copy")
-    at_hand = load_model("digits", workspace / "model")
+    at_hand = load_model("stable-diffusion", workspace / "model")
     with torch.no_grad():
         for parameter in at_hand.network.parameters():
             parameter.add_(0.01)

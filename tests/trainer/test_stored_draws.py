@@ -17,7 +17,7 @@ from fastinvdpo.methods import PairBatch
 from fastinvdpo.methods.base import STREAM_TIMESTEP
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import perturb
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import TrainConfig, cache_writing, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder, DrawOrder, drops_caption, swaps_tie
 from fastinvdpo.trainer.cache import PairCache, taken_draws
@@ -68,7 +68,7 @@ def test_a_batch_of_stored_draws_gives_the_loss_and_gradient_of_the_same_draws_b
     tied: Path, name: str, small_shards: None
 ) -> None:
     config = drawn(tied, name, training={"batch_size": 4})
-    stored, model = precompute(config, progress=False), load_model("digits", tied / "model")
+    stored, model = precompute(config, progress=False), load_model("stable-diffusion", tied / "model")
     assert stored.network_evaluations >= 2 * PAIRS * DRAWS and stored.draws == DRAWS
     objective = config.method.objective(model.schedule)
     networks = Networks(model, lora=None, gradient_checkpointing=False)
@@ -135,7 +135,11 @@ def test_training_makes_two_evaluations_a_pair_and_has_no_reference(
     filled = precompute(config, progress=False)
     inversion = 0 if name == "diffusion-dpo" else filled.network_evaluations - 2 * PAIRS * DRAWS
     assert filled.network_evaluations == 2 * PAIRS * DRAWS + inversion and (inversion > 0) == (name == "inpo")
-    for place, part in ((DigitsModel, "encode_images"), (DigitsModel, "encode_prompts"), (PairDataset, "__init__")):
+    for place, part in (
+        (StableDiffusionModel, "encode_images"),
+        (StableDiffusionModel, "encode_prompts"),
+        (PairDataset, "__init__"),
+    ):
         monkeypatch.setattr(place, part, refuse)
     monkeypatch.setattr(Networks, "reference", refuse)
     monkeypatch.setattr("fastinvdpo.trainer.networks.frozen_copy", refuse)
@@ -201,7 +205,7 @@ def test_draws_depend_on_seed_and_pair_alone(workspace: Path, small_shards: None
         one, other = (reader._read("draw", number)["reference_pred"] for reader in (stored, wide))
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     # K timesteps of a pair are K draws of the method's density, whatever K is.
-    objective = drawn(workspace).method.objective(load_model("digits", workspace / "model").schedule)
+    objective = drawn(workspace).method.objective(load_model("stable-diffusion", workspace / "model").schedule)
     timesteps = objective.method.timesteps.draw(objective.schedule, 0, STREAM_TIMESTEP, at_once)
     out = objective(lambda x, *_: x, refuse, built(stored, range(40)), seed=0)
     assert torch.equal(out.timesteps, timesteps.repeat(2))
@@ -254,7 +258,7 @@ def test_what_changes_no_draw_keeps_them(filled: Path, workspace: Path, monkeypa
     options = {"beta": 7.0, "utility": "hinge", "safeguard": 0.5, "anchor": 0.1, "static_shapes": True}
     stored = precompute(drawn(filled, "inpo", method=options, cache={"batch_size": 7}, **sections), progress=False)
     # A cache at hand is compared too, with the section of the run.
-    model = load_model("digits", filled / "model")
+    model = load_model("stable-diffusion", filled / "model")
     for wrong, reason in ((drawn(filled, "inpo", training={"seed": 2}), r"training\.seed \(0 there, 2 here\)"),
                           (drawn(filled), r"method\.name \('inpo' there"),
                           (drawn(filled, cache={"draws": None}), r"cache\.draws \(3 there")):  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastinvdpo
 from fastinvdpo import cli
+from fastinvdpo._examples.emoji import run
 from fastinvdpo.data import PairDataset
 from fastinvdpo.diffusion.schedule import add_noise
 from fastinvdpo.errors import InvalidInput
@@ -26,6 +27,7 @@ from fastinvdpo.trainer import Callback, PreferenceTrainer, TrainResult
 from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
 from fastinvdpo.trainer.order import DrawOrder
 from tests.layout import ROOT
+from tests.models.tiny import sd_pipeline
 from tests.trainer import tiny
 
 STEPS, BETA, RATE = 3, 500.0, 1e-3
@@ -40,13 +42,13 @@ def settings(root: Path, name: str) -> dict[str, Any]:
 
 
 def trainer_of(root: Path, folder: str, **options: Any) -> PreferenceTrainer:
-    model, pairs = load_model("digits", root / "model"), PairDataset(root / "pairs.parquet")
+    model, pairs = load_model("stable-diffusion", root / "model"), PairDataset(root / "pairs.parquet")
     return PreferenceTrainer(model, DiffusionDPO(beta=BETA), pairs, settings(root, folder), **options)
 
 
 def own_loop(root: Path) -> dict[str, Tensor]:
     """What somebody writes who imports one function, with the random numbers of a run."""
-    model, pairs = load_model("digits", root / "model"), PairDataset(root / "pairs.parquet")
+    model, pairs = load_model("stable-diffusion", root / "model"), PairDataset(root / "pairs.parquet")
     policy = model.network.requires_grad_(True)
     reference = copy.deepcopy(policy).requires_grad_(False)
     builder = BatchBuilder(
@@ -73,7 +75,7 @@ def test_the_command_the_trainer_and_the_drop_in_loss_give_the_same_weights(work
     whole = {
         **given,
         "method": {"name": "diffusion-dpo", "beta": BETA},
-        "model": {"family": "digits", "path": str(workspace / "model")},
+        "model": {"family": "stable-diffusion", "path": str(workspace / "model")},
         "data": {"path": str(workspace / "pairs.parquet")},
     }
     (workspace / "run.yaml").write_text(yaml.safe_dump(whole))
@@ -136,7 +138,10 @@ def test_a_callback_that_refuses_leaves_nothing_behind(workspace: Path) -> None:
 def test_the_quickstart_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    sd_pipeline().save_pretrained(tmp_path / "base", safe_serialization=True)
+    monkeypatch.setattr(run, "BASE", tmp_path / "base")
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
     names: dict[str, Any] = {}
     for cell in notebook["cells"]:
@@ -145,4 +150,4 @@ def test_the_quickstart_runs(
     assert names["result"].steps == 20
     assert "step 20: margin" in capsys.readouterr().out
     assert (names["folder"] / "run" / "model" / "unet").is_dir()
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "place").iterdir())

@@ -1,8 +1,7 @@
-"""A small digits model and a small set of pairs, on disk, and configurations that use them."""
+"""A small Stable Diffusion and a small set of pairs, on disk, and configurations that use them."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -15,35 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastinvdpo.data import write_pairs
-from fastinvdpo.models.digits import DigitsModel
+from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import PreferenceTrainer, TrainConfig, TrainResult, train
 from fastinvdpo.trainer.checkpoint import Checkpoint, load_checkpoint
-from tests.cases import SD_SCHEDULER
+from tests.models import tiny
 
+write_model = tiny.write_model
 WORDS = ("zero", "one", "two", "three")
 
 
 def unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-
-
-def write_model(directory: Path) -> Path:
-    unet().save_pretrained(directory / "unet", safe_serialization=True)
-    (directory / "scheduler").mkdir()
-    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD_SCHEDULER))
-    return directory
+    """That of :func:`write_model`."""
+    return tiny.pixel_pipeline().unet
 
 
 def write_data(path: Path, *, pairs: int = 10, scores: bool = True) -> Path:
@@ -77,7 +59,7 @@ def mapping(root: Path, name: str = "diffusion-dpo", /, **sections: dict[str, An
     """A configuration of six steps of two pairs on the files in ``root``; ``sections`` are merged into it."""
     base: dict[str, dict[str, Any]] = {
         "method": {**METHODS[name], "beta": 500.0},
-        "model": {"family": "digits", "path": str(root / "model")},
+        "model": {"family": "stable-diffusion", "path": str(root / "model")},
         "data": {"path": str(root / "pairs.parquet")},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "training": {"steps": 6, "batch_size": 2},
@@ -135,16 +117,16 @@ def moved(weights: dict[str, torch.Tensor]) -> float:
 
 
 class CountedPredictions:
-    """Counts the predictions of digits models from now on, and kills this process when ``count`` reaches ``fatal``."""
+    """Counts the predictions of models from now on, and kills this process when ``count`` reaches ``fatal``."""
 
     def __init__(self, fatal: int) -> None:
         self.count = 0
-        predict = DigitsModel.predict
+        predict = StableDiffusionModel.predict
 
-        def counted(model: DigitsModel, *arguments: Any) -> Any:
+        def counted(model: StableDiffusionModel, *arguments: Any) -> Any:
             self.count += 1
             if self.count == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
             return predict(model, *arguments)
 
-        DigitsModel.predict = counted  # type: ignore[method-assign]
+        StableDiffusionModel.predict = counted  # type: ignore[method-assign]
