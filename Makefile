@@ -68,7 +68,7 @@ DEEP_2 = tests/kernels/interpreted.py::test_through_the_public_ops
 DEEP_3 = tests/kernels/native_run.py
 DEEP_4 = tests/ops/test_inductor.py tests/trainer/launched.py
 DEEP_5 = tests/trainer/curves.py
-DEEP_6 = $(addprefix tests/trainer/,killed.py shared_gradients.py)
+DEEP_6 = tests/faults/interrupted.py::test_after_a_fault_the_same_command_ends_as_without_one[kill] tests/trainer/shared_gradients.py
 DEEP_7 = tests/trainer/chain.py
 DEEP_8 = tests/kernels/packaging.py
 DEEP_9 = tests/kernels/headers.py
@@ -77,7 +77,7 @@ DEEP_11 = tests/trainer/sharded.py tests/bench_step.py
 DEEP = $(if $(PART),$(DEEP_$(PART)),$(foreach number,1 2 3 4 5 6 7 8 9 10 11,$(DEEP_$(number))))
 
 test-deep: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup $(DEEP) $(ARGS)
+	KILLS=$(or $(KILLS),24) OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup $(DEEP) $(ARGS)
 
 # Hours on two cores; how many faults of each kind is set by variables of the environment.
 test-faults: $(READY)

@@ -133,7 +133,7 @@ class DataSection(Section):
     center_crop: bool = True
     relabel_by_score: bool = False
     max_broken: CountOrShare = 0
-    caption_dropout: Share = 0.0
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     latents: Literal["mean", "sampled"] = "mean"
     masks: bool = False
     cache_gib: NonNegative = 2.0

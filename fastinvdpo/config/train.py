@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,8 +139,6 @@ def _data(config: TrainConfig) -> Iterator[InvalidInput]:
     if not data.center_crop and data.resolution is None:
         problem = "means a random crop of unknown size"
         yield invalid("data.center_crop", False, problem, "set data.resolution as well")
-    if data.caption_dropout == 1:
-        yield invalid("data.caption_dropout", 1.0, "drops every caption", "choose a share below 1, such as 0.1")
     if data.buckets is None:
         return
     if data.resolution is None:
@@ -181,9 +178,6 @@ def _training(config: TrainConfig) -> Iterator[InvalidInput]:
     on_cpu = not runs_on_cuda() and (_forced_to_cpu() or not torch.backends.mps.is_available())
     if training.mixed_precision == "fp16" and on_cpu:
         yield invalid("training.mixed_precision", "fp16", "needs a GPU, and none is in use", "choose no or bf16")
-    directory = Path(config.output.directory)
-    if directory.exists() and not directory.is_dir():
-        yield invalid("output.directory", str(directory), "is a file", "name a directory")
     if not math.isfinite(config.optimizer.learning_rate * config.effective_batch()):
         yield invalid("optimizer.learning_rate", config.optimizer.learning_rate, "overflows", "lower it")
     if training.gradient_passes is not None and not config.method.whole_chain:
@@ -197,8 +191,6 @@ def _cache(config: TrainConfig) -> Iterator[InvalidInput]:
         yield from _draws(config, config.cache.draws)
     if path is None:
         return
-    if Path(path).exists() and not Path(path).is_dir():
-        yield invalid("cache.path", path, "is a file", "name a directory")
     moving = {"data.random_flip": data.random_flip, "data.center_crop = false": not data.center_crop}
     for name, used in moving.items():
         if used:

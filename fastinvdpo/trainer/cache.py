@@ -75,10 +75,8 @@ class Manifest:
     Attributes:
         key: what the cache was computed from; hash: its digest, which every shard carries.
         sizes, draw_sizes: bytes of every shard, of pairs and of draws; None and nothing until all are there.
-        network_evaluations: samples that were sent through the reference for the whole cache.
-        files: remembered digests of the files in the key.
-        digests: of the files that are read when the cache is opened.
-        frozen: digests of the text encoders and the VAE that encoded it.
+        files: remembered digests of the files in the key; digests: of the other files of the cache; frozen: of the
+            text encoders and the VAE that encoded it.
     """
 
     key: dict[str, Any]
@@ -201,10 +199,8 @@ class PairCache:
         contents: digests of the pairs, and of what encoded them.
         stored: names of the tensors of an ``"image"``, of a ``"caption"`` and of a ``"draw"``.
         draws: K, how many draws of every pair are stored; 0 for none.
-        has_masks: whether the images have masks.
         has_reference: whether the reference's predictions are stored, so that training needs no reference.
-        unpaired: whether it holds single images; liked: of each of them. has_noise: whether what images were generated
-            from is stored.
+        unpaired: whether it holds single images; liked: of each of them.
         network_evaluations: what the whole cache cost.
     """
 

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +36,11 @@ from fastinvdpo.data.content import content_of
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import Digests, check_same, key_hash, plain, read_object
-from fastinvdpo.methods import ChainObjective
-from fastinvdpo.models import DiffusionModel, checkpoint_files, resolve_family
+from fastinvdpo.methods import ChainObjective, SingleTimestepObjective
+from fastinvdpo.models import checkpoint_files, resolve_family
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
-from fastinvdpo.trainer.batches import Tensors, embed, encode_sides, geometry_of
+from fastinvdpo.trainer.batches import BatchBuilder, EncodedPair, Tensors, embed, encode_sides, geometry_of
 from fastinvdpo.trainer.cache import (
     INDEX,
     KINDS,
@@ -57,9 +57,9 @@ from fastinvdpo.trainer.cache import (
     write_tensors,
 )
 from fastinvdpo.trainer.checkpoint import frozen_contents
-from fastinvdpo.trainer.draw_making import DrawMaker
 from fastinvdpo.trainer.networks import Networks
-from fastinvdpo.trainer.performance import arrange, decide, require_extras, set_tf32, speed_up
+from fastinvdpo.trainer.order import DrawOrder, EpochOrder
+from fastinvdpo.trainer.performance import arrange, decide, require_extras, speed_up
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -117,19 +117,22 @@ def _complete(config: TrainConfig, directory: Path, manifest: Manifest, known: b
             if stored_metadata(directory / INDEX).get("hash") != manifest.hash:
                 write_tensors(directory / INDEX, _index(dataset, manifest.pairs_per_shard), hash=manifest.hash)
         accelerator.wait_for_everyone()
-        frozen = _fill(config, manifest, dataset, accelerator, progress=progress)
-        accelerator.wait_for_everyone()
+        shards = _Shards(config, manifest, dataset, accelerator)
+        stores = ["pairs", *(["draws"] if config.cache.draws else [])]
+        for of in stores:
+            _fill(shards, of, accelerator, progress)
+            accelerator.wait_for_everyone()
         if main:
-            shards, stores = range(PairIndex(directory).shards), ("pairs", *(["draws"] if config.cache.draws else []))
-            files = {of: [shard_path(directory, shard, of) for shard in shards] for of in stores}
-            evaluations = [stored_metadata(file)["network_evaluations"] for of in stores for file in files[of]]
+            files = {of: list(shards.paths(of).values()) for of in stores}
             replace(
                 manifest,
                 sizes=[file.stat().st_size for file in files["pairs"]],
                 draw_sizes=[file.stat().st_size for file in files.get("draws", ())],
-                network_evaluations=sum(evaluations),
+                network_evaluations=sum(
+                    stored_metadata(file)["network_evaluations"] for of in stores for file in files[of]
+                ),
                 digests={name: Digests().one(directory / name) for name in (INDEX, UNCONDITIONAL, *REPORT)},
-                frozen=frozen,
+                frozen=shards.frozen,
             ).write(directory)
     accelerator.wait_for_everyone()
 
@@ -215,56 +218,21 @@ def _index(dataset: PairDataset | LikedDataset, pairs_per_shard: int) -> Tensors
     return tensors
 
 
-def _fill(
-    config: TrainConfig,
-    manifest: Manifest,
-    dataset: PairDataset | LikedDataset,
-    accelerator: Accelerator,
-    *,
-    progress: bool,
-) -> dict[str, Any]:
-    """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``. Digests
-    of the model's frozen parts.
-    """
-    directory = Path(str(config.cache.path))
-    index = PairIndex(directory)
-    model = opening.open_model(config)
-    frozen = frozen_contents(model) if accelerator.is_main_process else {}
-    maker = _ShardMaker(config, manifest, model, dataset, index, accelerator)
-    if accelerator.is_main_process and stored_metadata(directory / UNCONDITIONAL).get("hash") != manifest.hash:
-        write_tensors(directory / UNCONDITIONAL, maker.unconditional, hash=manifest.hash)
-    write = partial(_write, directory, manifest, accelerator, maker.networks, progress=progress)
-    write("pairs", range(index.shards), maker.make)
-    if config.cache.draws is not None:
-        accelerator.wait_for_everyone()
-        write("draws", range(index.shards), DrawMaker(config, manifest, maker.networks, model, accelerator).make)
-    return frozen
-
-
-def _write(
-    directory: Path,
-    manifest: Manifest,
-    accelerator: Accelerator,
-    networks: Networks,
-    of: str,
-    shards: range,
-    make: Callable[[int], Tensors],
-    *,
-    progress: bool,
-) -> None:
-    """Write this process's share of the missing shards of pairs or draws."""
-    paths = {shard: shard_path(directory, shard, of) for shard in shards}
-    missing = [shard for shard in paths if stored_metadata(paths[shard]).get("hash") != manifest.hash]
+def _fill(shards: _Shards, of: str, accelerator: Accelerator, progress: bool) -> None:
+    """Write the shards that are missing; process ``r`` of ``n`` takes those whose number is ``r`` modulo ``n``."""
+    paths, evaluations = shards.paths(of), shards.networks.evaluations
+    missing = [shard for shard, path in paths.items() if stored_metadata(path).get("hash") != shards.hash]
     own = [shard for shard in missing if shard % accelerator.num_processes == accelerator.process_index]
-    _LOGGER.info("%s: computing %d of %d shards of %s", directory, len(missing), len(paths), of)
+    _LOGGER.info("%s: computing %d of %d shards of %s", shards.directory, len(missing), len(paths), of)
     tqdm = require("tqdm.auto", extra="train", purpose="the progress bar").tqdm
     hidden = not (progress and accelerator.is_local_main_process)
+    make = shards.make_draws() if of == "draws" else shards.make_pairs
     for shard in tqdm(own, desc=f"precomputing {of}", unit="shard", disable=hidden):
-        before = networks.evaluations["without_gradient"]
+        before = evaluations["without_gradient"]
         tensors = make(shard)
-        evaluations = networks.evaluations["without_gradient"] - before
+        spent = evaluations["without_gradient"] - before
         checksums = {kind: [checksum(record) for record in _records(tensors, kind)] for kind in KINDS[of]}
-        write_tensors(paths[shard], tensors, hash=manifest.hash, network_evaluations=evaluations, crc32=checksums)
+        write_tensors(paths[shard], tensors, hash=shards.hash, network_evaluations=spent, crc32=checksums)
 
 
 def _records(tensors: Tensors, kind: str) -> Iterator[Tensors]:
@@ -274,22 +242,28 @@ def _records(tensors: Tensors, kind: str) -> Iterator[Tensors]:
         yield {name: tensor[place] for name, tensor in own.items()}
 
 
-class _ShardMaker:
-    """Computes the tensors of a shard; see cache.py for their names."""
+class _AsStored(PairCache):
+    """Pairs whose sides stay where they are: a tie is swapped when it is visited, with what is stored of its sides."""
+
+    def fetch(self, index: int, draw: int) -> EncodedPair:
+        return replace(super().fetch(index, draw), tie=False)
+
+
+class _Shards:
+    """Computes the tensors of a shard; see cache.py for their names. The embedding of the empty prompt is written.
+
+    ``frozen``: digests of the model's frozen parts, on the first process.
+    """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        manifest: Manifest,
-        model: DiffusionModel,
-        dataset: PairDataset | LikedDataset,
-        index: PairIndex,
-        accelerator: Accelerator,
+        self, config: TrainConfig, manifest: Manifest, dataset: PairDataset | LikedDataset, accelerator: Accelerator
     ) -> None:
-        self._config, self._model, self._dataset, self._index = config, model, dataset, index
-        self._pairs_per_shard, self._dtype = manifest.pairs_per_shard, opening.DTYPES[config.cache.dtype]
+        self._config, self._manifest, self._dataset = config, manifest, dataset
+        self.directory, self.hash = Path(str(config.cache.path)), manifest.hash
+        self._index, self._dtype = PairIndex(self.directory), opening.DTYPES[config.cache.dtype]
+        self._model = model = opening.open_model(config)
+        self.frozen = frozen_contents(model) if accelerator.is_main_process else {}
         switches = decide(config, model.network, accelerator)
-        set_tf32(switches, accelerator.device)
         model.to(accelerator.device)
         self.networks = Networks(
             model,
@@ -302,9 +276,17 @@ class _ShardMaker:
         arrange(self.networks, switches)
         speed_up(self.networks, switches)
         self.networks.accelerator = accelerator
-        self.unconditional = self._embed([""])
+        self._reference = chunked(self.networks.reference, config.training.max_batch)
+        self._unconditional = self._embed([""])
+        if accelerator.is_main_process and stored_metadata(self.directory / UNCONDITIONAL).get("hash") != self.hash:
+            write_tensors(self.directory / UNCONDITIONAL, self._unconditional, hash=self.hash)
 
-    def make(self, shard: int) -> Tensors:
+    def paths(self, of: str) -> dict[int, Path]:
+        """The files of all shards, of ``"pairs"`` or of ``"draws"``."""
+        return {shard: shard_path(self.directory, shard, of) for shard in range(self._index.shards)}
+
+    def make_pairs(self, shard: int) -> Tensors:
+        """The images and captions that occur first in the pairs of a shard."""
         sides, captions = self._new(shard)
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
         size = 2 * (self._config.cache.batch_size or self._config.training.batch_size)
@@ -316,10 +298,46 @@ class _ShardMaker:
                 parts[f"image.{name}"].append(tensor.cpu())
         return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
 
+    def make_draws(self) -> Callable[[int], Tensors]:
+        """From a shard to the draws of its pairs, in the batches that a run with their numbers as sample indices would
+        make of the stored pairs.
+        """
+        config, method, draws = self._config, self._config.method, self._config.cache.draws or 0
+        seed, pairs = config.training.seed, _AsStored(self.directory, self._manifest)
+        if method.awaits_score_range:
+            method = method.with_score_range(1.0)  # a weight, and no draw, follows from it
+        objective = method.objective(self._model.schedule)
+        assert isinstance(objective, SingleTimestepObjective)
+        per_shard = self._manifest.pairs_per_shard * draws
+        size = min(config.cache.batch_size or config.training.batch_size, per_shard)
+        every = EpochOrder(len(pairs) * draws, lambda _: np.arange(len(pairs) * draws) // draws)
+        builder = BatchBuilder(
+            pairs,
+            self._model.device,
+            DrawOrder(len(pairs), seed, size, 1, epochs=every),
+            with_unconditional=method.guided,
+            caption_dropout=config.data.caption_dropout,
+        )
+
+        def make(shard: int) -> Tensors:
+            parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+            end = min((shard + 1) * per_shard, every.length)
+            for start in range(shard * per_shard, end, size):
+                stop = min(start + size, end)
+                # The last batch is filled up with draws before it: a network may round otherwise in a smaller one.
+                batch = builder.build(range(max(0, stop - size), stop))
+                stored = objective.store_draws(self._reference, batch, seed=seed, dtype=self._dtype)
+                for name in ("trajectory", "reference_pred"):
+                    if (tensor := getattr(stored, name)) is not None:
+                        parts[f"draw.{name}"].append(torch.stack(tensor.cpu().chunk(2), dim=1)[start - stop :])
+            return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+
+        return make
+
     def _new(self, shard: int) -> tuple[list[tuple[int, int]], list[str]]:
         """The (pair, side) of every image that occurs first in this shard, and the captions likewise, by number."""
-        index, start = self._index, shard * self._pairs_per_shard
-        pairs = range(start, min(start + self._pairs_per_shard, len(index)))
+        index, start = self._index, shard * self._manifest.pairs_per_shard
+        pairs = range(start, min(start + self._manifest.pairs_per_shard, len(index)))
         sides = {int(index.images[pair, side]): (pair, side) for pair in reversed(pairs)
                  for side in reversed(range(index.images.shape[1]))}  # fmt: skip
         captions = {int(index.captions[pair]): self._dataset.caption(pair) for pair in pairs}
@@ -341,15 +359,14 @@ class _ShardMaker:
         which = torch.tensor([distinct.index(caption) for caption in captions])
         # What is stored is rounded before it is used, so that training sees exactly what the reference saw.
         given = {name: tensor[which] for name, tensor in self._embed(distinct).items()}
-        empty = {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self.unconditional.items()}
+        empty = {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self._unconditional.items()}
         latents = stored["latents"]
         prompts = [
             {name: _as(tensor.to(latents.device), torch.float32) for name, tensor in part.items()} | geometry_of(stored)
             for part in (given, empty)
         ]
-        reference = chunked(self.networks.reference, config.training.max_batch)
-        chain = objective.reference_trajectory(reference, latents, *prompts).to(self._dtype)
-        predictions = objective.reference_predictions(reference, chain.to(latents.dtype), *prompts)
+        chain = objective.reference_trajectory(self._reference, latents, *prompts).to(self._dtype)
+        predictions = objective.reference_predictions(self._reference, chain.to(latents.dtype), *prompts)
         return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}
 
     def _embed(self, captions: list[str]) -> Tensors:

@@ -62,8 +62,8 @@ _FREE = (
 )
 # Keys of the configuration that say where something is, and what is there; they count where that is not known.
 _PLACES = {
-    "data ": ("path", "format", "columns", "split", "revision", "subset", "image_root", "rank_pairs"),
-    "model ": ("path", "family", "unet_init", "vae", "revision", "variant"),
+    "data": ("path", "format", "columns", "split", "revision", "subset", "image_root", "rank_pairs"),
+    "model": ("path", "family", "unet_init", "vae", "revision", "variant"),
 }
 # Settings of a VAE that its latents depend on besides its weights.
 _SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -110,8 +110,7 @@ def discard_older(newest: Path, keep: int) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint to the host. Raises ``InvalidInput`` when it is missing, incomplete or damaged."""
-    problem = _damage(path)
-    if problem is not None:
+    if (problem := _damage(path)) is not None:
         raise invalid("resume", str(path), problem, "name another checkpoints/step-N directory of the run")
     meta = unsealed(path / _META)
     files = {name: path / f"{name}.safetensors" for name in _WEIGHTS if f"{name}.safetensors" in meta["files"]}
@@ -134,8 +133,7 @@ def find_checkpoint(resume: str | Path, folder: Path) -> Path | None:
         remedy = "choose another output.directory, delete that one, or resume"
         raise invalid("resume", "never", f"{folder} holds checkpoints of an earlier run", remedy)
     for path in reversed(present):
-        problem = _damage(path)
-        if problem is None:
+        if (problem := _damage(path)) is None:
             return path
         warnings.warn(f"checkpoint {path} is not used: {problem}", stacklevel=2)
     if present:
@@ -155,12 +153,18 @@ def check_same_run(
         run: derived quantities that must agree as well, such as the effective batch and the number of pairs.
         contents: digests of what the run is made of; paths need not agree where these do.
     """
-    earlier = "contents" not in meta
-    there, here, unknown, free = ({}, {}, list(contents), []) if earlier else compared(meta["contents"], contents)
+    earlier, stored = "contents" not in meta, meta.get("contents", {})
+    names = dict.fromkeys([*stored, *contents])
+    unknown = [name for name in names if earlier or "not hashed" in f"{stored.get(name)} {contents.get(name)}"]
+    there, here = ({name: side[name] for name in side if name not in unknown} for side in (stored, contents))
     before, now = _with_defaults(meta["config"]), _flat(config)
     # A rate that falls towards the last step would have been another one from the start.
     constant = str(now.get("optimizer.lr_scheduler", "constant")).startswith("constant")
-    free += [key for key in _FREE if constant or key != "training.steps"]
+    free = [key for key in _FREE if constant or key != "training.steps"]
+    for kind, keys in _PLACES.items():
+        own = [name for name in names if name.startswith(f"{kind} ")]
+        if own and all(name in there and there[name] == here.get(name) for name in own):
+            free += [f"{kind}.{key}" for key in keys]
     bound = ({key: value for key, value in flat.items() if not key.startswith(tuple(free))} for flat in (before, now))
     derived = {key: meta["run"].get(key) for key in run}
     different = [*differences(there, here), *sorted(differences(*bound)), *differences(derived, run)]
@@ -300,23 +304,6 @@ def frozen_contents(model: DiffusionModel) -> dict[str, Any]:
             digest = DIGEST + key_hash(part.get_vocab())
         found[f"model {name}{'' if seen[name] == 1 else f' {seen[name]}'}"] = digest
     return found
-
-
-def compared(
-    stored: Mapping[str, Any], now: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], list[str], list[str]]:
-    """Of two contents both sides' comparable entries; what cannot be compared; and the keys of the configuration that
-    need not agree, since what they lead to has been compared.
-    """
-    names = dict.fromkeys([*stored, *now])
-    unknown = [name for name in names if any(str(side.get(name)).startswith("not hashed") for side in (stored, now))]
-    there, here = ({name: value for name, value in side.items() if name not in unknown} for side in (stored, now))
-    free = []
-    for kind, keys in _PLACES.items():
-        own = [name for name in names if name.startswith(kind)]
-        if own and all(name not in unknown and stored.get(name) == now.get(name) for name in own):
-            free += [f"{kind.strip()}.{key}" for key in keys]
-    return there, here, unknown, free
 
 
 def _of_tensors(tensors: Mapping[str, Any], settings: Sequence[Any] = ()) -> str:

@@ -6,9 +6,9 @@ steps: nothing is loaded or measured, and there is no second copy of a method's 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.io import read_object
-from fastinvdpo.methods import ChainObjective, Objective, PairBatch, SingleTimestepObjective
+from fastinvdpo.methods import PairBatch
 from fastinvdpo.models.loading import FLOW_FAMILIES
 from fastinvdpo.trainer.accounting import gradient_passes
 from fastinvdpo.trainer.order import DrawOrder
@@ -46,16 +46,18 @@ def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
     order = DrawOrder(1, training.seed, training.batch_size, training.gradient_accumulation_steps, processes)
     micro_batches = math.ceil(_PAIRS / training.batch_size)
     weight, counts = nn.Parameter(torch.zeros(1)), {True: 0, False: 0}
+    stored = config.cache.path is not None and config.reference_options is not None  # by precompute, before the run
 
-    def network(latents: Tensor, *others: Any) -> Tensor:
-        counts[torch.is_grad_enabled()] += len(latents)
+    def network(latents: Tensor, *others: Any, of_reference: bool = False) -> Tensor:
+        if not (of_reference and stored):
+            counts[torch.is_grad_enabled()] += len(latents)
         return latents * weight
 
     for number in range(micro_batches):
         objective.backward(
             network,
-            torch.no_grad()(network),
-            _batch(config, objective, order.micro_batch(*divmod(number, training.gradient_accumulation_steps))),
+            torch.no_grad()(partial(network, of_reference=True)),
+            _batch(order.micro_batch(*divmod(number, training.gradient_accumulation_steps)), method.unpaired),
             seed=training.seed,
             max_batch=training.max_batch,
             passes=gradient_passes(config, "NO"),
@@ -88,24 +90,9 @@ def _schedule(config: TrainConfig) -> NoiseSchedule:
     return NoiseSchedule.from_config(settings)
 
 
-def _batch(config: TrainConfig, objective: Objective, draws: range) -> PairBatch:
-    """A batch of latents of one element, two a pair or one a single image; with a cache of the reference's predictions,
-    these too.
-    """
-    unpaired = config.method.unpaired
+def _batch(draws: range, unpaired: bool) -> PairBatch:
+    """A batch of latents of one element, two a pair or one a single image."""
     count = len(draws) if unpaired else 2 * len(draws)
     latents, prompts = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
     liked, index = torch.ones(count, dtype=torch.bool) if unpaired else None, torch.arange(draws.start, draws.stop)
-    batch = PairBatch(latents, prompts, index, prompts, scores=torch.zeros(count), liked=liked, noise=latents)
-    if config.cache.path is None or config.reference_options is None:
-        return batch
-
-    def uncounted(latents: Tensor, *others: Any) -> Tensor:
-        return torch.zeros_like(latents)  # what precompute evaluates, before the run
-
-    if isinstance(objective, SingleTimestepObjective):
-        return objective.store_draws(uncounted, batch, seed=config.training.seed, dtype=torch.float32)
-    assert isinstance(objective, ChainObjective)
-    chain = objective.reference_trajectory(uncounted, latents, prompts, prompts)
-    predictions = objective.reference_predictions(uncounted, chain, prompts, prompts)
-    return dataclasses.replace(batch, trajectory=chain, reference_pred=predictions)
+    return PairBatch(latents, prompts, index, prompts, scores=torch.zeros(count), liked=liked, noise=latents)

@@ -116,14 +116,12 @@ class Networks:
 
     def policy(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Prediction of the policy; with gradient where gradients are enabled."""
-        if torch.is_grad_enabled():
-            if self.shards is not None:
-                self.shards.release()
-            return self._predict("with_gradient", self.wrapped, latents, timesteps, conditioning)
+        gradient = torch.is_grad_enabled()
         if self.shards is not None:
-            self.shards.keep()
+            (self.shards.release if gradient else self.shards.keep)()
         # An inversion needs no gradient, so it must not enter a wrapper that prepares to exchange gradients.
-        return self._predict("without_gradient", self.policy_module, latents, timesteps, conditioning)
+        network = self.wrapped if gradient else self.policy_module
+        return self._predict("policy", network, latents, timesteps, conditioning)
 
     def probe(self, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """As :meth:`policy`, for a measurement: it does not count, and no gradients are exchanged. With FSDP2 all
@@ -143,11 +141,11 @@ class Networks:
             raise RuntimeError("a prediction of the reference is needed, and this run keeps none")
         given = (latents, timesteps, conditioning)
         if self.reference_module is not None:
-            return self._predict("without_gradient", self.reference_module, *given, caller="reference")
+            return self._predict("reference", self.reference_module, *given)
         if self.shards is not None:
             self.shards.keep()
         with self._exchanged() if self.reference_adapters else adapters_disabled(self.policy_module):
-            return self._predict("without_gradient", self.policy_module, *given, caller="reference")
+            return self._predict("reference", self.policy_module, *given)
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
@@ -165,17 +163,11 @@ class Networks:
                 trained[name].data = weights
 
     def _predict(
-        self,
-        kind: str,
-        network: nn.Module,
-        latents: Tensor,
-        timesteps: Tensor,
-        conditioning: Mapping[str, Tensor],
-        *,
-        caller: str = "policy",
+        self, caller: str, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        self.evaluations[kind] += latents.shape[0]
-        if self.graphs is not None and kind == "without_gradient":
+        gradient = torch.is_grad_enabled()
+        self.evaluations["with_gradient" if gradient else "without_gradient"] += latents.shape[0]
+        if self.graphs is not None and not gradient:
             return self.graphs(caller, partial(self._compute, network), latents, timesteps, conditioning)
         return self._compute(network, latents, timesteps, conditioning)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODEL_OPTIONS = ("vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
 EVALUATION_FILES = ("evaluation/base.json", "evaluation/history.jsonl")
 # Options of the launcher that are keys of the configuration too, and what it exports where it was told nothing.
 _SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
@@ -139,16 +139,14 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionMo
     """
     source = config.model
     family = resolve_family(source.family, source.path, source.revision)
-    options = {name: getattr(source, name) for name in ("unet_init", "revision", "variant", *MODEL_OPTIONS)}
+    keys = ("revision", "variant", "unet_init", "vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
+    options: dict[str, Any] = {key: getattr(source, key) for key in keys}
     if family in FLOW_FAMILIES:
         options["resolution"] = config.data.resolution
-
-    def load(frozen_parts: bool) -> DiffusionModel:
-        return load_model(family, source.path, frozen_parts=frozen_parts, **options)
-
-    model = load(frozen_parts)
+    load = partial(load_model, family, source.path, **options)
+    model = load(frozen_parts=frozen_parts)
     if source.quantization is not None:
-        quantize_network(model, source.quantization, again=lambda: load(False).network)
+        quantize_network(model, source.quantization, again=lambda: load(frozen_parts=False).network)
     return model
 
 

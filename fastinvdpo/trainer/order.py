@@ -9,94 +9,85 @@ processes and micro-batches changes neither the pairs of a step nor their random
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastinvdpo.errors import invalid
 
 
-class EpochOrder:
-    """Every pair once, in any order. ``length``: draws of an epoch; other orders may visit some pairs twice."""
+class EpochOrder(NamedTuple):
+    """The pairs of an epoch.
 
-    def __init__(self, pairs: int) -> None:
-        self.length = pairs
+    Attributes:
+        length: draws of an epoch; some orders visit some pairs twice.
+        order: from a generator to the indices of their pairs, int64 ``(length,)``.
+    """
 
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of the pairs of one epoch, int64 ``(length,)``."""
-        return rng.permutation(self.length)
+    length: int
+    order: Callable[[np.random.Generator], np.ndarray]
 
 
-class ByWindow(EpochOrder):
+def by_window(groups: Sequence[Sequence[int]], groups_per_window: int) -> EpochOrder:
     """Every pair once; groups in any order, and pairs in any order within so many consecutive groups: of data that is
     read by groups, no more than one window need be in memory.
     """
+    arrays = [np.asarray(group, dtype=np.int64) for group in groups]
 
-    def __init__(self, groups: Sequence[Sequence[int]], groups_per_window: int) -> None:
-        self._groups = [np.asarray(group, dtype=np.int64) for group in groups]
-        self._per_window = groups_per_window
-        super().__init__(sum(map(len, groups)))
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        groups = [self._groups[number] for number in rng.permutation(len(self._groups))]
-        windows = [groups[start : start + self._per_window] for start in range(0, len(groups), self._per_window)]
+    def order(rng: np.random.Generator) -> np.ndarray:
+        shuffled = [arrays[number] for number in rng.permutation(len(arrays))]
+        windows = [shuffled[start : start + groups_per_window] for start in range(0, len(shuffled), groups_per_window)]
         return np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
 
+    return EpochOrder(sum(map(len, groups)), order)
 
-class ByBucket(EpochOrder):
+
+def by_bucket(bucket_of: Sequence[int], batch_size: int) -> EpochOrder:
     """Batches of one bucket each, in any order. Every pair is drawn; where a bucket's pairs do not fill its last batch,
     some of the same bucket are drawn a second time in the epoch.
     """
+    numbers = np.asarray(bucket_of, dtype=np.int64)
+    buckets = [np.flatnonzero(numbers == bucket) for bucket in np.unique(numbers)]
+    filled = [-(-len(members) // batch_size) * batch_size for members in buckets]
 
-    def __init__(self, bucket_of: Sequence[int], batch_size: int) -> None:
-        numbers = np.asarray(bucket_of, dtype=np.int64)
-        self._members = [np.flatnonzero(numbers == bucket) for bucket in np.unique(numbers)]
-        self._batch_size = batch_size
-        super().__init__(sum(map(self._filled, self._members)))
+    def order(rng: np.random.Generator) -> np.ndarray:
+        draws = [np.resize(rng.permutation(members), size) for members, size in zip(buckets, filled, strict=True)]
+        return rng.permutation(np.concatenate(draws).reshape(-1, batch_size)).reshape(-1)
 
-    def _filled(self, members: np.ndarray) -> int:
-        return -(-len(members) // self._batch_size) * self._batch_size
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        filled = [np.resize(rng.permutation(members), self._filled(members)) for members in self._members]
-        return rng.permutation(np.concatenate(filled).reshape(-1, self._batch_size)).reshape(-1)
+    return EpochOrder(sum(filled), order)
 
 
-class ByLabel(EpochOrder):
+def by_label(liked: Sequence[bool], share: float) -> EpochOrder:
     """As many draws as there are images; a coin decides of each whether it takes a liked one, with probability
     ``share``. Of either label every image is drawn once before one comes again in the epoch.
     """
+    labels = np.asarray(liked)
+    for name, label, needed in (("disliked", False, share < 1), ("liked", True, share > 0)):
+        if needed and not (labels == label).any():
+            problem = f"needs {name} images, and the data have none"
+            raise invalid("method.like_share", share, problem, "set it to null, or to the share that there is")
 
-    def __init__(self, liked: Sequence[bool], share: float) -> None:
-        self._members, self._share = [np.flatnonzero(np.asarray(liked) == label) for label in (False, True)], share
-        for label, needed in (("disliked", share < 1), ("liked", share > 0)):
-            if needed and not len(self._members[label == "liked"]):
-                problem = f"needs {label} images, and the data have none"
-                raise invalid("method.like_share", share, problem, "set it to null, or to the share that there is")
-        super().__init__(len(liked))
-
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        liked, found = rng.random(self.length) < self._share, np.empty(self.length, dtype=np.int64)
-        for label, members in enumerate(self._members):
-            places = np.flatnonzero(liked == label)
+    def order(rng: np.random.Generator) -> np.ndarray:
+        takes_liked, found = rng.random(len(labels)) < share, np.empty(len(labels), dtype=np.int64)
+        for label in (False, True):
+            members, places = np.flatnonzero(labels == label), np.flatnonzero(takes_liked == label)
             rounds = [rng.permutation(members) for _ in range(-(-len(places) // max(1, len(members))))]
             found[places] = np.concatenate([*rounds, members[:0]])[: len(places)]
         return found
 
+    return EpochOrder(len(labels), order)
 
-def epoch_order(dataset: Any, batch_size: int, like_share: float | None = None) -> EpochOrder:
-    """The order that a data set asks for: labels in shares, buckets, groups that are read together, or none in
-    particular.
-    """
+
+def epoch_order(dataset: Any, batch_size: int, like_share: float | None = None) -> EpochOrder | None:
+    """The order that a data set asks for: labels in shares, buckets, groups that are read together; None for any."""
     if like_share is not None:
-        return ByLabel(dataset.liked, like_share)
+        return by_label(dataset.liked, like_share)
     if getattr(dataset, "bucket_of", None):
-        return ByBucket(dataset.bucket_of, batch_size)
-    if groups := dataset.groups() if hasattr(dataset, "groups") else None:
-        return ByWindow(groups, dataset.source.groups_per_window)
-    return EpochOrder(len(dataset))
+        return by_bucket(dataset.bucket_of, batch_size)
+    groups = dataset.groups() if hasattr(dataset, "groups") else None
+    return by_window(groups, dataset.source.groups_per_window) if groups else None
 
 
 class DrawOrder:
@@ -106,7 +97,7 @@ class DrawOrder:
         pairs: their number. batch_size: those of a micro-batch and process.
         accumulation: micro-batches per optimizer step.
         processes, rank: how many processes share a step, and which one this is.
-        epochs: the order of the pairs within an epoch; any order when None.
+        epochs: the order of the pairs within an epoch; when None every pair once, in any order.
     """
 
     def __init__(
@@ -122,12 +113,11 @@ class DrawOrder:
     ) -> None:
         if pairs < 1:
             raise invalid("pairs", pairs, "is an empty data set", "provide at least one pair")
-        epochs = epochs or EpochOrder(pairs)
         self.pairs, self.seed = pairs, seed
         self.effective_batch = batch_size * accumulation * processes
         self._batch_size, self._processes, self._rank = batch_size, processes, rank
-        self._length = epochs.length
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: epochs.order(np.random.default_rng([seed, epoch])))
+        self._length, order = epochs or EpochOrder(pairs, lambda rng: rng.permutation(pairs))
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: order(np.random.default_rng([seed, epoch])))
 
     def micro_batch(self, step: int, micro: int) -> range:
         """Draws of one micro-batch of this process; ``step`` counts from 0."""

@@ -35,8 +35,9 @@ its own limit, 8, it would leave blocks uncompiled with a warning."""
 
 
 def decide(config: TrainConfig, network: nn.Module, accelerator: Accelerator) -> PerformanceSection:
-    """The configured switches, and for those that are null the default on the accelerator's device. Raises
-    ``InvalidInput`` where weights in shards would have to be compiled, recorded or laid out.
+    """The configured switches, and for those that are null the default on the accelerator's device; on CUDA TF32 is
+    allowed or forbidden, for the whole process. Raises ``InvalidInput`` where weights in shards would have to be
+    compiled, recorded or laid out.
     """
     given, cuda = config.performance, accelerator.device.type == "cuda"
     stored = next(network.parameters()).dtype
@@ -49,29 +50,20 @@ def decide(config: TrainConfig, network: nn.Module, accelerator: Accelerator) ->
     # bitsandbytes makes every weight it updates contiguous again, and FSDP2 takes no other.
     channels_last = cuda and half and not sharded and config.optimizer.name != "adamw8bit"
     defaults = {"channels_last": channels_last, "compile": False, "cuda_graphs": False, "tf32": cuda}
-    return given.model_copy(update={key: value for key, value in defaults.items() if getattr(given, key) is None})
-
-
-def shown(switches: PerformanceSection) -> str:
-    """A line for the log."""
-    attention = switches.attention or "the family's"
-    states = [f"{name} {'on' if value else 'off'}" for name, value in switches if name != "attention"]
-    return f"Performance: attention {attention}, {', '.join(states)}."
+    found = given.model_copy(update={key: value for key, value in defaults.items() if getattr(given, key) is None})
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(found.tf32)
+    return found
 
 
 def require_extras(config: TrainConfig) -> None:
-    """Raise ``MissingExtra`` for packages that only some configurations need."""
+    """Raise ``MissingExtra`` for a package that the run needs."""
+    for package in ("accelerate", "diffusers"):
+        require(package, extra="train", purpose="training")
     if config.performance.attention == "xformers":
         require("xformers.ops", extra="xformers", purpose="performance.attention = xformers")
     if config.optimizer.name == "adamw8bit":
         require("bitsandbytes", extra="bnb", purpose="optimizer.name = adamw8bit")
-
-
-def set_tf32(switches: PerformanceSection, device: torch.device) -> None:
-    """Let matrix products and convolutions of float32 tensors run in TF32, or forbid it; for the whole process."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = bool(switches.tf32)
-        torch.backends.cudnn.allow_tf32 = bool(switches.tf32)
 
 
 def arrange(networks: Networks, switches: PerformanceSection) -> None:
@@ -105,7 +97,6 @@ def speed_up(networks: Networks, switches: PerformanceSection) -> None:
         networks.graphs = GraphedCalls()
     if not switches.compile:
         return
-    remedy = "set performance.compile to false"
     torch._dynamo.config.recompile_limit = max(_RECOMPILES, torch._dynamo.config.recompile_limit)
     for network in _distinct(networks):
         # What a compiler makes of weights that are dequantized in every product is not tested here.
@@ -114,11 +105,11 @@ def speed_up(networks: Networks, switches: PerformanceSection) -> None:
         compile_blocks: Any = getattr(network, "compile_repeated_blocks", None)
         if compile_blocks is None:
             problem = f"{type(network).__name__} does not say which of its blocks repeat"
-            raise invalid("performance.compile", True, problem, remedy)
+            raise invalid("performance.compile", True, problem, "set it to false")
         try:
             compile_blocks(backend=COMPILER, dynamic=False)
         except ValueError as error:
-            raise invalid("performance.compile", True, f"diffusers refuses it ({error})", remedy) from error
+            raise invalid("performance.compile", True, f"diffusers refuses it ({error})", "set it to false") from error
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:

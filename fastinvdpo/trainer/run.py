@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.data import LikedDataset, PairDataset
 from fastinvdpo.errors import invalid
@@ -38,8 +37,6 @@ def train(
         NonFiniteLoss: a loss or gradient was not finite; the last good checkpoint is kept.
     """
     config = opening.with_launcher(config)
-    for package in ("accelerate", "diffusers"):
-        require(package, extra="train", purpose="training")
     require_extras(config)
     if config.evaluation is not None and not callbacks:
         callback = "fastinvdpo.evaluation.EvaluationCallback(config.evaluation)"

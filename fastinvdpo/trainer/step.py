@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.methods import KTOOutput, Objective, ObjectiveOutput, PairBatch
 from fastinvdpo.methods.statistics import AutoBeta
 from fastinvdpo.ops import PreferenceLoss
@@ -105,7 +104,7 @@ class FiniteGuard:
 
     @torch.no_grad()
     def watch(self, out: PreferenceLoss, first_draw: int) -> None:
-        """Raise the flag if the loss of a micro-batch, or anything about one of its pairs, is not finite."""
+        """Look at the loss of a micro-batch and at everything about its pairs."""
         errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).unflatten(1, (-1, out.margin.numel()))
         finite = torch.isfinite(errors if errors.ndim == 3 else errors.sum(3)).all(0).all(0)
         bad = ~(finite & torch.isfinite(out.margin.detach()))
@@ -113,7 +112,7 @@ class FiniteGuard:
 
     @torch.no_grad()
     def watch_gradient(self, norm: Tensor, first_draw: int) -> None:
-        """Raise the flag if the norm of a step's gradient is not finite."""
+        """Look at the norm of a step's gradient."""
         self._raise(_GRADIENT, ~torch.isfinite(norm), first_draw)
 
     def poison(self, loss: Tensor) -> Tensor:
@@ -138,7 +137,6 @@ class TrainingState:
 
     Attributes:
         optimizer: the optimizer as accelerate wrapped it.
-        scheduler: learning rate schedule, stepped once per optimizer step.
         learning_rate: of the step made last.
         max_batch: network evaluations in one call at most; None: no limit.
         gradient_passes: how the gradient of a whole trajectory is streamed (:mod:`fastinvdpo.methods.streaming`).
@@ -199,7 +197,15 @@ def training_step(
     limit = torch.inf if max_grad_norm is None else max_grad_norm
     norm = full(accelerator.clip_grad_norm_(state.parameters, limit))
     state.metrics.add_step(norm)
-    _update(state, accelerator, norm, first_draws[0])
+    inner, held_back = state.optimizer.optimizer, False
+    if accelerator.scaler is None:  # where there is one, it skips a step that overflows, and lowers its scale
+        guard.watch_gradient(norm, first_draws[0])
+        if inner.defaults.get("fused"):
+            inner.found_inf = guard.found
+        else:
+            held_back = guard.raised() is not None
+    if not held_back:
+        state.optimizer.step()
     state.learning_rate = state.scheduler.get_last_lr()[0]
     state.scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -209,58 +215,16 @@ def training_step(
         state.moving_reference.update()
 
 
-def _update(state: TrainingState, accelerator: Accelerator, norm: Tensor, first_draw: int) -> None:
-    """Apply the gradient unless something was not finite."""
-    inner = state.optimizer.optimizer
-    if accelerator.scaler is None:  # where there is one, it skips a step that overflows, and lowers its scale
-        state.guard.watch_gradient(norm, first_draw)
-        if inner.defaults.get("fused"):
-            inner.found_inf = state.guard.found
-        elif state.guard.raised() is not None:
-            return
-    state.optimizer.step()
-
-
-def report_loss(batch: PairBatch, out: ObjectiveOutput, *, step: int, row: int, kept: str) -> NoReturn:
-    """Raise :class:`NonFiniteLoss` about one pair: ``batch`` holds it alone, ``out`` was computed from it again;
-    ``kept`` tells what remains on disk.
+def origin(batch: PairBatch, out: ObjectiveOutput) -> str:
+    """Of one pair, which ``batch`` holds alone: the first timestep whose errors are not finite, the earliest quantity
+    that is not, and its side.
     """
-    draw, what = int(batch.sample_index[0]), "pair" if batch.liked is None else "image"
-    raise NonFiniteLoss(
-        f"The loss of step {step} is not finite: {what} in data row {row} (draw {draw}), {_timestep(out)}, "
-        f"{_origin(batch, out)}. {_ending(kept)}"
-    )
-
-
-def report_gradient(*, step: int, rows: list[int], kept: str) -> NoReturn:
-    """Raise :class:`NonFiniteLoss` about a step whose loss is finite and whose gradient is not."""
-    shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
-    raise NonFiniteLoss(
-        f"The gradient of step {step} is not finite although its loss is; its pairs are in data rows {shown}. "
-        + _ending(kept)
-    )
-
-
-def _ending(kept: str) -> str:
-    return (
-        f"No update was made with it. {kept} Remedy: look at the images and scores there, lower "
-        "optimizer.learning_rate or method.beta, or train with mixed_precision bf16 or no."
-    )
-
-
-def _timestep(out: ObjectiveOutput) -> str:
-    """The first timestep of the pair whose errors are not finite."""
     timesteps = out.timesteps.unflatten(0, (-1, out.margin.numel()))[0].flatten().tolist()
-    errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).cpu()
-    bad = (~torch.isfinite(errors)).any(0).any(0).flatten()
+    bad = ~torch.isfinite(torch.stack([out.policy_mse.detach(), out.reference_mse])).all(0).all(0).flatten()
     if len(timesteps) == bad.numel() and bool(bad.any()):
-        return f"timestep {timesteps[int(bad.long().argmax())]}"
-    return f"timestep {timesteps[0]}" if len(timesteps) == 1 else f"timesteps {timesteps[0]} to {timesteps[-1]}"
-
-
-def _origin(batch: PairBatch, out: ObjectiveOutput) -> str:
-    """The earliest quantity that is not finite, and its side."""
-    sides = ("image",) if batch.liked is not None else SIDES
+        timesteps = [timesteps[int(bad.long().argmax())]]
+    when = f"timestep {timesteps[0]}" if len(timesteps) == 1 else f"timesteps {timesteps[0]} to {timesteps[-1]}"
+    sides = SIDES if batch.liked is None else ("image",)
     stages = {
         "latents": batch.latents,
         "scores": batch.scores,
@@ -275,5 +239,5 @@ def _origin(batch: PairBatch, out: ObjectiveOutput) -> str:
         if tensor is not None:
             finite = torch.isfinite(tensor.detach()).reshape(len(sides), -1).all(1).tolist()
             if not all(finite):
-                return f"first in the {name} of the {sides[finite.index(False)]}"
-    return "although everything the network returned is finite"
+                return f"{when}, first in the {name} of the {sides[finite.index(False)]}"
+    return f"{when}, although everything the network returned is finite"

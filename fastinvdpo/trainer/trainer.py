@@ -23,7 +23,7 @@ from fastinvdpo.models import DiffusionModel
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.accounting import choose_max_batch, gradient_passes, measure_costs, peak_memory
-from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder, Pairs
+from fastinvdpo.trainer.batches import BatchBuilder, EncodedPairs, PairEncoder, Pairs
 from fastinvdpo.trainer.cache import PairCache, reference_key
 from fastinvdpo.trainer.callbacks import Callback, Place, Reporting, TrainResult
 from fastinvdpo.trainer.checkpoint import (
@@ -40,9 +40,9 @@ from fastinvdpo.trainer.checkpoint import (
 )
 from fastinvdpo.trainer.export import Publishing, export_model, model_card
 from fastinvdpo.trainer.order import DrawOrder, epoch_order
-from fastinvdpo.trainer.performance import decide, set_tf32, shown, speed_up
+from fastinvdpo.trainer.performance import decide, speed_up
 from fastinvdpo.trainer.state import as_checkpoint, build_state, restore_state
-from fastinvdpo.trainer.step import report_gradient, report_loss, training_step
+from fastinvdpo.trainer.step import origin, training_step
 
 
 class PreferenceTrainer:
@@ -90,12 +90,12 @@ class PreferenceTrainer:
         config = opening.with_launcher(complete(config, method, model, pairs))
         config = opening.with_score_range(config, getattr(pairs, "source", None))
         self.config, self.model, self.directory = config, model, Path(config.output.directory)
-        self._checkpoints = self.directory / "checkpoints"
-        if self.cache is None and config.cache.path is not None:
-            problem = "belongs to the files that the configuration names, not to pairs at hand"
-            raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
+        self._checkpoints, training = self.directory / "checkpoints", config.training
         if self.cache is not None:
             self.cache.check_draws(reference_key(config))
+        elif config.cache.path is not None:
+            problem = "belongs to the files that the configuration names, not to pairs at hand"
+            raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
         opening.check_pairs(config, pairs)
         opening.check_masks(config, getattr(pairs, "has_masks", False))
         self._last_checkpoint = find_checkpoint(resume, self._checkpoints)
@@ -107,8 +107,6 @@ class PreferenceTrainer:
         for callback in self._callbacks:
             callback.on_init(self)
         self.performance = decide(config, model.network, self.accelerator)
-        set_tf32(self.performance, self.accelerator.device)
-        training = config.training
         self.order = DrawOrder(
             len(pairs),
             training.seed,
@@ -152,11 +150,14 @@ class PreferenceTrainer:
                 write_report(self.summary, pairs.broken, self.output)
         self.accelerator.wait_for_everyone()
         self.model.to(self.accelerator.device)
-        sampled, cache_gib = config.data.latents == "sampled", config.data.cache_gib
+        encoded: EncodedPairs
+        if isinstance(pairs, PairCache):
+            encoded = pairs
+        else:
+            sampled = config.data.latents == "sampled"
+            encoded = PairEncoder(self.model, pairs, sampled_latents=sampled, cache_gib=config.data.cache_gib)
         self.builder = BatchBuilder(
-            pairs
-            if isinstance(pairs, PairCache)
-            else PairEncoder(self.model, pairs, sampled_latents=sampled, cache_gib=cache_gib),
+            encoded,
             self.accelerator.device,
             self.order,
             with_unconditional=config.method.guided,
@@ -169,20 +170,19 @@ class PreferenceTrainer:
         if not hasattr(self, "builder"):
             self.prepare()
         config, accelerator = self.config, self.accelerator
+        cached = self.cache is not None and self.cache.has_reference and config.reference_options is not None
         self.state = state = build_state(
             config,
             self.model,
             accelerator,
             self.performance,
             effective_batch=self.order.effective_batch,
-            reference_is_cached=self.cache is not None
-            and self.cache.has_reference
-            and config.reference_options is not None,
+            reference_is_cached=cached,
         )
         state.auto_beta = self.objective.auto_beta
         pair = self.builder.build(self.order.micro_batch(0, 0)[:1])
-        state.max_batch = config.training.max_batch
         state.gradient_passes = passes = gradient_passes(config, str(accelerator.distributed_type.value))
+        state.max_batch = config.training.max_batch
         if state.max_batch is None and config.method.whole_chain:
             state.max_batch = choose_max_batch(state.networks, self.objective, pair, accelerator, passes=passes)
         # Counted once; the log multiplies.
@@ -191,15 +191,19 @@ class PreferenceTrainer:
             callback.on_start(self)
         # The probes of size and cost see the networks as they are: each size would be compiled otherwise.
         speed_up(state.networks, self.performance)
-        self.say(shown(self.performance))
+        attention = self.performance.attention or "the family's"
+        switches = [f"{name} {'on' if value else 'off'}" for name, value in self.performance if name != "attention"]
+        self.say(f"Performance: attention {attention}, {', '.join(switches)}.")
         if config.cache.draws is not None:
             self.say(f"Draws: one of {config.cache.draws} a pair that are stored with the reference's predictions.")
         if self._stored is not None:
             meta = self._stored.meta
-            if libraries := changes(meta["versions"], versions()):
-                self.say(f"Other versions than the checkpoint's: {libraries}; results may differ in the last bits.")
-            if switches := changes(meta.get("performance", {}), self.performance.model_dump()):
-                self.say(f"Other performance switches than the checkpoint's: {switches}; last bits may differ.")
+            for what, before, now in (
+                ("versions", meta["versions"], versions()),
+                ("performance switches", meta.get("performance", {}), self.performance.model_dump()),
+            ):
+                if changed := changes(before, now):
+                    self.say(f"Other {what} than the checkpoint's: {changed}; results may differ in the last bits.")
             restore_state(state, self._stored, accelerator)
             if accelerator.is_main_process and meta.get("history") not in (None, self._history()):
                 self.say("history.jsonl is not what the checkpoint's run had logged: it was changed or damaged.")
@@ -221,7 +225,7 @@ class PreferenceTrainer:
     def _load(self, path: Path | None) -> Checkpoint | None:
         """The checkpoint to continue from, and what the run had done until then."""
         stored = None if path is None else load_checkpoint(path)
-        meta: dict[str, Any] = {} if stored is None else stored.meta
+        self._before = meta = {} if stored is None else stored.meta
         found = contents_of(self.config, self.model, self._pairs, self.accelerator, meta.get("remembered", {}))
         self._contents, self._remembered = found
         if stored is not None:
@@ -230,8 +234,6 @@ class PreferenceTrainer:
         if self.first_step > (steps := self.config.training.steps):
             problem = f"has been passed: {path} is of step {self.first_step}"
             raise invalid("training.steps", steps, problem, "ask for more steps, or name another output.directory")
-        self._seconds_before: float = meta.get("seconds", 0.0)
-        self._evaluations_before: dict[str, int] = meta.get("network_evaluations", {})
         self._attempts = attempts(meta, self.config, self._contents)
         return stored
 
@@ -272,22 +274,29 @@ class PreferenceTrainer:
             return
         if self.state.networks.shards is not None:
             self.state.networks.shards.gather()  # together, since what follows only the process that found it does
-        last, raised = self._last_checkpoint, guard.raised()
+        last, raised, training = self._last_checkpoint, guard.raised(), self.config.training
         kept = "No checkpoint was due yet." if last is None else f"The last good checkpoint is {last}."
         if raised is None:
             raise NonFiniteLoss(f"Another process met a loss that is not finite, up to step {step}. {kept}")
         kind, draw = raised
         at = draw // self.order.effective_batch + 1
         if kind == "gradient":
-            micros = range(self.config.training.gradient_accumulation_steps)
-            draws = [draw for micro in micros for draw in self.order.micro_batch(at - 1, micro)]
-            report_gradient(step=at, rows=[self.builder.row(draw) for draw in draws], kept=kept)
-        batch = self.builder.build(range(draw, draw + 1))
-        networks, size = self.state.networks, self.state.max_batch
-        limited = chunked(networks.policy, size), chunked(networks.reference, size)
-        with torch.no_grad():
-            out = self.objective(*limited, batch, seed=self.config.training.seed)
-        report_loss(batch, out, step=at, row=self.builder.row(draw), kept=kept)
+            micros = range(training.gradient_accumulation_steps)
+            rows = [self.builder.row(draw) for micro in micros for draw in self.order.micro_batch(at - 1, micro)]
+            listed = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+            found = f"The gradient of step {at} is not finite although its loss is; its pairs are in data rows {listed}"
+        else:
+            batch = self.builder.build(range(draw, draw + 1))
+            networks, size = self.state.networks, self.state.max_batch
+            with torch.no_grad():
+                limited = chunked(networks.policy, size), chunked(networks.reference, size)
+                out = self.objective(*limited, batch, seed=training.seed)
+            what = "pair" if batch.liked is None else "image"
+            where = f"{what} in data row {self.builder.row(draw)} (draw {draw}), {origin(batch, out)}"
+            found = f"The loss of step {at} is not finite: {where}"
+        remedy = "look at the images and scores there, lower optimizer.learning_rate or method.beta"
+        remedy += ", or train with mixed_precision bf16 or no"
+        raise NonFiniteLoss(f"{found}. No update was made with it. {kept} Remedy: {remedy}.")
 
     def _log(self, step: int) -> None:
         self.check_finite(step)
@@ -370,7 +379,8 @@ class PreferenceTrainer:
         """Network evaluations with and without gradient, over all attempts of the run and all processes."""
         kinds, own = zip(*self.state.networks.evaluations.items(), strict=True)
         counts = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
-        return {kind: count + self._evaluations_before.get(kind, 0) for kind, count in zip(kinds, counts, strict=True)}
+        before = self._before.get("network_evaluations", {})
+        return {kind: count + before.get(kind, 0) for kind, count in zip(kinds, counts, strict=True)}
 
     def _seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self._began
+        return float(self._before.get("seconds", 0.0)) + time.perf_counter() - self._began

@@ -1,4 +1,4 @@
-"""``fastinvdpo score``: every format, resuming (kills: killed.py), broken rows, labels from scores, refusals."""
+"""``fastinvdpo score``: every format, resuming (kills: interrupted.py), broken rows, labels from scores, refusals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Faults at file-system calls, over all commands: after each, the same command ends as one that met none, and leaves
 nothing behind.
 
-``make test-faults`` runs this file, by name. KILLS, DISK and SIGNALS are how many of each; SEED chooses them.
+``make test-faults`` runs this file, by name, and ``make test-deep`` a few of the kills. KILLS, DISK and SIGNALS are how
+many of each; SEED chooses them.
 """
 
 from __future__ import annotations

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,31 +178,3 @@ def test_through_the_commands(
     shown = pictures(chain.evaluation / "aligned")
     assert shown == drawn(model, reloaded)
     assert shown != pictures(chain.evaluation / "base")
-
-
-def test_as_processes_of_their_own(root: Path, tmp_path: Path) -> None:
-    """The commands as a user gives them leave the same bits as in the process of the tests."""
-    family, method = "sd15", "inversion-dpo"
-    chains = [
-        write_config(root, tmp_path / name, family, method, True, tmp_path / name / "cache") for name in ("own", "here")
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for chain in chains:
-        for words in (
-            ["precompute", str(chain.config), "--no-progress"],
-            ["train", str(chain.config), "--no-progress"],
-            evaluation_of(root, chain, family, True),
-        ):
-            if chain is chains[0]:
-                command = [sys.executable, "-m", "fastinvdpo", *words]
-                done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-                assert done.returncode == 0, done.stderr
-            else:
-                assert cli.main(words) == 0
-    left = []
-    for name in ("own", "here"):
-        weights = [(file, load_file(file)) for file in (tmp_path / name).rglob("*.safetensors")]
-        found: dict[Path, Any] = {file: {n: t.numpy().tobytes() for n, t in held.items()} for file, held in weights}
-        found |= {file: Image.open(file).tobytes() for file in (tmp_path / name).rglob("*.png")}
-        left.append({file.relative_to(tmp_path / name): content for file, content in found.items()})
-    assert left[0] == left[1] and len(left[0]) > 10

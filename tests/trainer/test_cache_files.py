@@ -45,28 +45,35 @@ def counted_fills(runs: list[dict[str, Any]], fatal: int) -> list[int]:
     return counts
 
 
-def test_a_killed_precompute_resumes_without_recomputing_finished_shards(workspace: Path, forks: Server) -> None:
-    killed, whole = (workspace / name for name in ("killed", "whole"))
-    runs = [mapping(workspace, cache={"path": str(path)}) for path in (killed, whole)]
-    # A shard of three pairs is inverted in two chunks (two pairs at once), each of 2 · LEVELS predictions.
-    per_shard = 2 * 2 * LEVELS
-    assert forks.call(counted_fills, runs[:1], per_shard * 2 + 3).status == -signal.SIGKILL
-    finished = sorted(path.name for path in killed.glob("pairs-*"))
-    assert finished == ["pairs-000000.safetensors", "pairs-000001.safetensors"]
-    times = [(killed / name).stat().st_mtime_ns for name in finished]
-    # The third shard, and the fourth with its single pair in one chunk.
-    expected = per_shard + per_shard // 2
-    done = forks.call(counted_fills, [*runs, runs[0]], 0)
-    assert (done.status, done.result) == (0, [expected, 2 * per_shard + expected, 0])
-    assert [(killed / name).stat().st_mtime_ns for name in finished] == times
+@pytest.mark.parametrize(("method", "draws"), [("inversion-dpo", None), ("smpo", 3)])
+def test_a_killed_precompute_resumes_without_recomputing_finished_shards(
+    workspace: Path, forks: Server, method: str, draws: int | None
+) -> None:
+    """Three, three, three pairs and one; of draws, which the reference makes, as many shards."""
+    killed, whole, kind = workspace / "killed", workspace / "whole", "draws" if draws else "pairs"
+    # A range of scores decides weights, and no draw.
+    options = {"inverter": "reference", "score_range": "auto"} if draws else {}
+    runs = [mapping(workspace, method, method=options, cache={"path": str(c), "draws": draws}) for c in (killed, whole)]
+    (total,) = forks.call(counted_fills, runs[1:], 0).result
+    assert forks.call(counted_fills, runs[:1], total // 2 + 1).status == -signal.SIGKILL
+    finished = {path: path.stat().st_mtime_ns for path in killed.glob(f"{kind}-*")}
+    assert 0 < len(finished) < 4
+    rest, again = forks.call(counted_fills, [runs[0], runs[0]], 0).result
+    assert 0 < rest < total * (1 - len(finished) / 4) + 1 and again == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    (killed / f"{kind}-000001.safetensors").unlink()
+    assert 0 < forks.call(counted_fills, runs[:1], 0).result[0] < total / 2
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in killed.iterdir()} == names
-    for name in names:
-        if name.endswith(".safetensors"):
-            assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    files = [name for name in names if name.endswith(".safetensors")]
+    assert len(files) == 2 + 4 + (4 if draws else 0)  # index, unconditional, shards of pairs and of draws
+    for name in files:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
     one, other = (cache.Manifest.read(path) for path in (killed, whole))
-    assert one is not None and other is not None and one.sizes == other.sizes
-    assert one.network_evaluations == other.network_evaluations == IMAGES * LEVELS * GUIDED * 2
+    assert one is not None and other is not None and (one.sizes, one.draw_sizes) == (other.sizes, other.draw_sizes)
+    assert one.network_evaluations == other.network_evaluations
+    if not draws:
+        assert one.network_evaluations == IMAGES * LEVELS * GUIDED * 2
 
 
 def test_training_completes_an_incomplete_cache(workspace: Path, small_shards: None) -> None:
@@ -154,7 +161,7 @@ def test_what_changes_nothing_stored_keeps_the_cache(
     filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(shutil.copytree(filled, tmp_path / "moved"))  # other paths, other times
-    monkeypatch.setattr(cache_writing, "_fill", lambda *arguments, **options: pytest.fail("computed again"))
+    monkeypatch.setattr(cache_writing, "_complete", lambda *arguments, **options: pytest.fail("computed again"))
     fill(
         root,
         method={"beta": 7.0, "utility": "hinge", "timesteps_per_step": 2},
@@ -277,6 +284,7 @@ def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
         ({"cache": {"path": None}}, r"cache\.path = None: names no directory"),
         ({"model": {"path": nowhere}}, r"model\.path = .*nowhere'?: holds no"),
         ({"data": {"path": nowhere}}, r"data\.path = .*does not exist"),
+        ({"cache": {"path": str(next(workspace.rglob("*.json")))}}, r"cache\.path = .*: is a file"),
     ):
         with pytest.raises(InvalidInput, match=message):
             fill(workspace, **sections)  # type: ignore[arg-type]

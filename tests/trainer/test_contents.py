@@ -16,8 +16,8 @@ from fastinvdpo.io import sealed, unsealed
 from fastinvdpo.models import load_model
 from fastinvdpo.models.adapters import perturb
 from fastinvdpo.models.stable_diffusion import StableDiffusionModel
-from fastinvdpo.trainer import train
-from fastinvdpo.trainer.checkpoint import compared, frozen_contents
+from fastinvdpo.trainer import TrainConfig, train
+from fastinvdpo.trainer.checkpoint import check_same_run, frozen_contents
 from tests.models import tiny as models
 from tests.trainer import tiny
 
@@ -164,10 +164,14 @@ def test_encoders_tokenizers_and_vae_have_digests_of_their_own() -> None:
         assert [name for name in first if found[name] != first[name]] == [f"model {part}"]
 
 
-def test_paths_are_free_where_contents_have_been_compared() -> None:
+def test_paths_are_free_where_contents_have_been_compared(workspace: Path) -> None:
     one = {"data rows": 3, "data images": "sha256:1", "model network": "sha256:2"}
-    assert "data.path" in compared(one, one)[3] and "model.path" in compared(one, one)[3]
+    stored, now = (tiny.mapping(workspace, **{s: {"path": p} for s in ("data", "model")}) for p in ("a", "b"))
+    meta = {"step": 1, "config": TrainConfig.from_mapping(stored).as_dict(), "run": {}}
+    here = TrainConfig.from_mapping(now).as_dict()
+    check_same_run({**meta, "contents": one}, here, {}, one)
     unread = {**one, "data images": "not hashed (output.data_hash)"}
-    there, here, unknown, free = compared(unread, one)
-    assert there == here and unknown == ["data images"]
-    assert "data.path" not in free and "model.path" in free
+    with pytest.raises(InvalidInput, match=r"different are data\.path \('a' there, 'b' here\)\. Remedy"):
+        check_same_run({**meta, "contents": unread}, here, {}, one)
+    with pytest.warns(UserWarning, match=r"one of the two has no digest\): data images$"):
+        check_same_run({**meta, "contents": unread}, meta["config"], {}, one)

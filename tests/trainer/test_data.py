@@ -18,13 +18,11 @@ from PIL import Image
 
 from fastinvdpo import cli
 from fastinvdpo.data import PairDataset, write_pairs
-from fastinvdpo.errors import InvalidInput
 from fastinvdpo.models import load_model
 from fastinvdpo.trainer import TrainConfig, precompute
 from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
-from fastinvdpo.trainer.order import ByBucket, ByWindow, DrawOrder, drops_caption, epoch_order, swaps_tie
+from fastinvdpo.trainer.order import DrawOrder, by_bucket, by_window, drops_caption, epoch_order, swaps_tie
 from tests.data.test_pairs import encoded
-from tests.models import tiny as tiny_models
 from tests.trainer import tiny
 
 ROWS = 1000
@@ -191,7 +189,7 @@ def test_every_epoch_has_every_pair_once_in_another_order(workspace: Path) -> No
 
 def test_an_epoch_of_windows_visits_every_pair_once_and_few_groups_at_a_time() -> None:
     groups = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9], [10, 11, 12]]
-    order = ByWindow(groups, groups_per_window=2)
+    order = by_window(groups, groups_per_window=2)
 
     def epoch(*seed: int) -> list[int]:
         return [int(number) for number in order.order(np.random.default_rng(seed))]
@@ -208,7 +206,7 @@ def test_an_epoch_of_windows_visits_every_pair_once_and_few_groups_at_a_time() -
 
 def test_an_epoch_of_buckets_visits_every_pair_in_batches_of_one_bucket() -> None:
     bucket_of = [0] * 7 + [2] * 4 + [5]
-    order = ByBucket(bucket_of, batch_size=3)
+    order = by_bucket(bucket_of, batch_size=3)
     assert order.length == 9 + 6 + 3
     draws = DrawOrder(len(bucket_of), 4, 3, 2, epochs=order)
     for epoch in range(3):
@@ -224,34 +222,3 @@ def test_an_epoch_of_buckets_visits_every_pair_in_batches_of_one_bucket() -> Non
     )
     for step in range(6):  # processes share the batches of a step
         assert [one.micro_batch(step, micro) for micro in range(2)] == [each.micro_batch(step, 0) for each in two]
-
-
-def wide_and_high(path: Path) -> None:
-    rng = np.random.default_rng(3)
-    rows = []
-    for i in range(9):
-        height, width = [(16, 32), (32, 16), (16, 16)][i % 3]
-        both = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(2)]
-        rows.append({"jpg_0": both[0], "jpg_1": both[1], "label_0": 1.0, "label_1": 0.0, "caption": "a dog"})
-    write_pairs(path, rows)
-
-
-@pytest.mark.parametrize("kind", ["buckets", "streaming"])
-def test_training_in_an_order_of_its_own_resumes_bit_for_bit(workspace: Path, kind: str) -> None:
-    sections: dict[str, Any] = {"data": {"streaming": True, "shuffle_buffer": 4, "resolution": 8}}
-    if kind == "buckets":
-        tiny_models.sd_pipeline().save_pretrained(workspace / "sd", safe_serialization=True)
-        wide_and_high(workspace / "pairs.parquet")
-        sections["model"] = {"family": "stable-diffusion", "path": str(workspace / "sd")}
-        sections["data"] = {"resolution": 16, "buckets": {"multiple": 8, "max_aspect": 2.0}}
-    else:
-        pq.write_table(pq.read_table(workspace / "pairs.parquet"), workspace / "pairs.parquet", row_group_size=3)
-    output = {"checkpoint_every": 1}
-    for folder, steps in (("straight", 4), ("stopped", 2), ("stopped", 4)):
-        result = tiny.trained(workspace, folder, output=output, training={"steps": steps}, **sections)
-    assert all(np.isfinite(row["loss"]) for row in result.history)
-    tiny.assert_same(tiny.weights(workspace / "straight"), tiny.weights(workspace / "stopped"))
-    if kind == "buckets":
-        training = {"steps": 5, "batch_size": 1, "gradient_accumulation_steps": 2}
-        with pytest.raises(InvalidInput, match="pairs in a batch of one bucket"):
-            tiny.trained(workspace, "stopped", training=training, **sections)

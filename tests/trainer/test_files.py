@@ -83,6 +83,13 @@ def test_damaged_checkpoints_count_for_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000005", "step-00000006"]
     save(tmp_path, 8, keep=2)
     assert names(tmp_path) == ["step-00000005", "step-00000006", "step-00000008"]
+    with (tmp_path / "step-00000008" / "state.pt").open("r+b") as file:
+        file.truncate(100)
+    (tmp_path / "step-00000005" / "meta.json").unlink()
+    with pytest.warns(UserWarning) as told, pytest.raises(InvalidInput, match=r"all 3 checkpoints in .* are damaged"):
+        find_checkpoint("auto", tmp_path)
+    assert "step-00000008 is not used: state.pt has 100 bytes instead of" in str(told[0].message)
+    assert "its meta.json cannot be read" in str(told[2].message)
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,18 @@ from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import TrainConfig, precompute, train
 from fastinvdpo.trainer.batches import BatchBuilder, PairEncoder
 from fastinvdpo.trainer.dry_run import count_evaluations
-from fastinvdpo.trainer.order import ByLabel, DrawOrder
+from fastinvdpo.trainer.order import DrawOrder, by_label
 from tests.cases import GOLDEN, load_golden
 from tests.data.test_pairs import encoded, store
 from tests.methods.problems import REFERENCE, SCHEDULE, Policy
 from tests.test_losses import relative
 from tests.trainer import tiny
-from tests.trainer.forked import Server
-from tests.trainer.test_resume import history, train_counted
 
 IMAGES, LIKED = 10, 4
 
 
-@pytest.fixture
-def likes(workspace: Path) -> Path:
-    """A workspace with ten images in ``likes.parquet``, four of them liked."""
+def write_likes(path: Path) -> Path:
+    """Ten images, four of them liked."""
     rng = np.random.default_rng(2)
     rows = [
         {
@@ -46,7 +42,13 @@ def likes(workspace: Path) -> Path:
         }
         for i in range(IMAGES)
     ]
-    store(workspace / "likes.parquet", rows)
+    return store(path, rows)
+
+
+@pytest.fixture
+def likes(workspace: Path) -> Path:
+    """A workspace with ``likes.parquet``."""
+    write_likes(workspace / "likes.parquet")
     return workspace
 
 
@@ -159,7 +161,7 @@ def test_pairs_and_single_images_are_not_mixed_up() -> None:
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.0, 1.0])
 def test_labels_are_drawn_in_their_shares_and_images_of_a_label_alike(share: float) -> None:
     liked = [i % 10 == 0 for i in range(500)]
-    order = DrawOrder(500, 0, 2, 1, epochs=ByLabel(liked, share))
+    order = DrawOrder(500, 0, 2, 1, epochs=by_label(liked, share))
     draws = [order.pair_index(draw) for draw in range(40 * 500)]
     assert abs(np.mean([liked[i] for i in draws]) - share) <= 5 * np.sqrt(share * (1 - share) / len(draws))
     for label, expected in ((True, share * len(draws) / 50), (False, (1 - share) * len(draws) / 450)):
@@ -167,54 +169,35 @@ def test_labels_are_drawn_in_their_shares_and_images_of_a_label_alike(share: flo
         assert len(counts) == (0 if expected == 0 else 50 if label else 450)
         assert all(abs(count - expected) <= 5 * np.sqrt(expected) for count in counts.values())
     assert draws[:500] != draws[500:1000]
-    again = DrawOrder(500, 0, 1, 1, 2, 1, epochs=ByLabel(liked, share))
+    again = DrawOrder(500, 0, 1, 1, 2, 1, epochs=by_label(liked, share))
     assert [again.pair_index(draw) for draw in range(700)] == draws[:700]
 
 
 def test_a_share_of_what_the_data_lack_is_refused(likes: Path) -> None:
     with pytest.raises(InvalidInput, match=r"method.like_share = 0.8: needs disliked images, and the data have none"):
-        ByLabel([True, True], 0.8)
+        by_label([True, True], 0.8)
     with pytest.raises(InvalidInput, match=r"method.like_share = 0.1: needs liked images"):
-        ByLabel([False], 0.1)
-    assert sorted(ByLabel([True] * 9, 1.0).order(np.random.default_rng(0))) == list(range(9))
+        by_label([False], 0.1)
+    assert sorted(by_label([True] * 9, 1.0).order(np.random.default_rng(0))) == list(range(9))
 
 
 # Runs
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
-def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_and_logs_by_label(
-    likes: Path, forks: Server, lora: dict[str, Any] | None
-) -> None:
-    def section(name: str) -> dict[str, Any]:
-        training = {"gradient_accumulation_steps": 2, "batch_size": 3}
-        output = {"directory": str(likes / name), "log_every": 3}
-        return mapping(likes, model={"lora": lora}, data={"caption_dropout": 0.3}, training=training, output=output)
-
-    assert forks.call(train_counted, [section("killed")], 19).status == -signal.SIGKILL
-    done = forks.call(train_counted, [section("killed"), section("whole")], 0)
-    assert done.status == 0, done.said
-    ends = [tiny.stored(likes / name) for name in ("killed", "whole")]
-    for part in ("trainable", "state"):
-        tiny.assert_same(getattr(ends[0], part), getattr(ends[1], part))
-    rows = history(likes / "whole", [1, 3, 6])
-    assert history(likes / "killed", [1, 3, 6]) == rows
-    assert rows[0]["margin"] == rows[0]["kappa"] == 0 and rows[0]["loss"] == 0.5
-    assert rows[0]["implicit_accuracy"] == 0.5 and rows[0]["gradient_norm"] > 0
-    assert rows[-1]["loss"] != 0.5 and rows[-1]["policy_mse_liked"] > 0 and 0 < rows[-1]["liked"] <= 1
-    assert rows[0]["policy_mse_liked"] == rows[0]["reference_mse_liked"]
-    assert rows[-1]["network_evaluations_with_gradient"] == rows[-1]["network_evaluations_without_gradient"] == 36
-    assert tiny.moved(tiny.weights(likes / "whole")) > 1e-4
-    assert "10 images from" in (likes / "whole" / "model" / "README.md").read_text()
-
-
-def test_training_from_the_cache_is_the_same_bit_for_bit(likes: Path, small_shards: None) -> None:
-    cache, dropout = {"path": str(likes / "cache")}, {"caption_dropout": 0.3}
-    cached, spot = run(likes, "cached", data=dropout, cache=cache), run(likes, "spot", data=dropout)
-    tiny.assert_same(tiny.weights(cached), tiny.weights(spot))
-    assert [row["loss"] for row in cached.history] == [row["loss"] for row in spot.history]
-    assert cached.data == spot.data and spot.data is not None and (spot.data.pairs, spot.data.liked) == (IMAGES, LIKED)
-    stored = precompute(TrainConfig.from_mapping(mapping(likes, data=dropout, cache=cache)), progress=False)
+def test_a_run_logs_by_label_and_tells_its_cache_from_that_of_pairs(likes: Path, small_shards: None) -> None:
+    """Resumed, and from the cache bit for bit: tests/trainer/test_same_bits.py."""
+    cache, training = {"path": str(likes / "cache")}, {"gradient_accumulation_steps": 2, "batch_size": 3}
+    result = run(likes, data={"caption_dropout": 0.3}, training=training, cache=cache)
+    assert result.data is not None and (result.data.pairs, result.data.liked) == (IMAGES, LIKED)
+    first, last = result.history[0], result.history[-1]
+    assert first["margin"] == first["kappa"] == 0 and first["loss"] == first["implicit_accuracy"] == 0.5
+    assert first["policy_mse_liked"] == first["reference_mse_liked"] and first["gradient_norm"] > 0
+    assert last["loss"] != 0.5 and last["policy_mse_liked"] > 0 and 0 < last["liked"] <= 1
+    assert last["network_evaluations_with_gradient"] == last["network_evaluations_without_gradient"] == 36
+    assert tiny.moved(tiny.weights(result)) > 1e-4
+    assert "10 images from" in (result.model_directory / "README.md").read_text()
+    same = mapping(likes, data={"caption_dropout": 0.3}, cache=cache)
+    stored = precompute(TrainConfig.from_mapping(same), progress=False)
     assert stored.unpaired and sum(stored.liked) == LIKED and stored.index.images.shape == (IMAGES, 1)
     pairs = tiny.mapping(likes, cache=cache)
     with pytest.raises(InvalidInput, match=r"different are .*data\.form"):
@@ -233,10 +216,6 @@ def test_pairs_are_read_as_likes_where_the_user_says_so(likes: Path) -> None:
         InvalidInput, match=r"^method.name = 'diffusion-dpo' trains on pairs, and .*set data.form to likes"
     ):
         tiny.trained(likes, data={"path": str(likes / "likes.parquet")})
-    with pytest.raises(
-        InvalidInput, match=r"data.form = 'likes': has no pairs to compare, as method diffusion-dpo does"
-    ):
-        tiny.config(likes, data={"form": "likes"})
     model, config = load_model("auto", likes / "model"), tiny.mapping(likes)
     for data, method, what in (
         (PairDataset(likes / "pairs.parquet"), KTO(), "single images"),
@@ -255,7 +234,7 @@ def test_a_data_set_at_hand_trains_as_its_file(likes: Path) -> None:
 
 def test_each_image_has_its_own_caption_and_label_in_a_batch(likes: Path) -> None:
     model, data = load_model("auto", likes / "model"), LikedDataset(likes / "likes.parquet")
-    order = DrawOrder(IMAGES, 0, 5, 1, epochs=ByLabel(data.liked, 0.5))
+    order = DrawOrder(IMAGES, 0, 5, 1, epochs=by_label(data.liked, 0.5))
     built = BatchBuilder(PairEncoder(model, data), model.device, order, with_unconditional=False).build(range(5))
     drawn = [data[order.pair_index(draw)] for draw in range(5)]
     assert built.liked is not None and built.liked.tolist() == [one.liked for one in drawn]
@@ -274,8 +253,6 @@ def test_a_loss_that_is_not_finite_names_the_image(likes: Path, monkeypatch: pyt
 def test_the_commands_count_and_check(likes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig.from_mapping(mapping(likes))
     assert count_evaluations(config)[:2] == (1, 1)
-    with pytest.raises(InvalidInput, match=r"method.like_share = 0.8: balances labels draw by draw, and data.buckets"):
-        TrainConfig.from_mapping(mapping(likes, data={"resolution": 8, "buckets": {"multiple": 8}}))
     free = mapping(likes, data={"resolution": 8, "buckets": {"multiple": 8}}, method={"like_share": None})
     assert TrainConfig.from_mapping(free).method.like_share is None
     path = str(likes / "likes.parquet")

@@ -100,23 +100,6 @@ def test_adapters_are_back_after_an_exception(model: StableDiffusionModel, input
     assert torch.equal(networks.policy(*inputs), adapted)
 
 
-def test_the_reference_call_keeps_the_gradient_of_an_earlier_policy_call(
-    model: StableDiffusionModel, inputs: Any
-) -> None:
-    networks = Networks(model, lora=LORA, gradient_checkpointing=False)
-    _shake(networks.policy_module)
-
-    def gradient(with_reference: bool) -> list[Tensor]:
-        loss = networks.policy(*inputs).square().mean()
-        if with_reference:
-            networks.reference(*inputs)
-        return list(torch.autograd.grad(loss, list(networks.trainable().values())))
-
-    for alone, beside in zip(gradient(False), gradient(True), strict=True):
-        assert torch.equal(alone, beside)
-        assert torch.isfinite(alone).all()
-
-
 def test_gradient_checkpointing_needs_a_network_that_can(model: StableDiffusionModel) -> None:
     model.network = nn.Linear(2, 2)
     with pytest.raises(InvalidInput, match=r"training\.gradient_checkpointing = True: Linear does not support it"):
@@ -179,39 +162,11 @@ def test_perturbation_of_lora_moves_each_layer_by_that_much(model: StableDiffusi
 
 
 MOVING = {"name": "linear-dpo", "beta": 500.0, "reference": "ema", "reference_decay": 0.5}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "mapo": {"name": "mapo", "beta": 0.1},
-    "linear-dpo": {**MOVING, "reference_every": 3},
-    "alpha-dpo": {"name": "alpha-dpo", "beta": 500.0, "dynamic": True},
-    "auto-beta": {"name": "inpo", "beta": 1e6, "num_inference_steps": 3, "auto_beta": 0.2},
-}
 
 
 def config(root: Path, method: dict[str, Any], lora: LoraSection | None = None, **sections: Any) -> TrainConfig:
     values = tiny.mapping(root, model={"lora": lora and lora.model_dump()}, **sections)
     return TrainConfig.from_mapping({**values, "method": method})
-
-
-@full_and_lora
-@pytest.mark.parametrize("name", SETTINGS)
-def test_it_trains_and_resumes_bit_for_bit(workspace: Path, name: str, lora: LoraSection | None) -> None:
-    """An average every three steps is due between the checkpoint and the end, and not at either."""
-    settings, ends = SETTINGS[name], []
-    for folder, resume in (("whole", "never"), ("resumed", workspace / "whole" / "checkpoints" / "step-00000002")):
-        directory = workspace / folder
-        sections = {"training": {"steps": 4}, "output": {"directory": str(directory)}}
-        run = config(workspace, settings, lora, optimizer={"learning_rate": 1e-2}, **sections)
-        last = train(run, resume=resume, progress=False).history[-1]
-        ends.append(tiny.stored(directory, 4))
-    for part in ("trainable", "reference", "state"):
-        tiny.assert_same(getattr(ends[0], part), getattr(ends[1], part))
-    before = tiny.stored(workspace / "whole", 2)
-    assert (ends[0].reference is not None) == ("reference" in settings)
-    for one, other in ((before.trainable, ends[0].trainable), (before.reference, ends[0].reference)):
-        if one is not None and other is not None:
-            assert any(not torch.equal(one[key], value) for key, value in other.items())
-    if "auto_beta" in settings:
-        assert 1e3 < last["beta"] < 1e6
 
 
 @full_and_lora
@@ -279,18 +234,6 @@ def test_the_average_of_weights_in_half_precision_is_float32(
     assert networks.reference(inputs[0].bfloat16(), *inputs[1:]).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"reference_dtype": "bf16"}, r"model.reference_dtype = 'bf16': stands still"),
-        ({"reference_quantization": "int8"}, r"model.reference_quantization = 'int8': stands still"),
-    ],
-)
-def test_a_rounded_reference_cannot_follow(workspace: Path, section: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        TrainConfig.from_mapping({**tiny.mapping(workspace, model=section), "method": MOVING})
-
-
 # No reference
 
 
@@ -298,7 +241,7 @@ def test_a_rounded_reference_cannot_follow(workspace: Path, section: dict[str, A
 def test_a_method_without_a_reference_keeps_and_evaluates_none(
     workspace: Path, lora: LoraSection | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = config(workspace, SETTINGS["mapo"], lora, training={"steps": 2})
+    run = config(workspace, {"name": "mapo", "beta": 0.1}, lora, training={"steps": 2})
     trainer = PreferenceTrainer(open_model(run), run.method, open_dataset(run), run, progress=False)
 
     monkeypatch.setattr(Networks, "reference", lambda *arguments: pytest.fail("a prediction of a reference"))
@@ -312,12 +255,6 @@ def test_a_method_without_a_reference_keeps_and_evaluates_none(
     assert result.network_evaluations == 8
     counted = count_evaluations(run)
     assert (counted.with_gradient, counted.without_gradient) == (2, 0)
-
-
-@pytest.mark.parametrize("section", [{"reference_dtype": "fp32"}, {"reference_quantization": "nf4"}])
-def test_settings_of_a_reference_that_is_not_there_are_refused(workspace: Path, section: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput, match="has no meaning with method mapo"):
-        TrainConfig.from_mapping({**tiny.mapping(workspace, model=section), "method": SETTINGS["mapo"]})
 
 
 def test_predictions_stored_for_another_method_do_not_take_the_place_of_the_reference(workspace: Path) -> None:

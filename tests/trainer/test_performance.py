@@ -84,27 +84,6 @@ def test_shards_are_neither_compiled_nor_recorded_nor_laid_out(workspace: Path, 
             decide(config, nn.Linear(1, 1), _accelerator("cuda", "FSDP"))
 
 
-@pytest.mark.parametrize(
-    ("method", "sections", "message"),
-    [
-        ("inpo", {"performance": {"attention": "xformers"}}, r"performance\.attention = 'xformers': needs CUDA"),
-        ("inpo", {"performance": {"cuda_graphs": True}}, r"performance\.cuda_graphs = True: needs CUDA"),
-        ("inpo", {"performance": {"tf32": True}}, r"performance\.tf32 = True: needs CUDA"),
-        ("inpo", {"performance": {"compile": True}}, r"performance\.compile = True: .*set method\.static_shapes to"),
-        (
-            "diffusion-dpo",
-            {"performance": {"channels_last": True}, "optimizer": {"name": "adamw8bit"}},
-            r"performance\.channels_last = True: is undone by optimizer adamw8bit",
-        ),
-        ("inpo", {"performance": {"attention": "flash"}}, r"performance\.attention = 'flash'.*'sdpa' or 'xformers'"),
-        ("inpo", {"performance": {"compiled": True}}, r"performance\.compiled.*compile"),
-    ],
-)
-def test_what_cannot_be(workspace: Path, method: str, sections: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        tiny.config(workspace, method, **sections)
-
-
 @pytest.mark.parametrize("name", ["inpo", "smpo"])
 def test_graphs_need_static_shapes(workspace: Path, cuda: None, name: str) -> None:
     with pytest.raises(InvalidInput, match=r"performance\.cuda_graphs = True: .*set method\.static_shapes to true"):
@@ -221,9 +200,8 @@ def test_resumed_equals_uninterrupted_and_another_switch_is_told(
         torch._dynamo.reset()  # as another process would begin
         return tiny.trained(workspace, folder, training={"steps": steps}, performance=switches).directory
 
-    for switch in ("channels_last", "compile"):
-        ends = [run("resumed" + switch, steps, **{switch: True}) for steps in (2, 4)]
-        tiny.assert_same(tiny.weights(ends[-1]), tiny.weights(run("whole" + switch, 4, **{switch: True})))
+    ends = [run("resumed", steps, compile=True) for steps in (2, 4)]
+    tiny.assert_same(tiny.weights(ends[-1]), tiny.weights(run("compiled", 4, compile=True)))
     changed = run("changed", 2, channels_last=True)
     assert tiny.stored(changed, 2).meta["performance"] == on(channels_last=True).model_dump()
     with caplog.at_level(logging.INFO, logger="fastinvdpo.trainer"):

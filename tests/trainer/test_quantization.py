@@ -201,18 +201,10 @@ def _trained(workspace: Path, folder: str, method: str = "diffusion-dpo", **sect
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumes_bit_for_bit_and_leaves_the_original_weights_with_the_adapter(
-    workspace: Path, kind: Kind
-) -> None:
-    for folder, steps in (("resumed", 3), ("resumed", 6), ("whole", 6)):
-        training = {"steps": steps, "ema_decay": 0.5}
-        result = _trained(workspace, folder, model={"quantization": kind}, training=training)
+def test_a_run_leaves_the_original_weights_with_the_adapter(workspace: Path, kind: Kind) -> None:
+    result = _trained(workspace, "run", model={"quantization": kind}, training={"ema_decay": 0.5})
     assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and result.history[0]["margin"] == 0
-    one, other = (tiny.stored(workspace / name) for name in ("resumed", "whole"))
-    for part in ("trainable", "ema", "state"):
-        tiny.assert_same(getattr(one, part), getattr(other, part))
-    assert all(".lora_" in name for name in other.trainable)
-
+    assert all(".lora_" in name for name in tiny.stored(result.directory).trainable)
     base, written = (load_file(path / UNET) for path in (workspace / "model", result.model_directory))
     assert base.keys() == written.keys()
     changed = {name for name in base if not torch.equal(base[name], written[name])}

@@ -145,10 +145,9 @@ def test_another_run_is_refused_by_name(workspace: Path) -> None:
         train(config, progress=False)
 
 
-def test_checkpoints_that_are_damaged_or_named(workspace: Path) -> None:
-    """``auto`` takes the newest undamaged one; one that is named is continued, or refused."""
-    final = tiny.stored(tiny.trained(workspace).directory).trainable
-    checkpoints = workspace / "run" / "checkpoints"
+def test_a_checkpoint_that_is_named_is_continued_or_refused(workspace: Path) -> None:
+    """Damaged ones: tests/trainer/test_files.py."""
+    checkpoints = tiny.trained(workspace).directory / "checkpoints"
     branch = tiny.config(workspace, output={"directory": str(workspace / "branch")})
     damaged = shutil.copytree(checkpoints / "step-00000004", workspace / "damaged")
     flip(damaged / "state.pt", 9000)
@@ -158,19 +157,3 @@ def test_checkpoints_that_are_damaged_or_named(workspace: Path) -> None:
     _assert_same(tiny.weights(workspace / "branch"), tiny.weights(workspace / "run"))
     with pytest.raises(InvalidInput, match=r"resume = .*nothing.*meta\.json cannot be read"):
         train(branch, resume=str(workspace / "nothing"), progress=False)
-
-    with (checkpoints / "step-00000006" / "state.pt").open("r+b") as file:
-        file.truncate(100)
-    (checkpoints / ".fastinvdpo-abcdefgh.tmp" / "new").mkdir(parents=True)
-    (checkpoints / ".fastinvdpo-abcdefgh.tmp" / "lock").touch()
-    with pytest.warns(UserWarning, match=r"step-00000006 is not used: state\.pt has 100 bytes"):
-        tiny.trained(workspace)
-    _assert_same(tiny.stored(workspace / "run").trainable, final)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
-    for path in checkpoints.iterdir():
-        (path / "meta.json").unlink()
-    with (
-        pytest.warns(UserWarning, match=r"meta\.json cannot be read"),
-        pytest.raises(InvalidInput, match=r"all 2 checkpoints in .* are damaged"),
-    ):
-        tiny.trained(workspace)
