@@ -99,10 +99,10 @@ MISTAKES = {
     "unknown preset": (["train", "--preset", "inpo-sd14"], "did you mean inpo-sd15"),
     "preset without data": (["train", "--preset", "inpo-sd15"], "data.path = None: is missing"),
     "no such data": (["train", "{config}", "data.path=nowhere.parquet"], "nowhere.parquet"),
-    "no such model": (["train", "{config}", "model.path=nowhere"], "nowhere"),
+    "no such model": (["train", "{config}", "model.path=./nowhere"], "./nowhere': does not exist"),
     "no such checkpoint": (["train", "{config}", "--resume", "nowhere"], "resume = 'nowhere'"),
     "unknown demo method": (["demo", "--method", "ppo"], "method = 'ppo': is not known"),
-    "unknown model to invert": (["invert", "{image}", "--model", "nowhere"], "nowhere"),
+    "unknown model to invert": (["invert", "{image}", "--model", "./nowhere"], "./nowhere': does not exist"),
     "no image to invert": (["invert", "nowhere.png", "--model", "{model}"], "nowhere.png"),
 }
 
