@@ -88,7 +88,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     **{f"{key} = {value}": ("inpo", {key: value}, re.escape(f"{key} = {value!r}: ")) for key, value in {
         "training.steps": 2.5, "training.batch_size": 0, "training.gradient_accumulation_steps": 0, "training.seed": -1,
         "optimizer.learning_rate": float("nan"), "output.keep_checkpoints": 0, "method.eta": 2.0, "data.path": None,
-        "model.revision": "main", "data.caption_dropout": 1.0}.items()},
+        "data.caption_dropout": 1.0}.items()},
     "rounded weights that follow": ("diffusion-dpo", {"method": MOVING, "model.reference_dtype": "bf16"}, r"model\.reference_dtype = 'bf16': stands still"),
     "weights in 8 bits that follow": ("diffusion-dpo", {"method": MOVING, "model.reference_quantization": "int8"}, r"model\.reference_quantization = 'int8': stands still"),
     "type of no reference": ("diffusion-dpo", {"method": {"name": "mapo"}, "model.reference_dtype": "fp32"}, "has no meaning with method mapo"),
