@@ -196,7 +196,8 @@ def sums_kernel(  # noqa: PLR0913 - the op's schema
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < tokens
-    target = tl.load(targets + rows, mask=inside, other=-1)
+    target = tl.load(targets + rows, mask=inside, other=-1) - first
+    target = tl.where(target < count, target, -1)  # what is masked in the last block is no target
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     found = tl.zeros([ROWS], tl.float32)
@@ -206,8 +207,7 @@ def sums_kernel(  # noqa: PLR0913 - the op's schema
         among = columns < count
         logits = _logits(hidden, weight, rows, columns, inside, among, width, ROWS, COLUMNS, DEPTH)
         logits = tl.where(among[None, :], logits, float("-inf"))
-        chosen_here = ((first + columns)[None, :] == target[:, None]) & among[None, :]
-        found += tl.sum(tl.where(chosen_here, logits, 0.0), 1)
+        found += tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
         higher = tl.maximum(most, tl.max(logits, 1))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         most = higher

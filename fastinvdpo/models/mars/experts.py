@@ -79,7 +79,8 @@ def add_experts(layers: nn.ModuleList, shared_output: bool = False, visual_norms
             text = layer.get_submodule(name)
             visual = copy.deepcopy(text).requires_grad_(True)
             setattr(layer.get_submodule(parent), own, Routed(text, visual))
-        layer.__class__ = _routed_layer(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _routed_layer(kind)
 
 
 def check_layer(layer: nn.Module) -> None:
