@@ -32,7 +32,8 @@ def measure(base: Path | None = None, grid: Path | None = None, seed: int = 0) -
     drawn = demo.sample(demo.base, seed)
     samples, *autoencoder = (demo.verdict("prompt", images).as_dict() for images in (drawn, *rebuilt))
     if grid is not None:
-        names, real, sampled = ([one[place] for place in demo.shown] for one in (demo.prompts, drawings[1], drawn))
+        real, sampled = ([images[place] for place in demo.shown] for images in (drawings[1], drawn))
+        names = [demo.prompts[place] for place in demo.shown]
         save_grid(grid, real, sampled, names, columns=COLUMNS, rows=("real ", "sample "))
     return {"samples": samples, "autoencoder": autoencoder}
 

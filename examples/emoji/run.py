@@ -187,8 +187,8 @@ class EmojiDemo:
     def sample(self, model: Path, seed: int) -> list[Image]:
         """One image per prompt; equal seeds start from equal noise."""
         loaded = load_model("stable-diffusion", model)
-        steps = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
-        return loaded.decode_latents(sample(loaded, loaded.network, self.prompts, seed=seed, **steps))
+        options: dict[str, Any] = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
+        return loaded.decode_latents(sample(loaded, loaded.network, self.prompts, seed=seed, **options))
 
     def verdict(self, preference: str, images: Sequence[Image]) -> Verdict:
         """The judge's, on one image per prompt."""
@@ -246,7 +246,9 @@ def _run(demo: EmojiDemo, run: Run, output: OutputDirectory, progress: bool) -> 
     rate = win_rate(after.rewards, before.rewards)
     shown = [[one[place] for place in demo.shown] for one in images]
     with output.file("before_after.png") as partial:
-        save_grid(partial, *shown, [demo.prompts[place] for place in demo.shown], columns=COLUMNS, title=run.title)
+        save_grid(
+            partial, shown[0], shown[1], [demo.prompts[place] for place in demo.shown], columns=COLUMNS, title=run.title
+        )
     with output.file("curves.png") as partial:
         save_curves(partial, result.history, (before.rewards.tolist(), after.rewards.tolist()), title=run.title)
     summary = {
