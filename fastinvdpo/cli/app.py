@@ -28,7 +28,9 @@ Preset: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Start from published hyper-parameters, such as inpo-sd15; 'train --preset list' shows all."),
 ]
-Family: TypeAlias = Annotated[str, typer.Option(help="auto, stable-diffusion, stable-diffusion-3 or flux.")]
+Family: TypeAlias = Annotated[
+    str, typer.Option(help="auto, or a family of docs/models, such as stable-diffusion or flux.")
+]
 DataKeys: TypeAlias = Annotated[
     list[str] | None,
     typer.Argument(

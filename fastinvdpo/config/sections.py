@@ -82,7 +82,7 @@ class ModelSection(Section):
     """
 
     family: Literal[
-        "auto", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image"
+        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image"
     ] = "auto"
     path: Place
     unet_init: Place | None = None

@@ -18,6 +18,7 @@ from fastinvdpo.output import MARK
 
 # family name -> (module, class); modules are imported when needed, since they need diffusers.
 _FAMILIES = {
+    "digits": ("fastinvdpo.models.digits", "DigitsModel"),
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
     "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
     "flux": ("fastinvdpo.models.flow", "FluxModel"),
@@ -25,7 +26,7 @@ _FAMILIES = {
     "qwen-image": ("fastinvdpo.models.qwen_image", "QwenImageModel"),
     "z-image": ("fastinvdpo.models.z_image", "ZImageModel"),
 }
-FLOW_FAMILIES = tuple(name for name in _FAMILIES if name != "stable-diffusion")
+FLOW_FAMILIES = tuple(name for name in _FAMILIES if name not in ("digits", "stable-diffusion"))
 # Pipeline class in a checkpoint's model_index.json -> family.
 _PIPELINES = {
     "StableDiffusionPipeline": "stable-diffusion",
@@ -51,7 +52,8 @@ def families() -> tuple[str, ...]:
 def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
     """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json.
 
-    Raises ``InvalidInput`` where nothing can be inferred.
+    A directory without one, but with a UNet and a scheduler, is of ``digits``. Raises ``InvalidInput`` where nothing can
+    be inferred.
     """
     if not str(path or "").strip():
         raise invalid("model.path", path, "is empty", "name a directory or a hub id")
@@ -60,6 +62,9 @@ def resolve_family(family: str, path: str | Path, revision: str | None = None) -
             known = f"choose auto, or one of {', '.join(_FAMILIES)}"
             raise invalid("model.family", family, "is not a known model family", known)
         return family
+    root = Path(path)
+    if (root / "scheduler" / "scheduler_config.json").is_file() and not (root / "model_index.json").is_file():
+        return "digits"
     name = model_index(path, revision).get("_class_name")
     if name not in _PIPELINES:
         raise invalid("model.path", str(path), f"is a {name}", f"supported are {', '.join(_PIPELINES)}")

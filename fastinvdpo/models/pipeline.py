@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from fastinvdpo.data.transforms import ImageGeometry
 
-# Images that pass the VAE at once: it runs in float32, and at 1024 x 1024 its activations are the largest of the run.
+# Latents that are decoded at once. Images are encoded one by one: sums round as the batch is, and what a pair becomes must
+# not depend on the pairs beside it.
 _VAE_BATCH = 4
 _STREAM_POSTERIOR = 1 << 21  # no other random number of a run has this offset
 
@@ -119,12 +120,11 @@ class PipelineModel(DiffusionModel):
         self._check_sizes(images)
         vae = self.pipeline.vae
         latents = []
-        for start in range(0, len(images), _VAE_BATCH):
-            chunk = slice(start, start + _VAE_BATCH)
-            mean, std = self._posterior(base.pixels_of(images[chunk], "RGB").to(vae.device, vae.dtype))
+        for i, image in enumerate(images):
+            mean, std = self._posterior(base.pixels_of([image], "RGB").to(vae.device, vae.dtype))
             latents.append(mean.to(torch.float32))
             if posterior is not None:
-                index, shape = posterior[chunk].to(vae.device), tuple(latents[-1].shape[1:])
+                index, shape = posterior[i : i + 1].to(vae.device), tuple(latents[-1].shape[1:])
                 noise = philox.normal(0, _STREAM_POSTERIOR, index, shape)
                 latents[-1] += std.to(torch.float32) * noise
         return self._normalized(torch.cat(latents))

@@ -258,9 +258,12 @@ def geometry_of(tensors: Tensors) -> Tensors:
 
 
 def embed(model: DiffusionModel, captions: Sequence[str]) -> Tensors:
-    """The part of the conditioning that follows from the captions, every tensor ``(n, …)``."""
+    """The part of the conditioning that follows from the captions, every tensor ``(n, …)``; each caption is encoded by
+    itself, so that its embedding does not depend on the others, not even in the last bit.
+    """
     shaped = model.encode_geometry([])
-    return {name: tensor for name, tensor in model.encode_prompts(captions).items() if name not in shaped}
+    encoded = [model.encode_prompts([caption]) for caption in captions]
+    return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0] if name not in shaped}
 
 
 def _host_copy(tensors: Mapping[str, Tensor]) -> Tensors:

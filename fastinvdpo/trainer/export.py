@@ -129,6 +129,8 @@ def _made_of(attempts: Sequence[Mapping[str, Any]], step: int) -> str:
 
 
 def _usage(config: TrainConfig, model: DiffusionModel) -> str:
+    if model.family == "digits":
+        return '`fastinvdpo.models.load_model("digits", DIRECTORY)`'
     kind, folder, source, lines = type(model.network).__name__, model.network_folder, config.model, list[str]()
     options = {"revision": source.revision, "variant": source.variant}
     base = f'"{source.path}"' + "".join(f', {name}="{value}"' for name, value in options.items() if value is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -370,10 +371,11 @@ class PreferenceTrainer:
             rows = [row for row in self.reporting.rows if row["step"] <= step]
             seen = [attempt for attempt in self._attempts if attempt["after"] < max(step, 1)]
             card = model_card(self.config, self.model, rows, sections, step, self.order.pairs, seen)
-        output, told = self.config.output, {"formats": self.config.output.formats, "card": card}
-        export_model(self.model, networks, ema, place, pipeline=output.pipeline, **told)
+        output = self.config.output
+        write = functools.partial(export_model, self.model, networks, formats=output.formats, card=card)
+        write(ema, place, pipeline=output.pipeline)
         if raw and ema is not None:
-            export_model(self.model, networks, None, place, pipeline=False, suffix="-raw", **told)
+            write(None, place, pipeline=False, suffix="-raw")
 
     def _evaluations(self) -> dict[str, int]:
         """Network evaluations with and without gradient, over all attempts of the run and all processes."""

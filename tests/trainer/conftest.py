@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fastinvdpo.models import pipeline
 from fastinvdpo.trainer import cache_writing
 from tests.trainer import forked, tiny
 
@@ -25,12 +24,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template, tmp_path / "workspace"))
-
-
-@pytest.fixture(autouse=True)
-def _each_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A VAE's convolutions round as the batch is: latents are to be the same bits in every batch here."""
-    monkeypatch.setattr(pipeline, "_VAE_BATCH", 1)
 
 
 @pytest.fixture(scope="session")

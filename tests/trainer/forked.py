@@ -103,8 +103,6 @@ def _run(
     """The forked process, from its start to its end."""
     import torch
 
-    from fastinvdpo.models import pipeline
-
     status = 1
     try:
         own = os.open(place / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -113,7 +111,6 @@ def _run(
         os.chdir(directory)
         os.environ.update({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment)
         torch.set_num_threads(1)  # what is forked has no others
-        pipeline._VAE_BATCH = 1  # as in conftest.py
         returned = function(*arguments)
         (place / "result").write_text(json.dumps(returned))
         status = 0
