@@ -52,8 +52,8 @@ def families() -> tuple[str, ...]:
 def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
     """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json.
 
-    A directory without one, but with a UNet and a scheduler, is of ``digits``. Raises ``InvalidInput`` where nothing can
-    be inferred.
+    A directory without one, but with a UNet and a scheduler, is of ``digits``. Raises ``InvalidInput`` where nothing
+    can be inferred.
     """
     if not str(path or "").strip():
         raise invalid("model.path", path, "is empty", "name a directory or a hub id")

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from fastinvdpo.data.transforms import ImageGeometry
 
-# Latents that are decoded at once. Images are encoded one by one: sums round as the batch is, and what a pair becomes must
-# not depend on the pairs beside it.
+# Latents that are decoded at once. Images are encoded one by one: sums round as the batch is, and what a pair becomes
+# must not depend on the pairs beside it.
 _VAE_BATCH = 4
 _STREAM_POSTERIOR = 1 << 21  # no other random number of a run has this offset
 
