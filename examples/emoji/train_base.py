@@ -1,6 +1,6 @@
 """The base model of the demo: a small Stable Diffusion, trained from nothing on the drawings of both designers.
 
-    python -m fastinvdpo._examples.emoji.train_base --output runs/emoji [--steps 20000] [--device cuda]
+    python -m fastinvdpo._examples.emoji.train_base --output runs/emoji [--steps 9500] [--device cuda]
 
 Two stages: the autoencoder (32x32x3 to 4x8x8), then text encoder and UNet together on its latents. Both run at a
 constant learning rate that falls to zero over the last steps, and the exponential average of their weights is what is
@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train with the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20_000, help="of text encoder and UNet, 64 images each")
+    parser.add_argument("--steps", type=int, default=9_500, help="of text encoder and UNet, 64 images each")
     parser.add_argument("--decay", type=int, default=1_000, help="last steps, in which the learning rate falls")
     parser.add_argument("--vae-steps", type=int, default=2_400, help="of the autoencoder, 16 images each")
     parser.add_argument("--device", default="cpu")
