@@ -54,6 +54,16 @@ def both_ways(compute, inputs, of, columns=None):  # type: ignore[no-untyped-def
     return [values.detach(), *torch.autograd.grad(values, [leaves[place] for place in of], slope)]
 
 
+def terms(wide: list[Tensor], columns: tuple[int, int] | None) -> list[Tensor]:
+    """The sums of the absolute terms of both gradients of :func:`both_ways`."""
+    hidden, weight, targets = wide
+    start, stop = columns or (0, len(weight))
+    shares = (hidden @ weight[start:stop].T).softmax(1)
+    shares[torch.arange(len(targets)), targets - start] += 1
+    shares *= torch.linspace(-1, 2, len(targets), dtype=F64).abs().unsqueeze(1)
+    return [shares @ weight[start:stop].abs(), shares.T @ hidden.abs()]
+
+
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor, columns: tuple[int, int] | None) -> Tensor:
     return token_log_probs(hidden, weight, targets, columns=columns)
 
@@ -66,12 +76,16 @@ def check(backend: str, inputs: list[Tensor], of: tuple[int, ...], columns: tupl
         usual = both_ways(ours, inputs, of, columns)
     wide = [inputs[0].double(), inputs[1].double(), inputs[2]]
     exact = both_ways(plain, wide, of, columns)
-    # A logit's rounding is of the size of its terms, whatever is left of their sum, and moves what follows from it.
+    # A logit's rounding is of the size of its terms, whatever is left of their sum, and moves what follows from it; so is
+    # that of the gradients, w_target − Σ p·w and the like.
     logit = ROUNDING[F32] * float((wide[0].abs() @ wide[1].abs().T).max())
-    for one, other, expected, dtype in zip(found, usual, exact, [F32, *(inputs[i].dtype for i in of)], strict=True):
+    sizes = [exact[0].abs(), *(terms(wide, columns)[place] for place in of)]
+    for one, other, expected, size, dtype in zip(
+        found, usual, exact, sizes, [F32, *(inputs[i].dtype for i in of)], strict=True
+    ):
         assert one.shape == expected.shape and one.dtype == dtype and one.isfinite().all()
         error, allowed = ((tensor.double() - expected).norm() for tensor in (one, other))
-        assert error <= 2 * max(allowed, (ROUNDING[dtype] + logit) * expected.norm()), (error, allowed)
+        assert error <= 2 * max(allowed, (ROUNDING[dtype] + logit) * size.norm()), (error, allowed)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def streamed(root: Path, folder: str, training: dict[str, Any], **sections: Any)
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
 def test_weights_do_not_depend_on_the_calls(workspace: Path, lora: dict[str, Any] | None) -> None:
     """Also not with accumulation and clipping, whose norm is that of the whole gradient."""
-    model = {"lora": lora, "init_perturbation": 0.05}
+    model = {"lora": lora, "init_perturbation": 0.2}
     whole = streamed(workspace, "whole", {"max_batch": 1000}, model=model)
     assert whole.history[-1]["network_evaluations_with_gradient"] == EVALUATIONS
     moved = tiny.moved(tiny.weights(whole))
@@ -199,7 +199,9 @@ def test_weights_do_not_depend_on_the_calls(workspace: Path, lora: dict[str, Any
         found = streamed(workspace, str(passes), {"max_batch": 4, "gradient_passes": passes, **split}, model=model)
         for row, expected in zip(found.history, whole.history, strict=True):
             for key in ("loss", "margin", "policy_mse_winner", "reference_mse_loser", "gradient_norm"):
-                assert row[key] == pytest.approx(expected[key], rel=1e-3), key
+                # A margin is 250 times differences of errors of about 0.1, each rounded to 1e-8.
+                rounding = 2e-5 if key == "margin" else 0.0
+                assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=rounding), key
         for name, value in tiny.weights(found).items():
             torch.testing.assert_close(value, tiny.weights(whole)[name], rtol=0, atol=1e-3 * moved)
         row = found.history[-1]

@@ -282,7 +282,7 @@ def test_mistakes_end_before_anything_is_loaded(workspace: Path) -> None:
     nowhere = str(workspace / "nowhere")
     for sections, message in (
         ({"cache": {"path": None}}, r"cache\.path = None: names no directory"),
-        ({"model": {"path": nowhere}}, r"model\.path = .*nowhere'?: holds no"),
+        ({"model": {"path": nowhere}}, r"model\.path = .*nowhere'?: does not exist"),
         ({"data": {"path": nowhere}}, r"data\.path = .*does not exist"),
         ({"cache": {"path": str(next(workspace.rglob("*.json")))}}, r"cache\.path = .*: is a file"),
     ):

@@ -54,7 +54,7 @@ def another_schedule(root: Path) -> None:
 def another_network(root: Path) -> None:
     model = load_model("stable-diffusion", root / "model")
     perturb(model.network, 1e-3, seed=0)
-    model.save(root / "model")
+    model.save_network(root / "model", model.network)
 
 
 CHANGES: dict[str, tuple[Any, str]] = {
