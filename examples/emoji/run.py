@@ -60,7 +60,7 @@ At the published λ = 10, which is for graded scores, it would weigh 4.6.
 class Recipe:
     """A method's learning rate, its β, None for its own, and its other options where they are not the published ones.
 
-    AdamW divides by the size of the gradient, so that one learning rate serves all: β says where the pull ends.
+    AdamW divides by the size of the gradient, so that one learning rate serves most: β says where the pull ends.
     """
 
     beta: float | None = 1000.0
@@ -69,6 +69,7 @@ class Recipe:
 
 
 RECIPES = {name: Recipe() for name in METHODS} | {
+    "diffusion-dpo": Recipe(learning_rate=5e-5),
     "inversion-dpo": Recipe(options={"num_inference_steps": 10, "guidance_scale": 1.0, "timesteps_per_step": 1}),
     "dspo": Recipe(options={"variant": "sdxl"}),  # sd15 at its published β is fine-tuning on winners
     "poly-dpo": Recipe(options={"alpha": 1.0}),  # the published 8 is for labels as noisy as Pick-a-Pic's
@@ -85,7 +86,7 @@ class Run:
     ``control`` ``"shuffle"`` makes winners and losers random: nothing should be learned.
     """
 
-    method: str = "inversion-dpo"
+    method: str = "diffusion-dpo"
     preference: str = "noto"
     seed: int = 0
     steps: int | None = None

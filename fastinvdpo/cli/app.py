@@ -217,7 +217,7 @@ def score(
 def demo(
     method: Annotated[
         str, typer.Option(help="Any method but pnapo, which needs the noise of an image.")
-    ] = "inversion-dpo",
+    ] = "diffusion-dpo",
     preference: Annotated[
         str,
         typer.Option(

@@ -76,8 +76,8 @@ def check(backend: str, inputs: list[Tensor], of: tuple[int, ...], columns: tupl
         usual = both_ways(ours, inputs, of, columns)
     wide = [inputs[0].double(), inputs[1].double(), inputs[2]]
     exact = both_ways(plain, wide, of, columns)
-    # A logit's rounding is of the size of its terms, whatever is left of their sum, and moves what follows from it; so is
-    # that of the gradients, w_target − Σ p·w and the like.
+    # A logit's rounding is of the size of its terms, whatever is left of their sum, and moves what follows from it. So
+    # is that of the gradients, w_target − Σ p·w and the like.
     logit = ROUNDING[F32] * float((wide[0].abs() @ wide[1].abs().T).max())
     sizes = [exact[0].abs(), *(terms(wide, columns)[place] for place in of)]
     for one, other, expected, size, dtype in zip(
