@@ -100,6 +100,23 @@ def test_adapters_are_back_after_an_exception(model: StableDiffusionModel, input
     assert torch.equal(networks.policy(*inputs), adapted)
 
 
+def test_the_reference_call_keeps_the_gradient_of_an_earlier_policy_call(
+    model: StableDiffusionModel, inputs: Any
+) -> None:
+    networks = Networks(model, lora=LORA, gradient_checkpointing=False)
+    _shake(networks.policy_module)
+
+    def gradient(with_reference: bool) -> list[Tensor]:
+        loss = networks.policy(*inputs).square().mean()
+        if with_reference:
+            networks.reference(*inputs)
+        return list(torch.autograd.grad(loss, list(networks.trainable().values())))
+
+    for alone, beside in zip(gradient(False), gradient(True), strict=True):
+        assert torch.equal(alone, beside)
+        assert torch.isfinite(alone).all()
+
+
 def test_gradient_checkpointing_needs_a_network_that_can(model: StableDiffusionModel) -> None:
     model.network = nn.Linear(2, 2)
     with pytest.raises(InvalidInput, match=r"training\.gradient_checkpointing = True: Linear does not support it"):

@@ -51,8 +51,8 @@ def masked(root: Path) -> dict[str, Any]:
 
 
 def likes(root: Path) -> dict[str, Any]:
-    """Single images; the share of liked ones is drawn. None is kept: encoders round otherwise in smaller batches."""
-    data = {"path": str(write_likes(root / "likes.parquet")), "caption_dropout": 0.3, "cache_gib": 0.0}
+    """Single images; the share of liked ones is drawn."""
+    data = {"path": str(write_likes(root / "likes.parquet")), "caption_dropout": 0.3}
     return {"data": data, "method": KTO, "training": {"batch_size": 3, "gradient_accumulation_steps": 2}}
 
 
@@ -125,6 +125,7 @@ def test_stopped_and_resumed(workspace: Path, name: str) -> None:
 CACHED: dict[str, tuple[str, Any]] = {
     **{method: (method, {"data": {"caption_dropout": 0.3}}) for method in ("diffusion-dpo", "inpo", "smpo")},
     "masks": ("diffusion-dpo", masked),
+    "likes": ("diffusion-dpo", likes),
 }
 
 
