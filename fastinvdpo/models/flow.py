@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule, dynamic_shift
 from fastinvdpo.errors import invalid
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # The guidance that FluxPipeline gives a guidance-distilled transformer (FLUX.1-dev) by default.
 _GUIDANCE = 3.5
+_MASKED_TOKENS = 512  # of the pipelines of MaskedFlowModel by default
 _TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _EMBEDDINGS = ("encoder_hidden_states", "pooled_projections")
 
@@ -98,6 +100,32 @@ class FlowModel(PipelineModel):
     @abstractmethod
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         """The conditioning of texts."""
+
+    def _shares_of_noise(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """The times of a transformer that multiplies them by 1000 again, rounded as in its pipeline."""
+        return self.schedule.model_times(timesteps).to(dtype) / 1000
+
+
+class MaskedFlowModel(FlowModel):
+    """One whose prompts are as long as they are.
+
+    ``conditioning`` holds ``encoder_hidden_states`` ``(n, max_sequence_length, width)`` and
+    ``encoder_hidden_states_mask``, int64, 1 for the tokens of the prompt and 0 behind them. An embedding does not
+    depend on the batch that it was made in.
+    """
+
+    embeddings = ("encoder_hidden_states", "encoder_hidden_states_mask")
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        length = self._encode_options.get("max_sequence_length", _MASKED_TOKENS)
+        found = self._encode_each(texts, length)
+        hidden = torch.stack([pad(one, (0, 0, 0, length - len(one))) for one in found])
+        mask = torch.stack([pad(one.new_ones(len(one), dtype=torch.int64), (0, length - len(one))) for one in found])
+        return dict(zip(self.embeddings, (hidden, mask), strict=True))
+
+    @abstractmethod
+    def _encode_each(self, texts: list[str], length: int) -> list[Tensor]:
+        """The embedding of each text, ``(tokens, width)``, of at most ``length`` tokens."""
 
 
 class StableDiffusion3Model(FlowModel):
@@ -183,8 +211,7 @@ class FluxModel(FlowModel):
             guidance = torch.full((len(tokens),), self._guidance, device=tokens.device)
         output: Tensor = network(
             hidden_states=tokens,
-            # As FluxPipeline: the transformer multiplies by 1000 again.
-            timestep=self.schedule.model_times(timesteps).to(sample.dtype) / 1000,
+            timestep=self._shares_of_noise(timesteps, sample.dtype),
             guidance=guidance,
             **{name: cast[name] for name in _EMBEDDINGS},
             txt_ids=hidden.new_zeros(hidden.shape[1], 3),
@@ -200,11 +227,6 @@ def no_guidance(scale: float | None) -> float:
         problem = "means nothing to this transformer, which was distilled to be sampled without guidance"
         raise invalid("guidance_scale", scale, problem, "leave it out, or pass 1")
     return 1.0
-
-
-def pad_tokens(hidden: Tensor, length: int) -> Tensor:
-    """``(n, tokens, …)`` with zeros up to ``(n, length, …)``."""
-    return torch.cat([hidden, hidden.new_zeros(len(hidden), length - hidden.shape[1], *hidden.shape[2:])], dim=1)
 
 
 def pack_latents(latents: Tensor) -> Tensor:

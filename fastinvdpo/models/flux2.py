@@ -40,7 +40,7 @@ class Flux2KleinModel(FlowModel):
         return NoiseSchedule.from_config({**self.scheduler_config, **constant})
 
     def _mu(self, num_inference_steps: int) -> float:
-        """Linear in the tokens, along a line of its own for each number of steps; constant from 4,301 tokens on."""
+        """Linear in the tokens, along a line of its own for each number of steps; from 4,301 tokens on along one."""
         many = 0.00016927 * self._tokens + 0.45666666  # 200 steps
         if self._tokens > 4300:
             return many
@@ -84,8 +84,7 @@ class Flux2KleinModel(FlowModel):
         height, width = sample.shape[2:]
         output: Tensor = network(
             hidden_states=sample.flatten(2).transpose(1, 2),
-            # As the pipeline: the transformer multiplies by 1000 again.
-            timestep=self.schedule.model_times(timesteps).to(sample.dtype) / 1000,
+            timestep=self._shares_of_noise(timesteps, sample.dtype),
             guidance=None,
             encoder_hidden_states=hidden,
             txt_ids=_places((1, 1, 1, hidden.shape[1]), hidden),

@@ -94,7 +94,7 @@ def load_model(
 
     Args:
         family: one of :func:`families`, or ``"auto"``: inferred from the checkpoint.
-        path: directory of the model, or a Hugging Face hub id.
+        path: directory of the model, or for all but ``digits`` also a Hugging Face hub id.
         dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
         frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode
             or decode.

@@ -10,18 +10,12 @@ from torch import Tensor, nn
 
 from fastinvdpo.diffusion.prompt import weighted_sum
 from fastinvdpo.models.base import cast_inputs
-from fastinvdpo.models.flow import FlowModel, pack_latents, pad_tokens, unpack_latents
-
-TOKENS = 512
-_EMBEDDINGS = ("encoder_hidden_states", "encoder_hidden_states_mask")
+from fastinvdpo.models.flow import MaskedFlowModel, pack_latents, unpack_latents
 
 
-class QwenImageModel(FlowModel):
-    """Qwen-Image: a transformer on 2 x 2 latents as one token, and a video VAE that sees an image as one frame.
-
-    ``conditioning`` holds ``encoder_hidden_states`` ``(n, max_sequence_length, width)`` and
-    ``encoder_hidden_states_mask``, int64, 1 for the tokens of the prompt and 0 behind them; the network sees as many as
-    the longest prompt of its batch has. An embedding does not depend on the batch that it was made in.
+class QwenImageModel(MaskedFlowModel):
+    """Qwen-Image: a transformer on 2 x 2 latents as one token, and a video VAE that sees an image as one frame. The
+    network sees as many tokens as the longest prompt of its batch has.
     """
 
     family = "qwen-image"
@@ -39,13 +33,11 @@ class QwenImageModel(FlowModel):
     def _decoded(self, latents: Tensor) -> Tensor:
         return super()._decoded(latents.unsqueeze(2)).squeeze(2)
 
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        length = self._encode_options.get("max_sequence_length", TOKENS)
+    def _encode_each(self, texts: list[str], length: int) -> list[Tensor]:
         hidden, mask = self.pipeline.encode_prompt(texts, device=self.device, max_sequence_length=length)
         if mask is None:  # all prompts are equally long
-            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        both = (pad_tokens(hidden, length), pad_tokens(mask, length))
-        return dict(zip(_EMBEDDINGS, both, strict=True))
+            return list(hidden)
+        return [one[:count] for one, count in zip(hidden, mask.sum(1).tolist(), strict=True)]
 
     def guided(self, outputs: list[Tensor], weights: list[float]) -> tuple[list[Tensor], list[float]]:
         """As the pipeline: the guided prediction keeps the norm of the conditional one in every token."""
@@ -59,19 +51,17 @@ class QwenImageModel(FlowModel):
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        sample, cast = cast_inputs(network, latents, conditioning, _EMBEDDINGS)
-        hidden, mask = (cast[name] for name in _EMBEDDINGS)
-        longest = int(mask.sum(1).max())
-        hidden, mask = hidden[:, :longest], mask[:, :longest]
+        sample, cast = cast_inputs(network, latents, conditioning, self.embeddings)
+        hidden, mask = (cast[name] for name in self.embeddings)
+        shortest, longest = torch.stack(mask.sum(1).aminmax()).tolist()
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
         shape: Any = [(1, height, width)]
         output: Tensor = network(
             hidden_states=pack_latents(sample),
-            # As the pipeline: the transformer multiplies by 1000 again.
-            timestep=self.schedule.model_times(timesteps).to(sample.dtype) / 1000,
+            timestep=self._shares_of_noise(timesteps, sample.dtype),
             guidance=None,
-            encoder_hidden_states=hidden,
-            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            encoder_hidden_states=hidden[:, :longest],
+            encoder_hidden_states_mask=None if shortest == longest else mask[:, :longest],
             img_shapes=[shape] * len(sample),
             return_dict=False,
         )[0]

@@ -9,19 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastinvdpo.models.base import ATTENTION_PROJECTIONS, cast_inputs, check_guidance
-from fastinvdpo.models.flow import FlowModel, pad_tokens
+from fastinvdpo.models.flow import MaskedFlowModel
 
-TOKENS = 512
-_EMBEDDINGS = ("encoder_hidden_states", "encoder_hidden_states_mask")
 _TURBO_SHIFT = 3.0  # of the scheduler of Z-Image-Turbo; that of Z-Image is 6
 
 
-class ZImageModel(FlowModel):
-    """Z-Image: one transformer for the tokens of text and image, which takes prompts of any length in a list.
-
-    ``conditioning`` holds ``encoder_hidden_states`` ``(n, max_sequence_length, width)`` and
-    ``encoder_hidden_states_mask``, int64, 1 for the tokens of the prompt and 0 behind them.
-    """
+class ZImageModel(MaskedFlowModel):
+    """Z-Image: one transformer for the tokens of text and image, which takes prompts of any length in a list."""
 
     family = "z-image"
     pipelines = ("ZImagePipeline",)
@@ -42,22 +36,17 @@ class ZImageModel(FlowModel):
     def _sample_size(self) -> Any:
         return 128  # 1024 pixels
 
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        length = self._encode_options.get("max_sequence_length", TOKENS)
-        # The pipeline writes into the list that it is given.
-        found, _ = self.pipeline.encode_prompt(
-            list(texts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=length
-        )
-        hidden = torch.cat([pad_tokens(one.unsqueeze(0), length) for one in found])
-        counts = torch.tensor([len(one) for one in found], device=hidden.device)
-        mask = (torch.arange(length, device=hidden.device) < counts.unsqueeze(1)).long()
-        return dict(zip(_EMBEDDINGS, (hidden, mask), strict=True))
+    def _encode_each(self, texts: list[str], length: int) -> list[Tensor]:
+        found: list[Tensor] = self.pipeline.encode_prompt(
+            texts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=length
+        )[0]
+        return found
 
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        sample, cast = cast_inputs(network, latents, conditioning, _EMBEDDINGS)
-        hidden, mask = (cast[name] for name in _EMBEDDINGS)
+        sample, cast = cast_inputs(network, latents, conditioning, self.embeddings)
+        hidden, mask = (cast[name] for name in self.embeddings)
         output: list[Tensor] = network(
             list(sample.unsqueeze(2).unbind()),
             (1000 - self.schedule.model_times(timesteps)) / 1000,  # 1 is the image, 0 the noise
