@@ -179,6 +179,13 @@ class MarsModel(nn.Module):
         """``log π`` of each caption's tokens given its image, among the text ids: ``(B, longest)``, 0 after its end, or
         ``(B,)``. Texts end with the tokenizer's end of text.
         """
+        flat, among = self._caption_terms(codes, captions)
+        return _reduced(flat.new_zeros(among.shape).masked_scatter(among, flat), among.sum(1), reduction)
+
+    def _caption_terms(self, codes: Tensor, captions: Sequence[str | Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """``log π`` of all tokens of the captions, one caption after the other, and where they stand, bool ``(B,
+        longest)``.
+        """
         self.check_codes(codes)
         texts = self.text_ids(captions, end=True)
         if len(texts) != len(codes) or not all(texts):
@@ -190,8 +197,7 @@ class MarsModel(nn.Module):
         among = torch.arange(longest, device=codes.device) < lengths.unsqueeze(1)
         # Padding on the right: nothing that counts looks at it.
         hidden = self(torch.cat([self.image_ids(codes), padded[:, :-1]], 1))[:, -longest:]
-        flat = token_log_probs(hidden[among], self.text_head, padded[among])
-        return _reduced(flat.new_zeros(among.shape).masked_scatter(among, flat), lengths, reduction)
+        return token_log_probs(hidden[among], self.text_head, padded[among]), among
 
     def image_loss(self, prompts: Sequence[str | Sequence[int]], codes: Tensor) -> Tensor:
         """Cross-entropy of text → image: the mean over all image tokens; the text carries no loss."""
@@ -199,8 +205,7 @@ class MarsModel(nn.Module):
 
     def caption_loss(self, codes: Tensor, captions: Sequence[str | Sequence[int]]) -> Tensor:
         """Cross-entropy of image → text: the mean over all tokens of the captions; the image carries no loss."""
-        values = self.caption_log_probs(codes, captions)
-        return -values.sum() / sum(map(len, self.text_ids(captions, end=True)))
+        return -self._caption_terms(codes, captions)[0].mean()
 
     def prompt(self, prompts: Sequence[str | Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids and mask ``(B, longest + 1)`` of prompts, padded on the left, and the beginning of an image."""
@@ -212,9 +217,8 @@ class MarsModel(nn.Module):
 
     def image_ids(self, codes: Tensor) -> Tensor:
         """Ids ``(B, N + 2)`` of whole images: begin, codes, end."""
-        return nn.functional.pad(
-            nn.functional.pad(codes + self.text_size, (1, 0), value=self.begin), (0, 1), value=self.begin + 1
-        )
+        begin = codes.new_full((len(codes), 1), self.begin)
+        return torch.cat([begin, codes + self.text_size, begin + 1], 1)
 
 
 def _reduced(values: Tensor, lengths: Tensor | None, reduction: Reduction) -> Tensor:

@@ -50,8 +50,9 @@ class Sampling:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -math.inf)
         if self.top_p < 1:
             descending, order = logits.sort(descending=True)
-            before = descending.softmax(-1).cumsum(-1) - descending.softmax(-1)
-            logits = logits.masked_fill((before >= self.top_p).scatter(1, order, before >= self.top_p), -math.inf)
+            shares = descending.softmax(-1)
+            left_out = shares.cumsum(-1) - shares >= self.top_p
+            logits = logits.masked_fill(left_out.scatter(1, order, left_out), -math.inf)
         return logits.softmax(-1)
 
     def draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
