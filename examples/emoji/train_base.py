@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastinvdpo._examples.emoji.data import Emoji, load_emoji
+from fastinvdpo._examples.emoji.judge import to_tensor
 from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_directory, atomic_file
 
@@ -334,7 +334,7 @@ def train_base(
     output.mkdir(parents=True, exist_ok=True)
     transformers = require("transformers", extra="train", purpose="training the demo's base model")
     images = emoji.images.reshape(-1, *emoji.images.shape[2:])
-    pixels = torch.from_numpy(np.moveaxis(images, -1, 1).astype(np.float32) / 127.5 - 1).to(device)
+    pixels = to_tensor(images).to(device)
     options = {"seed": seed, "minutes": minutes}
     vae: Any = train_autoencoder(autoencoder, pixels, output, **options)
     tokenizer = make_tokenizer(emoji.names, output / "tokenizer")
