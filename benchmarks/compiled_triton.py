@@ -10,8 +10,6 @@ sm_100, and not carried out. A register that spills goes to the stack: stack 0 m
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastinvdpo.ops import triton_kernels
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
 ROOT = Path(__file__).parents[1]
@@ -75,22 +74,9 @@ class NoDevice:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def kernel_modules() -> tuple[ModuleType, ...]:
-    folder = ROOT / "kernels/triton"
-    name = "compiled_triton_kernels"
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    return tuple(
-        importlib.import_module(f"{name}.{op}")
-        for op in ("preference_loss", "affine_step", "pair_statistics", "token_log_probs")
-    )
-
-
 def cases() -> Iterator[Case]:
-    loss, affine, statistics, tokens = kernel_modules()
+    ops = ("preference_loss", "affine_step", "pair_statistics", "token_log_probs")
+    loss, affine, statistics, tokens = map(triton_kernels.load, ops)
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     small, odd, huge = (4, 128, 128), (3, 33, 35), (16, 21, 90, 160)
     utilities = [(name, 0.1 if utility.smoothed else 0.0) for name, utility in UTILITIES.items()]
