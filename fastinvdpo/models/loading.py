@@ -18,7 +18,7 @@ from fastinvdpo.output import MARK
 
 # family name -> (module, class); modules are imported when needed, since they need diffusers.
 _FAMILIES = {
-    "digits": ("fastinvdpo.models.digits", "DigitsModel"),
+    "digits": ("fastinvdpo._examples.digits", "DigitsModel"),
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
     "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
     "flux": ("fastinvdpo.models.flow", "FluxModel"),
