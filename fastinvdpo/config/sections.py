@@ -44,6 +44,7 @@ Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 NonEmpty: TypeAlias = Annotated[str, Field(min_length=1)]
 Place: TypeAlias = Annotated[NonEmpty, AfterValidator(_expanded), PlainSerializer(as_written)]
+Quantization: TypeAlias = Literal["bf16", "fp8", "int8", "nf4"]
 CountOrShare: TypeAlias = Annotated[int | float, PlainValidator(_count_or_share)]
 
 
@@ -76,9 +77,9 @@ class ModelSection(Section):
     T5's; ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines.
 
     ``reference_dtype``: type of the frozen copy's weights in full fine-tuning; the policy's when null.
-    ``reference_quantization``: its linear layers in 8 or 4 bits; convolutions, norms and biases stay in
+    ``reference_quantization``: its linear layers in 16, 8 or 4 bits; convolutions, norms and biases stay in
     ``reference_dtype``. ``quantization``: the same of the network that LoRA adapts, whose frozen weights are policy and
-    reference at once.
+    reference at once. ``offload``: what one of the two made small waits on the host, and crosses over for each product.
     """
 
     family: Literal[
@@ -93,9 +94,10 @@ class ModelSection(Section):
     max_sequence_length: Count | None = None
     guidance_embedding: NonNegative | None = None
     lora: LoraSection | None = None
-    quantization: Literal["int8", "nf4"] | None = None
+    quantization: Quantization | None = None
     reference_dtype: Literal["fp32", "bf16"] | None = None
-    reference_quantization: Literal["int8", "nf4"] | None = None
+    reference_quantization: Quantization | None = None
+    offload: bool = False
     init_perturbation: Share = 0.0
 
 

@@ -95,6 +95,9 @@ def _model(config: TrainConfig) -> Iterator[InvalidInput]:
     if model.quantization is not None and model.lora is None:
         remedy = "add model.lora; for full fine-tuning model.reference_quantization makes the frozen copy small"
         yield invalid("model.quantization", model.quantization, "freezes what full fine-tuning trains", remedy)
+    if model.offload and model.quantization is None and model.reference_quantization is None:
+        remedy = "name model.quantization with model.lora, or model.reference_quantization; bf16 is the widest"
+        yield invalid("model.offload", True, "moves quantized weights alone, and none are", remedy)
     for key in ("reference_dtype", "reference_quantization"):
         value, method = getattr(model, key), config.method
         if value is not None and not method.needs_reference:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import NoiseSchedule, inversion_levels
 from fastinvdpo.errors import invalid
+from fastinvdpo.models.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -262,7 +263,7 @@ def saveable_network(network: nn.Module) -> nn.Module:
     problem, remedy = "", ""
     if any(".lora_" in name for name, _ in plain.named_parameters()):
         problem, remedy = "holds LoRA layers that are not merged", "merge the adapter, then save"
-    elif not all(parameter.is_floating_point() for parameter in plain.parameters()):
+    elif any(isinstance(module, QuantizedLinear) for module in plain.modules()):
         problem, remedy = "holds quantized weights", "save what unquantized() gives, with the adapter merged"
     if problem:
         raise invalid("network", type(plain).__name__, problem, remedy)

@@ -1,4 +1,5 @@
-"""Frozen linear layers in 8 or 4 bits, made whole for each product. Convolutions, norms and biases stay as they are.
+"""Frozen linear layers in 16, 8 or 4 bits, made whole for each product, and between products on the host if one likes.
+Convolutions, norms and biases stay as they are.
 
 The numbers are those of the plain formulas here. On a GPU bitsandbytes' kernel makes nf4 whole, for shapes where it has
 given the bits of :func:`dequantize_nf4`. Its one for AVX-512 (0.50.2) is wrong where a row is no multiple of a block.
@@ -6,7 +7,8 @@ given the bits of :func:`dequantize_nf4`. Its one for AVX-512 (0.50.2) is wrong 
 The layers are not those of bitsandbytes. Its ``Linear8bitLt`` rounds the inputs to 8 bits as well, of policy and
 reference separately: where the two differ by 0.1 %, that is several times their difference. It also keeps every input
 until the backward pass, past gradient checkpointing. Its ``Linear4bit`` fixes its type at the first call, and turns, on
-CPUs with bf16 instructions, to a product that autograd does not know.
+CPUs with bf16 instructions, to a product that autograd does not know. diffusers' group offloading moves what it finds
+below a block, adapters with it, whose gradients then meet weights on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from fastinvdpo.errors import MissingExtra
 if TYPE_CHECKING:
     from fastinvdpo.models import DiffusionModel
 
-Kind: TypeAlias = Literal["int8", "nf4"]
+Kind: TypeAlias = Literal["bf16", "fp8", "int8", "nf4"]
 Dequantize: TypeAlias = Callable[[Tensor, Tensor, torch.Size], Tensor]
 
 BLOCK = 64  # weights that share a scale in nf4
@@ -40,6 +42,7 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
+_LARGEST = 448.0  # of float8_e4m3fn
 _KERNEL_DEVICES = ("cuda",)  # where a kernel of bitsandbytes is worth its check
 
 
@@ -56,6 +59,22 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_int8(quantized: Tensor, scale: Tensor) -> Tensor:
     """``quantized · scale / 127`` in float32, the inverse of :func:`quantize_int8` up to its rounding."""
     return quantized * (scale / 127)[:, None]
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to float8_e4m3fn (4 bits of exponent, 3 of fraction), the largest magnitude to the format's, 448.
+
+    Returns the bytes, uint8 of the shape of ``weight`` ``(out, in)``, and the largest magnitude of each row, float32
+    ``(out,)``.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1)
+    return (weight / _divisor(scale)[:, None] * _LARGEST).to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def dequantize_fp8(quantized: Tensor, scale: Tensor) -> Tensor:
+    """``number · scale / 448`` in float32, the inverse of :func:`quantize_fp8` up to its rounding."""
+    return quantized.view(torch.float8_e4m3fn).float() / _LARGEST * scale[:, None]
 
 
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,22 +145,32 @@ def _bitsandbytes() -> Any:
 
 
 class QuantizedLinear(nn.Linear):
-    """``x·Wᵀ + b`` with ``W`` frozen in 8 or 4 bits, in the type of ``x``, or autocast's.
+    """``x·Wᵀ + b`` with ``W`` frozen in 16, 8 or 4 bits, in the type of ``x``, or autocast's.
 
     The weight is made whole in that type for the product, and once more for the gradient of ``x``; between the two
     nothing is kept. The sums are those of ``nn.Linear`` with the weight :meth:`dequantized`. ``linear``: the layer that
-    it takes the place of, on the device where it is; its bias is taken over.
+    it takes the place of, on the device where it is; its bias is taken over. ``offload``: the weight waits on the host,
+    page-locked where there is a GPU, and crosses over for each product.
     """
 
-    def __init__(self, linear: nn.Linear, kind: Kind) -> None:
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, kind: Kind, offload: bool = False) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
-        packed, scale = (quantize_int8 if kind == "int8" else quantize_nf4)(linear.weight.detach())
-        # Parameters, not buffers, which DistributedDataParallel would send around at every call.
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        packed, scale = _QUANTIZE[kind](linear.weight.detach())
+        for name, tensor in (("weight", packed), ("scale", scale)):
+            if offload:  # no parameter: those move with the module, and DistributedDataParallel wants them in one place
+                setattr(self, name, tensor.cpu().pin_memory() if torch.cuda.is_available() else tensor.cpu())
+            else:  # no buffer: DistributedDataParallel would send those around at every call
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", linear.bias)
-        self.scale = nn.Parameter(scale, requires_grad=False)
         self.requires_grad_(False).train(linear.training)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name in ("weight", "scale", "bias"):
+            if (value := getattr(self, name)) is not None:
+                destination[prefix + name] = value if keep_vars else value.detach()
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
@@ -150,14 +179,14 @@ class QuantizedLinear(nn.Linear):
         product: Tensor = _Product.apply(input, self)
         return product
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight ``(out, in)`` that the layer multiplies by, rounded to ``dtype`` from float32."""
-        if self.kind == "int8":
-            whole = dequantize_int8(self.weight, self.scale)
-        else:
-            shape = torch.Size((self.out_features, self.in_features))
-            whole = nf4_dequantizer(self.weight.device, shape)(self.weight, self.scale, shape)
-        return whole.to(dtype)
+    def dequantized(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """The weight ``(out, in)`` that the layer multiplies by, rounded to ``dtype`` from float32.
+
+        ``device``: where it is made; None: where it is kept.
+        """
+        shape, kept = torch.Size((self.out_features, self.in_features)), (self.weight, self.scale)
+        packed, scale = (tensor.to(device, non_blocking=True) for tensor in kept)
+        return _DEQUANTIZE[self.kind](packed, scale, shape).to(dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -165,30 +194,46 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, given: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(given.dtype)
-        return nn.functional.linear(given, layer.dequantized(given.dtype), bias)
+        return nn.functional.linear(given, layer.dequantized(given.dtype, given.device), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.dequantized(gradient.dtype), None
+        return gradient @ ctx.layer.dequantized(gradient.dtype, gradient.device), None
 
 
-def quantize_linear_layers(network: nn.Module, kind: Kind) -> None:
+_QUANTIZE: dict[Kind, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "bf16": lambda weight: (weight.to(torch.bfloat16).view(torch.int16), weight.new_ones(())),
+    "fp8": quantize_fp8,
+    "int8": quantize_int8,
+    "nf4": quantize_nf4,
+}
+_DEQUANTIZE: dict[Kind, Dequantize] = {
+    "bf16": lambda packed, scale, shape: packed.view(torch.bfloat16),
+    "fp8": lambda packed, scale, shape: dequantize_fp8(packed, scale),
+    "int8": lambda packed, scale, shape: dequantize_int8(packed, scale),
+    "nf4": lambda packed, scale, shape: nf4_dequantizer(packed.device, shape)(packed, scale, shape),
+}
+
+
+def quantize_linear_layers(network: nn.Module, kind: Kind, offload: bool = False) -> None:
     """Replace every ``nn.Linear`` of a frozen network in place, on the device where it is."""
     for parent in list(network.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:  # a subclass may mean another product
-                setattr(parent, name, QuantizedLinear(linear, kind))
+                setattr(parent, name, QuantizedLinear(linear, kind, offload))
 
 
-def quantize_network(model: DiffusionModel, kind: Kind, again: Callable[[], nn.Module] | None = None) -> None:
+def quantize_network(
+    model: DiffusionModel, kind: Kind, again: Callable[[], nn.Module] | None = None, *, offload: bool = False
+) -> None:
     """Quantize the linear layers of a model's network, and let ``model.unquantized()`` give the network as it was.
 
     ``again`` makes that network; None: a copy is kept on the host.
     """
     if again is None:
         again = functools.partial(copy.deepcopy, _on_host(model.network))
-    quantize_linear_layers(model.network, kind)
+    quantize_linear_layers(model.network, kind, offload)
     model.unquantized = again
 
 

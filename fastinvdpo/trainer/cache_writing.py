@@ -272,6 +272,7 @@ class _Shards:
             reference="self",
             reference_dtype=opening.reference_dtype(config),
             reference_quantization=config.model.reference_quantization,
+            offload=config.model.offload,
         )
         arrange(self.networks, switches)
         speed_up(self.networks, switches)

@@ -58,7 +58,7 @@ _VERIFIED.settled_ns = 0  # nobody writes into a checkpoint
 _FREE = (
     *("training.steps", "training.num_workers", "training.gradient_checkpointing", "training.batch_size"),
     *("training.gradient_accumulation_steps", "training.max_batch", "training.gradient_passes"),
-    *("data.cache_gib", "cache.path", "cache.batch_size", "performance.", "evaluation", "output."),
+    *("data.cache_gib", "cache.path", "cache.batch_size", "model.offload", "performance.", "evaluation", "output."),
 )
 # Keys of the configuration that say where something is, and what is there; they count where that is not known.
 _PLACES = {

@@ -21,7 +21,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods import Follows
 from fastinvdpo.models.adapters import adapters_disabled, add_lora
-from fastinvdpo.models.quantization import quantize_linear_layers
+from fastinvdpo.models.quantization import Kind, quantize_linear_layers
 from fastinvdpo.trainer.sharding import Shards, like
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Networks:
             ``"none"`` has no reference, for cached predictions and methods that need none; ``"self"`` takes the network
             itself, which must then not be trained.
         reference_dtype: type of the reference's weights where it is a network of its own; the policy's when None.
-        reference_quantization: of its linear layers, see :func:`quantize_linear_layers`.
+        reference_quantization, offload: of its linear layers, see :func:`quantize_linear_layers`.
 
     Attributes:
         policy_module: the trained network, with adapters inside where ``lora`` is True.
@@ -61,7 +61,8 @@ class Networks:
         gradient_checkpointing: bool,
         reference: Literal["copy", "moving", "none", "self"] = "copy",
         reference_dtype: torch.dtype | None = None,
-        reference_quantization: Literal["int8", "nf4"] | None = None,
+        reference_quantization: Kind | None = None,
+        offload: bool = False,
     ) -> None:
         self._model, self._reference = model, reference
         network = model.network.eval()
@@ -87,7 +88,7 @@ class Networks:
                 self.reference_module = frozen_copy(network, reference_dtype)
             network.requires_grad_(True)
         if reference_quantization is not None and self.reference_module is not None:
-            quantize_linear_layers(self.reference_module, reference_quantization)
+            quantize_linear_layers(self.reference_module, reference_quantization, offload)
         if gradient_checkpointing:
             enable: Any = getattr(network, "enable_gradient_checkpointing", None)
             if enable is None:

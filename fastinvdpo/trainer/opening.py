@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
@@ -146,7 +147,11 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionMo
     load = partial(load_model, family, source.path, **options)
     model = load(frozen_parts=frozen_parts)
     if source.quantization is not None:
-        quantize_network(model, source.quantization, again=lambda: load(frozen_parts=False).network)
+
+        def again() -> nn.Module:
+            return load(frozen_parts=False).network
+
+        quantize_network(model, source.quantization, again, offload=source.offload)
     return model
 
 

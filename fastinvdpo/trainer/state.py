@@ -42,7 +42,7 @@ def build_state(
     """Networks, optimizer, averages and sums before the first step; the model's network is taken, not copied."""
     training, method, follows = config.training, config.method, config.method.reference_follows
     if config.model.quantization is not None and model.unquantized is None:
-        quantize_network(model, config.model.quantization)
+        quantize_network(model, config.model.quantization, offload=config.model.offload)
     if "kohya" in config.output.formats and config.model.lora is not None:
         check_layers(model, config.model.lora.target_modules or model.default_lora_targets)
     needed = method.needs_reference and not reference_is_cached
@@ -53,6 +53,7 @@ def build_state(
         reference="none" if not needed else "copy" if follows is None else "moving",
         reference_dtype=reference_dtype(config),
         reference_quantization=config.model.reference_quantization,
+        offload=config.model.offload,
     )
     networks.policy_module.to(accelerator.device)
     if config.model.init_perturbation > 0:

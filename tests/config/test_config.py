@@ -63,6 +63,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "4 bits of a reference that is the policy": ("inpo", {"model.lora": {"rank": 2}, "model.reference_quantization": "nf4"}, r"model\.reference_quantization = 'nf4': has no meaning with LoRA.*set model\.quantization instead"),
     "frozen weights without an adapter": ("inpo", {"model.quantization": "nf4"}, r"model\.quantization = 'nf4': freezes what full .*add model\.lora; .*model\.reference_quantization"),
     "unknown type of frozen weights": ("inpo", {"model.lora": {"rank": 2}, "model.quantization": "fp4"}, r"model\.quantization = 'fp4'.*'int8' or 'nf4'"),
+    "nothing to move": ("inpo", {"model.lora": {"rank": 2}, "model.offload": True}, r"model\.offload = True: moves quantized weights alone.*model\.quantization"),
     "compiled layers in 8 bits": ("diffusion-dpo", {"model.lora": {"rank": 2}, "model.quantization": "int8", "performance": {"compile": True}}, r"performance\.compile = True: is not built for layers in int8"),
     "first moment of adafactor": ("inpo", {"optimizer.name": "adafactor", "optimizer.beta1": 0.95}, r"optimizer\.beta1 = 0\.95: belongs to Adam"),
     "decay of adafactor": ("inpo", {"optimizer.name": "adafactor", "optimizer.beta2": 0.99}, r"optimizer\.beta2 = 0\.99: belongs to Adam"),

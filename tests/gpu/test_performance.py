@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from fastinvdpo.config.sections import LoraSection
 from fastinvdpo.models import load_model
-from fastinvdpo.models.quantization import QuantizedLinear, dequantize_nf4, nf4_dequantizer
+from fastinvdpo.models.quantization import Kind, QuantizedLinear, dequantize_nf4, nf4_dequantizer
 from fastinvdpo.trainer import train
 from fastinvdpo.trainer.networks import Networks
 from fastinvdpo.trainer.performance import GraphedCalls
@@ -48,18 +49,25 @@ def test_replayed_calls_are_the_calls(workspace: Path, lora: LoraSection | None)
         assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", get_args(Kind))
 def test_quantized_weights_are_those_of_the_host(workspace: Path, kind: Any) -> None:
-    """Moved there, not quantized anew; and a run on them starts with policy = reference."""
-    layer = QuantizedLinear(torch.nn.Linear(96, 64), kind)
-    whole = layer.dequantized(torch.float32)
-    # PyTorch may divide by 127 as a product with its reciprocal there: five roundings in all.
-    torch.testing.assert_close(
-        layer.to("cuda").dequantized(torch.float32).cpu(), whole, rtol=0 if kind == "nf4" else 5 * 2**-24, atol=0
-    )
-    model = {"lora": {"rank": 2}, "quantization": kind}
-    config = tiny.config(workspace, model=model, training={"steps": 2, "mixed_precision": "bf16"})
-    assert train(config, progress=False).history[0]["margin"] == 0
+    """Moved there, not quantized anew, or moved for each product; and a run on them starts with policy = reference."""
+    linear = torch.nn.Linear(96, 64)
+    layers = [QuantizedLinear(copy.deepcopy(linear), kind, offload).to("cuda") for offload in (False, True)]
+    whole = QuantizedLinear(linear, kind).dequantized(torch.float32)
+    there = [layer.dequantized(torch.float32, torch.device("cuda", 0)) for layer in layers]
+    # PyTorch may divide by 127 or 448 as a product with its reciprocal there: five roundings in all.
+    rounding = 0 if kind in ("bf16", "nf4") else 5 * 2**-24
+    torch.testing.assert_close(there[0].cpu(), whole, rtol=rounding, atol=0)
+    assert torch.equal(*there) and layers[1].weight.is_pinned()
+    results = []
+    for offload in (False, True):
+        model = {"lora": {"rank": 2}, "quantization": kind, "offload": offload}
+        output = {"directory": str(workspace / str(offload))}
+        training = {"steps": 2, "mixed_precision": "bf16"}
+        results.append(train(tiny.config(workspace, model=model, training=training, output=output), progress=False))
+        assert results[-1].history[0]["margin"] == 0
+    assert results[0].history[-1]["loss"] == pytest.approx(results[1].history[-1]["loss"], rel=1e-3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits against the formulas of their papers, number by number, whatever third-party kernels say."""
+"""Weights in 16, 8 and 4 bits against their formulas, number by number, whatever third-party kernels say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from fastinvdpo.models.quantization import Kind, QuantizedLinear, nf4_dequantize
 # (out, in): rows shorter than the block of 64, no multiple of it, and flat sizes that are no multiple, odd ones too.
 SHAPES = [(64, 32), (96, 32), (32, 96), (256, 32), (64, 16), (64, 64), (64, 128), (24, 48)]
 SHAPES += [(33, 70), (5, 13), (7, 9), (1, 1), (1, 63), (1, 65), (3, 129), (31, 2)]
+KINDS = get_args(Kind)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # Table of QLoRA, arXiv 2305.14314, appendix E, as float32 holds it.
@@ -29,14 +30,19 @@ NF4 = np.float32([
 ])  # fmt: skip
 
 
-def _layer(
-    shape: tuple[int, int], kind: Kind, dtype: torch.dtype = torch.float32
-) -> tuple[np.ndarray, QuantizedLinear]:
-    """A weight as float64, with magnitudes that differ from row to row and from block to block, and its layer."""
+def _linear(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> nn.Linear:
     generator = torch.Generator().manual_seed(sum(shape))
     linear = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype).requires_grad_(False)
     sizes = 10 ** (2 * torch.rand(shape[0], 1, generator=generator) - 1)
     linear.weight.copy_(sizes * torch.randn(shape, generator=generator))
+    return linear
+
+
+def _layer(
+    shape: tuple[int, int], kind: Kind, dtype: torch.dtype = torch.float32
+) -> tuple[np.ndarray, QuantizedLinear]:
+    """A weight as float64, with magnitudes that differ from row to row and from block to block, and its layer."""
+    linear = _linear(shape, dtype)
     return linear.weight.double().numpy(), QuantizedLinear(linear, kind)
 
 
@@ -46,9 +52,21 @@ def _indices(packed: Tensor, size: int) -> np.ndarray:
     return np.stack((byte >> 4, byte & 15), 1).flatten()[:size]
 
 
+# Every number of float8_e4m3fn by its byte: sign, 4 bits of exponent (bias 7, 0 for numbers below 2^-6), 3 of fraction.
+FP8 = np.array([
+    (-1) ** (byte >> 7) * (2.0 ** ((byte >> 3 & 15) - 7) * (1 + (byte & 7) / 8) if byte >> 3 & 15 else (byte & 7) / 512)
+    for byte in range(256)
+])  # fmt: skip
+FP8[[127, 255]] = np.nan
+
+
 def _plain(layer: QuantizedLinear) -> np.ndarray:
     """What the layer stores, made whole one number at a time in float32."""
     shape, scale = (layer.out_features, layer.in_features), layer.scale.numpy()
+    if layer.kind == "bf16":
+        return (layer.weight.numpy().astype(np.int32) << 16).view(np.float32)
+    if layer.kind == "fp8":
+        return FP8[layer.weight.numpy()].astype(np.float32) / np.float32(448) * scale[:, None]
     if layer.kind == "int8":
         return np.float32(
             [row.astype(np.float32) * (scale[i] / np.float32(127)) for i, row in enumerate(layer.weight.numpy())]
@@ -58,7 +76,7 @@ def _plain(layer: QuantizedLinear) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_are_exactly_those_of_the_formula(shape: tuple[int, int], kind: Kind, dtype: torch.dtype) -> None:
     _, layer = _layer(shape, kind)
@@ -90,7 +108,36 @@ def test_int8_takes_the_nearest_multiple_of_the_row(shape: tuple[int, int], dtyp
     assert (np.abs(layer.weight.numpy() - units) <= 0.5 + 4 * 127 * 2**-24).all()
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp8_takes_the_nearest_number_and_bf16_that_of_pytorch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, layer = _layer(shape, "fp8", dtype)
+    largest = np.abs(weight).max(1, keepdims=True)
+    assert np.array_equal(layer.scale.numpy(), np.float32(largest[:, 0]))
+    units = (weight / largest * 448).reshape(-1, 1)
+    distances = np.abs(units - FP8[~np.isnan(FP8)])
+    taken = np.abs(units[:, 0] - FP8[layer.weight.numpy().flatten()])
+    assert (taken <= distances.min(1) + 4 * 448 * 2**-24).all()
+    weight, layer = _layer(shape, "bf16", dtype)
+    assert torch.equal(layer.dequantized(torch.bfloat16), torch.from_numpy(weight).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_whose_weight_waits_on_the_host_computes_the_same(kind: Kind) -> None:
+    """And moves with its module no more; gradients too. On a CPU, where both are the host."""
+    _, layer = _layer((24, 48), kind)
+    offloaded = QuantizedLinear(_linear((24, 48)), kind, offload=True)
+    assert offloaded.state_dict().keys() == layer.state_dict().keys()
+    assert not dict(offloaded.named_parameters()) and offloaded.to("meta").weight.device.type == "cpu"
+    results = []
+    for one in (layer, offloaded):
+        given = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = one(given)
+        results.append((out, *torch.autograd.grad(out.square().sum(), given)))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_rows_and_blocks_of_zeros_and_of_extreme_numbers_stay_and_nan_does_not_become_finite(kind: Kind) -> None:
     linear = nn.Linear(64, 3, bias=False).requires_grad_(False)
     linear.weight.copy_(torch.tensor([0.0, 2.0**-119, 3e38])[:, None].expand(3, 64))
