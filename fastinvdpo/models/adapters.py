@@ -190,6 +190,20 @@ def save_adapter(network: nn.Module, directory: Path, origin: Origin | None = No
     safetensors.save_file(renamed, directory / _PEFT_FILE, metadata={"format": "pt"})
 
 
+def order_metadata(file: Path) -> None:
+    """Put the metadata of a safetensors file, which safetensors writes in any order, in that of their names: a file has
+    the same bytes each time it is written.
+    """
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= size  # the same names and values; spaces fill the header up
+        stream.seek(8)
+        stream.write(ordered.ljust(size))
+
+
 def _base_of(origin: Origin) -> dict[str, str]:
     """What names the weights of a checkpoint: its entries that are given, directories as absolute paths."""
     given = {name: str(value) for name, value in origin._asdict().items() if value is not None}

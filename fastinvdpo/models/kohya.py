@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
+from fastinvdpo.models.adapters import order_metadata
 from fastinvdpo.models.base import DiffusionModel
 
 FILE = "lora_kohya.safetensors"
@@ -103,3 +104,4 @@ def save_kohya(family: str, network: nn.Module, tensors: Mapping[str, Tensor], d
     written = {name: tensor.contiguous() for name, tensor in kohya_tensors(family, network, tensors).items()}
     metadata = {"ss_network_module": "networks.lora", "format": "pt"}
     safetensors.save_file(written, directory / FILE, metadata=metadata)
+    order_metadata(directory / FILE)

@@ -15,7 +15,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import inversion_levels
 from fastinvdpo.errors import invalid
 from fastinvdpo.models import base, kohya
-from fastinvdpo.models.adapters import adapter_contents
+from fastinvdpo.models.adapters import DIFFUSERS_FILE, adapter_contents, order_metadata
 from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import ENCODERS, copy_other_parts, load_pipeline, pipeline_files, vae_config
 from fastinvdpo.ops import philox
@@ -169,6 +169,7 @@ class PipelineModel(DiffusionModel):
         if "diffusers" in formats:
             parts = {f"{kind}_lora_layers": tensors, f"{kind}_lora_adapter_metadata": settings}
             self.pipeline.save_lora_weights(str(directory), **parts)
+            order_metadata(Path(directory) / DIFFUSERS_FILE)
         if "kohya" in formats:
             kohya.save_kohya(self.family, plain, tensors, Path(directory))
 

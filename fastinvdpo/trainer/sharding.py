@@ -9,7 +9,8 @@ first call, and no process waits for another's calls.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,8 @@ class Shards:
             memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         self._hollow = copy.deepcopy(network, memo)
         self.module: Any
-        self.module, self.optimizer = accelerator.prepare(network, optimizer)
+        with _buffers_aside(network):
+            self.module, self.optimizer = accelerator.prepare(network, optimizer)
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._blocks: list[Any] = [module for module in self.module.modules() if isinstance(module, FSDPModule)]
         self._reshard_after_forward = bool(plugin.reshard_after_forward)
@@ -81,6 +83,23 @@ class Shards:
         plain = copy.deepcopy(self._hollow)
         plain.load_state_dict(weights, assign=True)
         return plain
+
+
+@contextmanager
+def _buffers_aside(network: nn.Module) -> Iterator[None]:
+    """Inside, no buffer is in the network's state dict: accelerate takes all there for shards, and a buffer (SD3's
+    table of positions) has none.
+    """
+    kept = []
+    for module in network.modules():
+        aside: set[str] = module._non_persistent_buffers_set
+        kept += [(aside, name) for name in module._buffers if name not in aside]
+        aside.update(module._buffers)
+    try:
+        yield
+    finally:
+        for aside, name in kept:
+            aside.discard(name)
 
 
 def full(tensor: Tensor) -> Tensor:

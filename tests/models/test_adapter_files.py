@@ -91,6 +91,19 @@ def test_both_files_say_the_same_in_words_of_peft_0_18(folder: Path) -> None:
     assert dataclasses.asdict(read) == dataclasses.asdict(trained)
 
 
+def test_files_have_the_same_bytes_each_time_they_are_written(folder: Path, tmp_path: Path) -> None:
+    """safetensors writes several entries of metadata in any order."""
+    model: Any = load_model("stable-diffusion", folder / "base")
+    networks = Networks(model, lora=LoraSection(rank=2, alpha=8.0), gradient_checkpointing=False)
+    names = ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors")
+    written = set()
+    for _ in range(16):
+        model.save_lora(tmp_path, networks.policy_module, ("diffusers", "kohya"))
+        written.add(tuple((tmp_path / name).read_bytes() for name in names))
+    assert len(written) == 1
+    assert load_file(tmp_path / names[0]).keys() == load_file(folder / "adapter" / names[0]).keys()
+
+
 def test_a_field_that_only_the_newest_knows_is_written_where_it_matters() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(2, 2))
     config = peft.LoraConfig(r=2, target_modules=["0"], exclude_modules=["1"])

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from fastinvdpo.errors import NonFiniteLoss
 from fastinvdpo.models.base import Origin
+from fastinvdpo.models.flow import StableDiffusion3Model
+from fastinvdpo.models.pipeline import PipelineModel
 from fastinvdpo.models.stable_diffusion import StableDiffusionModel
 from fastinvdpo.trainer import TrainConfig, TrainResult, opening
 from fastinvdpo.trainer.networks import Networks
@@ -29,21 +31,29 @@ from tests.trainer.forked import Server
 from tests.trainer.tiny import train_model
 
 
-class DoubleModel(StableDiffusionModel):
+class _Double(PipelineModel):
     """Everything in float64."""
 
-    def encode_images(self, images: Sequence[Any]) -> Tensor:
-        return super().encode_images(images).double()
+    def encode_images(self, images: Sequence[Any], posterior: Tensor | None = None) -> Tensor:
+        return super().encode_images(images, posterior).double()
 
     def encode_prompts(self, prompts: Sequence[str], **geometry: Any) -> dict[str, Tensor]:
         return {name: value.double() for name, value in super().encode_prompts(prompts, **geometry).items()}
 
 
+class DoubleModel(_Double, StableDiffusionModel):
+    """With a UNet."""
+
+
+class DoubleTransformer(_Double, StableDiffusion3Model):
+    """With a transformer."""
+
+
 class BrokenModel(DoubleModel):
     """Gives latents that are not finite to the first of several processes."""
 
-    def encode_images(self, images: Sequence[Any]) -> Tensor:
-        return super().encode_images(images) * (torch.nan if os.environ.get("RANK") == "0" else 1.0)
+    def encode_images(self, images: Sequence[Any], posterior: Tensor | None = None) -> Tensor:
+        return super().encode_images(images, posterior) * (torch.nan if os.environ.get("RANK") == "0" else 1.0)
 
 
 @dataclass
@@ -54,20 +64,25 @@ class Kept:
         result: None for a run that ended in ``error``, a loss that is not finite.
         gradients: of every step, ``(2, parameters)``: before clipping and after it.
         inversion_calls: network calls without gradient in every step.
+        moved: how far a weight of the model that was written has moved from the base model's at most.
     """
 
     result: TrainResult | None = None
     error: str = ""
     gradients: list[Tensor] = field(default_factory=list)
     inversion_calls: list[int] = field(default_factory=list)
+    moved: float = 0.0
 
 
-def run_kept(run: dict[str, Any], family: type[StableDiffusionModel] = DoubleModel) -> Kept:
+def run_kept(run: dict[str, Any], family: type[PipelineModel] = DoubleModel) -> Kept:
     """Train as ``run`` says."""
     config = TrainConfig.from_mapping(run)
-    dtype = torch.float64 if issubclass(family, DoubleModel) else torch.float32
-    model = family.load(Origin.of(config.model.path), dtype=dtype)
+    dtype = torch.float64 if issubclass(family, _Double) else torch.float32
+    options = {"resolution": config.data.resolution, "max_sequence_length": config.model.max_sequence_length}
+    given = {name: value for name, value in options.items() if value is not None}
+    model = family.load(Origin.of(config.model.path), dtype=dtype, **given)
     kept, made = Kept(), [0]
+    start = {name: value.clone() for name, value in model.network.state_dict().items()}
     clip, policy = accelerate.Accelerator.clip_grad_norm_, Networks.policy
 
     def counted(self: Networks, *arguments: Any) -> Tensor:
@@ -90,13 +105,17 @@ def run_kept(run: dict[str, Any], family: type[StableDiffusionModel] = DoubleMod
             kept.result = train_model(config, model, opening.open_dataset(config))
         except NonFiniteLoss as error:
             kept.error = str(error)
+            return kept
+    if os.environ.get("RANK", "0") == "0":
+        kept.moved = max(float((value - start[name]).abs().max()) for name, value in weights(kept).items())
     return kept
 
 
 def weights(kept: Kept) -> dict[str, Tensor]:
     """Of the model that a run wrote."""
     assert kept.result is not None, kept.error
-    return load_file(kept.result.model_directory / "unet" / "diffusion_pytorch_model.safetensors")
+    folder = next(path for name in ("unet", "transformer") if (path := kept.result.model_directory / name).is_dir())
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def flat_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:
@@ -126,7 +145,11 @@ def open_sharding_accelerator(config: TrainConfig) -> accelerate.Accelerator:
 
 
 # By a word in the name of a run.
-FAMILIES: dict[str, type[StableDiffusionModel]] = {"float32": StableDiffusionModel, "broken": BrokenModel}
+FAMILIES: dict[str, type[PipelineModel]] = {
+    "float32": StableDiffusionModel,
+    "broken": BrokenModel,
+    "sd3": DoubleTransformer,
+}
 
 
 def main(folder: str, *options: str) -> None:

@@ -26,7 +26,7 @@ __all__ = ["root"]  # a fixture
 pytestmark = pytest.mark.xdist_group("sharded")  # the runs in two processes are made once
 
 # Inverted by the policy, by the reference with its adapters off, and not at all; the gradient in one part and in many.
-NAMES = ["diffusion-dpo", "inpo", "smpo lora", "inversion-dpo", "inversion-dpo lora"]
+NAMES = ["diffusion-dpo", "inpo", "smpo lora", "inversion-dpo", "inversion-dpo lora", "inpo sd3", "smpo sd3 lora"]
 AVERAGED = ("diffusion-dpo", "inversion-dpo lora")
 EMA = {"ema_decay": 0.5, "gradient_checkpointing": True}
 
@@ -60,7 +60,8 @@ def sharded(root: Path, forks: Server) -> dict[str, list[ranks.Kept]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shards_have_the_gradient_of_one_process(root: Path, sharded: dict[str, list[ranks.Kept]], name: str) -> None:
-    alone = ranks.run_kept(_runs(root, "unsharded", 1)[name])
+    family = ranks.DoubleTransformer if " sd3" in name else ranks.DoubleModel
+    alone = ranks.run_kept(_runs(root, "unsharded", 1)[name], family)
     check_equal(sharded[name], alone)
     if name.startswith(("inpo", "smpo")):
         one, other = (kept.inversion_calls for kept in sharded[name])

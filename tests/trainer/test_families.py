@@ -164,6 +164,23 @@ def test_an_adapter_on_quantized_weights_loads_in_plain_diffusers(
     assert max(abs(a - b) for a, b in zip(merged, adapted, strict=True)) <= 1
 
 
+def test_a_sequence_of_4096_tokens_trains(root: Path, tmp_path: Path) -> None:
+    """FLUX.1 at 1024 by 1024 pixels, by the count; with activations recomputed."""
+    config = _config(
+        root, tmp_path / "run", "flux", "diffusion-dpo", model={"lora": LORA},
+        data={"path": str(root / "pairs.parquet"), "resolution": 256},
+        training={"steps": 1, "batch_size": 1, "gradient_checkpointing": True},
+    )  # fmt: skip
+    model: Any = open_model(config)
+    lengths = set()
+    model.network.register_forward_pre_hook(
+        lambda _, arguments, given: lengths.add(given["hidden_states"].shape[1]), with_kwargs=True
+    )
+    result = tiny.train_model(config, model, open_dataset(config))
+    assert lengths == {4096}
+    assert result.history[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and result.history[0]["margin"] == 0
+
+
 def test_the_network_alone_is_written_on_demand(root: Path, tmp_path: Path) -> None:
     config = _config(root, tmp_path / "run", "sd3", "diffusion-dpo", output={"pipeline": False})
     ours: Any = open_model(config)
