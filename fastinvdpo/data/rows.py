@@ -61,8 +61,11 @@ _PAIR_REMEDY = f"store the winner in label_0, label_1 or one of {', '.join(CHOIC
 PAIRS = Form(IMAGES, SCHEMA, LABELS, CHOICES, "pairs.jsonl", _PAIR_REMEDY)
 _LIKE = ("image", "liked", "caption")
 LIKES = Form(_LIKE[:1], _LIKE, _LIKE[1:2], ("label",), "likes.jsonl", "store 1 or 0 in liked or label")
-FORMS = {"pairs": PAIRS, "likes": LIKES}
-"""By their names in the configuration: two images that were compared, or one that was liked or disliked."""
+CAPTIONED = Form(_LIKE[:1], ("image", "caption"), (), (), "images.jsonl", "store an image and its caption")
+FORMS = {"pairs": PAIRS, "likes": LIKES, "images": CAPTIONED}
+"""By their names in the configuration: two images that were compared, one that was liked or disliked, or one with its
+caption.
+"""
 
 
 class WrongForm(InvalidInput):

@@ -26,7 +26,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.models.base import TrainedModel
 
 Kind: TypeAlias = Literal["int8", "nf4"]
 Dequantize: TypeAlias = Callable[[Tensor, Tensor, torch.Size], Tensor]
@@ -181,7 +181,7 @@ def quantize_linear_layers(network: nn.Module, kind: Kind) -> None:
                 setattr(parent, name, QuantizedLinear(linear, kind))
 
 
-def quantize_network(model: DiffusionModel, kind: Kind, again: Callable[[], nn.Module] | None = None) -> None:
+def quantize_network(model: TrainedModel, kind: Kind, again: Callable[[], nn.Module] | None = None) -> None:
     """Quantize the linear layers of a model's network, and let ``model.unquantized()`` give the network as it was.
 
     ``again`` makes that network; None: a copy is kept on the host.

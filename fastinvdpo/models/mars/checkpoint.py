@@ -13,6 +13,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_directory
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import as_json, read_object
+from fastinvdpo.models.checkpoints import check_names, readable_errors, tensor_shapes
 from fastinvdpo.models.mars.model import MarsConfig, MarsModel
 
 WEIGHTS, DESCRIPTION = "visual_expert.safetensors", "mars.json"
@@ -45,6 +46,8 @@ def load_mars(
         raise invalid(unknown[0], options[unknown[0]], "stands in the checkpoint", "leave it out, or pass config")
     root = Path(path)
     found = read_object(root / DESCRIPTION, "path")
+    if missing := [key for key in ("base", "options", "config", "fingerprint") if key not in found]:
+        raise invalid("path", str(root / DESCRIPTION), f"lacks {', '.join(missing)}", "name a MARS checkpoint")
     if base is None and found["base"] is None:
         raise invalid("base", None, "the checkpoint does not say where its language model lies", "pass base")
     model = _on(base or found["base"], MarsConfig(**found["config"]), dtype, {} if base else found["options"])
@@ -52,9 +55,10 @@ def load_mars(
         problem = "is another language model than the one that the visual expert was trained on"
         raise invalid("base", str(base or found["base"]), problem, "pass the base that the checkpoint was saved with")
     safetensors = require("safetensors.torch", extra="train", purpose="loading a MARS model")
-    tensors, own = safetensors.load_file(root / WEIGHTS), model.visual_parameters()
-    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in own.items()}:
-        raise invalid("path", str(root / WEIGHTS), "does not hold this model's visual expert", "save it again")
+    stored, own = tensor_shapes("path", [root / WEIGHTS]), model.visual_parameters()
+    mismatched = [name for name in stored.keys() & own.keys() if stored[name] != tuple(own[name].shape)]
+    check_names("path", root / WEIGHTS, own.keys() - stored.keys(), stored.keys() - own.keys(), mismatched)
+    tensors = safetensors.load_file(root / WEIGHTS)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
@@ -86,7 +90,8 @@ def fingerprint(model: MarsModel) -> str:
 def _on(base: str | Path, config: MarsConfig, dtype: torch.dtype, options: dict[str, Any]) -> MarsModel:
     transformers = require("transformers", extra="train", purpose="loading a language model")
     given = {name: value for name, value in options.items() if value is not None}
-    decoder = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **given)
+    with readable_errors("base", str(base)):
+        decoder = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **given)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, **given)
     except (OSError, ValueError):  # a language model without one: texts are given as ids
