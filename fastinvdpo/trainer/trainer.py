@@ -293,7 +293,7 @@ class PreferenceTrainer:
             with torch.no_grad():
                 limited = chunked(networks.policy, size), chunked(networks.reference, size)
                 out = self.objective(*limited, batch, seed=training.seed)
-            what = "pair" if batch.liked is None else "image"
+            what = "image" if self.config.method.unpaired else "pair"
             where = f"{what} in data row {self.builder.row(draw)} (draw {draw}), {origin(batch, out)}"
             found = f"The loss of step {at} is not finite: {where}"
         remedy = "look at the images and scores there, lower optimizer.learning_rate or method.beta"

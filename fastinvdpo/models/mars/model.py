@@ -266,7 +266,9 @@ class MarsModel(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Run each layer again in the backward pass instead of keeping its activations."""
-        self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder = self.decoder
+        older = decoder.gradient_checkpointing_enable  # before transformers had another name for it
+        getattr(decoder, "activation_checkpointing_enable", older)({"use_reentrant": False})
         for layer in self.decoder.model.layers:
             layer.training = True  # transformers looks at this; the parts, which may drop out, stay in evaluation mode
 
