@@ -88,7 +88,9 @@ def model_card(
     base, method = config.model.path, config.method.name
     on_hub = {} if Path(base).exists() else {"base_model": base}
     library, tag = ("fastinvdpo", "autoregressive") if config.method.of_tokens else ("diffusers", "diffusion")
-    data = hub.ModelCardData(library_name=library, tags=[tag, "dpo", method], **on_hub)
+    aligned = not config.method.captioned
+    tags = [tag, *(["dpo"] if aligned else []), method]
+    data = hub.ModelCardData(library_name=library, tags=tags, **on_hub)
     last = history[-1] if history else {}
     rows = [f"| {name} | {value:.6g} |" for name, value in last.items() if isinstance(value, (int, float))]
     installed = [f"{name} {found}" for name, found in versions().items() if found is not None]
@@ -112,7 +114,7 @@ def model_card(
     what = "images" if config.method.unpaired else "pairs"
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {Path(base).name}, aligned by {method}",
+        f"# {Path(base).name}, {'aligned' if aligned else 'trained'} by {method}",
         f"`{base}` (family {model.family}) after {step} steps of {method} with fastinvdpo.",
         f"## How to load it\n\n{_usage(config, model)}",
         *notes,

@@ -92,7 +92,7 @@ def test_stage_one_learns_a_small_set_in_both_directions_and_leaves_the_language
     names = {file.name for file in (folder / "model").iterdir()}
     assert names == {"visual_expert.safetensors", "mars.json", "vqvae", "README.md"}
     card = (folder / "model" / "README.md").read_text()
-    for part in ("mars.MarsPipeline.load", "library_name: fastinvdpo", "4 images from", "mars-stage1"):
+    for part in ("mars.MarsPipeline.load", "library_name: fastinvdpo", "4 images from", "trained by mars-stage1"):
         assert part in card
     trained = MarsPipeline.load(folder / "model")
     stored = tiny.stored(folder, 150)
