@@ -23,7 +23,7 @@ from pydantic import (
 from fastinvdpo.config.explain import explain
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import as_written, expand_path
-from fastinvdpo.methods import METHODS, Method, TimestepSampling
+from fastinvdpo.methods import ALL_METHODS, TimestepSampling, TrainingMethod
 
 
 def _count_or_share(value: object) -> int | float:
@@ -74,7 +74,9 @@ class ModelSection(Section):
     """``family``: ``auto`` infers it from the checkpoint. ``unet_init``: other weights of the denoiser, UNet or
     transformer, to start from; ``vae``: another VAE. ``zero_terminal_snr``: rescale the noise schedule so that its last
     level is pure noise; null: as the checkpoint says. ``max_sequence_length``: tokens of a prompt, of SD3 and FLUX.1
-    T5's; ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines.
+    T5's; ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines. Of ``mars``, ``path``
+    is a checkpoint or a language model, ``vae`` the VQ tokenizer of images, and ``low_resolution`` the side, in pixels,
+    of the small images that images follow from.
 
     ``reference_dtype``: type of the frozen copy's weights in full fine-tuning; the policy's when null.
     ``reference_quantization``: its linear layers in 16, 8 or 4 bits; convolutions, norms and biases stay in
@@ -83,8 +85,9 @@ class ModelSection(Section):
     """
 
     family: Literal[
-        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image"
-    ] = "auto"
+        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image",
+        "mars",
+    ] = "auto"  # fmt: skip
     path: Place
     unet_init: Place | None = None
     vae: Place | None = None
@@ -93,6 +96,7 @@ class ModelSection(Section):
     zero_terminal_snr: bool | None = None
     max_sequence_length: Count | None = None
     guidance_embedding: NonNegative | None = None
+    low_resolution: Count | None = None
     lora: LoraSection | None = None
     quantization: Quantization | None = None
     reference_dtype: Literal["fp32", "bf16"] | None = None
@@ -109,16 +113,16 @@ class BucketsSection(Section):
 
 
 class DataSection(Section):
-    """The data (docs/guides/data.md). ``form``: what a row is, a pair, or an image that was liked or disliked; of
-    pairs, a method that trains on single images takes winners for likes. ``cache_gib``: host memory for latents and
-    prompt embeddings that are the same at every visit. ``split``, ``revision``, ``subset``: of a ``datasets``
-    repository. ``max_broken``: a count, or a share. ``latents``: the mean of the VAE's posterior, or a sample of it,
-    the same at every visit of an image. ``masks``: only what is white in the columns ``mask``, or ``mask_0`` and
-    ``mask_1``, counts.
+    """The data (docs/guides/data.md). ``form``: what a row is, a pair, an image that was liked or disliked, or an image
+    with a caption; of pairs, a method that trains on single images takes winners for likes. ``cache_gib``: host memory
+    for latents and prompt embeddings that are the same at every visit. ``split``, ``revision``, ``subset``: of a
+    ``datasets`` repository. ``max_broken``: a count, or a share. ``latents``: the mean of the VAE's posterior, or a
+    sample of it, the same at every visit of an image. ``masks``: only what is white in the columns ``mask``, or
+    ``mask_0`` and ``mask_1``, counts.
     """
 
     path: Place
-    form: Literal["pairs", "likes"] = "pairs"
+    form: Literal["pairs", "likes", "images"] = "pairs"
     format: Literal["auto", "parquet", "folder", "hpd", "webdataset", "datasets"] = "auto"
     split: NonEmpty = "train"
     revision: NonEmpty | None = None
@@ -258,35 +262,36 @@ class OutputSection(Section):
     hub_private: bool = True
 
 
-def read_method(section: object) -> Method:
+def read_method(section: object) -> TrainingMethod:
     """The method of the section ``method``: its ``name``, and its options. A method is returned as it is.
 
     Raises ``InvalidInput`` with one line per mistake, by key.
     """
-    if isinstance(section, Method):
+    if isinstance(section, TrainingMethod):
         return section
     if not isinstance(section, Mapping):
         raise invalid("method", section, "is not a section", "write a mapping of key: value pairs")
     name = section.get("name")
-    if name not in list(METHODS):  # it may be of any type
+    if name not in list(ALL_METHODS):  # it may be of any type
         problem = "is missing and has no default" if name is None else "names no known method"
-        raise invalid("method.name", name, problem, f"choose one of {', '.join(map(repr, METHODS))}")
+        raise invalid("method.name", name, problem, f"choose one of {', '.join(map(repr, ALL_METHODS))}")
     options = {key: value for key, value in section.items() if key != "name"}
     try:
         # As JSON: pydantic reads a dataclass strictly from that alone.
-        return TypeAdapter(METHODS[name]).validate_json(json.dumps(options, default=str))
+        found: TrainingMethod = TypeAdapter(ALL_METHODS[name]).validate_json(json.dumps(options, default=str))
+        return found
     except ValidationError as error:
         raise explain(error, known_keys, ("method", name)) from None
 
 
-def write_method(method: Method) -> dict[str, Any]:
+def write_method(method: Any) -> dict[str, Any]:
     return {"name": method.name, **dataclasses.asdict(method)}
 
 
 class RunSections(Section):
     """All sections of a run, each valid by itself."""
 
-    method: Annotated[Method, PlainValidator(read_method), PlainSerializer(write_method)]
+    method: Annotated[TrainingMethod, PlainValidator(read_method), PlainSerializer(write_method)]
     model: ModelSection
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
@@ -311,7 +316,7 @@ def known_keys(path: tuple[str, ...]) -> list[str]:
     if path[:1] == ("method",):
         if path[2:] == ("timesteps",):
             return [field.name for field in dataclasses.fields(TimestepSampling)]
-        methods = [METHODS[path[1]]] if len(path) > 1 else METHODS.values()
+        methods = [ALL_METHODS[path[1]]] if len(path) > 1 else ALL_METHODS.values()
         return sorted({"name", *(field.name for method in methods for field in dataclasses.fields(method))})
     section = _section_at(path)
     return [] if section is None else list(section.model_fields)

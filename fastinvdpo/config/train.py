@@ -20,7 +20,7 @@ from fastinvdpo.data import Buckets
 from fastinvdpo.data.rows import FORMS, MASKS
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import as_written
-from fastinvdpo.methods import Method
+from fastinvdpo.methods import TrainingMethod
 
 
 class TrainConfig(RunSections):
@@ -38,7 +38,8 @@ class TrainConfig(RunSections):
         except ValidationError as error:
             raise explain(error, known_keys) from None
         if config.method.unpaired and "form" not in config.data.model_fields_set:
-            config = config.model_copy(update={"data": config.data.model_copy(update={"form": "likes"})})
+            form = "images" if config.method.captioned else "likes"
+            config = config.model_copy(update={"data": config.data.model_copy(update={"form": form})})
         _check_combinations(config)
         return config
 
@@ -53,7 +54,7 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
     if isinstance(config, TrainConfig) and method is config.method:
         return config
     origin, source = getattr(model, "origin", None), getattr(pairs, "source", None)
-    given["method"] = write_method(method) if isinstance(method, Method) else dict(method)
+    given["method"] = write_method(method) if isinstance(method, TrainingMethod) else dict(method)
     path = "a model at hand" if origin is None else as_written(str(origin.path))
     given["model"] = {"path": path, "family": model.family, **given.get("model", {})}
     form = next((name for name, form in FORMS.items() if form is getattr(source, "form", None)), None)
@@ -66,7 +67,7 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
 
 def _check_combinations(config: TrainConfig) -> None:
     """Raise one ``InvalidInput`` with a line for each impossible combination."""
-    checks = (_method, _model, _data, _optimizer, _training, _cache, _performance)
+    checks = (_method, _tokens, _model, _data, _optimizer, _training, _cache, _performance)
     if problems := [problem for check in checks for problem in check(config)]:
         raise InvalidInput("\n".join(str(problem) for problem in problems))
 
@@ -86,6 +87,31 @@ def _method(config: TrainConfig) -> Iterator[InvalidInput]:
         problem = f"starts policy = reference, where the gradient of {method.name} with these options is exactly zero"
         remedy = "set it to 0.01, or choose a variant whose gradient has a determined direction (endpoint)"
         yield invalid("model.init_perturbation", 0.0, problem, remedy)
+
+
+def _tokens(config: TrainConfig) -> Iterator[InvalidInput]:
+    method, model, performance = config.method, config.model, config.performance
+    if model.family != "auto" and (model.family == "mars") != method.of_tokens:
+        kinds = ("models of image tokens", "diffusion models")
+        problem = f"trains {kinds[not method.of_tokens]}, and a model of family {model.family} is none of them"
+        yield invalid("method.name", method.name, problem, "choose another method, or another model.family")
+    if not method.of_tokens:
+        return
+    off = {
+        "cache.path": config.cache.path,
+        "evaluation": config.evaluation and config.evaluation.prompts,
+        "data.latents": config.data.latents if config.data.latents != "mean" else None,
+        "data.masks": config.data.masks or None,
+        "model.lora": model.lora and model.lora.rank,
+        "model.quantization": model.quantization,
+        "model.reference_dtype": model.reference_dtype,
+        "model.reference_quantization": model.reference_quantization,
+        "performance.cuda_graphs": performance.cuda_graphs or None,
+    }
+    for key, value in off.items():
+        if value is not None:
+            remedy = {"data.latents": "set it to mean", "data.masks": "set it to false"}.get(key, "set it to null")
+            yield invalid(key, value, f"is not built for {method.name}, which trains a model of image tokens", remedy)
 
 
 def _model(config: TrainConfig) -> Iterator[InvalidInput]:
@@ -115,9 +141,12 @@ def _model(config: TrainConfig) -> Iterator[InvalidInput]:
 def _data(config: TrainConfig) -> Iterator[InvalidInput]:
     data, method = config.data, config.method
     schema = FORMS[data.form].schema
-    if data.form == "likes" and not method.unpaired:
+    if data.form != "pairs" and not method.unpaired:
         problem = f"has no pairs to compare, as method {method.name} does"
         yield invalid("data.form", data.form, problem, "set it to pairs, or method.name to kto")
+    if data.form == "images" and method.unpaired and not method.captioned:
+        problem = f"does not say which images were liked, and {method.name} compares them by that"
+        yield invalid("data.form", data.form, problem, "set it to likes or pairs")
     if method.needs_noise and data.buckets is not None:
         problem = f"resize and crop images, and {method.name} needs those that their noise gives"
         yield invalid("data.buckets", data.buckets, problem, "drop it")
@@ -134,9 +163,9 @@ def _data(config: TrainConfig) -> Iterator[InvalidInput]:
     if not data.masks and (named := [name for name in MASKS if name in data.columns]):
         problem = f"leaves {named[0]} unread, which data.columns names"
         yield invalid("data.masks", False, problem, "set it to true, or drop the name")
-    if data.masks and config.method.compat is not None:
+    if data.masks and (compat := getattr(method, "compat", None)) is not None:
         problem = "reproduces code that has no masks"
-        yield invalid("method.compat", config.method.compat, problem, "set it to null, or data.masks to false")
+        yield invalid("method.compat", compat, problem, "set it to null, or data.masks to false")
     if data.masks and method.unpaired:
         yield invalid("data.masks", True, f"means nothing for {method.name}", "set it to false")
     if not data.center_crop and data.resolution is None:

@@ -81,6 +81,7 @@ class DataSummary:
         broken: how many rows were left out, by cause.
         liked: of single images, which ``pairs`` then counts, those that were liked; both: those of them that another
             row dislikes. None of pairs.
+        captioned: whether ``pairs`` counts images with captions.
     """
 
     path: str
@@ -92,12 +93,15 @@ class DataSummary:
     broken: dict[str, int]
     liked: int | None = None
     both: int | None = None
+    captioned: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows: {self.pairs} pairs"]
         if self.liked is not None:
             parts = [f"{self.rows} rows: {self.pairs} images, {self.liked} liked"]
             parts[0] += f" ({self.both} also disliked)" if self.both else ""
+        elif self.captioned:
+            parts = [f"{self.rows} rows: {self.pairs} images"]
         if self.ties:
             parts.append(f"{self.ties} of them ties" if self.ties_kept else f"{self.ties} ties dropped")
         if self.broken:

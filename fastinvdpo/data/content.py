@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from fastinvdpo.data.broken import or_cause, read_ahead
-from fastinvdpo.data.rows import NOISES, PAIRS, SEEDS, PairSource, Row
+from fastinvdpo.data.rows import LIKES, NOISES, PAIRS, SEEDS, PairSource, Row
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import DIGEST, Digests, key_hash
 
@@ -25,7 +25,8 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
         images: False leaves the images out, which are read for this.
     """
     readings: dict[str, Callable[[Row], Any]] = {"captions": Row.caption}
-    readings |= {"winners": Row.winner, "scores": Row.scores} if source.form is PAIRS else {"likes": Row.liked}
+    readings |= {"winners": Row.winner, "scores": Row.scores} if source.form is PAIRS else {}
+    readings |= {"likes": Row.liked} if source.form is LIKES else {}
     if set(SEEDS) <= source.stored:
         readings["seeds"] = lambda row: [row.values.get(name) for name in SEEDS]
     parts, places = {name: hashlib.sha256() for name in readings}, hashlib.sha256()

@@ -31,13 +31,15 @@ def inspect_pairs(dataset: PairDataset, output: OutputDirectory, *, pairs: int =
     kept = {"pairs": found.pairs, "ties": f"{found.ties} ({'kept' if found.ties_kept else 'dropped'})"}
     if found.liked is not None:
         kept = {"liked": f"{found.liked} ({found.both} also disliked)", "disliked": found.pairs - found.liked}
+    if found.captioned:
+        kept = {"images": found.pairs}
     masks = ", ".join(map(dataset.source.shown, dataset.source.stored_masks)) or "none"
     lines = {
         "path": f"{found.path} ({found.format})",
         "rows": found.rows,
         **kept,
         "broken": by_cause(found.broken) or "none",
-        "images": ", ".join(sizes) or "not looked at (streaming)",
+        "sizes" if found.captioned else "images": ", ".join(sizes) or "not looked at (streaming)",
         "captions": f"{len(set(captions))} distinct, {captions.count('')} empty, {min(lengths)} to {max(lengths)} "
         f"characters, median {statistics.median(lengths):g}",
         "scores": _scores(dataset),

@@ -126,6 +126,8 @@ class PairDataset:
 
     unpaired = False
     """Whether an entry is one image."""
+    captioned = False
+    """Whether nobody judged it."""
     has_noise = False
     """Whether it is known what images were generated from."""
     _form, _drawn = "pairs", Pair  # what the rows at a path are, and what is drawn

@@ -13,10 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from fastinvdpo.data.broken import BrokenRow, broken
 from fastinvdpo.errors import InvalidInput, invalid
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
 MASKS = ("mask", "mask_0", "mask_1")  # one for both images, or one for each
@@ -61,8 +64,11 @@ _PAIR_REMEDY = f"store the winner in label_0, label_1 or one of {', '.join(CHOIC
 PAIRS = Form(IMAGES, SCHEMA, LABELS, CHOICES, "pairs.jsonl", _PAIR_REMEDY)
 _LIKE = ("image", "liked", "caption")
 LIKES = Form(_LIKE[:1], _LIKE, _LIKE[1:2], ("label",), "likes.jsonl", "store 1 or 0 in liked or label")
-FORMS = {"pairs": PAIRS, "likes": LIKES}
-"""By their names in the configuration: two images that were compared, or one that was liked or disliked."""
+CAPTIONED = Form(_LIKE[:1], ("image", "caption"), (), (), "images.jsonl", "store an image and its caption")
+FORMS = {"pairs": PAIRS, "likes": LIKES, "images": CAPTIONED}
+"""By their names in the configuration: two images that were compared, one that was liked or disliked, or one with its
+caption.
+"""
 
 
 class WrongForm(InvalidInput):

@@ -34,7 +34,8 @@ def open_source(
     """The rows at ``path``.
 
     Args:
-        form: what a row is: ``"pairs"``, or ``"likes"``, one image that was liked or disliked.
+        form: what a row is: ``"pairs"``, ``"likes"``, one image that was liked or disliked, or ``"images"``, one with
+            its caption.
         format: one of :data:`FORMATS`, or ``"auto"``: inferred from the path (:func:`detect_format`).
         columns: where the names of the schema are stored under other names.
         split: of a ``datasets`` repository, or of files in a directory, by their names.

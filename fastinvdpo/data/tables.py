@@ -174,7 +174,7 @@ class TableSource(PairSource):
             kind = schema.field(name).type if name in schema.names else None
             if kind is not None and not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):
                 found[name] = name  # no image
-        label, columns = self.form.labels[0], set(schema.names)
+        label, columns = next(iter(self.form.labels), None), set(schema.names)
         says_who_won = any(name in found for name in (*self.form.labels, *others))
         for name in dict.fromkeys((*required, *self.names)):
             if name not in found and (name in self.names or not (name == label and says_who_won)):

@@ -10,12 +10,22 @@ Random numbers are keyed by the run's seed and the pair's number in the run, nev
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from typing import Any
 
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
 from fastinvdpo.methods.alpha_dpo import AlphaDPO
-from fastinvdpo.methods.base import Draws, Follows, Method, Objective, ObjectiveOutput, PairBatch
+from fastinvdpo.methods.base import (
+    Draws,
+    Follows,
+    Method,
+    Objective,
+    ObjectiveOutput,
+    PairBatch,
+    PreferenceMethod,
+    TrainingMethod,
+)
 from fastinvdpo.methods.diffusion_dpo import DiffusionDPO
 from fastinvdpo.methods.dmpo import DMPO
 from fastinvdpo.methods.dspo import DSPO
@@ -24,6 +34,15 @@ from fastinvdpo.methods.inversion_dpo import VARIANTS, ChainObjective, Inversion
 from fastinvdpo.methods.kto import KTO, KTOOutput
 from fastinvdpo.methods.linear_dpo import LinearDPO
 from fastinvdpo.methods.mapo import MaPO
+from fastinvdpo.methods.mars import (
+    MarsDPO,
+    MarsStage1,
+    MarsStage2,
+    MarsStage3,
+    TokenMethod,
+    TokenObjective,
+    TokenOutput,
+)
 from fastinvdpo.methods.pnapo import PNAPO
 from fastinvdpo.methods.poly_dpo import PolyDPO
 from fastinvdpo.methods.sdpo import SDPO
@@ -32,14 +51,22 @@ from fastinvdpo.methods.smpo import SmPO
 from fastinvdpo.methods.snpo import SNPO
 
 __all__ = [
-    "DMPO", "DSPO", "KTO", "METHODS", "PNAPO", "SDPO", "SNPO", "VARIANTS", "AlphaDPO", "ChainObjective", "DiffusionDPO",
-    "Draws", "Follows", "InPO", "InversionDPO", "KTOOutput", "LinearDPO", "MaPO", "Method", "Objective",
-    "ObjectiveOutput", "PairBatch", "PolyDPO", "SingleTimestepObjective", "SmPO", "TimestepSampling", "build_objective",
+    "ALL_METHODS", "DMPO", "DSPO", "KTO", "METHODS", "PNAPO", "SDPO", "SNPO", "TOKEN_METHODS", "VARIANTS", "AlphaDPO",
+    "ChainObjective", "DiffusionDPO", "Draws", "Follows", "InPO", "InversionDPO", "KTOOutput", "LinearDPO", "MaPO",
+    "MarsDPO", "MarsStage1", "MarsStage2", "MarsStage3", "Method", "Objective", "ObjectiveOutput", "PairBatch",
+    "PolyDPO", "PreferenceMethod", "SingleTimestepObjective", "SmPO", "TimestepSampling", "TokenMethod",
+    "TokenObjective", "TokenOutput", "TrainingMethod", "build_objective",
 ]  # fmt: skip
 
 _ALL = (DiffusionDPO, InPO, SmPO, InversionDPO, SDPO, DMPO, DSPO, LinearDPO, AlphaDPO, PolyDPO, SNPO, MaPO, KTO, PNAPO)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
-"""The one table of methods: configurations, the command line, demo and benchmarks take their names from it."""
+"""The one table of methods for diffusion models: demo and benchmarks take their names from it."""
+TOKEN_METHODS: dict[str, type[TokenMethod]] = {
+    method.name: method for method in (MarsStage1, MarsStage2, MarsStage3, MarsDPO)
+}
+"""Those for models of image tokens."""
+ALL_METHODS: ChainMap[str, Any] = ChainMap(TOKEN_METHODS, METHODS)
+"""Both tables: configurations and the command line take their names from it."""
 
 
 def build_objective(method: str, schedule: NoiseSchedule, **options: Any) -> Objective:

@@ -1,4 +1,6 @@
-"""What every method is: options, the objective that they make on a noise schedule, and what it takes and gives."""
+"""What every method is: options, the objective that they make, of diffusion models on a noise schedule, and what that
+takes and gives.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 # Offsets of the random streams of one pair; an inversion uses one offset per step, the strata one each.
 STREAM_TIMESTEP, STREAM_NOISE, STREAM_SWAP, STREAM_INVERSION, STREAM_STRATUM = 0, 1, 2, 1 << 16, 1 << 17
 STREAM_STORED = 1 << 18  # which of its stored draws a pair takes
+STREAM_DIRECTION = 1 << 19  # whether an image follows from its caption, or the caption from its image
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class PairBatch:
     single images (``liked``) every tensor has B rows instead.
 
     Attributes:
-        latents: ``(2B, …)``.
+        latents: ``(2B, …)``; of a model of image tokens the codes of its images, int64 ``(2B, N)``.
         conditioning: what the network takes besides latents and timesteps, every tensor ``(2B, …)``.
         sample_index: int64 ``(B,)`` on the host: each pair's number in the whole run. It keys all random numbers.
         unconditional: the empty prompt's conditioning, ``(2B, …)``; needed with guidance.
@@ -189,28 +192,18 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """A method's options: its constructor, its section of the configuration and its documentation at once.
-
-    Attributes:
-        beta: ``β > 0``, how strongly the policy is tied to the reference.
-        utility: name of ``u``, which makes a loss of a pair's margin (``ops/preference_loss/utilities.py``).
-        label_smoothing: ``ε`` in [0, 0.5), the share of wrong labels; of the utilities that use it.
-        compat: ``"released"`` reproduces the released code's grid, levels, weighting and float32 schedule, with a
-            current diffusers; ``"released-diffusers-0.20"``, of InPO and SmPO, with the version that they pin, whose
-            inverse scheduler is another one.
-
-    Raises:
-        InvalidInput: a value is out of range.
-    """
+class TrainingMethod(ABC):
+    """What the trainer reads of every method, whatever it trains. A method is a frozen dataclass of its options."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: ClassVar[str]
-    utilities: ClassVar[tuple[str, ...]] = tuple(UTILITIES)
-    """What may be chosen as ``utility``: the fused ones, or the method's own under the method's name."""
-    compats: ClassVar[tuple[str, ...]] = ("released",)
-    """What may be chosen as ``compat``, beside None."""
+    of_tokens: ClassVar[bool] = False
+    """Whether it trains a model whose images are tokens (``methods/mars.py``), and no diffusion model."""
+    captioned: ClassVar[bool] = False
+    """Whether single images need captions alone, and nobody's judgement."""
+    cascaded: ClassVar[bool] = False
+    """Whether images follow from small ones of themselves."""
     unpaired: ClassVar[bool] = False
     """Whether it trains on single images that were liked or disliked, instead of pairs."""
     needs_scores: ClassVar[bool] = False
@@ -226,45 +219,11 @@ class Method(ABC):
     whole_chain: ClassVar[bool] = False
     """Whether a pair is scored along a whole chain, whose gradient is streamed; otherwise at one timestep."""
 
-    beta: float
-    utility: str = "sigmoid"
-    label_smoothing: float = 0.0
-    compat: Literal["released", "released-diffusers-0.20"] | None = None
-
-    def __post_init__(self) -> None:
-        check_beta(self.beta)
-        if self.utilities == (self.name,):  # the method's own
-            for option, own in (("utility", self.name), ("label_smoothing", 0)):
-                if (value := getattr(self, option)) != own:
-                    raise invalid(option, value, f"is not used by {self.name}, which has a loss of its own", "drop it")
-        else:
-            check_utility(self.utility, self.label_smoothing)
-        if self.utility in UTILITIES and UTILITIES[self.utility].smoothed and self.label_smoothing == 0:
-            problem = f"makes utility {self.utility!r} the same as sigmoid"
-            remedy = "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid"
-            raise invalid("label_smoothing", self.label_smoothing, problem, remedy)
-        if self.compat not in (None, *self.compats):
-            known = ", ".join(self.compats)
-            raise invalid("compat", self.compat, f"is not known of {self.name}", f"use {known} or null")
-
-    def objective(self, schedule: NoiseSchedule) -> Objective:
-        """The loss on a model's noise schedule. Raises ``InvalidInput`` where schedule and options do not fit."""
-        if self.compat and schedule.prediction_type == FLOW:
-            problem = "is the code of diffusion models, and knows no flow matching"
-            raise invalid("compat", self.compat, problem, "set it to null")
-        if self.flow_only and schedule.prediction_type != FLOW:
-            problem = f"{self.name} is of flow matching, as SD3's and FLUX's, and the model predicts something else"
-            raise invalid("prediction_type", schedule.prediction_type, problem, "use another model, or another method")
-        return self._objective(schedule.released() if self.compat else schedule)
-
     @abstractmethod
-    def _objective(self, schedule: NoiseSchedule) -> Objective:
-        """The loss on ``schedule``, whose precision is decided."""
-
-    @property
-    def preference(self) -> dict[str, Any]:
-        """The options that ``preference_loss`` takes."""
-        return {"beta": self.beta, "utility": self.utility, "label_smoothing": self.label_smoothing}
+    def objective(self, schedule: NoiseSchedule | None) -> Any:
+        """The loss for a model with this noise schedule, or without one. Raises ``InvalidInput`` where the two do not
+        fit.
+        """
 
     @property
     def fixed_shapes(self) -> bool:
@@ -308,9 +267,91 @@ class Method(ABC):
         """Whether :meth:`with_score_range` must be called before :meth:`objective`."""
         return False
 
-    def with_score_range(self, measured: float) -> Method:
+    def with_score_range(self, measured: float) -> TrainingMethod:
         """The method, knowing the range of the data's scores. Raises ``InvalidInput`` where it does not fit."""
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceMethod(TrainingMethod):
+    """The options of a loss of preference margins.
+
+    Attributes:
+        beta: ``β > 0``, how strongly the policy is tied to the reference.
+        utility: name of ``u``, which makes a loss of a pair's margin (``ops/preference_loss/utilities.py``).
+        label_smoothing: ``ε`` in [0, 0.5), the share of wrong labels; of the utilities that use it.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    utilities: ClassVar[tuple[str, ...]] = tuple(UTILITIES)
+    """What may be chosen as ``utility``: the fused ones, or the method's own under the method's name."""
+
+    beta: float
+    utility: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        if self.utilities == (self.name,):  # the method's own
+            for option, own in (("utility", self.name), ("label_smoothing", 0)):
+                if (value := getattr(self, option)) != own:
+                    raise invalid(option, value, f"is not used by {self.name}, which has a loss of its own", "drop it")
+        else:
+            check_utility(self.utility, self.label_smoothing)
+        if self.utility in UTILITIES and UTILITIES[self.utility].smoothed and self.label_smoothing == 0:
+            problem = f"makes utility {self.utility!r} the same as sigmoid"
+            remedy = "set the share of wrong labels you expect, such as 0.1, or choose utility sigmoid"
+            raise invalid("label_smoothing", self.label_smoothing, problem, remedy)
+
+    @property
+    def preference(self) -> dict[str, Any]:
+        """The options that ``preference_loss`` takes."""
+        return {"beta": self.beta, "utility": self.utility, "label_smoothing": self.label_smoothing}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(PreferenceMethod):
+    """A method's options: its constructor, its section of the configuration and its documentation at once.
+
+    Attributes:
+        beta, utility, label_smoothing: as of :class:`PreferenceMethod`.
+        compat: ``"released"`` reproduces the released code's grid, levels, weighting and float32 schedule, with a
+            current diffusers; ``"released-diffusers-0.20"``, of InPO and SmPO, with the version that they pin, whose
+            inverse scheduler is another one.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    compats: ClassVar[tuple[str, ...]] = ("released",)
+    """What may be chosen as ``compat``, beside None."""
+
+    compat: Literal["released", "released-diffusers-0.20"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compat not in (None, *self.compats):
+            known = ", ".join(self.compats)
+            raise invalid("compat", self.compat, f"is not known of {self.name}", f"use {known} or null")
+
+    def objective(self, schedule: NoiseSchedule | None) -> Objective:
+        """The loss on a model's noise schedule. Raises ``InvalidInput`` where schedule and options do not fit."""
+        if schedule is None:
+            problem = "trains diffusion models, and this one has no noise schedule"
+            raise invalid("method.name", self.name, problem, "choose a method of image tokens, such as mars-dpo")
+        if self.compat and schedule.prediction_type == FLOW:
+            problem = "is the code of diffusion models, and knows no flow matching"
+            raise invalid("compat", self.compat, problem, "set it to null")
+        if self.flow_only and schedule.prediction_type != FLOW:
+            problem = f"{self.name} is of flow matching, as SD3's and FLUX's, and the model predicts something else"
+            raise invalid("prediction_type", schedule.prediction_type, problem, "use another model, or another method")
+        return self._objective(schedule.released() if self.compat else schedule)
+
+    @abstractmethod
+    def _objective(self, schedule: NoiseSchedule) -> Objective:
+        """The loss on ``schedule``, whose precision is decided."""
 
 
 def check_count(option: str, value: object) -> None:

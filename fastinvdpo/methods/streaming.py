@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class WholeLoss:
 
     calls = 1
 
-    def __init__(self, compute: Callable[[], PreferenceLoss]) -> None:
+    def __init__(self, compute: Callable[[], Any]) -> None:
         self._compute = compute
 
     def term(self, call: int) -> Tensor:

@@ -124,7 +124,7 @@ def perturb(network: nn.Module, scale: float, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     if not any(".lora_" in name for name, _ in network.named_parameters()):
-        for parameter in network.parameters():
+        for parameter in (one for one in network.parameters() if one.requires_grad):
             parameter.add_(_normal_like(parameter, generator), alpha=scale * _rms(parameter))
         return
     for _, layer in _adapter_layers(network):

@@ -17,6 +17,8 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.models.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from PIL.Image import Image
 
     from fastinvdpo.data.transforms import ImageGeometry
@@ -40,22 +42,16 @@ class Origin(NamedTuple):
         return path if isinstance(path, Origin) else cls(path)
 
 
-class DiffusionModel(ABC):
-    """A trainable denoising network with the frozen parts that surround it.
+class TrainedModel(ABC):
+    """A trainable network with the frozen parts that surround it: what the trainer uses of every model.
 
     Attributes:
-        family: name that :func:`load_model` knows. options: its further arguments that the family has.
-        network: the denoiser; the only part that training changes.
+        family: name in the table of families (:mod:`fastinvdpo.models.loading`). options: its further arguments that
+            the family has.
+        network: the only part that training changes, where :meth:`trained` says so.
         network_folder: its name in a checkpoint, ``unet`` or ``transformer``.
-        schedule: the noise schedule of the checkpoint, float64.
-        sampling_schedule: the one that the checkpoint is sampled by, whatever it is trained with.
-        scheduler_config: the checkpoint's scheduler configuration, as saved again by :meth:`save`.
+        schedule: the noise schedule of a diffusion model, float64; None: it is none.
         default_lora_targets: module names LoRA adapts when the configuration names none.
-        latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
-        image_size: ``(height, width)`` in pixels at the model's own resolution.
-        own_guidance: the guidance scale that the checkpoint's own pipeline samples with by default.
-        guidance_embedded: whether the guidance scale is an input of the network, in the place of a second call.
-        refines: whether it starts from images alone, never from pure noise.
         origin: the checkpoint that it was loaded from; None for a network at hand.
         unquantized: makes the network as it was before its weights were quantized; None where they are not.
     """
@@ -64,14 +60,8 @@ class DiffusionModel(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     network_folder: str = "unet"
     network: nn.Module
-    schedule: NoiseSchedule
-    scheduler_config: dict[str, Any]
+    schedule: NoiseSchedule | None
     default_lora_targets: tuple[str, ...] = ATTENTION_PROJECTIONS
-    latent_shape: tuple[int, ...]
-    image_size: tuple[int, int]
-    own_guidance: float = 7.5
-    guidance_embedded = False
-    refines = False
     origin: Origin | None = None
     unquantized: Callable[[], nn.Module] | None = None
 
@@ -84,11 +74,87 @@ class DiffusionModel(ABC):
         """The parts that are never trained (text encoders, VAE); empty where there are none."""
         return ()
 
-    def to(self, device: torch.device | str) -> DiffusionModel:
+    def trained(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of ``network``, by name, that full fine-tuning changes: all of them, or a part."""
+        return dict(network.named_parameters())
+
+    def to(self, device: torch.device | str) -> Self:
         """Move the network and the frozen parts; dtypes stay as they are."""
         for module in (self.network, *self.frozen_modules()):
             module.to(device)
         return self
+
+    @abstractmethod
+    def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
+        """Latents ``(n, C, h, w)``, float32, without gradient. Raises ``InvalidInput`` for unusable sizes.
+
+        ``posterior``: number of the sample to take from each image's posterior, int64 ``(n,)`` on the host: equal
+        numbers take equal noise. None: its mean. No matter to families without a VAE.
+        """
+
+    @abstractmethod
+    def encode_prompts(
+        self, prompts: Sequence[str], *, geometry: Sequence[ImageGeometry] | None = None
+    ) -> dict[str, Tensor]:
+        """Conditioning of ``n`` prompts: every tensor has leading dimension ``n``; ``""`` is the unconditional prompt.
+
+        ``geometry`` holds original size and crop of the image each prompt belongs to; families that are not
+        conditioned on it ignore it, and SDXL uses its own resolution where it is missing.
+        """
+
+    def encode_geometry(self, geometry: Sequence[ImageGeometry]) -> dict[str, Tensor]:
+        """The tensors of :meth:`encode_prompts` that follow from the geometry alone, float32; empty where none do."""
+        return {}
+
+    def encode_small(self, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Conditioning that follows from small ones of the images themselves; empty where there is no cascade."""
+        return {}
+
+    @abstractmethod
+    def predict(
+        self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Output of ``network`` at latents ``(n, C, h, w)`` and timesteps ``(n,)``; same shape as the latents.
+
+        ``network`` is the policy, the frozen reference, or a wrapped form of either.
+        """
+
+    @abstractmethod
+    def save(self, directory: str | Path, network: nn.Module | None = None) -> None:
+        """Write the whole model, with ``network`` in place of its own where given, as it is loaded."""
+
+    def save_network(self, directory: str | Path, network: nn.Module) -> None:
+        """Write ``network`` alone, into the folder it has in a checkpoint; ``unet_init`` reads that."""
+        plain: Any = saveable_network(network)
+        plain.save_pretrained(Path(directory) / self.network_folder, safe_serialization=True)
+
+    def save_lora(self, directory: str | Path, network: nn.Module, formats: Sequence[str] = ("diffusers",)) -> None:
+        """Write the adapters inside ``network`` in formats of other tools, where the family has them."""
+        return
+
+
+class DiffusionModel(TrainedModel):
+    """A trainable denoising network with the frozen parts that surround it.
+
+    Attributes:
+        family, options, network, …: as of :class:`TrainedModel`; ``load_model`` knows the family.
+        schedule: the noise schedule of the checkpoint, float64.
+        sampling_schedule: the one that the checkpoint is sampled by, whatever it is trained with.
+        scheduler_config: the checkpoint's scheduler configuration, as saved again by :meth:`save`.
+        latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
+        image_size: ``(height, width)`` in pixels at the model's own resolution.
+        own_guidance: the guidance scale that the checkpoint's own pipeline samples with by default.
+        guidance_embedded: whether the guidance scale is an input of the network, in the place of a second call.
+        refines: whether it starts from images alone, never from pure noise.
+    """
+
+    schedule: NoiseSchedule
+    scheduler_config: dict[str, Any]
+    latent_shape: tuple[int, ...]
+    image_size: tuple[int, int]
+    own_guidance: float = 7.5
+    guidance_embedded = False
+    refines = False
 
     @property
     def sampling_schedule(self) -> NoiseSchedule:
@@ -118,52 +184,8 @@ class DiffusionModel(ABC):
         return inversion_levels(self.schedule, num_inference_steps).flip(0)
 
     @abstractmethod
-    def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Latents ``(n, C, h, w)``, float32, without gradient. Raises ``InvalidInput`` for unusable sizes.
-
-        ``posterior``: number of the sample to take from each image's posterior, int64 ``(n,)`` on the host: equal
-        numbers take equal noise. None: its mean. No matter to families without a VAE.
-        """
-
-    @abstractmethod
     def decode_latents(self, latents: Tensor) -> list[Image]:
         """Images of latents ``(n, C, h, w)``. Raises ``InvalidInput`` for another shape or non-finite values."""
-
-    @abstractmethod
-    def encode_prompts(
-        self, prompts: Sequence[str], *, geometry: Sequence[ImageGeometry] | None = None
-    ) -> dict[str, Tensor]:
-        """Conditioning of ``n`` prompts: every tensor has leading dimension ``n``; ``""`` is the unconditional prompt.
-
-        ``geometry`` holds original size and crop of the image each prompt belongs to; families that are not
-        conditioned on it ignore it, and SDXL uses its own resolution where it is missing.
-        """
-
-    def encode_geometry(self, geometry: Sequence[ImageGeometry]) -> dict[str, Tensor]:
-        """The tensors of :meth:`encode_prompts` that follow from the geometry alone, float32; empty where none do."""
-        return {}
-
-    @abstractmethod
-    def predict(
-        self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Output of ``network`` at latents ``(n, C, h, w)`` and timesteps ``(n,)``; same shape as the latents.
-
-        ``network`` is the policy, the frozen reference, or a wrapped form of either.
-        """
-
-    @abstractmethod
-    def save(self, directory: str | Path, network: nn.Module | None = None) -> None:
-        """Write the whole model, with ``network`` in place of its own where given, as ``load_model`` reads it."""
-
-    def save_network(self, directory: str | Path, network: nn.Module) -> None:
-        """Write ``network`` alone, into the folder it has in a checkpoint; ``unet_init`` reads that."""
-        plain: Any = saveable_network(network)
-        plain.save_pretrained(Path(directory) / self.network_folder, safe_serialization=True)
-
-    def save_lora(self, directory: str | Path, network: nn.Module, formats: Sequence[str] = ("diffusers",)) -> None:
-        """Write the adapters inside ``network`` in formats of other tools, where the family has them."""
-        return
 
     def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """An adapter with diffusers' names, of one with the names of a model's original code."""

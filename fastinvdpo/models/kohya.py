@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.adapters import order_metadata
-from fastinvdpo.models.base import DiffusionModel
+from fastinvdpo.models.base import TrainedModel
 
 FILE = "lora_kohya.safetensors"
 FAMILIES = ("stable-diffusion", "flux", "qwen-image")
@@ -70,7 +70,7 @@ def layer_names(family: str, layers: list[str]) -> dict[str, list[str]]:
     return names
 
 
-def check_layers(model: DiffusionModel, targets: Sequence[str]) -> None:
+def check_layers(model: TrainedModel, targets: Sequence[str]) -> None:
     """Raise ``InvalidInput`` where an adapter on the named modules of a model's network could not be written."""
     names = [name for name, module in model.network.named_modules() if hasattr(module, "weight")]
     adapted = [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]

@@ -25,8 +25,10 @@ _FAMILIES = {
     "flux2-klein": ("fastinvdpo.models.flux2", "Flux2KleinModel"),
     "qwen-image": ("fastinvdpo.models.qwen_image", "QwenImageModel"),
     "z-image": ("fastinvdpo.models.z_image", "ZImageModel"),
+    "mars": ("fastinvdpo.models.mars.pipeline", "MarsPipeline"),
 }
-FLOW_FAMILIES = tuple(name for name in _FAMILIES if name not in ("digits", "stable-diffusion"))
+MARS = "mars"  # no diffusion model
+FLOW_FAMILIES = tuple(name for name in _FAMILIES if name not in ("digits", "stable-diffusion", MARS))
 # Pipeline class in a checkpoint's model_index.json -> family.
 _PIPELINES = {
     "StableDiffusionPipeline": "stable-diffusion",
@@ -45,15 +47,15 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def families() -> tuple[str, ...]:
-    """Names that :func:`load_model` accepts as ``family``, beside ``"auto"``."""
+    """Names of the families, beside ``"auto"``. :func:`load_model` accepts all but ``"mars"``, the trainer all."""
     return tuple(_FAMILIES)
 
 
 def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
     """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json.
 
-    A directory without one, but with a UNet and a scheduler, is of ``digits``. Raises ``InvalidInput`` where nothing
-    can be inferred.
+    A directory without one, but with a UNet and a scheduler, is of ``digits``, one with mars.json of ``mars``. Raises
+    ``InvalidInput`` where nothing can be inferred.
     """
     if not str(path or "").strip():
         raise invalid("model.path", path, "is empty", "name a directory or a hub id")
@@ -63,6 +65,8 @@ def resolve_family(family: str, path: str | Path, revision: str | None = None) -
             raise invalid("model.family", family, "is not a known model family", known)
         return family
     root = Path(path)
+    if (root / "mars.json").is_file():
+        return MARS
     if (root / "scheduler" / "scheduler_config.json").is_file() and not (root / "model_index.json").is_file():
         return "digits"
     name = model_index(path, revision).get("_class_name")
@@ -110,6 +114,20 @@ def load_model(
         InvalidInput: unknown family, missing files, a checkpoint of another kind, or an option it does not have.
         MissingExtra: diffusers or transformers is not installed.
     """
+    model: DiffusionModel = load_any(_diffusion(family, path, options), path, dtype, frozen_parts, **options)
+    return model
+
+
+def load_any(
+    family: str,
+    path: str | Path | Origin,
+    dtype: torch.dtype = torch.float32,
+    frozen_parts: bool = True,
+    **options: Any,
+) -> Any:
+    """:func:`load_model` for every family, a ``TrainedModel``. Options of ``mars``: ``vae``, the VQ tokenizer,
+    ``max_sequence_length`` and ``low_resolution``.
+    """
     origin, given = _origin(path, options)
     family = resolve_family(family, origin.path, origin.revision)
     if dtype not in _DTYPES:
@@ -119,8 +137,7 @@ def load_model(
         if value is not None and name not in loader.options:
             problem, known = f"means nothing for a model of the family {family}", ", ".join(loader.options)
             raise invalid(f"model.{name}", value, problem, f"set it to null; options here: {known or 'none'}")
-    model: DiffusionModel = loader.load(origin, dtype=dtype, frozen_parts=frozen_parts, **given)
-    return model
+    return loader.load(origin, dtype=dtype, frozen_parts=frozen_parts, **given)
 
 
 def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> dict[str, list[Path]]:
@@ -130,7 +147,7 @@ def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> 
     Raises ``InvalidInput`` where nothing is found.
     """
     origin, _ = _origin(path, options)
-    files: dict[str, list[Path]] = family_class(resolve_family(family, origin.path, origin.revision)).files(origin)
+    files: dict[str, list[Path]] = family_class(_diffusion(family, path, options)).files(origin)
     return files
 
 
@@ -145,6 +162,16 @@ def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
     scheduler, network = read("scheduler", "scheduler_config.json"), read(kind.network_folder, "config.json")
     scale: float = kind.guidance_by_default(index, scheduler, network)
     return scale
+
+
+def _diffusion(family: str, path: str | Path | Origin, options: Mapping[str, Any]) -> str:
+    """The family. Raises ``InvalidInput`` where it is none of diffusion models."""
+    origin, _ = _origin(path, options)
+    found = resolve_family(family, origin.path, origin.revision)
+    if found == MARS:
+        problem = "is no diffusion model, which this needs"
+        raise invalid("model.family", found, problem, "train it, or use fastinvdpo.models.mars, as docs/mars.md shows")
+    return found
 
 
 def _origin(path: str | Path | Origin, options: Mapping[str, Any]) -> tuple[Origin, dict[str, Any]]:

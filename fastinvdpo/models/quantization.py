@@ -28,7 +28,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.models.base import TrainedModel
 
 Kind: TypeAlias = Literal["bf16", "fp8", "int8", "nf4"]
 Dequantize: TypeAlias = Callable[[Tensor, Tensor, torch.Size], Tensor]
@@ -225,7 +225,7 @@ def quantize_linear_layers(network: nn.Module, kind: Kind, offload: bool = False
 
 
 def quantize_network(
-    model: DiffusionModel, kind: Kind, again: Callable[[], nn.Module] | None = None, *, offload: bool = False
+    model: TrainedModel, kind: Kind, again: Callable[[], nn.Module] | None = None, *, offload: bool = False
 ) -> None:
     """Quantize the linear layers of a model's network, and let ``model.unquantized()`` give the network as it was.
 

@@ -102,9 +102,13 @@ def forward_flops(call: Callable[[], object]) -> float:
     def attention(query: Any, key: Any, value: Any, *others: Any, **options: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
-    # The counter knows attention on GPUs alone.
-    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    counter = FlopCounterMode(display=False, custom_mapping=on_cpu)
+    # The counter knows attention on GPUs alone, and none of our ops.
+    def log_probs(hidden: Any, weight: Any, targets: Any, start: int, stop: int, mean: bool, **options: Any) -> int:
+        return int((4 if mean else 2) * hidden[0] * hidden[1] * (stop - start))
+
+    ops = torch.ops
+    known = {ops.aten._scaled_dot_product_flash_attention_for_cpu: attention, ops.fastinvdpo.token_log_probs: log_probs}
+    counter = FlopCounterMode(display=False, custom_mapping=known)
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), counter:
         warnings.filterwarnings("ignore", ".*global hooks on modules")  # the counter's own
         call()

@@ -23,7 +23,7 @@ from fastinvdpo.trainer.order import DrawOrder, drops_caption, swaps_tie
 if TYPE_CHECKING:
     from fastinvdpo.data import LikedImage, Pair
     from fastinvdpo.data.pairs import Side
-    from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.models.base import TrainedModel
 
 Tensors = dict[str, Tensor]
 _GEOMETRY = "geometry."
@@ -34,9 +34,9 @@ class EncodedPair:
     """One pair, or one image, as tensors of a single sample, on the host or already on the device.
 
     Attributes:
-        sides: winner and loser, or the image: ``latents`` ``(C, h, w)``; ``geometry.NAME``: the conditioning that
-            follows from size and crop (SDXL); ``mask`` ``(1, h, w)`` of data with masks; from a cache that holds them
-            also ``trajectory`` and ``reference_pred``.
+        sides: winner and loser, or the image: ``latents`` ``(C, h, w)``, or codes ``(N,)``; ``geometry.NAME``: the
+            conditioning that follows from size and crop (SDXL) or from a small image (MARS); ``mask`` ``(1, h, w)`` of
+            data with masks; from a cache that holds them also ``trajectory`` and ``reference_pred``.
         caption: the conditioning that follows from the caption.
         tie: neither won; the first image stands for the winner.
         liked: of a single image.
@@ -84,7 +84,7 @@ class PairEncoder:
     """
 
     def __init__(
-        self, model: DiffusionModel, pairs: Pairs, *, sampled_latents: bool = False, cache_gib: float = 2.0
+        self, model: TrainedModel, pairs: Pairs, *, sampled_latents: bool = False, cache_gib: float = 2.0
     ) -> None:
         self._model, self._dataset, self._sampled = model, pairs, sampled_latents
         self._keeps_pairs = pairs.center_crop and not pairs.random_flip
@@ -219,6 +219,7 @@ class BatchBuilder:
         if len(known) < len(pairs):
             return None
         ordered = [scores[::-1] if swap else scores for scores, swap in zip(known, swapped, strict=True)]
+        dtype = dtype if dtype.is_floating_point else torch.float32
         return _to_device(torch.tensor(ordered, dtype=torch.float64).T.flatten().to(dtype), self._device)
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -228,14 +229,16 @@ class BatchBuilder:
         return torch.stack([_to_device(tensor, self._device) for tensor in tensors])
 
 
-def encode_sides(model: DiffusionModel, sides: Sequence[Side], *, sampled: bool) -> Tensors:
+def encode_sides(model: TrainedModel, sides: Sequence[Side], *, sampled: bool) -> Tensors:
     """``latents`` of images, what follows from their shapes (``geometry.NAME``), of masks the mean over a latent's area
     (``mask``), and where it is known, what they were generated from: ``noise`` as the latents, or ``seed`` int64
     ``(n, 1)``. Every tensor ``(n, …)``. ``sampled``: a sample of the posterior, one for each key, instead of means.
     """
     samples = (torch.tensor([int(side.key[:15], 16) for side in sides]),) if sampled else ()  # 60 bits
     shapes = model.encode_geometry([side.geometry for side in sides])
-    latents = model.encode_images([side.image for side in sides], *samples)
+    images = [side.image for side in sides]
+    shapes |= model.encode_small(images)
+    latents = model.encode_images(images, *samples)
     found = {"latents": latents, **{f"{_GEOMETRY}{name}": tensor for name, tensor in shapes.items()}}
     if masks := [side.mask for side in sides if side.mask is not None]:
         found["mask"] = latent_mask(pixels_of(masks, "L"), (latents.shape[2], latents.shape[3])).to(latents.device)
@@ -257,7 +260,7 @@ def geometry_of(tensors: Tensors) -> Tensors:
     return {name.removeprefix(_GEOMETRY): t for name, t in tensors.items() if name.startswith(_GEOMETRY)}
 
 
-def embed(model: DiffusionModel, captions: Sequence[str]) -> Tensors:
+def embed(model: TrainedModel, captions: Sequence[str]) -> Tensors:
     """The part of the conditioning that follows from the captions, every tensor ``(n, …)``; each caption is encoded by
     itself, so that its embedding does not depend on the others, not even in the last bit.
     """

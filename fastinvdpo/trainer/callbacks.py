@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from fastinvdpo.config import TrainConfig
     from fastinvdpo.data.broken import DataSummary
-    from fastinvdpo.models import DiffusionModel
     from fastinvdpo.output import OutputDirectory
     from fastinvdpo.trainer.step import TrainingState
 
@@ -70,7 +69,7 @@ class Run(Protocol):
     """
 
     config: TrainConfig
-    model: DiffusionModel
+    model: Any  # a TrainedModel
     directory: Path
     output: OutputDirectory | None
     accelerator: Accelerator
@@ -154,8 +153,8 @@ class Reporting(Callback):
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        shown = {"loss": row["loss"], "accuracy": row["implicit_accuracy"], "pairs/s": row["pairs_per_second"]}
-        self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        shown = {"loss": "loss", "accuracy": "implicit_accuracy", "pairs/s": "pairs_per_second"}
+        self._bar.set_postfix({name: f"{row[key]:.3g}" for name, key in shown.items() if key in row})
 
     def scalars(self, group: str, row: Mapping[str, Any]) -> None:
         """Numbers for the trackers alone, below ``group``; ``row["step"]`` is the step they belong to."""

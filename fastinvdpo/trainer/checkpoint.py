@@ -37,14 +37,14 @@ from fastinvdpo.config.sections import RunSections, known_keys
 from fastinvdpo.data.content import content_at_hand, content_of
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import DIGEST, Digests, differences, key_hash, sealed, unsealed
-from fastinvdpo.methods import METHODS
+from fastinvdpo.methods import ALL_METHODS
 from fastinvdpo.trainer.cache import PairCache
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from fastinvdpo.config import TrainConfig
-    from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.models.base import TrainedModel
 
 _NAME = re.compile(r"step-\d{8,}")  # and not a copy that somebody made
 _META = "meta.json"
@@ -228,7 +228,7 @@ def _with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: section for name, section in stored.items() if name in known_keys(())}
     for name, section in known.items():
         if isinstance(section, Mapping):
-            own = (str(section["name"]),) if name == "method" and section.get("name") in METHODS else ()
+            own = (str(section["name"]),) if name == "method" and section.get("name") in ALL_METHODS else ()
             known[name] = {key: section[key] for key in section if key in known_keys((name, *own))}
     try:
         return _flat(stored) | _flat(RunSections.model_validate(known).model_dump(mode="python"))
@@ -248,7 +248,7 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def contents_of(
-    config: TrainConfig, model: DiffusionModel, pairs: Any, accelerator: Accelerator, remembered: Mapping[str, Any]
+    config: TrainConfig, model: TrainedModel, pairs: Any, accelerator: Accelerator, remembered: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Digests of pairs and model, made by the first process for all; and what need not be read again the next time,
     which is then ``remembered``. Images are left out without ``output.data_hash``.
@@ -279,20 +279,22 @@ def attempts(meta: Mapping[str, Any], config: TrainConfig, contents: Mapping[str
     return before if same else [*before, {"after": meta.get("step", 0), **now}]
 
 
-def _of_model(model: DiffusionModel) -> dict[str, Any]:
+def _of_model(model: TrainedModel) -> dict[str, Any]:
     """Digests of the network as it is now, of the noise schedule, and of the frozen parts that are loaded."""
     schedule = model.schedule
+    found = {"model family": model.family, "model network": _of_tensors(model.network.state_dict())}
+    if schedule is None:
+        return found | frozen_contents(model)
     levels = {"alphas": schedule.alphas_cumprod, "sigmas": schedule.sigmas}
     kinds = [schedule.prediction_type, schedule.steps_offset, schedule.set_alpha_to_one]
-    found = {"model family": model.family, "model network": _of_tensors(model.network.state_dict())}
     return found | {"model schedule": _of_tensors(levels, kinds)} | frozen_contents(model)
 
 
-def frozen_contents(model: DiffusionModel) -> dict[str, Any]:
+def frozen_contents(model: TrainedModel) -> dict[str, Any]:
     """Digests of text encoders, tokenizers and VAE, by their classes."""
     found: dict[str, Any] = {}
     seen: Counter[str] = Counter()
-    components: Mapping[str, Any] = getattr(getattr(model, "pipeline", None), "components", {})
+    components: Mapping[str, Any] = getattr(getattr(model, "pipeline", model), "components", {})
     tokenizers = [part for part in components.values() if hasattr(part, "get_vocab")]
     for part in (*model.frozen_modules(), *tokenizers):
         name = type(part).__name__

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.io import read_object
-from fastinvdpo.methods import PairBatch
+from fastinvdpo.methods import PairBatch, TrainingMethod
 from fastinvdpo.models.loading import FLOW_FAMILIES
 from fastinvdpo.trainer.accounting import gradient_passes
 from fastinvdpo.trainer.order import DrawOrder
@@ -42,7 +42,7 @@ def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
     training, method = config.training, config.method
     if method.awaits_score_range:
         method = method.with_score_range(1.0)  # a weight, and no forward pass, follows from it
-    objective = method.objective(_schedule(config))
+    objective = method.objective(None if method.of_tokens else _schedule(config))
     order = DrawOrder(1, training.seed, training.batch_size, training.gradient_accumulation_steps, processes)
     micro_batches = math.ceil(_PAIRS / training.batch_size)
     weight, counts = nn.Parameter(torch.zeros(1)), {True: 0, False: 0}
@@ -57,7 +57,7 @@ def count_evaluations(config: TrainConfig, processes: int = 1) -> Evaluations:
         objective.backward(
             network,
             torch.no_grad()(partial(network, of_reference=True)),
-            _batch(order.micro_batch(*divmod(number, training.gradient_accumulation_steps)), method.unpaired),
+            _batch(order.micro_batch(*divmod(number, training.gradient_accumulation_steps)), method),
             seed=training.seed,
             max_batch=training.max_batch,
             passes=gradient_passes(config, "NO"),
@@ -90,9 +90,12 @@ def _schedule(config: TrainConfig) -> NoiseSchedule:
     return NoiseSchedule.from_config(settings)
 
 
-def _batch(draws: range, unpaired: bool) -> PairBatch:
-    """A batch of latents of one element, two a pair or one a single image."""
-    count = len(draws) if unpaired else 2 * len(draws)
+def _batch(draws: range, method: TrainingMethod) -> PairBatch:
+    """A batch of latents of one element, or images of one token, two a pair or one a single image."""
+    count = len(draws) if method.unpaired else 2 * len(draws)
     latents, prompts = torch.zeros(count, 1, 1, 1), {"prompt": torch.zeros(count, 1)}
-    liked, index = torch.ones(count, dtype=torch.bool) if unpaired else None, torch.arange(draws.start, draws.stop)
+    liked, index = torch.ones(count).bool() if method.unpaired else None, torch.arange(draws.start, draws.stop)
+    if method.of_tokens:
+        ones = torch.ones(count, dtype=torch.int64)
+        return PairBatch(ones.unsqueeze(1), {"length": ones, "spoken": ones}, index)
     return PairBatch(latents, prompts, index, prompts, scores=torch.zeros(count), liked=liked, noise=latents)

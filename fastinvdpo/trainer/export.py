@@ -13,16 +13,22 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import DIGEST, key_hash
-from fastinvdpo.models import DiffusionModel, kohya
+from fastinvdpo.models import kohya
 from fastinvdpo.models.adapters import DIFFUSERS_FILE, merged_copy, merged_into, save_adapter
+from fastinvdpo.models.base import TrainedModel
 from fastinvdpo.models.checkpoints import part_folder
 from fastinvdpo.trainer.callbacks import Callback, Place, Run, TrainResult
 from fastinvdpo.trainer.checkpoint import versions
 from fastinvdpo.trainer.networks import EMA, Networks
 
+_LOADED = {  # by what a family's results are loaded, where it is not diffusers
+    "digits": 'load_model("digits", DIRECTORY)',
+    "mars": 'mars.MarsPipeline.load("DIRECTORY/model")',
+}
+
 
 def export_model(
-    model: DiffusionModel,
+    model: TrainedModel,
     networks: Networks,
     ema: EMA | None,
     place: Place | None,
@@ -63,7 +69,7 @@ def export_model(
 
 def model_card(
     config: TrainConfig,
-    model: DiffusionModel,
+    model: TrainedModel,
     history: Sequence[Mapping[str, Any]],
     sections: Sequence[str],
     step: int,
@@ -81,7 +87,10 @@ def model_card(
     yaml = require("yaml", extra="train", purpose="writing a model card")
     base, method = config.model.path, config.method.name
     on_hub = {} if Path(base).exists() else {"base_model": base}
-    data = hub.ModelCardData(library_name="diffusers", tags=["diffusion", "dpo", method], **on_hub)
+    library, tag = ("fastinvdpo", "autoregressive") if config.method.of_tokens else ("diffusers", "diffusion")
+    aligned = not config.method.captioned
+    tags = [tag, *(["dpo"] if aligned else []), method]
+    data = hub.ModelCardData(library_name=library, tags=tags, **on_hub)
     last = history[-1] if history else {}
     rows = [f"| {name} | {value:.6g} |" for name, value in last.items() if isinstance(value, (int, float))]
     installed = [f"{name} {found}" for name, found in versions().items() if found is not None]
@@ -105,7 +114,7 @@ def model_card(
     what = "images" if config.method.unpaired else "pairs"
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {Path(base).name}, aligned by {method}",
+        f"# {Path(base).name}, {'aligned' if aligned else 'trained'} by {method}",
         f"`{base}` (family {model.family}) after {step} steps of {method} with fastinvdpo.",
         f"## How to load it\n\n{_usage(config, model)}",
         *notes,
@@ -128,9 +137,9 @@ def _made_of(attempts: Sequence[Mapping[str, Any]], step: int) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [["", *heads], ["---"] * (len(heads) + 1), *rows])
 
 
-def _usage(config: TrainConfig, model: DiffusionModel) -> str:
-    if model.family == "digits":
-        return '`fastinvdpo.models.load_model("digits", DIRECTORY)`'
+def _usage(config: TrainConfig, model: TrainedModel) -> str:
+    if model.family in _LOADED:
+        return f"`fastinvdpo.models.{_LOADED[model.family]}`"
     kind, folder, source, lines = type(model.network).__name__, model.network_folder, config.model, list[str]()
     options = {"revision": source.revision, "variant": source.variant}
     base = f'"{source.path}"' + "".join(f', {name}="{value}"' for name, value in options.items() if value is not None)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from fastinvdpo.config.sections import LoraSection
-    from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.models.base import TrainedModel
 
 
 class Networks:
@@ -55,7 +55,7 @@ class Networks:
 
     def __init__(
         self,
-        model: DiffusionModel,
+        model: TrainedModel,
         *,
         lora: LoraSection | None,
         gradient_checkpointing: bool,
@@ -84,9 +84,12 @@ class Networks:
             if reference_dtype is not None:
                 network.to(reference_dtype)
         else:
+            trained = model.trained(network)
             if reference != "none":
-                self.reference_module = frozen_copy(network, reference_dtype)
-            network.requires_grad_(True)
+                self.reference_module = frozen_copy(network, reference_dtype, trained)
+            network.requires_grad_(False)
+            for parameter in trained.values():
+                parameter.requires_grad_(True)
         if reference_quantization is not None and self.reference_module is not None:
             quantize_linear_layers(self.reference_module, reference_quantization, offload)
         if gradient_checkpointing:
@@ -179,15 +182,21 @@ class Networks:
         mixed = accelerator is not None and accelerator.mixed_precision != "no"
         with accelerator.autocast() if mixed else nullcontext():  # type: ignore[union-attr]
             prediction = self._model.predict(network, latents, timesteps, conditioning)
-        # The objective's own arithmetic stays in the latents' type (float32), and in their layout.
-        return prediction.to(latents.dtype).contiguous()
+        # The objective's own arithmetic stays in the latents' type (float32), and in their layout; tokens have none.
+        return (prediction.to(latents.dtype) if latents.is_floating_point() else prediction).contiguous()
 
 
-def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy without gradients, its floating-point weights as ``dtype``; never a whole copy in another type first."""
+def frozen_copy(
+    network: nn.Module, dtype: torch.dtype | None = None, trained: Mapping[str, nn.Parameter] | None = None
+) -> nn.Module:
+    """A copy without gradients, its floating-point weights as ``dtype``; never a whole copy in another type first.
+    Parameters that are not ``trained`` are those of the network itself; None: all are copied.
+    """
     memo: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        if dtype is not None and tensor.is_floating_point():
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if trained is not None and isinstance(tensor, nn.Parameter) and name not in trained:
+            memo[id(tensor)] = tensor
+        elif dtype is not None and tensor.is_floating_point():
             cast = tensor.detach().to(dtype, copy=True)
             memo[id(tensor)] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
     return copy.deepcopy(network, memo).requires_grad_(False)

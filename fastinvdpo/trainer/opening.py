@@ -17,14 +17,22 @@ from fastinvdpo._extras import require
 from fastinvdpo.config import TrainConfig
 from fastinvdpo.config.explain import under
 from fastinvdpo.config.sections import DataSection
-from fastinvdpo.data import Buckets, GeneratedDataset, LikedDataset, PairDataset, PairSource, open_source
+from fastinvdpo.data import (
+    Buckets,
+    CaptionedDataset,
+    GeneratedDataset,
+    LikedDataset,
+    PairDataset,
+    PairSource,
+    open_source,
+)
 from fastinvdpo.data.broken import REPORT
 from fastinvdpo.data.rows import WrongForm
 from fastinvdpo.data.score_range import measured_range, stored_range
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import has_key
-from fastinvdpo.models import DiffusionModel, load_model, resolve_family
-from fastinvdpo.models.loading import FLOW_FAMILIES
+from fastinvdpo.models import resolve_family
+from fastinvdpo.models.loading import FLOW_FAMILIES, load_any
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.checkpoint import FILES
@@ -39,22 +47,24 @@ _SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
 _UNSUPPORTED = ("use_deepspeed", "use_megatron_lm", "use_parallelism_config")
 
 
-def open_dataset(config: TrainConfig) -> PairDataset | LikedDataset:
+def open_dataset(config: TrainConfig) -> PairDataset:
     """The pairs, or single images. Raises ``InvalidInput`` when they, or the method's needs, are not met."""
     method = config.method
     kind = LikedDataset if method.unpaired else GeneratedDataset if method.needs_noise else PairDataset
+    kind = CaptionedDataset if method.captioned else kind
     try:
         dataset = open_pairs(config.data, kind, seed=config.training.seed)
     except WrongForm as error:
         what = "images that were liked or disliked" if method.unpaired else "pairs"
+        what = "images with captions" if method.captioned else what
         raise InvalidInput(f"method.name = {method.name!r} trains on {what}, and {error}") from None
     check_pairs(config, dataset)
     return dataset
 
 
 def open_pairs(
-    data: DataSection, kind: type[PairDataset | LikedDataset] | None = None, *, seed: int = 0, all_broken: bool = False
-) -> PairDataset | LikedDataset:
+    data: DataSection, kind: type[PairDataset] | None = None, *, seed: int = 0, all_broken: bool = False
+) -> PairDataset:
     """The data set of a ``kind`` that the section describes (None: by ``data.form``); with ``all_broken`` any number of
     rows may be broken.
     """
@@ -62,7 +72,8 @@ def open_pairs(
     if data.buckets is not None and data.resolution is not None:
         resolution = Buckets(data.resolution, data.buckets.multiple, data.buckets.max_aspect)
     names = ("ties", "random_flip", "center_crop", "relabel_by_score")
-    return (kind or (LikedDataset if data.form == "likes" else PairDataset))(
+    kinds: dict[str, type[PairDataset]] = {"likes": LikedDataset, "images": CaptionedDataset}
+    return (kind or kinds.get(data.form, PairDataset))(
         open_data_source(data),
         resolution=resolution or data.resolution,
         seed=seed,
@@ -97,9 +108,10 @@ def warn_of_masks(source: PairSource | None) -> None:
 
 def check_pairs(config: TrainConfig, pairs: Any) -> None:
     """Raise ``InvalidInput`` when the data set lacks what the method needs: scores, noise, pairs or single images."""
-    unpaired = config.method.unpaired
-    if unpaired != getattr(pairs, "unpaired", False):
+    unpaired, captioned = config.method.unpaired, config.method.captioned
+    if (unpaired, captioned) != (getattr(pairs, "unpaired", False), getattr(pairs, "captioned", False)):
         what, remedy = ("single images", "a LikedDataset") if unpaired else ("pairs", "a PairDataset")
+        what, remedy = ("images with captions", "a CaptionedDataset") if captioned else (what, remedy)
         problem = f"trains on {what}, which {type(pairs).__name__} does not hold"
         raise invalid("method.name", config.method.name, problem, f"pass {remedy}, or choose another method")
     if config.method.needs_noise and not getattr(pairs, "has_noise", False):
@@ -134,17 +146,26 @@ def with_score_range(config: TrainConfig, source: PairSource | None) -> TrainCon
         raise under("method", error) from None
 
 
-def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionModel:
+def check_cascade(config: TrainConfig, model: Any) -> None:
+    """Raise ``InvalidInput`` where images are to follow from small ones and the model has none, or vice versa."""
+    side, method = getattr(model, "low_resolution", None), config.method
+    if method.of_tokens and (side is None) == method.cascaded:
+        problem = f"is the side of small images, which {method.name} {'needs' if method.cascaded else 'has no use for'}"
+        remedy = "set it, such as to 256" if method.cascaded else "set it to null, or train with mars-stage3"
+        raise invalid("model.low_resolution", side, problem, remedy)
+
+
+def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> Any:
     """The model to start from, on the host; without text encoders and VAE when ``frozen_parts`` is False. With
     ``model.quantization`` its network is quantized here, so that a device never has to hold it whole.
     """
     source = config.model
     family = resolve_family(source.family, source.path, source.revision)
     keys = ("revision", "variant", "unet_init", "vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
-    options: dict[str, Any] = {key: getattr(source, key) for key in keys}
+    options: dict[str, Any] = {key: getattr(source, key) for key in (*keys, "low_resolution")}
     if family in FLOW_FAMILIES:
         options["resolution"] = config.data.resolution
-    load = partial(load_model, family, source.path, **options)
+    load = partial(load_any, family, source.path, **options)
     model = load(frozen_parts=frozen_parts)
     if source.quantization is not None:
 
@@ -239,6 +260,9 @@ def check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
         return
     from torch.distributed.fsdp import CPUOffloadPolicy
 
+    if config.method.of_tokens:
+        problem = "trains a part of its network, which is not built for parameters in shards"
+        raise invalid("method.name", config.method.name, problem, "launch without FSDP")
     plugin: Any = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise invalid("fsdp_version", plugin.fsdp_version, "is not supported", "launch with --fsdp_version 2")
@@ -258,9 +282,9 @@ def check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
     if config.method.reference_follows:
         remedy = "set it to frozen, or launch without FSDP"
         raise invalid("method.reference", "ema", "does not follow sharded weights", remedy)
-    if config.method.policy_inverts and config.method.compat is not None:
+    if config.method.policy_inverts and (compat := getattr(config.method, "compat", None)) is not None:
         problem = "may invert a batch in no step at all, and FSDP needs all processes to begin together"
-        raise invalid("method.compat", config.method.compat, problem, "set it to null, or launch without FSDP")
+        raise invalid("method.compat", compat, problem, "set it to null, or launch without FSDP")
     if config.method.whole_chain and config.training.max_batch is None:
         problem = "is found by a probe, which every process makes for itself, and FSDP needs all of them for a call"
         raise invalid("training.max_batch", None, problem, "give a number, such as 4")

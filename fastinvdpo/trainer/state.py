@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from fastinvdpo.config.sections import OptimizerSection, PerformanceSection
-    from fastinvdpo.models import DiffusionModel
+    from fastinvdpo.models.base import TrainedModel
 
 
 def build_state(
     config: TrainConfig,
-    model: DiffusionModel,
+    model: TrainedModel,
     accelerator: Accelerator,
     switches: PerformanceSection,
     *,
@@ -70,7 +70,7 @@ def build_state(
         scheduler=scheduler,
         parameters=list(named.values()),
         ema=None if training.ema_decay is None else EMA(named, training.ema_decay),
-        metrics=MetricSums(accelerator.device, unpaired=method.unpaired),
+        metrics=MetricSums(accelerator.device, method),
         guard=FiniteGuard(accelerator.device),
         moving_reference=None if follows is None else MovingReference(networks, follows),
     )

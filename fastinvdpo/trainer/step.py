@@ -20,8 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastinvdpo.methods import KTOOutput, Objective, ObjectiveOutput, PairBatch
+from fastinvdpo.methods import (
+    KTOOutput,
+    Objective,
+    ObjectiveOutput,
+    PairBatch,
+    TokenMethod,
+    TokenObjective,
+    TokenOutput,
+    TrainingMethod,
+)
 from fastinvdpo.methods.statistics import AutoBeta
+from fastinvdpo.methods.streaming import LossTerms
 from fastinvdpo.ops import PreferenceLoss
 from fastinvdpo.trainer.networks import EMA, MovingReference, Networks
 from fastinvdpo.trainer.sharding import full
@@ -38,32 +48,38 @@ _ERRORS = ("policy_mse", "reference_mse")
 class MetricSums:
     """Means since the last :meth:`take`: of the objective's metrics per micro-batch, of the gradient norm per step.
 
-    Kept on the device, so that a step never waits for a number to arrive on the host. Of single images (``unpaired``)
+    Kept on the device, so that a step never waits for a number to arrive on the host. Of single images that were judged
     the errors are those of liked and disliked ones, left out where there were none, and ``kappa`` and the share of
-    liked ones are logged beside.
+    liked ones are logged beside. Methods for models of image tokens name their own.
     """
 
-    def __init__(self, device: torch.device, *, unpaired: bool = False) -> None:
-        by_side = [f"{error}_{side}" for error in _ERRORS for side in (LABELS if unpaired else SIDES)]
-        self._names = (*METRICS, *by_side, *(("kappa", "liked") if unpaired else ()))
+    def __init__(self, device: torch.device, method: TrainingMethod) -> None:
+        by_side = [f"{error}_{side}" for error in _ERRORS for side in (LABELS if method.unpaired else SIDES)]
+        self._names: tuple[str, ...] = (*METRICS, *by_side, *(("kappa", "liked") if method.unpaired else ()))
+        self._shares: dict[str, str] = {}
+        if isinstance(method, TokenMethod):
+            self._names, self._shares = method.metrics, method.shares
         self.sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
         self.gradient_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.micro_batches = self.steps = 0
 
     @torch.no_grad()
-    def add(self, out: PreferenceLoss) -> None:
+    def add(self, out: PreferenceLoss | TokenOutput) -> None:
         """Add one micro-batch."""
+        self.sums += self._scalars(out)
+        self.micro_batches += 1
+
+    def _scalars(self, out: PreferenceLoss | TokenOutput) -> Tensor:
+        if isinstance(out, TokenOutput):
+            return torch.stack([out.metrics[name] for name in self._names])
         scalars = torch.stack([out.loss.detach(), out.margin.detach().mean(), out.implicit_accuracy])
         errors = torch.stack([out.policy_mse.detach(), out.reference_mse])
         if isinstance(out, KTOOutput):
             labels = torch.stack([out.liked, ~out.liked]).to(errors.dtype)
             per_side = (errors.unsqueeze(1) * labels).mean(2)
-            scalars = torch.cat([scalars, per_side.flatten(), torch.stack([out.kappa, labels[0].mean()])])
-        else:
-            per_side = errors.unflatten(1, (2, -1)).flatten(2).mean(2)  # policy, reference by winner, loser
-            scalars = torch.cat([scalars, per_side.flatten()])
-        self.sums += scalars
-        self.micro_batches += 1
+            return torch.cat([scalars, per_side.flatten(), torch.stack([out.kappa, labels[0].mean()])])
+        per_side = errors.unflatten(1, (2, -1)).flatten(2).mean(2)  # policy, reference by winner, loser
+        return torch.cat([scalars, per_side.flatten()])
 
     def add_step(self, gradient_norm: Tensor) -> None:
         """Add one optimizer step. One that fp16's gradient scaler skips, for an overflow, counts as zero."""
@@ -79,9 +95,12 @@ class MetricSums:
         self.gradient_norm.zero_()
         self.micro_batches = self.steps = 0
         found = dict(zip((*self._names, "gradient_norm"), means.tolist(), strict=True))
-        shares = {"liked": found["liked"], "disliked": 1 - found["liked"]} if "liked" in found else {}
-        for name in [f"{error}_{label}" for error in _ERRORS for label in shares]:
-            share, value = shares[name.rpartition("_")[2]], found.pop(name)
+        shares = {name: found[share] for name, share in self._shares.items()}
+        if "liked" in found:
+            by_label = {"liked": found["liked"], "disliked": 1 - found["liked"]}
+            shares = {f"{error}_{label}": by_label[label] for error in _ERRORS for label in by_label}
+        for name, share in shares.items():
+            value = found.pop(name)
             found |= {name: value / share} if share > 0 else {}
         return found
 
@@ -103,11 +122,14 @@ class FiniteGuard:
         self._kind, self._draw = torch.zeros(2, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def watch(self, out: PreferenceLoss, first_draw: int) -> None:
+    def watch(self, out: PreferenceLoss | TokenOutput, first_draw: int) -> None:
         """Look at the loss of a micro-batch and at everything about its pairs."""
-        errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).unflatten(1, (-1, out.margin.numel()))
-        finite = torch.isfinite(errors if errors.ndim == 3 else errors.sum(3)).all(0).all(0)
-        bad = ~(finite & torch.isfinite(out.margin.detach()))
+        if isinstance(out, TokenOutput):
+            bad = ~torch.isfinite(out.entries.detach())
+        else:
+            errors = torch.stack([out.policy_mse.detach(), out.reference_mse]).unflatten(1, (-1, out.margin.numel()))
+            finite = torch.isfinite(errors if errors.ndim == 3 else errors.sum(3)).all(0).all(0)
+            bad = ~(finite & torch.isfinite(out.margin.detach()))
         self._raise(_LOSS, bad.any() | ~torch.isfinite(out.loss.detach()), first_draw + bad.long().argmax())
 
     @torch.no_grad()
@@ -158,7 +180,7 @@ class TrainingState:
 
 def training_step(
     state: TrainingState,
-    objective: Objective,
+    objective: Objective | TokenObjective,
     batches: Iterable[PairBatch],
     accelerator: Accelerator,
     *,
@@ -175,7 +197,7 @@ def training_step(
     first_draws: list[int] = []
     for micro, batch in enumerate(batches):
         first_draws.append(int(batch.sample_index[0]))
-        terms = objective.stream(
+        terms: LossTerms = objective.stream(
             state.networks.policy,
             state.networks.reference,
             batch,
@@ -215,10 +237,12 @@ def training_step(
         state.moving_reference.update()
 
 
-def origin(batch: PairBatch, out: ObjectiveOutput) -> str:
+def origin(batch: PairBatch, out: ObjectiveOutput | TokenOutput) -> str:
     """Of one pair, which ``batch`` holds alone: the first timestep whose errors are not finite, the earliest quantity
     that is not, and its side.
     """
+    if isinstance(out, TokenOutput):
+        return "in the log-probabilities of its tokens"
     timesteps = out.timesteps.unflatten(0, (-1, out.margin.numel()))[0].flatten().tolist()
     bad = ~torch.isfinite(torch.stack([out.policy_mse.detach(), out.reference_mse])).all(0).all(0).flatten()
     if len(timesteps) == bad.numel() and bool(bad.any()):

@@ -19,8 +19,8 @@ from fastinvdpo.data.pairs import PairDataset
 from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import NonFiniteLoss, invalid
 from fastinvdpo.io import key_hash
-from fastinvdpo.methods import Method
-from fastinvdpo.models import DiffusionModel
+from fastinvdpo.methods import TrainingMethod
+from fastinvdpo.models.base import TrainedModel
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.accounting import choose_max_batch, gradient_passes, measure_costs, peak_memory
@@ -76,8 +76,8 @@ class PreferenceTrainer:
 
     def __init__(
         self,
-        model: DiffusionModel,
-        method: Method | Mapping[str, Any],
+        model: TrainedModel,
+        method: TrainingMethod | Mapping[str, Any],
         pairs: Pairs | PairCache,
         config: TrainConfig | Mapping[str, Any],
         *,
@@ -98,6 +98,7 @@ class PreferenceTrainer:
             problem = "belongs to the files that the configuration names, not to pairs at hand"
             raise invalid("cache.path", config.cache.path, problem, "call train, or set it to null")
         opening.check_pairs(config, pairs)
+        opening.check_cascade(config, model)
         opening.check_masks(config, getattr(pairs, "has_masks", False))
         self._last_checkpoint = find_checkpoint(resume, self._checkpoints)
         self.accelerator = opening.open_accelerator(config)
@@ -292,7 +293,7 @@ class PreferenceTrainer:
             with torch.no_grad():
                 limited = chunked(networks.policy, size), chunked(networks.reference, size)
                 out = self.objective(*limited, batch, seed=training.seed)
-            what = "pair" if batch.liked is None else "image"
+            what = "image" if self.config.method.unpaired else "pair"
             where = f"{what} in data row {self.builder.row(draw)} (draw {draw}), {origin(batch, out)}"
             found = f"The loss of step {at} is not finite: {where}"
         remedy = "look at the images and scores there, lower optimizer.learning_rate or method.beta"

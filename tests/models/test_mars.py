@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastinvdpo import InvalidInput
@@ -235,6 +237,32 @@ def test_log_probabilities_by_definition_whatever_is_beside_them(family: str) ->
         torch.testing.assert_close(reduced(*given, "mean"), values.sum(1) / lengths)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_is_each_direction_by_itself_and_a_small_image_stands_before_its_image(family: str) -> None:
+    model = mars(family, noise=0.05)
+    text = torch.tensor([[3, 4, 5, 1], [1, 1, 1, 1], [7, 8, 9, 10]])
+    length, spoken = torch.tensor([3, 0, 4]), torch.tensor([4, 1, 4])
+    low = torch.tensor([[5, 6], [7, 8], [9, 1]])
+    for captioning in torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 1]]).bool():
+        for small in (None, low):
+            found = model.mixed_log_probs(IMAGES, captioning, text, length, spoken, small)
+            for row in range(3):
+                codes = IMAGES[row : row + 1]
+                image = model.image_ids(codes)
+                image = image if small is None else torch.cat([model.image_ids(small[row : row + 1]), image], 1)
+                prompt, caption = text[row : row + 1, : length[row]], text[row : row + 1, : spoken[row]]
+                if captioning[row]:
+                    hidden, head, targets = model(torch.cat([image, caption], 1)), model.text_head, caption[0]
+                else:
+                    hidden, head, targets = model(torch.cat([prompt, image[:, :-1]], 1)), model.visual_head, codes[0]
+                exact = (hidden[0, -1 - len(targets) : -1] @ head.T).log_softmax(-1)[range(len(targets)), targets]
+                torch.testing.assert_close(found[row, : len(targets)], exact, rtol=1e-6, atol=1e-6)
+                assert not found[row, len(targets) :].any()
+    model.decoder.config.max_position_embeddings = 10
+    with pytest.raises(InvalidInput, match=r"^data\.resolution = '8 image tokens': .* of 11 tokens"):
+        model.mixed_log_probs(IMAGES, captioning, text, length, spoken)
+
+
 def test_checkpointed_activations_route_each_pass_by_its_own_tokens() -> None:
     """Two forwards of different layouts before their backward, whose layers run again."""
 
@@ -273,6 +301,11 @@ def test_cached_decoding_is_full_decoding_with_guidance(family: str, monkeypatch
         )
     again = generate_images(model, PROMPTS, 5, guidance=3.0, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again, codes)
+    greedy = generate_images(model, PROMPTS, 2, low=IMAGES, sampling=Sampling(temperature=0))
+    for row, prompt in enumerate(PROMPTS):
+        ids = torch.cat([torch.tensor([prompt], dtype=torch.int64), model.image_ids(IMAGES[row : row + 1])], 1)
+        ids = torch.cat([ids, torch.tensor([[model.begin, int(greedy[row, 0]) + TEXT]])], 1)
+        assert torch.equal((model(ids)[0, -2:] @ model.visual_head.T).argmax(-1), greedy[row])
 
 
 def test_what_sampling_keeps() -> None:
@@ -322,6 +355,25 @@ def test_a_checkpoint_holds_the_visual_expert_alone_and_finds_its_language_model
         load_mars(tmp_path / "moved")
     with pytest.raises(InvalidInput, match="revision"):
         load_mars(tmp_path / "mars", revision="main")
+    (tmp_path / "moved").rename(base)
+    weights, description = tmp_path / "mars/visual_expert.safetensors", tmp_path / "mars/mars.json"
+    whole, told = weights.read_bytes(), json.loads(description.read_text())
+    tensors = load_file(weights)
+    tensors |= {"stranger": tensors.pop("visual_head"), "visual_embedding": tensors["visual_embedding"][1:].clone()}
+    save_file(tensors, weights)
+    problem = r"path = .*visual_expert\.safetensors.*lacks visual_head; it has unknown stranger; .* visual_embedding\."
+    with pytest.raises(InvalidInput, match=problem):
+        load_mars(tmp_path / "mars")
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InvalidInput, match=r"path = .*visual_expert\.safetensors.*is no whole safetensors file"):
+        load_mars(tmp_path / "mars")
+    weights.write_bytes(whole)
+    description.write_text(json.dumps({key: value for key, value in told.items() if key != "fingerprint"}))
+    with pytest.raises(InvalidInput, match=r"path = .*mars\.json.*lacks fingerprint"):
+        load_mars(tmp_path / "mars")
+    description.write_text(json.dumps({**told, "base": str(tmp_path / "gone")}))
+    with pytest.raises(InvalidInput, match=r"base = .*gone"):
+        load_mars(tmp_path / "mars")
     save_mars(mars(dtype=torch.float32), tmp_path / "mars")
     with pytest.raises(InvalidInput, match="base = None"):
         load_mars(tmp_path / "mars")

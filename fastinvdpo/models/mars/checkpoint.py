@@ -13,6 +13,7 @@ from fastinvdpo._extras import require
 from fastinvdpo.atomic import atomic_directory
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import as_json, read_object
+from fastinvdpo.models.checkpoints import check_names, tensor_shapes
 from fastinvdpo.models.mars.model import MarsConfig, MarsModel
 
 WEIGHTS, DESCRIPTION = "visual_expert.safetensors", "mars.json"
@@ -40,21 +41,24 @@ def load_mars(
         InvalidInput: the checkpoint is not one, or its language model is another than the one it was trained on.
     """
     if config is not None:
-        return _on(path, config, dtype, options)
+        return _on("path", path, config, dtype, options)
     if unknown := sorted(options):
         raise invalid(unknown[0], options[unknown[0]], "stands in the checkpoint", "leave it out, or pass config")
     root = Path(path)
     found = read_object(root / DESCRIPTION, "path")
+    if missing := [key for key in ("base", "options", "config", "fingerprint") if key not in found]:
+        raise invalid("path", str(root / DESCRIPTION), f"lacks {', '.join(missing)}", "name a MARS checkpoint")
     if base is None and found["base"] is None:
         raise invalid("base", None, "the checkpoint does not say where its language model lies", "pass base")
-    model = _on(base or found["base"], MarsConfig(**found["config"]), dtype, {} if base else found["options"])
+    model = _on("base", base or found["base"], MarsConfig(**found["config"]), dtype, {} if base else found["options"])
     if fingerprint(model) != found["fingerprint"]:
         problem = "is another language model than the one that the visual expert was trained on"
         raise invalid("base", str(base or found["base"]), problem, "pass the base that the checkpoint was saved with")
     safetensors = require("safetensors.torch", extra="train", purpose="loading a MARS model")
-    tensors, own = safetensors.load_file(root / WEIGHTS), model.visual_parameters()
-    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in own.items()}:
-        raise invalid("path", str(root / WEIGHTS), "does not hold this model's visual expert", "save it again")
+    stored, own = tensor_shapes("path", [root / WEIGHTS]), model.visual_parameters()
+    mismatched = [name for name in stored.keys() & own.keys() if stored[name] != tuple(own[name].shape)]
+    check_names("path", root / WEIGHTS, own.keys() - stored.keys(), stored.keys() - own.keys(), mismatched)
+    tensors = safetensors.load_file(root / WEIGHTS)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
@@ -83,10 +87,14 @@ def fingerprint(model: MarsModel) -> str:
     return digest.hexdigest()
 
 
-def _on(base: str | Path, config: MarsConfig, dtype: torch.dtype, options: dict[str, Any]) -> MarsModel:
+def _on(argument: str, base: str | Path, config: MarsConfig, dtype: torch.dtype, options: dict[str, Any]) -> MarsModel:
     transformers = require("transformers", extra="train", purpose="loading a language model")
     given = {name: value for name, value in options.items() if value is not None}
-    decoder = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **given)
+    try:
+        decoder = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **given)
+    except (OSError, ValueError) as error:
+        remedy = "give the directory or hub id of a language model"
+        raise invalid(argument, str(base), f"cannot be loaded ({error})", remedy) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, **given)
     except (OSError, ValueError):  # a language model without one: texts are given as ids

@@ -207,6 +207,71 @@ class MarsModel(nn.Module):
         """Cross-entropy of image → text: the mean over all tokens of the captions; the image carries no loss."""
         return -self._caption_terms(codes, captions)[0].mean()
 
+    def mixed_log_probs(
+        self,
+        codes: Tensor,
+        captioning: Tensor,
+        text: Tensor,
+        length: Tensor,
+        spoken: Tensor,
+        low: Tensor | None = None,
+        network: nn.Module | None = None,
+    ) -> Tensor:
+        """``log π`` of images after their captions and of captions after their images in one forward pass, ``(B, max(N,
+        L))``, 0 behind the last token; padding stands on the right, where nothing that counts looks at it.
+
+        Args:
+            codes: int64 ``(B, N)`` in raster order.
+            captioning: bool ``(B,)``, whether the caption follows the image.
+            text: int64 ``(B, L)``, ids of the captions with their ends; length: int64 ``(B,)``, without the end;
+                spoken: with it.
+            low: int64 ``(B, M)``, codes of small images, each of which stands before its image.
+            network: what makes the forward pass, the model itself or what wraps it.
+        """
+        self.check_codes(codes)
+        image = self.image_ids(codes)
+        image = image if low is None else torch.cat([self.image_ids(low), image], 1)
+        tokens, whole, turned = codes.shape[1], image.shape[1], captioning.unsqueeze(1)
+        first = torch.where(captioning, whole, length)  # tokens of what comes first
+        most = int((first + torch.where(captioning, spoken, whole - 1)).max()) - 1
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        if limit is not None and most > limit:
+            problem = f"and a caption make sequences of {most} tokens, and the language model was made for {limit}"
+            raise invalid("data.resolution", f"{whole} image tokens", problem, "lower it, or model.max_sequence_length")
+        place = torch.arange(most, device=codes.device).expand(len(codes), -1)
+        behind = place - first.unsqueeze(1)
+
+        def at(ids: Tensor, places: Tensor) -> Tensor:
+            return ids.gather(1, places.clamp(0, ids.shape[1] - 1))
+
+        before = torch.where(turned, at(image, place), at(text, place))
+        ids = torch.where(behind < 0, before, torch.where(turned, at(text, behind), at(image, behind)))
+        hidden = (network or self)(ids)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        found = hidden.new_zeros(len(codes), max(tokens, text.shape[1]), dtype=dtype)
+        drawn, told = (~captioning).nonzero().squeeze(1), captioning.nonzero().squeeze(1)
+        if len(drawn) > 0:
+            start = (length[drawn] + whole - tokens - 2).unsqueeze(1)  # where the image begins
+            states = hidden[drawn.unsqueeze(1), start + torch.arange(tokens, device=codes.device)]
+            found[drawn, :tokens] = token_log_probs(states, self.visual_head, codes[drawn])
+        elif self.visual_head.requires_grad:  # a step of captions alone has a gradient of it too, which is zero
+            found = found + 0 * self.visual_head[0, 0]
+        if len(told) > 0:
+            among = torch.arange(text.shape[1], device=codes.device) < spoken[told].unsqueeze(1)
+            row, column = among.nonzero(as_tuple=True)
+            row = told[row]
+            states = hidden[row, column + whole - 1]
+            found[row, column] = token_log_probs(states, self.text_head, text[row, column])
+        return found
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Run each layer again in the backward pass instead of keeping its activations."""
+        decoder = self.decoder
+        older = decoder.gradient_checkpointing_enable  # before transformers had another name for it
+        getattr(decoder, "activation_checkpointing_enable", older)({"use_reentrant": False})
+        for layer in self.decoder.model.layers:
+            layer.training = True  # transformers looks at this; the parts, which may drop out, stay in evaluation mode
+
     def prompt(self, prompts: Sequence[str | Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids and mask ``(B, longest + 1)`` of prompts, padded on the left, and the beginning of an image."""
         texts = self.text_ids(prompts)

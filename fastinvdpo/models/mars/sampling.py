@@ -66,6 +66,7 @@ def generate_images(
     prompts: Sequence[str | Sequence[int]],
     tokens: int,
     *,
+    low: Tensor | None = None,
     guidance: float = 1.0,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
@@ -74,6 +75,7 @@ def generate_images(
 
     Args:
         prompts: texts or token ids.
+        low: codes of small images that these follow from, int64 ``(B, M)``, of a cascade.
         guidance: ``g`` of ``l_∅ + g·(l_c − l_∅)``, ``l_∅`` being the logits of the empty prompt; 1: there is none.
         generator: of the model's device.
 
@@ -89,6 +91,11 @@ def generate_images(
     sampling, images = sampling or Sampling(), len(prompts)
     both = model.text_ids(prompts) + ([[]] * images if guidance != 1 else [])
     ids, mask = model.prompt(both, model.visual_head.device)
+    if low is not None:
+        model.check_codes(low)
+        small = model.image_ids(low).repeat(len(both) // images, 1)
+        ids = torch.cat([ids[:, :-1], small, ids[:, -1:]], 1)
+        mask = torch.cat([mask, torch.ones_like(small)], 1)
     cache, codes = _cache(model), list[Tensor]()
     while True:
         logits = (model(ids, mask, cache)[:, -1] @ model.visual_head.T).float()
