@@ -19,7 +19,7 @@ from fastinvdpo.data.broken import BrokenRow, broken
 from fastinvdpo.errors import InvalidInput, invalid
 
 if TYPE_CHECKING:
-    from typing import Self  # of Python 3.11
+    from typing_extensions import Self
 
 LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
 MASKS = ("mask", "mask_0", "mask_1")  # one for both images, or one for each

@@ -17,9 +17,8 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.models.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from PIL.Image import Image
+    from typing_extensions import Self
 
     from fastinvdpo.data.transforms import ImageGeometry
 
