@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
@@ -24,6 +25,7 @@ from fastinvdpo.config.explain import explain
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import as_written, expand_path
 from fastinvdpo.methods import METHODS, Method, TimestepSampling
+from fastinvdpo.models.base import check_frames
 
 
 def _count_or_share(value: object) -> int | float:
@@ -82,7 +84,15 @@ class ModelSection(Section):
     """
 
     family: Literal[
-        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image"
+        "auto",
+        "digits",
+        "stable-diffusion",
+        "stable-diffusion-3",
+        "flux",
+        "flux2-klein",
+        "qwen-image",
+        "z-image",
+        "wan",
     ] = "auto"
     path: Place
     unet_init: Place | None = None
@@ -112,7 +122,7 @@ class DataSection(Section):
     prompt embeddings that are the same at every visit. ``split``, ``revision``, ``subset``: of a ``datasets``
     repository. ``max_broken``: a count, or a share. ``latents``: the mean of the VAE's posterior, or a sample of it,
     the same at every visit of an image. ``masks``: only what is white in the columns ``mask``, or ``mask_0`` and
-    ``mask_1``, counts.
+    ``mask_1``, counts. ``frames``: the first so many of a video, 4k + 1 (Wan); null: images.
     """
 
     path: Place
@@ -136,6 +146,7 @@ class DataSection(Section):
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     latents: Literal["mean", "sampled"] = "mean"
     masks: bool = False
+    frames: Annotated[int, AfterValidator(partial(check_frames, argument="frames"))] | None = None
     cache_gib: NonNegative = 2.0
 
 

@@ -31,7 +31,7 @@ STEPS, GUIDANCE = 2, 2.0
 ALL = tuple(tiny.METHODS)
 # Inversion-DPO scores whole chains, of levels that the refiner and Turbo were not trained on.
 FAMILIES = {"sd15": ALL, "sd21": ALL, "sdxl": ALL, "refiner": ALL[:3], "turbo": ALL[:3], "sd3": ALL, "flux": ALL,
-            "klein": ALL, "qwen": ALL, "z-image": ALL}  # fmt: skip
+            "klein": ALL, "qwen": ALL, "z-image": ALL, "wan": ALL}  # fmt: skip
 TIMESTEPS = {"refiner": {"range": [0, 199]}, "turbo": {"values": [249, 499, 749, 999]}}
 # Of a family every other method with LoRA, and its last method, whose result is evaluated, in both ways.
 RUNS = [

@@ -67,7 +67,7 @@ def _config(root: Path, output: Path, family: str, method: str, /, **sections: A
 
 
 def images(pipeline: Any, family: str) -> bytes:
-    """Two pictures of two steps."""
+    """Two pictures of two steps, or two videos."""
     pipeline.set_progress_bar_config(disable=True)
     start: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2}
     if family != "qwen":
@@ -77,7 +77,10 @@ def images(pipeline: Any, family: str) -> bytes:
     if family == "refiner":
         flat = Image.new("RGB", (16, 16), (90, 120, 200))
         start = {"image": [flat, flat], "strength": 0.9, "guidance_scale": 2.0, "num_inference_steps": 3}
-    drawn = pipeline(prompt=["a cat", "zebra"], generator=torch.Generator().manual_seed(3), **start).images
+    if family == "wan":
+        start |= {"num_frames": 5, "output_type": "pil"}
+    found = pipeline(prompt=["a cat", "zebra"], generator=torch.Generator().manual_seed(3), **start)
+    drawn = [frame for video in found.frames for frame in video] if family == "wan" else found.images
     assert np.std([np.asarray(image) for image in drawn]) > 1
     return b"".join(image.tobytes() for image in drawn)
 
