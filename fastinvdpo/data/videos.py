@@ -47,7 +47,7 @@ def _check(where: str, sizes: list[Size], frames: int) -> Size:
 
 def _stored(data: memoryview, where: str, frames: int) -> Iterator[tuple[memoryview, str]]:
     """Every image of a folder, with the place of it; or the image that there is."""
-    if bytes(data[: len(FRAME)]) != FRAME:
+    if data and bytes(data[: len(FRAME)]) != FRAME:  # nothing at all is of an empty folder
         yield data, where
         return
     start = 0
