@@ -15,10 +15,11 @@ import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from fastinvdpo.data import open_source
+from fastinvdpo.config.sections import EvaluationSection
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.evaluation.comparing import compare, read_image
-from fastinvdpo.evaluation.sampling import Sampling, initial_noise
+from fastinvdpo.evaluation.in_training import EvaluationCallback
+from fastinvdpo.evaluation.sampling import Sampling, initial_noise, sample_images
 from fastinvdpo.evaluation.scorers import FunctionScorer
 from fastinvdpo.methods.base import STREAM_NOISE
 from fastinvdpo.models import load_model
@@ -37,27 +38,27 @@ PROMPTS = ["a cat", "zebra"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pairs of videos of six frames of 18 by 16 pixels, with scores, a mask, and noise."""
+    """Pairs of videos of six frames of 16 by 16 pixels, with scores, masks and noise; in ``shapes.jsonl`` the second is
+    of a wide pair.
+    """
     root = tmp_path_factory.mktemp("videos")
     models.wan_pipeline().save_pretrained(root / "wan", safe_serialization=True)
-    rng = np.random.default_rng(0)
-    mask = np.zeros((16, 18), np.uint8)
-    mask[:, 9:] = 255
-    Image.fromarray(mask).save(root / "mask.png")
-    lines = []
-    for row in range(2):
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    rng, lines = np.random.default_rng(0), []
+    for row, width in enumerate((16, 16, 28)):
+        mask = np.repeat([[0, 255]], width // 2, axis=1).repeat(16, axis=0)
+        Image.fromarray(mask.astype(np.uint8)).save(root / f"{row}.png")
+        line = {"mask": f"{row}.png", "label": row % 2, "caption": "abc"[row], "score_0": 0.3 - row, "score_1": 0.2}
         for side in range(2):
             (root / f"{row}-{side}").mkdir()
             for frame in range(FRAMES + 1):
-                pixels = rng.integers(0, 256, (16, 18, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / f"{row}-{side}" / f"{frame:03d}.png")
-                Image.fromarray(pixels[:, 1:17]).save(root / f"{row}-{side}.png")
+                pixels = rng.integers(0, 256, (16, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / f"{row}-{side}" / f"{frame}.png")
             np.save(root / f"{row}-{side}.npy", rng.standard_normal((4, 2, 4, 4), dtype=np.float32))
-        line = {f"{name}_{side}": f"{row}-{side}{kind}" for name, kind in (("image", ""), ("noise", ".npy"))
-                for side in range(2)}  # fmt: skip
-        line |= {"mask": "mask.png", "label": row, "caption": "ab"[row], "score_0": 0.3 - row, "score_1": 0.2}
+            line |= {f"image_{side}": f"{row}-{side}", f"noise_{side}": f"{row}-{side}.npy"}
         lines.append(json.dumps(line) + "\n")
-    (root / "pairs.jsonl").write_text("".join(lines))
+    (root / "pairs.jsonl").write_text("".join(lines[:2]))
+    (root / "shapes.jsonl").write_text("".join(lines[1:]))
     return root
 
 
@@ -136,21 +137,31 @@ def test_a_pair_of_videos_from_the_cache_to_plain_diffusers(
 
 @pytest.mark.parametrize("method", ["inpo", "smpo", "pnapo", "kto"])
 def test_every_kind_of_method_takes_videos(root: Path, tmp_path: Path, method: str) -> None:
-    """With masks, which count for all frames; PNAPO with the noise of each video."""
+    """With one mask for all frames, buckets, the noise of a video, and an evaluation that scores the mean of frames."""
     options: dict[str, Any] = {"name": method}
     options |= {"num_inference_steps": 2} if method in ("inpo", "smpo") else {"beta": 500.0}
-    masks = method in ("inpo", "pnapo")
-    data = {"masks": masks, "latents": "sampled"}
+    data: dict[str, Any] = {"latents": "sampled", "masks": method in ("inpo", "pnapo")}
+    if method == "smpo":
+        data |= {"path": str(root / "shapes.jsonl"), "resolution": 32, "buckets": {"multiple": 8}}
     base = _config(root, tmp_path / "run", "diffusion-dpo", data=data).as_dict()
     config = TrainConfig.from_mapping({**base, "method": options})
-    source = open_source(root / "pairs.jsonl").with_masks(masks).with_frames(FRAMES)
-    pairs = open_dataset(config)
-    assert pairs.source.frames == source.frames
-    result = tiny.train_model(config, open_model(config), pairs)
+    scorer = FunctionScorer(brightness, "brightness")
+    section = EvaluationSection(every=1, prompts=str(root / "prompts.txt"), scorers=["of:own"], num_inference_steps=2)
+    callbacks = [EvaluationCallback(section, [scorer])] if method == "kto" else []
+    model = open_model(config)
+    expected = brightness(sample_images(model, model.network, PROMPTS, [0, 1], section), [])
+    shapes: list[tuple[int, ...]] = []
+    model.network.register_forward_pre_hook(lambda _, __, given: shapes.append(given["hidden_states"].shape[1:]),
+                                            with_kwargs=True)  # fmt: skip
+    result = tiny.train_model(config, model, open_dataset(config), callbacks=callbacks)
     assert all(np.isfinite(row["loss"]) for row in result.history) and len(result.history) == 2
-    moved = {**tiny.stored(result.directory, 1).trainable}
-    after = tiny.stored(result.directory, 2).trainable
-    assert any(not torch.equal(value, after[name]) for name, value in moved.items())
+    assert set(shapes) == ({(4, 2, 4, 4)} if method != "smpo" else {(4, 2, 8, 8), (4, 2, 6, 10)})
+    before, after = (tiny.stored(result.directory, step).trainable for step in (1, 2))
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    if callbacks:
+        assert [row["step"] for row in result.evaluation] == [0, 1, 2]
+        assert result.evaluation[0]["brightness"] == pytest.approx(fmean(expected))
+        assert len(expected) == 2 * FRAMES
 
 
 def test_the_noise_of_a_video_is_that_of_its_pair(root: Path) -> None:
