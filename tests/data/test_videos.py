@@ -40,8 +40,8 @@ def write_rows(root: Path, *rows: dict[str, Any]) -> Path:
     return root / "pairs.jsonl"
 
 
-def open_videos(path: Path, frames: int = 5, masks: bool = False, **options: Any) -> PairDataset:
-    return PairDataset(open_source(path).with_masks(masks).with_frames(frames), **options)
+def open_videos(path: Path, frames: int = 5, **options: Any) -> PairDataset:
+    return PairDataset(open_source(path).with_frames(frames), **options)
 
 
 def grays(frames: tuple[Image.Image, ...]) -> list[int]:
@@ -130,12 +130,6 @@ def test_images_are_read_as_before_and_a_folder_says_what_it_wants(root: Path) -
         PairDataset(write_rows(root, ROW))
     with pytest.raises(InvalidInput, match=r"data\.frames = 0: is no number of frames"):
         open_source(root / "pairs.jsonl").with_frames(0)
-
-
-def test_one_mask_counts_for_all_frames(root: Path) -> None:
-    Image.new("L", SIZE, 255).save(root / "mask.png")
-    pair = open_videos(write_rows(root, {**ROW, "mask": "mask.png"}), masks=True, resolution=16)[0]
-    assert pair.winner_mask is not None and pair.winner_mask.size == (16, 16)
 
 
 def mp4(values: list[int], rotation: int = 0) -> bytes:

@@ -54,16 +54,10 @@ def test_our_sampling_is_that_of_the_pipeline(models: dict[str, Any], kind: str,
     model = models[kind]
     with recorded(model.network) as calls:
         expected = theirs(model, 5, guidance_scale=scale, output_type="latent")
-        few = len(calls)
         ours = sample(model, model.network, PROMPTS, num_inference_steps=5, guidance_scale=scale)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     assert float(expected.abs().max()) > 1
-    their_calls = [given for given, _ in calls[:few:2]] if scale > 1 else [given for given, _ in calls[:few]]
-    for given, (named, _) in zip(their_calls, calls[few:], strict=True):
-        torch.testing.assert_close(named["timestep"][-2:], given["timestep"].float(), rtol=0, atol=1e-4)
-        assert torch.equal(named["encoder_hidden_states"][-2:], given["encoder_hidden_states"])
-    tokens = (2, 2 * 2 * 2) if kind == "ti2v" else (2,)
-    assert their_calls[0]["timestep"].shape == tokens
+    assert {given["timestep"].shape[1:] for given, _ in calls} == {(8,) if kind == "ti2v" else ()}, "one for each token"
 
 
 def test_a_latent_is_that_of_the_vae_and_becomes_the_frames_of_the_pipeline(models: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def test_kohyas_format_is_refused_before_a_run_that_could_not_write_it(root: Pat
             train(config, progress=False)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sdxl", "nf4"), ("sd3", "int8"), ("flux", "nf4")])
+@pytest.mark.parametrize(("family", "kind"), [("sdxl", "nf4"), ("sd3", "int8"), ("flux", "nf4"), ("wan", "nf4")])
 def test_an_adapter_on_quantized_weights_loads_in_plain_diffusers(
     root: Path, tmp_path: Path, family: str, kind: str
 ) -> None:

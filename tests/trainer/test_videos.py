@@ -21,9 +21,7 @@ from fastinvdpo.evaluation.comparing import compare, read_image
 from fastinvdpo.evaluation.in_training import EvaluationCallback
 from fastinvdpo.evaluation.sampling import Sampling, initial_noise, sample_images
 from fastinvdpo.evaluation.scorers import FunctionScorer
-from fastinvdpo.methods.base import STREAM_NOISE
 from fastinvdpo.models import load_model
-from fastinvdpo.ops import philox
 from fastinvdpo.trainer import TrainConfig, train
 from fastinvdpo.trainer.cache_writing import precompute
 from fastinvdpo.trainer.opening import open_dataset, open_model
@@ -162,14 +160,6 @@ def test_every_kind_of_method_takes_videos(root: Path, tmp_path: Path, method: s
         assert [row["step"] for row in result.evaluation] == [0, 1, 2]
         assert result.evaluation[0]["brightness"] == pytest.approx(fmean(expected))
         assert len(expected) == 2 * FRAMES
-
-
-def test_the_noise_of_a_video_is_that_of_its_pair(root: Path) -> None:
-    """Five dimensions are a row of as many numbers to Philox: no frame has another's noise."""
-    index = torch.tensor([0, 1])
-    noise = philox.normal(0, STREAM_NOISE, index, (4, 2, 4, 4))
-    assert torch.equal(noise.flatten(1), philox.normal(0, STREAM_NOISE, index, (128,)))
-    assert not torch.equal(noise[:, :, 0], noise[:, :, 1])
 
 
 def test_frames_that_do_not_fit_are_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:
