@@ -7,6 +7,7 @@ through their profile, transparency composited on white, of several frames the f
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def placed_bytes(roots: Sequence[Path], place: str, where: str, frames: int | No
     there, or a folder where no videos are read.
     """
     path = file_below(roots, place, where)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, of names that are too long as well
         return file_bytes(path, where)
     if frames is None:
         problem = "is a folder, as the frames of a video are in"

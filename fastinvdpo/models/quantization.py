@@ -137,8 +137,8 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
         packed, scale = (quantize_int8 if kind == "int8" else quantize_nf4)(linear.weight.detach())
-        # Parameters, not buffers, which DistributedDataParallel would send around at every call. The first one's type is
-        # what Wan takes for that of its embedding of time.
+        # Parameters, not buffers, which DistributedDataParallel would send around at every call. Wan takes the type
+        # of the first one for that of its embedding of time.
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", linear.bias)
