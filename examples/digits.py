@@ -91,7 +91,7 @@ class DigitsModel(DiffusionModel):
 
     def decode_latents(self, latents: Tensor) -> list[Image]:
         """8-bit gray images; values outside [-1, 1] are clipped."""
-        base.check_latents(latents, channels=1)
+        base.check_latents(latents, self.latent_shape)
         pixels = ((latents.detach().to("cpu", torch.float64) + 1.0) * 127.5).round().clamp(0, 255)
         return base.images_of(pixels.to(torch.uint8))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
@@ -24,6 +25,7 @@ from fastinvdpo.config.explain import explain
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import as_written, expand_path
 from fastinvdpo.methods import ALL_METHODS, TimestepSampling, TrainingMethod
+from fastinvdpo.models.base import check_frames
 
 
 def _count_or_share(value: object) -> int | float:
@@ -86,7 +88,7 @@ class ModelSection(Section):
 
     family: Literal[
         "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image",
-        "mars",
+        "wan", "mars",
     ] = "auto"  # fmt: skip
     path: Place
     unet_init: Place | None = None
@@ -118,7 +120,7 @@ class DataSection(Section):
     for latents and prompt embeddings that are the same at every visit. ``split``, ``revision``, ``subset``: of a
     ``datasets`` repository. ``max_broken``: a count, or a share. ``latents``: the mean of the VAE's posterior, or a
     sample of it, the same at every visit of an image. ``masks``: only what is white in the columns ``mask``, or
-    ``mask_0`` and ``mask_1``, counts.
+    ``mask_0`` and ``mask_1``, counts. ``frames``: the first so many of a video, 4k + 1 (Wan); null: images.
     """
 
     path: Place
@@ -142,6 +144,7 @@ class DataSection(Section):
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     latents: Literal["mean", "sampled"] = "mean"
     masks: bool = False
+    frames: Annotated[int, AfterValidator(partial(check_frames, argument="frames"))] | None = None
     cache_gib: NonNegative = 2.0
 
 

@@ -61,6 +61,7 @@ def complete(config: TrainConfig | Mapping[str, Any], method: Any, model: Any, p
     at_hand: dict[str, Any] = {"path": as_written(str(getattr(source, "path", "pairs at hand")))}
     at_hand |= {} if form is None else {"form": form}
     at_hand |= {"masks": True} if getattr(pairs, "has_masks", False) else {}
+    at_hand |= {"frames": frames} if (frames := getattr(source, "frames", None)) else {}
     given["data"] = {**at_hand, **given.get("data", {})}
     return TrainConfig.from_mapping(given)
 

@@ -17,7 +17,8 @@ from fastinvdpo.output import OutputDirectory
 # A row with several faults counts under the first of these.
 CAUSES = (
     *("malformed row", "malformed score", "malformed label"),
-    *("missing caption", "malformed caption", "missing image", "corrupt image", "malformed mask", "malformed noise"),
+    *("missing caption", "malformed caption", "missing image", "corrupt image", "short video"),
+    *("malformed mask", "malformed noise"),
 )
 LISTED, SUMMARY = "broken.jsonl", "data.json"
 REPORT = (SUMMARY, LISTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,21 +70,25 @@ class GeneratedDataset(PairDataset):
     def _noise(self, pair: PairEntry, side: int) -> Any:
         if self._by_seed:
             return self.source.record(pair.row).seeds()[side]
-        return _latent(self.source.encoded(pair.row, NOISES[side]), self.source.where(pair.row, NOISES[side]))
+        data, where = self.source.encoded(pair.row, NOISES[side]), self.source.where(pair.row, NOISES[side])
+        return _latent(data, where, ("C", "h", "w") if self.source.frames is None else ("C", "frames", "h", "w"))
 
 
-def _latent(data: memoryview, where: str) -> np.ndarray:
-    """float32 ``(C, h, w)`` of a .npy file. Raises ``BrokenRow`` for anything else, however large it claims to be."""
-    remedy = "store numpy.save of the initial latent, (C, h, w) in float16 or float32"
+def _latent(data: memoryview, where: str, names: Sequence[str]) -> np.ndarray:
+    """float32, with dimensions of these names, of a .npy file. Raises ``BrokenRow`` for anything else, however large it
+    claims to be.
+    """
+    axes = f"({', '.join(names)})"
+    remedy = f"store numpy.save of the initial latent, {axes} in float16 or float32"
     shown: object = f"{len(data)} bytes"
     try:
         file = io.BytesIO(data)
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read(file)
-        shown, shape = f"{shape} {dtype}", shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
-        if len(shape) != 3 or min(shape) < 1 or dtype.kind != "f":
-            raise ValueError("it is no (C, h, w) of floating-point numbers")
+        shown, shape = f"{shape} {dtype}", shape[1:] if len(shape) == len(names) + 1 and shape[0] == 1 else shape
+        if len(shape) != len(names) or min(shape) < 1 or dtype.kind != "f":
+            raise ValueError(f"it is no {axes} of floating-point numbers")
         found = np.frombuffer(data, dtype, math.prod(shape), file.tell())
     except (ValueError, EOFError, SyntaxError, OverflowError) as error:
         raise broken("malformed noise", where, shown, f"cannot be read as .npy ({error})", remedy) from None

@@ -7,6 +7,7 @@ through their profile, transparency composited on white, of several frames the f
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -31,29 +32,32 @@ _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # tags of EXIF and T
 _TURN_MARKS = (b"eXIf", b"exif", b"Orientation")  # in a PNG, before or after the pixels
 _TIFF_STARTS = (b"II*\0", b"MM\0*")  # some versions of PIL turn these when they state the size, others do not
 _BACKGROUND = (255, 255, 255, 255)
-_REMEDY = "re-encode or remove the row, or allow some broken rows with data.max_broken"
+FRAME = b"fastinvdpo frame\0"
+_NUMBER = re.compile(r"(\d+)")
+REMEDY = "re-encode or remove the row, or allow some broken rows with data.max_broken"
 # All that PIL's parsers and decoders raise for damaged data; UnidentifiedImageError is an OSError.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Image.DecompressionBombError)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Image.DecompressionBombError)
 
 
-def image_bytes(cell: Any, where: str, roots: Sequence[Path] | None = None) -> memoryview:
+def image_bytes(cell: Any, where: str, roots: Sequence[Path] | None = None, frames: int | None = None) -> memoryview:
     """The encoded bytes of one table cell, not copied: binary, or the ``{bytes, path}`` of an image feature.
 
     ``cell`` is a pyarrow scalar; ``where`` names row and column in errors. With ``roots`` the file at ``path`` is read
-    where ``bytes`` is null, as in data sets made from image folders, if it lies below one of them.
+    where ``bytes`` is null, as in data sets made from image folders, if it lies below one of them; see
+    :func:`placed_bytes`.
     """
     shown = cell
     if isinstance(cell, arrow.StructScalar) and "bytes" in cell:
         path = cell["path"].as_py() if "path" in cell else None
         cell = cell["bytes"]
         if roots is not None and path and not cell.is_valid:
-            return file_bytes(file_below(roots, path, where), where)
+            return placed_bytes(roots, path, where, frames)
     binary = arrow.BinaryScalar | arrow.LargeBinaryScalar
     if isinstance(cell, binary) and not isinstance(cell, arrow.StringScalar):
         data = cell.as_buffer()
         if data is not None and data.size:
             return memoryview(data).cast("B")
-    raise broken("missing image", where, shown.as_py(), "holds no encoded image bytes", _REMEDY)
+    raise broken("missing image", where, shown.as_py(), "holds no encoded image bytes", REMEDY)
 
 
 def file_below(roots: Sequence[Path], place: str, where: str) -> Path:
@@ -68,9 +72,38 @@ def file_below(roots: Sequence[Path], place: str, where: str) -> Path:
         if any(found.is_relative_to(root.resolve()) for root in roots):
             return path
     except (OSError, ValueError, RuntimeError) as error:  # NUL, or links that go round
-        raise broken("missing image", where, place, f"is no path ({error})", _REMEDY) from None
+        raise broken("missing image", where, place, f"is no path ({error})", REMEDY) from None
     remedy = "if you trust the data, name a directory above the images with data.image_root"
     raise broken("missing image", where, place, "lies outside the folder of the data", remedy)
+
+
+def placed_bytes(roots: Sequence[Path], place: str, where: str, frames: int | None = None) -> memoryview:
+    """The content of the file at ``place``, below ``roots``, or of a folder there the first ``frames`` files, joined.
+
+    Each of these stands behind :data:`FRAME` and its size in 8 bytes. Raises ``BrokenRow`` where something is not
+    there, or a folder where no videos are read.
+    """
+    path = file_below(roots, place, where)
+    if not os.path.isdir(path):  # unlike Path.is_dir, of names that are too long as well
+        return file_bytes(path, where)
+    if frames is None:
+        problem = "is a folder, as the frames of a video are in"
+        raise broken("missing image", where, place, problem, "set data.frames for videos, or name an image")
+    found = [file_bytes(file_below(roots, f"{place}/{file.name}", where), where) for file in frames_in(path)[:frames]]
+    return memoryview(b"".join(part for one in found for part in (FRAME, len(one).to_bytes(8, "big"), one)))
+
+
+def frames_in(folder: Path) -> list[Path]:
+    """What is not hidden in a folder, by name, the numbers in it by their value: ``10.png`` after ``9.png``."""
+    try:
+        found = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    except OSError:  # reported as a video without frames
+        return []
+    return sorted(found, key=lambda file: (_by_value(file.name), file.name))
+
+
+def _by_value(name: str) -> list[int | str]:
+    return [int(part) if place % 2 else part for place, part in enumerate(_NUMBER.split(name))]
 
 
 def file_bytes(path: Path, where: str, offset: int = 0, size: int = -1) -> memoryview:
@@ -81,7 +114,7 @@ def file_bytes(path: Path, where: str, offset: int = 0, size: int = -1) -> memor
     except (OSError, OverflowError) as error:
         data, problem = b"", f"cannot be read ({getattr(error, 'strerror', None) or error})"
     if not data:
-        raise broken("missing image", where, str(path), problem, "restore the file, " + _REMEDY)
+        raise broken("missing image", where, str(path), problem, "restore the file, " + REMEDY)
     return memoryview(data)
 
 
@@ -93,10 +126,10 @@ def decode(data: memoryview, where: str) -> Image.Image:
             with _open(data) as opened:
                 opened.verify()
         with _open(data) as opened:
-            _check_pixels(opened.height, opened.width)
+            check_pixels(opened.height, opened.width)
             opened.load()
             return _as_seen(opened)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise _broken(data, where, error) from error
 
 
@@ -180,18 +213,18 @@ def probe(data: memoryview, where: str) -> tuple[int, int]:
     try:
         try:
             return _stated_size(head)
-        except _DAMAGED:
+        except DAMAGED:
             if len(data) <= _HEADER_BYTES:
                 raise
             return _stated_size(data)  # a long preamble, or a format that states its size at the end
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise _broken(data, where, error) from error
 
 
 def _stated_size(data: bytes | memoryview) -> tuple[int, int]:
     with _open(data) as opened:
         size = int(opened.height), int(opened.width)
-        _check_pixels(*size)
+        check_pixels(*size)
         lies = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return size[::-1] if lies else size
 
@@ -199,11 +232,11 @@ def _stated_size(data: bytes | memoryview) -> tuple[int, int]:
 def _open(data: bytes | memoryview) -> Any:
     Image.init()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_pixels is stricter
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels is stricter
         return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _check_pixels(height: int, width: int) -> None:
+def check_pixels(height: int, width: int) -> None:
     if height * width > MOST_PIXELS:
         raise ValueError(f"{width:,} x {height:,} pixels are more than {MOST_PIXELS:,}")
 
@@ -212,4 +245,4 @@ def _broken(data: memoryview, where: str, error: BaseException) -> BrokenRow:
     cause = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))  # the same words in every process
     if bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIC:
         cause = "it is HEIC, which is not read: convert it to JPEG or PNG"
-    return broken("corrupt image", where, f"{len(data)} bytes", f"is not an intact image ({cause})", _REMEDY)
+    return broken("corrupt image", where, f"{len(data)} bytes", f"is not an intact image ({cause})", REMEDY)

@@ -21,13 +21,15 @@ from fastinvdpo.data.images import decode, decode_mask, most_of, probe
 from fastinvdpo.data.rows import PAIRS, SCORES, TIE, PairSource
 from fastinvdpo.data.sources import open_source
 from fastinvdpo.data.transforms import Buckets, Decisions, ImageGeometry, Size, decide, scaled, transform
+from fastinvdpo.data.videos import decode_video, probe_video
 from fastinvdpo.errors import InvalidInput, invalid
 
 
 class Side(NamedTuple):
     """An image as a model sees it, its original size and crop, and its key, the SHA-256 of encoded bytes, caption, mask
     and (where one was applied) transform; its mask, 8-bit gray, cut as the image, where masks are read; where it is
-    known, what it was generated from: the initial latent, float32 ``(C, h, w)``, or the seed of that.
+    known, what it was generated from: the initial latent, float32 ``(C, h, w)``, or the seed of that; of a video all
+    ``frames``, of which ``image`` is the first.
     """
 
     image: Image.Image
@@ -35,6 +37,7 @@ class Side(NamedTuple):
     key: str
     mask: Image.Image | None = None
     noise: np.ndarray | int | None = None
+    frames: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class PairDataset:
 
     Args:
         source: what :func:`fastinvdpo.data.open_source` gave, or a path for it with ``columns``; with masks
-            ``open_source(path).with_masks()``.
+            ``open_source(path).with_masks()``, of videos ``open_source(path).with_frames(17)``.
         ties: ``"drop"``, ``"keep"`` (``Pair.tie`` is set) or ``"error"``; all are counted.
         resolution: shorter side in pixels after resizing, and side of the square crop; or :class:`Buckets`, among which
             the shape of each pair chooses. ``None`` keeps the images, which then must all have one size.
@@ -148,7 +151,7 @@ class PairDataset:
         _check_options(ties, resolution, max_broken)
         if not isinstance(source, PairSource):
             source = open_source(source, form=self._form, columns=columns)
-        self.source, self.seed = source, seed
+        self.source, self.seed, self._frames = source, seed, source.frames
         self.resolution, self.random_flip, self.center_crop = resolution, random_flip, center_crop
         form, path, total = source.form, source.path, len(source)
         needed = SCORES if relabel_by_score and form is PAIRS else form.labels[:1]
@@ -226,7 +229,9 @@ class PairDataset:
     def _side(self, kept: PairEntry, side: int, target: int | Size | None, decisions: Decisions) -> Side:
         data = self.source.image(kept.row, side)
         where = self.source.where(kept.row, self.source.form.images[side])
-        image, geometry = transform(decode(data, where), target, decisions, where)
+        shown = [decode(data, where)] if self._frames is None else decode_video(data, where, self._frames)
+        seen = [transform(one, target, decisions, where) for one in shown]
+        image, geometry = seen[0]
         if target is None and geometry.target_size != self.image_size:
             raise _another_size(where, geometry.target_size, self.image_size)
         encoded = self.source.mask(kept.row, side)
@@ -234,7 +239,8 @@ class PairDataset:
         if target is not None or decisions.flip:
             key.update(repr((target, decisions.flip, geometry)).encode())
         mask = self._mask(encoded, kept.row, side, geometry.original_size, target, decisions)
-        return Side(image, geometry, key.hexdigest(), mask)
+        frames = () if self._frames is None else tuple(one for one, _ in seen)
+        return Side(image, geometry, key.hexdigest(), mask, frames=frames)
 
     def _mask(
         self, data: memoryview | None, row: int, side: int, size: Size, target: int | Size | None, decisions: Decisions
@@ -302,13 +308,20 @@ class PairDataset:
             raise invalid("data.path", self.source.path, problem, "repair the file")
         return kept, size
 
+    def _size(self, data: memoryview, where: str, whole: bool) -> Size:
+        if self._frames is None:
+            return decode(data, where).size[::-1] if whole else probe(data, where)
+        if whole:
+            return decode_video(data, where, self._frames)[0].size[::-1]
+        return probe_video(data, where, self._frames)
+
     def _sizes(self, whole: bool, row: int) -> list[Size]:
         """The sizes of the images of a row; ``whole`` decodes them, otherwise the headers are read."""
         read, names = self.source, self.source.form.images
         images = [(read.encoded(row, name), read.where(row, name)) for name in names]
         if len(images) == 2 and images[0][0] == images[1][0]:
             self._alike.append(row)
-        sizes = [decode(*image).size[::-1] if whole else probe(*image) for image in images]
+        sizes = [self._size(*image, whole) for image in images]
         target = self.resolution
         if isinstance(target, int):
             for size, (_, where) in zip(sizes, images, strict=True):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken, caught
-from fastinvdpo.data.images import file_below, file_bytes
+from fastinvdpo.data.images import file_below, file_bytes, frames_in, placed_bytes
 from fastinvdpo.data.rows import (
     IMAGES,
     MASKS,
@@ -97,7 +97,7 @@ class RecordSource(PairSource):
         if not isinstance(place, str) or not place or self.root is None:
             remedy = "add it, or name yours in data.columns"
             raise broken("missing image", where, place, "names no image", remedy)
-        return file_bytes(file_below([self.root], place, where), where)
+        return placed_bytes([self.root], place, where, self.frames if name in self.form.images else None)
 
     def files(self) -> list[Path]:
         images = set[Path]()
@@ -106,7 +106,7 @@ class RecordSource(PairSource):
         for place in named:
             try:
                 image = file_below([self.root or Path()], place, self.path)
-                images |= {image} if image.is_file() else set()
+                images |= {image} if image.is_file() else set(frames_in(image)[: self.frames])
             except (BrokenRow, OSError):  # reported where the row is read
                 continue
         return [*self.listed, *sorted(images)]

@@ -86,6 +86,7 @@ class PairSource(ABC):
         remote: rows are read from another machine.
         groups_per_window: how many groups are mixed with one another.
         stored: what :meth:`resolve` returned last.
+        frames: how many of a video are read, the first; None: images.
         masks: whether masks are read; mask_names: then those of image 0 and of image 1, after :meth:`resolve`.
     """
 
@@ -97,6 +98,7 @@ class PairSource(ABC):
     streaming: bool = False
     remote: bool = False
     groups_per_window: int = 1
+    frames: int | None = None
     masks: bool = False
     mask_names: tuple[str, str] | None = None
     stored: Set[str] = frozenset()
@@ -156,6 +158,13 @@ class PairSource(ABC):
         ``mask_0`` and ``mask_1``.
         """
         self.masks = read
+        return self
+
+    def with_frames(self, frames: int | None) -> Self:
+        """The source itself, which reads so many frames of a video in the place of an image."""
+        if frames is not None and (type(frames) is not int or frames < 1):
+            raise invalid("data.frames", frames, "is no number of frames", "give a whole number, such as 17, or null")
+        self.frames = frames
         return self
 
     def choose_masks(self, stored: set[str]) -> set[str]:

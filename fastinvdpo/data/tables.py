@@ -20,7 +20,7 @@ from pyarrow import compute, parquet, types
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import broken
-from fastinvdpo.data.images import image_bytes
+from fastinvdpo.data.images import frames_in, image_bytes
 from fastinvdpo.data.rows import FORMS, MASKS, NOISES, PAIRS, Form, PairSource, WrongForm, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.errors import invalid
@@ -116,7 +116,7 @@ class TableSource(PairSource):
             config = require("datasets", extra="train", purpose="reading preference pairs").config
             caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
             roots = [self._image_root, *map(Path, caches)]
-        return image_bytes(cell, where, roots)
+        return image_bytes(cell, where, roots, self.frames if name in self.form.images else None)
 
     def groups(self) -> list[int] | None:
         return [rows for *_, rows in self._groups] if self.streaming else None
@@ -136,7 +136,10 @@ class TableSource(PairSource):
                 bare = compute.is_null(compute.struct_field(column, "bytes"))  # stored by their paths alone
                 images.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
         own = [Path(entry["filename"]) for entry in self._dataset.cache_files]
-        return [*own, *(Path(path) for path in sorted(images) if Path(path).is_file())]
+        named = [
+            [Path(path)] if Path(path).is_file() else frames_in(Path(path))[: self.frames] for path in sorted(images)
+        ]
+        return [*own, *(file for files in named for file in files)]
 
     def shown(self, name: str) -> str:
         return self._columns.get(name, self.names.get(name, name))

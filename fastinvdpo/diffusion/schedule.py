@@ -29,7 +29,10 @@ _BETAS = frozenset(f"{name}Scheduler" for name in (
     "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD",
     "UniPCMultistep",
 ))  # fmt: skip
-_FLOWS = tuple(f"FlowMatch{name}Scheduler" for name in ("EulerDiscrete", "HeunDiscrete", "LCM"))
+FLOWS = tuple(f"FlowMatch{name}Scheduler" for name in ("EulerDiscrete", "HeunDiscrete", "LCM"))
+# Settings of UniPC for flow matching that give another noise, or other levels, than its shift.
+_OTHER_FLOWS = ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas",
+                "use_beta_sigmas", "thresholding")  # fmt: skip
 # Settings that give even those another noise, or another meaning of what the network predicts.
 _FOREIGN = ("sigma_data", "sigma_schedule", "sigma_min", "sigma_max", "use_flow_sigmas", "snr_shift_scale",
             "thresholding")  # fmt: skip
@@ -105,10 +108,16 @@ class NoiseSchedule:
             InvalidInput: a scheduler of other noise than betas or flow matching give, such as EDM's.
         """
         kind = config.get("_class_name")
-        if kind is not None and kind not in (*_BETAS, *_FLOWS):
+        if kind is not None and kind not in (*_BETAS, *FLOWS):
             remedy = "use a checkpoint whose scheduler has betas (DDIM, Euler, …) or is FlowMatchEulerDiscreteScheduler"
             raise invalid("scheduler", kind, "has noise that is not known here", remedy)
-        if kind in _FLOWS:
+        if kind == "UniPCMultistepScheduler" and config.get("prediction_type") == "flow_prediction":
+            for name in (name for name in _OTHER_FLOWS if config.get(name)):
+                raise invalid(f"scheduler.{name}", config[name], "is not computed here", "use a checkpoint without it")
+            if not config.get("use_flow_sigmas"):
+                raise invalid("scheduler.use_flow_sigmas", False, "contradicts flow_prediction", "set it to true")
+            return cls.flow(_shifted_sigmas({**config, "shift": config.get("flow_shift", 1.0)}, None), dict(config))
+        if kind in FLOWS:
             return cls.flow(_shifted_sigmas(config, image_seq_len), dict(config))
         foreign = [name for name in _FOREIGN if config.get(name)]
         if config.get("timestep_type") == "continuous" or foreign:

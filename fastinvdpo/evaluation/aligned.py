@@ -19,9 +19,14 @@ from fastinvdpo.models.checkpoints import ENCODERS, NETWORKS, weight_files
 
 
 def open_aligned(
-    family: str, base: str | Path | Origin, aligned: str | Path | Origin, *, dtype: torch.dtype = torch.float32
+    family: str,
+    base: str | Path | Origin,
+    aligned: str | Path | Origin,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> DiffusionModel:
-    """The aligned model, on the host.
+    """The aligned model, on the host; ``options`` of :func:`~fastinvdpo.models.load_model`.
 
     ``aligned`` is a directory or hub id of a whole model, a directory with the network alone, or an adapter for
     ``base``, as :func:`~fastinvdpo.models.adapters.read_adapter` reads it, which is merged into the network's
@@ -31,7 +36,7 @@ def open_aligned(
         InvalidInput: none of these, or one that does not fit ``base``.
     """
     base, aligned = Origin.of(base), Origin.of(aligned)
-    model, file = load_model(family, _beneath(base, aligned), dtype=dtype), adapter_file(aligned.path)
+    model, file = load_model(family, _beneath(base, aligned), dtype=dtype, **options), adapter_file(aligned.path)
     if file is not None:
         merge_adapter(model.network, read_adapter(file, model.network, model.translated_lora))
     return model

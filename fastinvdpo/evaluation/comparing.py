@@ -3,7 +3,8 @@
 Layout of the output directory::
 
     settings.json             what the images depend on: prompts, settings, contents of both models
-    base/00000.png, aligned/  an image for each prompt, lossless, by its place in the list
+    base/00000.png, aligned/  an image for each prompt, lossless, by its place in the list; of a video its frames, as
+                              00000-000.png, 00000-001.png, …
     noise/00000.npy           the initial latent of both, with the setting noise=true
     evaluation.json           scores and their statistics
     report.html               the same for a person, in one file
@@ -31,10 +32,11 @@ from fastinvdpo.evaluation.aligned import aligned_files, differences_of, open_al
 from fastinvdpo.evaluation.metrics import statistics
 from fastinvdpo.evaluation.page import report_page
 from fastinvdpo.evaluation.sampling import Sampling, check_whole, initial_noise, sample_images
-from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches
+from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, mean_of_frames
 from fastinvdpo.io import Digests, as_json, check_same, has_key, key_hash, plain, sealed, unsealed
 from fastinvdpo.models import DiffusionModel, checkpoint_files, load_model, own_guidance, resolve_family
-from fastinvdpo.models.base import Origin, check_guidance, check_prompts
+from fastinvdpo.models.base import Origin, check_frames, check_guidance, check_prompts
+from fastinvdpo.models.loading import check_options
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.opening import DTYPES
 
@@ -46,7 +48,8 @@ _SWITCH = {"true": True, "false": False}
 
 def parse_sampling(options: Sequence[str]) -> Sampling:
     """The settings in ``key=value`` strings. Raises ``InvalidInput`` for another key, or a value that is no number."""
-    kinds = {name: float if value is None else type(value) for name, value in asdict(Sampling()).items()}
+    kinds = {name: type(value) for name, value in asdict(Sampling()).items()}
+    kinds |= {"guidance_scale": float, "resolution": int}
     found: dict[str, Any] = {}
     for option in options:
         name, _, value = option.partition("=")
@@ -96,6 +99,8 @@ def compare(
     family = resolve_family(family, before.path, before.revision)
     texts, scorers = check_prompts(prompts), check_scorers(scorers)
     check_whole(1, num_inference_steps=sampling.num_inference_steps, batch_size=sampling.batch_size)
+    check_frames(sampling.frames, "frames")
+    check_options(family, sampling.size)
     check_whole(0, seed=sampling.seed, shown=shown)
     if sampling.guidance_scale is not None:
         check_guidance(sampling.guidance_scale)
@@ -109,12 +114,17 @@ def compare(
             sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
         _check_settings(place.path / _SETTINGS, _key(files, texts, family, sampling))
         notes, dtype = differences_of(before, after, files), DTYPES[sampling.dtype]
-        _sample_missing(lambda: load_model(family, before, dtype=dtype), place.path / "base", texts, sampling)
+        _sample_missing(
+            lambda: load_model(family, before, dtype=dtype, **sampling.size), place.path / "base", texts, sampling
+        )
         gc.collect()  # two models need not fit into memory together
-        opened = partial(open_aligned, family, before, after, dtype=dtype)
+        opened = partial(open_aligned, family, before, after, dtype=dtype, **sampling.size)
         _sample_missing(opened, place.path / "aligned", texts, sampling)
         gc.collect()
-        scores = {scorer.name: {side: _score(scorer, place.path / side, texts) for side in SIDES} for scorer in scorers}
+        scores = {
+            scorer.name: {side: _score(scorer, place.path / side, texts, sampling.frames) for side in SIDES}
+            for scorer in scorers
+        }
         results = {
             scorer.name: {**statistics(**scores[scorer.name]), "key": dict(getattr(scorer, "key", {}))}
             for scorer in scorers
@@ -122,7 +132,7 @@ def compare(
         samples = [
             {
                 "prompt": text,
-                **{side: f"{side}/{_file_name(number)}" for side in SIDES},
+                **{side: f"{side}/{_files(number, sampling.frames)[0]}" for side in SIDES},
                 **({_NOISE: f"{_NOISE}/{_file_name(number, 'npy')}"} if sampling.noise else {}),
                 "scores": {name: {side: both[side][number] for side in SIDES} for name, both in scores.items()},
             }
@@ -154,7 +164,12 @@ def _key(
         "family": family,
         "prompts": len(prompts),
         _PROMPTS: key_hash({"prompts": prompts}),
-        **{name: value for name, value in asdict(sampling).items() if name not in ("batch_size", _NOISE)},
+        **{
+            name: value
+            for name, value in asdict(sampling).items()
+            if name not in ("batch_size", _NOISE, *sampling.size)
+        },
+        **{name: value for name, value in sampling.size.items() if value is not None},
         **{f"{side} {part}": digests.of(found) for side in SIDES for part, found in files[side].items()},
     }
     return plain(key)
@@ -182,15 +197,16 @@ def _sample_missing(
     for start in range(0, len(prompts), sampling.batch_size):
         places = range(start, min(start + sampling.batch_size, len(prompts)))
         files = {noise / _file_name(place, "npy") for place in places} if sampling.noise else set[Path]()
-        if all(file.is_file() for file in files) and all(_is_whole(folder / _file_name(place)) for place in places):
+        shown = [folder / name for place in places for name in _files(place, sampling.frames)]
+        if all(file.is_file() for file in files) and all(map(_is_whole, shown)):
             continue
         if model is None:
             model = open_model()
             if torch.cuda.is_available():
                 model.to("cuda")
         images = sample_images(model, model.network, [prompts[place] for place in places], places, sampling)
-        for place, image in zip(places, images, strict=True):
-            with atomic_file(folder / _file_name(place)) as temporary:
+        for file, image in zip(shown, images, strict=True):
+            with atomic_file(file) as temporary:
                 image.save(temporary, format="PNG")
         if sampling.noise:
             make_directory(noise)
@@ -210,13 +226,18 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _score(scorer: Scorer, folder: Path, prompts: Sequence[str]) -> list[float]:
+def _score(scorer: Scorer, folder: Path, prompts: Sequence[str], frames: int) -> list[float]:
     scores: list[float] = []
-    for start in range(0, len(prompts), scorer.batch_size):  # not all images in memory
-        texts = prompts[start : start + scorer.batch_size]
-        images = [read_image(folder / _file_name(start + place)) for place in range(len(texts))]
-        scores += in_batches(scorer, images, texts).tolist()
-    return scores
+    shown = [(folder / name, text) for place, text in enumerate(prompts) for name in _files(place, frames)]
+    for start in range(0, len(shown), scorer.batch_size):  # not all images in memory
+        files, texts = zip(*shown[start : start + scorer.batch_size], strict=True)
+        scores += in_batches(scorer, [read_image(file) for file in files], texts).tolist()
+    return mean_of_frames(scores, frames)
+
+
+def _files(place: int, frames: int) -> list[str]:
+    """The names of the image, or of the frames, of a prompt."""
+    return [_file_name(place)] if frames == 1 else [f"{place:05d}-{frame:03d}.png" for frame in range(frames)]
 
 
 def _file_name(place: int, kind: str = "png") -> str:

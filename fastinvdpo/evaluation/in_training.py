@@ -30,7 +30,7 @@ from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import grid, scores_figure
 from fastinvdpo.evaluation.prompts import load_prompts
 from fastinvdpo.evaluation.sampling import check_sampling, sample_images
-from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, open_scorers
+from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, mean_of_frames, open_scorers
 from fastinvdpo.io import key_hash, plain, sealed, unsealed
 from fastinvdpo.models import DiffusionModel
 from fastinvdpo.trainer.callbacks import Callback, Run, TrainResult
@@ -140,9 +140,10 @@ class EvaluationCallback(Callback):
             chosen = places[start : start + section.batch_size]
             texts = [self._texts[place] for place in chosen]
             images = sample_images(model, network, texts, chosen, section)
-            self._shown += images[: _SHOWN - len(self._shown)]
+            self._shown += images[:: model.frames][: _SHOWN - len(self._shown)]
+            told = [text for text in texts for _ in range(model.frames)]
             for scorer in self._scorers:
-                found[scorer.name] += in_batches(scorer, images, texts).tolist()
+                found[scorer.name] += mean_of_frames(in_batches(scorer, images, told).tolist(), model.frames)
         return found
 
     def _shared_scores(self, trainer: Run) -> Scores:

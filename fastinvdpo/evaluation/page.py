@@ -47,7 +47,7 @@ def report_page(summary: Mapping[str, Any], root: Path, *, shown: int) -> str:
     guided = "no guidance" if summary["guidance_scale"] == 1 else f"guidance {summary['guidance_scale']:g}"
     settings = (
         f"Base {summary['base']}, aligned {summary['aligned']}. {summary['prompts']} prompts, "
-        f"{summary['num_inference_steps']} DDIM steps, {guided}, seed {summary['seed']}, {summary['dtype']}."
+        f"{summary['num_inference_steps']} steps, {guided}, seed {summary['seed']}, {summary['dtype']}."
     )
     parts = [
         "<h1>Aligned model against base model</h1>",

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from fastinvdpo.config.sections import EvaluationSection
-from fastinvdpo.diffusion.prompt import Prompt, evaluate
+from fastinvdpo.diffusion.prompt import Prompt, evaluate, weighted_sum
 from fastinvdpo.diffusion.schedule import affine_coefficients, stack_coefficients
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import DiffusionModel
@@ -27,7 +27,8 @@ class Sampling:
     noise, and how a network computes.
 
     ``batch_size`` changes speed and last bits alone. ``dtype``: storage type of network and text encoders, ``fp32`` or
-    ``bf16``. ``noise``: keep the initial latents beside the images.
+    ``bf16``. ``noise``: keep the initial latents beside the images. ``resolution`` (flow matching): side of the images;
+    None: the checkpoint's own size. ``frames``: of a video (Wan).
     """
 
     num_inference_steps: int = 25
@@ -36,6 +37,13 @@ class Sampling:
     batch_size: int = 8
     dtype: str = "fp32"
     noise: bool = False
+    resolution: int | None = None
+    frames: int = 1
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """The options of a model that makes such images."""
+        return {"resolution": self.resolution, "frames": None if self.frames == 1 else self.frames}
 
 
 def sample_images(
@@ -45,7 +53,9 @@ def sample_images(
     places: Sequence[int],
     settings: Sampling | EvaluationSection,
 ) -> list[Image]:
-    """The images that ``network`` makes of some prompts of a list, which stand at ``places`` of it."""
+    """The images that ``network`` makes of some prompts of a list, which stand at ``places`` of it; of videos all
+    ``model.frames`` of the first, then those of the next.
+    """
     names = ("num_inference_steps", "guidance_scale", "seed", "batch_size")
     options = {name: getattr(settings, name) for name in names}
     return model.decode_latents(sample(model, network, prompts, places=places, **options))
@@ -66,10 +76,11 @@ def sample(
     """Latents ``(n, *model.latent_shape)``, float32, that ``network`` samples for ``n`` prompts.
 
     Steps go down the levels of the checkpoint's own scheduler, from standard normal noise at the top one to the clean
-    end. The noise of a prompt depends on ``seed`` and its place in the list alone, not on the batch it travels in;
-    ``places`` says which those are when ``prompts`` are a part of that list. ``guidance_scale`` means what it does to
-    the checkpoint's pipeline, whose default it has when None: ``ε_uncond + g·(ε_cond − ε_uncond)`` with twice the
-    network evaluations, none up to 1; for FLUX.1-dev an input of the network.
+    end, and are those of ``model.solver``, where it has one. The noise of a prompt depends on ``seed`` and its place in
+    the list alone, not on the batch it travels in; ``places`` says which those are when ``prompts`` are a part of that
+    list. ``guidance_scale`` means what it does to the checkpoint's pipeline, whose default it has when None:
+    ``ε_uncond + g·(ε_cond − ε_uncond)`` with twice the network evaluations, none up to 1; for FLUX.1-dev an input of
+    the network.
 
     Raises InvalidInput for no prompts, another number of places, a step count, batch size or guidance scale that means
     nothing, or a model that does not start from noise.
@@ -90,7 +101,7 @@ def sample(
             batch = slice(start, start + batch_size)
             prompt = encode_prompt(model, prompts[batch], guidance_scale)
             noise = initial_noise(model, seed, numbers[batch])
-            parts.append(_descend(model, network, noise, prompt, levels))
+            parts.append(_descend(model, network, noise, prompt, levels, model.solver(num_inference_steps)))
     finally:
         network.train(was_training)
     return torch.cat(parts)
@@ -140,16 +151,22 @@ def encode_prompt(model: DiffusionModel, prompts: Sequence[str], guidance_scale:
     return Prompt(conditioning, None if scale == 1 else model.encode_prompts([""] * len(prompts)), scale)
 
 
-def _descend(model: DiffusionModel, network: nn.Module, latents: Tensor, prompt: Prompt, levels: Tensor) -> Tensor:
+def _descend(
+    model: DiffusionModel, network: nn.Module, latents: Tensor, prompt: Prompt, levels: Tensor, solver: Any | None
+) -> Tensor:
     """Walk the descending ``levels`` and one step more, to the clean end (level -1)."""
 
     def predict(latents: Tensor, timesteps: Tensor, conditioning: object) -> Tensor:
         return model.predict(network, latents, timesteps, conditioning)  # type: ignore[arg-type]
 
     below = torch.cat([levels[1:], levels.new_tensor([-1])])
-    for source, target in zip(levels, below, strict=True):
+    for step, (source, target) in enumerate(zip(levels, below, strict=True)):
         timesteps = source.expand(len(latents))
         outputs, weights = model.guided(*evaluate(predict, latents, timesteps.to(latents.device), prompt))
+        if solver is not None:
+            prediction = weighted_sum(outputs, weights).to(latents.dtype)
+            latents = solver.step(prediction, solver.timesteps[step], latents, return_dict=False)[0]
+            continue
         kept, scale = affine_coefficients(model.sampling_schedule, timesteps, target.expand(len(latents)))
         columns = [kept, *(scale * weight for weight in weights)]
         latents = affine_step(latents, outputs, stack_coefficients(latents, *columns))

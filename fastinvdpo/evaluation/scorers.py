@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -267,6 +268,11 @@ def check_scorers(scorers: Sequence[Scorer]) -> list[Scorer]:
     if twice:
         raise invalid("scorer", names, f"names {', '.join(twice)} twice", "give each a name, as in clip=PATH,name=NAME")
     return list(scorers)
+
+
+def mean_of_frames(scores: Sequence[float], frames: int) -> list[float]:
+    """The score of every video, from those of its frames."""
+    return [fmean(scores[start : start + frames]) for start in range(0, len(scores), frames)]
 
 
 def in_batches(scorer: Scorer, images: Sequence[Image], captions: Sequence[str]) -> Tensor:

@@ -102,6 +102,8 @@ def open_to_score(data: DataSection) -> PairSource:
     """The rows to score; a local parquet file is read where it lies, a row group at a time."""
     if data.form != "pairs":
         raise invalid("data.form", data.form, "has no pairs to score", "score the pairs that the labels come from")
+    if data.frames is not None:
+        raise invalid("data.frames", data.frames, "is of videos, which are not scored here", "store your own scores")
     for name in sorted(data.model_fields_set - {"form"} - _READ_BY_SCORE):
         remedy = f"leave it out; what counts here is {', '.join(sorted(_READ_BY_SCORE))}"
         raise invalid(f"data.{name}", getattr(data, name), "changes nothing of what is scored", remedy)

@@ -84,8 +84,9 @@ class TrainedModel(ABC):
         return self
 
     @abstractmethod
-    def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Latents ``(n, C, h, w)``, float32, without gradient. Raises ``InvalidInput`` for unusable sizes.
+    def encode_images(self, images: Sequence[Any], posterior: Tensor | None = None) -> Tensor:
+        """Latents ``(n, C, h, w)`` of PIL images, float32, without gradient; of videos, lists of ``frames`` images,
+        ``(n, C, frames, h, w)``. Raises ``InvalidInput`` for unusable sizes.
 
         ``posterior``: number of the sample to take from each image's posterior, int64 ``(n,)`` on the host: equal
         numbers take equal noise. None: its mean. No matter to families without a VAE.
@@ -105,7 +106,7 @@ class TrainedModel(ABC):
         """The tensors of :meth:`encode_prompts` that follow from the geometry alone, float32; empty where none do."""
         return {}
 
-    def encode_small(self, images: Sequence[Image]) -> dict[str, Tensor]:
+    def encode_small(self, images: Sequence[Any]) -> dict[str, Tensor]:
         """Conditioning that follows from small ones of the images themselves; empty where there is no cascade."""
         return {}
 
@@ -140,11 +141,12 @@ class DiffusionModel(TrainedModel):
         schedule: the noise schedule of the checkpoint, float64.
         sampling_schedule: the one that the checkpoint is sampled by, whatever it is trained with.
         scheduler_config: the checkpoint's scheduler configuration, as saved again by :meth:`save`.
-        latent_shape: ``(C, h, w)`` of one latent at the model's own resolution.
+        latent_shape: ``(C, h, w)`` of one latent at the model's own resolution; of videos ``(C, frames, h, w)``.
         image_size: ``(height, width)`` in pixels at the model's own resolution.
         own_guidance: the guidance scale that the checkpoint's own pipeline samples with by default.
         guidance_embedded: whether the guidance scale is an input of the network, in the place of a second call.
         refines: whether it starts from images alone, never from pure noise.
+        frames: how many images a latent stands for; more than one are a video.
     """
 
     schedule: NoiseSchedule
@@ -154,6 +156,7 @@ class DiffusionModel(TrainedModel):
     own_guidance: float = 7.5
     guidance_embedded = False
     refines = False
+    frames = 1
 
     @property
     def sampling_schedule(self) -> NoiseSchedule:
@@ -182,9 +185,17 @@ class DiffusionModel(TrainedModel):
         """
         return inversion_levels(self.schedule, num_inference_steps).flip(0)
 
+    def solver(self, num_inference_steps: int) -> Any | None:
+        """The checkpoint's own scheduler, ready for the first of so many steps, where samples take its steps between
+        ``sampling_levels``; None: they take those of DDIM, or Euler's.
+        """
+        return None
+
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> list[Image]:
-        """Images of latents ``(n, C, h, w)``. Raises ``InvalidInput`` for another shape or non-finite values."""
+        """Images of latents ``(n, C, h, w)``; of videos the ``frames`` of the first, then those of the next. Raises
+        ``InvalidInput`` for another shape or non-finite values.
+        """
 
     def translated_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """An adapter with diffusers' names, of one with the names of a model's original code."""
@@ -201,6 +212,15 @@ def check_guidance(scale: float) -> float:
     if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
         raise invalid("guidance_scale", scale, "is not a finite number of at least 0", "pass 1 for no guidance")
     return scale
+
+
+def check_frames(frames: int, argument: str = "data.frames") -> int:
+    """The number. Raises ``InvalidInput`` unless it is 4k + 1: the VAE of Wan takes one frame, then four each."""
+    if type(frames) is not int or frames < 1 or frames % 4 != 1:
+        near = 1 if type(frames) is not int or frames < 1 else frames - (frames - 1) % 4
+        problem = "is not 4k + 1 frames, as the VAE for videos takes them"
+        raise invalid(argument, frames, problem, f"use {near} or {near + 4}")
+    return frames
 
 
 def check_images(images: Sequence[Image]) -> None:
@@ -224,11 +244,14 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
-def check_latents(latents: Tensor, channels: int) -> None:
-    """Raise ``InvalidInput`` unless ``latents`` is a finite floating-point ``(n, channels, h, w)``."""
-    if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
-        shape = f"{tuple(latents.shape)} {latents.dtype}"
-        raise invalid("latents", shape, "has the wrong shape or dtype", f"pass floating-point (n, {channels}, h, w)")
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``InvalidInput`` unless ``latents`` are finite, floating point, and of the channels and as many dimensions
+    as a latent of ``shape``.
+    """
+    if latents.ndim != 1 + len(shape) or latents.shape[1] != shape[0] or not latents.is_floating_point():
+        found = f"{tuple(latents.shape)} {latents.dtype}"
+        wanted = f"(n, {shape[0]}, {'frames, ' if len(shape) == 4 else ''}h, w)"
+        raise invalid("latents", found, "has the wrong shape or dtype", f"pass floating-point {wanted}")
     if not bool(torch.isfinite(latents).all()):
         raise invalid("latents", f"{tuple(latents.shape)}", "holds NaN or infinity", "look at how they were made")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastinvdpo.diffusion.schedule import FLOW, NoiseSchedule, dynamic_shift
+from fastinvdpo.diffusion.schedule import FLOW, FLOWS, NoiseSchedule, dynamic_shift
 from fastinvdpo.errors import invalid
 from fastinvdpo.models.base import ATTENTION_PROJECTIONS, cast_inputs, check_guidance
 from fastinvdpo.models.pipeline import PipelineModel, sides
@@ -35,6 +35,7 @@ class FlowModel(PipelineModel):
     network_folder = "transformer"
     options: ClassVar[tuple[str, ...]] = ("vae", "resolution", "max_sequence_length")
     default_lora_targets: tuple[str, ...] = (*ATTENTION_PROJECTIONS, *_TEXT_PROJECTIONS)
+    schedulers: ClassVar[tuple[str, ...]] = FLOWS
     patch = 2
     _latents_per_token = 1  # on the channels of the transformer's input
 
@@ -50,11 +51,11 @@ class FlowModel(PipelineModel):
         self._set_sizes(side)
         self._tokens = (side[0] // self.patch) * (side[1] // self.patch)
         scheduler = str(self.scheduler_config["_class_name"])
-        if not scheduler.startswith("FlowMatch"):
+        if scheduler in self.schedulers:
+            self.schedule = self._noise_schedule()
+        if scheduler not in self.schedulers or self.schedule.prediction_type != FLOW:
             problem = f"its scheduler {scheduler} is not one of flow matching"
             raise self._refuse(problem, "use a checkpoint as published")
-        self.schedule = self._noise_schedule()
-        assert self.schedule.prediction_type == FLOW
         taken, given = self.pipeline.transformer.config.in_channels, self._latent_channels
         if taken != given * self._latents_per_token:
             problem = f"the transformer takes {taken} channels, the VAE gives {given}"
@@ -72,10 +73,13 @@ class FlowModel(PipelineModel):
         if scheduler.config.get("use_dynamic_shifting"):
             shift = {"mu": self._mu(num_inference_steps)}
         self._set_timesteps(scheduler, num_inference_steps, shift)
-        noise = scheduler.sigmas[:-1].unique().double()  # Heun's come twice
-        _, table = self.schedule.rates(torch.arange(self.schedule.num_train_timesteps))
+        return self._levels_of(scheduler.sigmas[:-1].unique().flip(0).double())  # Heun's come twice
+
+    def _levels_of(self, noise: Tensor) -> Tensor:
+        """The levels, float64, at which the noise of the schedule is σ ``(n,)``."""
+        _, table = self.schedule.rates(torch.arange(-1, self.schedule.num_train_timesteps))
         below = torch.searchsorted(table, noise).sub(1).clamp(0, len(table) - 2)
-        return (below + (noise - table[below]) / table.diff()[below]).flip(0)
+        return below - 1 + (noise - table[below]) / table.diff()[below]
 
     def _set_timesteps(self, scheduler: Any, num_inference_steps: int, shift: dict[str, float]) -> None:
         """As most pipelines: equal steps down to ``1/N`` before the shift."""

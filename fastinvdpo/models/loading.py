@@ -25,6 +25,7 @@ _FAMILIES = {
     "flux2-klein": ("fastinvdpo.models.flux2", "Flux2KleinModel"),
     "qwen-image": ("fastinvdpo.models.qwen_image", "QwenImageModel"),
     "z-image": ("fastinvdpo.models.z_image", "ZImageModel"),
+    "wan": ("fastinvdpo.models.wan", "WanModel"),
     "mars": ("fastinvdpo.models.mars.pipeline", "MarsPipeline"),
 }
 MARS = "mars"  # no diffusion model
@@ -39,6 +40,7 @@ _PIPELINES = {
     "Flux2KleinPipeline": "flux2-klein",
     "QwenImagePipeline": "qwen-image",
     "ZImagePipeline": "z-image",
+    "WanPipeline": "wan",
 }
 # Since when diffusers has a family as it is used here, where that is later than the oldest that is supported.
 _SINCE = {"flux2-klein": "0.37", "qwen-image": "0.37"}
@@ -108,7 +110,7 @@ def load_model(
             another VAE; ``zero_terminal_snr`` (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it;
             ``resolution`` (flow matching): side of the images in pixels, which some noise schedules depend on;
             ``max_sequence_length`` (flow matching): tokens of a prompt, of SD3 and FLUX.1 T5's;
-            ``guidance_embedding`` (FLUX.1).
+            ``guidance_embedding`` (FLUX.1); ``frames`` (Wan): of a video.
 
     Raises:
         InvalidInput: unknown family, missing files, a checkpoint of another kind, or an option it does not have.
@@ -132,12 +134,18 @@ def load_any(
     family = resolve_family(family, origin.path, origin.revision)
     if dtype not in _DTYPES:
         raise invalid("dtype", dtype, "is not a floating-point type models are kept in", f"use one of {_DTYPES}")
-    loader = family_class(family)
-    for name, value in {"vae": origin.vae, **given}.items():
-        if value is not None and name not in loader.options:
-            problem, known = f"means nothing for a model of the family {family}", ", ".join(loader.options)
-            raise invalid(f"model.{name}", value, problem, f"set it to null; options here: {known or 'none'}")
-    return loader.load(origin, dtype=dtype, frozen_parts=frozen_parts, **given)
+    check_options(family, {"vae": origin.vae, **given})
+    return family_class(family).load(origin, dtype=dtype, frozen_parts=frozen_parts, **given)
+
+
+def check_options(family: str, options: Mapping[str, Any]) -> None:
+    """Raise ``InvalidInput`` for an option, other than None, that the family does not have."""
+    known = family_class(family).options
+    for name, value in options.items():
+        if value is not None and name not in known:
+            section = "data" if name in ("frames", "resolution") else "model"
+            problem, remedy = f"means nothing for a model of the family {family}", ", ".join(known) or "none"
+            raise invalid(f"{section}.{name}", value, problem, f"set it to null; options here: {remedy}")
 
 
 def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> dict[str, list[Path]]:

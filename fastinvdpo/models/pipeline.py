@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from fastinvdpo.data.transforms import ImageGeometry
 
-# Latents that are decoded at once. Images are encoded one by one: sums round as the batch is, and what a pair becomes
-# must not depend on the pairs beside it.
-_VAE_BATCH = 4
 _STREAM_POSTERIOR = 1 << 21  # no other random number of a run has this offset
 
 
@@ -38,10 +35,13 @@ class PipelineModel(DiffusionModel):
         pipelines: the pipeline classes of the family.
         guidance_argument: what their call names the scale of guidance.
         whole: whether text encoders and VAE were loaded.
+        vae_batch: latents that are decoded at once. Images are encoded one by one: sums round as the batch is, and what
+            a pair becomes must not depend on the pairs beside it.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
     guidance_argument: ClassVar[str] = "guidance_scale"
+    vae_batch: ClassVar[int] = 4
 
     def __init__(self, pipeline: Any, origin: Origin | None = None, *, whole: bool = True, **options: Any) -> None:
         self.pipeline, self.origin, self.whole = pipeline, origin, whole
@@ -110,18 +110,25 @@ class PipelineModel(DiffusionModel):
         return tuple(part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None)
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image], posterior: Tensor | None = None) -> Tensor:
-        """Mean or sample of the VAE's posterior, shifted and scaled as in the checkpoint, ``(n, C, h, w)`` float32.
+    def encode_images(self, images: Sequence[Any], posterior: Tensor | None = None) -> Tensor:
+        """Mean or sample of the VAE's posterior, shifted and scaled as in the checkpoint, ``(n, C, h, w)`` float32, of
+        videos ``(n, C, frames, h, w)``.
 
         Images of one call share a size, whose sides are multiples of ``size_factor``.
         """
         self._need_frozen_parts()
-        base.check_images(images)
-        self._check_sizes(images)
+        shown = [list(image) if isinstance(image, list | tuple) else [image] for image in images]
+        for i, frames in enumerate(shown):
+            if len(frames) != self.frames:
+                problem = f"are not the {self.frames} of the model"
+                raise invalid(f"len(images[{i}])", len(frames), problem, "set data.frames, of the family wan alone")
+        flat = [frame for frames in shown for frame in frames]
+        base.check_images(flat)
+        self._check_sizes(flat)
         vae = self.pipeline.vae
         latents = []
-        for i, image in enumerate(images):
-            mean, std = self._posterior(base.pixels_of([image], "RGB").to(vae.device, vae.dtype))
+        for i, frames in enumerate(shown):
+            mean, std = self._posterior(base.pixels_of(frames, "RGB").to(vae.device, vae.dtype))
             latents.append(mean.to(torch.float32))
             if posterior is not None:
                 index, shape = posterior[i : i + 1].to(vae.device), tuple(latents[-1].shape[1:])
@@ -133,10 +140,10 @@ class PipelineModel(DiffusionModel):
     def decode_latents(self, latents: Tensor) -> list[Image]:
         """Images, by the operations of diffusers' pipelines in their order: the same bytes from the same latents."""
         self._need_frozen_parts()
-        base.check_latents(latents, channels=self.latent_shape[0])
+        base.check_latents(latents, self.latent_shape)
         vae = self.pipeline.vae
         images = []
-        for chunk in latents.detach().to(vae.device, torch.float32).split(_VAE_BATCH):
+        for chunk in latents.detach().to(vae.device, torch.float32).split(self.vae_batch):
             decoded = self._decoded(self._unnormalized(chunk).to(vae.dtype))
             images += base.images_of(((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8))
         return images
@@ -220,7 +227,8 @@ class PipelineModel(DiffusionModel):
         config = self.pipeline.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
-            shift, spread = (torch.tensor(v, device=self.pipeline.vae.device).reshape(1, -1, 1, 1) for v in (mean, std))
+            shape = (-1, *[1] * (len(self.latent_shape) - 1))
+            shift, spread = (torch.tensor(v, device=self.pipeline.vae.device).reshape(shape) for v in (mean, std))
             return shift, config.get("scaling_factor", 1.0) / spread
         return config.get("shift_factor") or 0.0, config["scaling_factor"]
 

@@ -159,7 +159,8 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
         packed, scale = _QUANTIZE[kind](linear.weight.detach())
-        for name, tensor in (("weight", packed), ("scale", scale)):
+        # Wan takes the type of its embedding of time from that of the first parameter.
+        for name, tensor in (("scale", scale), ("weight", packed)):
             if offload:  # no parameter: those move with the module, and DistributedDataParallel wants them in one place
                 setattr(self, name, tensor.cpu().pin_memory() if torch.cuda.is_available() else tensor.cpu())
             else:  # no buffer: DistributedDataParallel would send those around at every call

@@ -34,9 +34,10 @@ class EncodedPair:
     """One pair, or one image, as tensors of a single sample, on the host or already on the device.
 
     Attributes:
-        sides: winner and loser, or the image: ``latents`` ``(C, h, w)``, or codes ``(N,)``; ``geometry.NAME``: the
-            conditioning that follows from size and crop (SDXL) or from a small image (MARS); ``mask`` ``(1, h, w)`` of
-            data with masks; from a cache that holds them also ``trajectory`` and ``reference_pred``.
+        sides: winner and loser, or the image: ``latents`` ``(C, h, w)``, of a video ``(C, frames, h, w)``, or codes
+            ``(N,)``; ``geometry.NAME``: the conditioning that follows from size and crop (SDXL) or from a small image
+            (MARS); of data with masks ``mask`` ``(1, h, w)`` or ``(1, 1, h, w)``; from a cache that holds them also
+            ``trajectory`` and ``reference_pred``.
         caption: the conditioning that follows from the caption.
         tie: neither won; the first image stands for the winner.
         liked: of a single image.
@@ -236,12 +237,13 @@ def encode_sides(model: TrainedModel, sides: Sequence[Side], *, sampled: bool) -
     """
     samples = (torch.tensor([int(side.key[:15], 16) for side in sides]),) if sampled else ()  # 60 bits
     shapes = model.encode_geometry([side.geometry for side in sides])
-    images = [side.image for side in sides]
+    images = [side.frames or side.image for side in sides]
     shapes |= model.encode_small(images)
     latents = model.encode_images(images, *samples)
     found = {"latents": latents, **{f"{_GEOMETRY}{name}": tensor for name, tensor in shapes.items()}}
     if masks := [side.mask for side in sides if side.mask is not None]:
-        found["mask"] = latent_mask(pixels_of(masks, "L"), (latents.shape[2], latents.shape[3])).to(latents.device)
+        mask = latent_mask(pixels_of(masks, "L"), (latents.shape[-2], latents.shape[-1])).to(latents.device)
+        found["mask"] = mask if latents.ndim == 4 else mask.unsqueeze(2)  # one mask for all frames
     noises = [noise for side in sides if (noise := side.noise) is not None]
     if noises and isinstance(noises[0], int):
         found["seed"] = torch.tensor(noises).unsqueeze(1)

@@ -38,6 +38,7 @@ from fastinvdpo.errors import invalid
 from fastinvdpo.io import Digests, check_same, key_hash, plain, read_object
 from fastinvdpo.methods import ChainObjective, SingleTimestepObjective
 from fastinvdpo.models import checkpoint_files, resolve_family
+from fastinvdpo.models.loading import check_options
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPair, Tensors, embed, encode_sides, geometry_of
@@ -155,6 +156,7 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     if source.remote:
         source.files()  # raises
     family = resolve_family(model.family, model.path, model.revision)
+    check_options(family, {"frames": data.frames})
     replaced = {name: getattr(model, name) for name in ("unet_init", "vae", "revision", "variant")}
     files = checkpoint_files(family, model.path, **replaced)
     network = "unet" if "unet" in files else "transformer"
@@ -167,6 +169,7 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
         **content_of(source, digests),
         **{f"data.{name}": getattr(data, name) for name in encoding},
         **({"data.form": f"{data.form}, image by image"} if config.method.unpaired else {}),
+        **({"data.frames": data.frames} if data.frames else {}),
         "model.family": family,
         "model.variant": model.variant,
         **{f"model {part}": digests.of(paths) for part, paths in files.items() if part not in (network, "scheduler")},

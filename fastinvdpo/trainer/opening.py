@@ -88,7 +88,11 @@ def open_data_source(data: DataSection) -> PairSource:
         *("form", "format", "columns", "split", "revision", "subset"),
         *("streaming", "shuffle_buffer", "image_root", "rank_pairs"),
     )
-    return open_source(data.path, **{key: getattr(data, key) for key in keys}).with_masks(data.masks)
+    return (
+        open_source(data.path, **{key: getattr(data, key) for key in keys})
+        .with_masks(data.masks)
+        .with_frames(data.frames)
+    )
 
 
 def check_masks(config: TrainConfig, has_masks: bool) -> None:
@@ -163,6 +167,7 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> Any:
     family = resolve_family(source.family, source.path, source.revision)
     keys = ("revision", "variant", "unet_init", "vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
     options: dict[str, Any] = {key: getattr(source, key) for key in (*keys, "low_resolution")}
+    options["frames"] = config.data.frames
     if family in FLOW_FAMILIES:
         options["resolution"] = config.data.resolution
     load = partial(load_any, family, source.path, **options)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastinvdpo import cli
-from fastinvdpo.data import LikedDataset, PairDataset
+from fastinvdpo.data import LikedDataset, PairDataset, open_source
 from tests import documentation
 from tests.data.test_pairs import encoded, image, row, store
 from tests.evaluation import tiny_clip as tiny
@@ -27,7 +27,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with the files that the page names."""
-    folder, ranked, likes, structured = EXAMPLES
+    folder, ranked, likes, videos, structured = EXAMPLES
     for root in (tmp_path, tmp_path / "folder", tmp_path / "likes"):
         (root / "images").mkdir(parents=True)
         for name, shade in (("0-0", 0), ("0-1", 50), ("1-0", 100), ("1-1", 150)):
@@ -36,6 +36,11 @@ def place(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store(tmp_path / "masked.parquet", [row(i) | {"mask": encoded(image(i))} for i in range(3)])
     (tmp_path / "folder" / "pairs.jsonl").write_text(folder)
     (tmp_path / "likes" / "likes.jsonl").write_text(likes)
+    for side in range(2):
+        (frames := tmp_path / "videos" / "frames" / f"0-{side}").mkdir(parents=True)
+        for number in range(18):
+            (frames / f"{number}.png").write_bytes(encoded(image(100 * side + number)))
+    (tmp_path / "videos" / "pairs.jsonl").write_text(videos)
     (tmp_path / "ranked.json").write_text(ranked)
     better = json.loads(structured)
     worse = better | {"image": "images/0-1.png", "scores": {"objects": 0.2, "relations": 0.1}}
@@ -48,7 +53,7 @@ def place(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_has_commands_and_examples() -> None:
-    assert len(COMMANDS) == 10 and len(EXAMPLES) == 4
+    assert len(COMMANDS) == 11 and len(EXAMPLES) == 5
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,6 +70,8 @@ def test_the_examples_mean_what_the_page_says(place: Path) -> None:
     pairs = PairDataset(place / "folder" / "pairs.jsonl")
     assert [pair.winner.getpixel((0, 0)) for pair in pairs] == [50, 100]
     assert [pair.winner.getpixel((0, 0)) for pair in PairDataset(place / "ranked.json")] == [50, 0, 50]
+    (video,) = PairDataset(open_source(place / "videos").with_frames(17))
+    assert [frame.getpixel((0, 0)) for frame in video.sides[0].frames] == list(range(100, 117))
     (liked,) = LikedDataset(place / "likes")
     assert liked.liked and liked.side.image.getpixel((0, 0)) == 50
     assert cli.main(["data", "build", "structured.jsonl", "--output", "built.parquet"]) == 0

@@ -174,7 +174,7 @@ def test_a_schedule_that_training_rescales_is_sampled_as_the_checkpoint_says(tmp
     ("name", "told", "evaluations"),
     [
         *(("sd15", 7.5, 2), ("sdxl", 5.0, 2), ("sd3", 7.0, 2), ("klein", 4.0, 2), ("qwen", 4.0, 2)),
-        *(("z-image", 5.0, 2), ("flux", 3.5, 1), ("schnell", 1.0, 1), ("turbo", 1.0, 1)),
+        *(("z-image", 5.0, 2), ("wan", 5.0, 2), ("flux", 3.5, 1), ("schnell", 1.0, 1), ("turbo", 1.0, 1)),
     ],
 )
 def test_guidance_is_by_default_that_of_the_pipeline(tmp_path: Path, name: str, told: float, evaluations: int) -> None:

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -26,6 +27,9 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -45,6 +49,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tests.cases import SD_SCHEDULER
@@ -281,6 +287,24 @@ def z_image_pipeline(*, turbo: bool = False, **parts: Any) -> ZImagePipeline:
     return ZImagePipeline(**{**own, **parts})
 
 
+def wan_pipeline(*, ti2v: bool = False, **parts: Any) -> WanPipeline:
+    """Wan 2.1 with its own UniPC, or the 5B of 2.2 (``ti2v``): a VAE of 4 x 4 pixels and of 4 frames a latent."""
+    torch.manual_seed(9)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8}
+    image = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+    statistics = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [1.5, 0.7, 1.0, 2.0]}
+    text = {"vocab_size": len(t5_tokenizer()), "d_model": 8, "d_kv": 4, "d_ff": 16, "num_heads": 2, "num_layers": 2}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    own = {
+        "transformer": WanTransformer3DModel(**sizes, freq_dim=16, ffn_dim=32, num_layers=2),
+        "scheduler": UniPCMultistepScheduler(**flow),
+        "vae": AutoencoderKLWan(**image, **statistics, scale_factor_spatial=4),
+        "text_encoder": UMT5EncoderModel(UMT5Config(**text)).eval(),
+        "tokenizer": t5_tokenizer(),
+    }
+    return WanPipeline(**{**own, **parts}, expand_timesteps=ti2v)
+
+
 PIPELINES = {
     "sd15": sd_pipeline,
     "sd21": lambda: sd_pipeline(prediction_type="v_prediction"),
@@ -292,6 +316,7 @@ PIPELINES = {
     "klein": flux2_pipeline,
     "qwen": qwen_pipeline,
     "z-image": z_image_pipeline,
+    "wan": wan_pipeline,
 }
 """Every family at its smallest."""
-FLOW = ("sd3", "flux", "schnell", "klein", "qwen", "z-image")
+FLOW = ("sd3", "flux", "schnell", "klein", "qwen", "z-image", "wan")

@@ -31,8 +31,10 @@ STEPS, GUIDANCE = 2, 2.0
 ALL = tuple(tiny.METHODS)
 # Inversion-DPO scores whole chains, of levels that the refiner and Turbo were not trained on.
 FAMILIES = {"sd15": ALL, "sd21": ALL, "sdxl": ALL, "refiner": ALL[:3], "turbo": ALL[:3], "sd3": ALL, "flux": ALL,
-            "klein": ALL, "qwen": ALL, "z-image": ALL}  # fmt: skip
+            "klein": ALL, "qwen": ALL, "z-image": ALL, "wan": ALL}  # fmt: skip
 TIMESTEPS = {"refiner": {"range": [0, 199]}, "turbo": {"values": [249, 499, 749, 999]}}
+# What is evaluated at another size than the checkpoint's own, which is large; test_videos.py has videos.
+SIZES: dict[str, dict[str, Any]] = {"wan": {"resolution": 16}}
 # Of a family every other method with LoRA, and its last method, whose result is evaluated, in both ways.
 RUNS = [
     pytest.param(family, method, lora, id=f"{family}-{method}-{'lora' if lora else 'full'}")
@@ -100,13 +102,14 @@ def evaluation_of(root: Path, chain: Chain, family: str, lora: bool) -> list[str
     aligned = chain.run / ("adapter" if lora else "model")
     files = ["--base", str(checkpoint(root, family)), "--aligned", str(aligned), "--output", str(chain.evaluation)]
     told = ["--prompts", str(root / "prompts.txt"), "--scorer", "tests.evaluation.tiny:brightness"]
-    return ["evaluate", *files, *told, f"num_inference_steps={STEPS}", f"guidance_scale={GUIDANCE:g}"]
+    size = [f"{name}={value}" for name, value in SIZES.get(family, {}).items()]
+    return ["evaluate", *files, *told, f"num_inference_steps={STEPS}", f"guidance_scale={GUIDANCE:g}", *size]
 
 
 @functools.cache
 def opened(path: Path, lora: bool) -> DiffusionModel:
     """The base, with adapters where a run has them; read once, its weights are those of whoever asked last."""
-    model = load_model("auto", path)
+    model = load_model("auto", path, **SIZES.get(path.name, {}))
     if lora:
         add_lora(model.network, rank=LORA["rank"], alpha=LORA["alpha"], targets=model.default_lora_targets)
     return model

@@ -67,7 +67,7 @@ def _config(root: Path, output: Path, family: str, method: str, /, **sections: A
 
 
 def images(pipeline: Any, family: str) -> bytes:
-    """Two pictures of two steps."""
+    """Two pictures of two steps, or two videos."""
     pipeline.set_progress_bar_config(disable=True)
     start: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2}
     if family != "qwen":
@@ -77,7 +77,10 @@ def images(pipeline: Any, family: str) -> bytes:
     if family == "refiner":
         flat = Image.new("RGB", (16, 16), (90, 120, 200))
         start = {"image": [flat, flat], "strength": 0.9, "guidance_scale": 2.0, "num_inference_steps": 3}
-    drawn = pipeline(prompt=["a cat", "zebra"], generator=torch.Generator().manual_seed(3), **start).images
+    if family == "wan":
+        start |= {"num_frames": 5, "output_type": "pil"}
+    found = pipeline(prompt=["a cat", "zebra"], generator=torch.Generator().manual_seed(3), **start)
+    drawn = [frame for video in found.frames for frame in video] if family == "wan" else found.images
     assert np.std([np.asarray(image) for image in drawn]) > 1
     return b"".join(image.tobytes() for image in drawn)
 
@@ -147,7 +150,7 @@ def test_kohyas_format_is_refused_before_a_run_that_could_not_write_it(root: Pat
             train(config, progress=False)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sdxl", "nf4"), ("sd3", "int8"), ("flux", "nf4")])
+@pytest.mark.parametrize(("family", "kind"), [("sdxl", "nf4"), ("sd3", "int8"), ("flux", "nf4"), ("wan", "nf4")])
 def test_an_adapter_on_quantized_weights_loads_in_plain_diffusers(
     root: Path, tmp_path: Path, family: str, kind: str
 ) -> None:
