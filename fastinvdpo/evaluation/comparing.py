@@ -93,7 +93,7 @@ def compare(
     """
     sampling = Sampling() if sampling is None else sampling
     before, after = Origin.of(base), Origin.of(aligned)
-    family = resolve_family(family, before.path, before.revision)
+    family = resolve_family(family, before)
     texts, scorers = check_prompts(prompts), check_scorers(scorers)
     check_whole(1, num_inference_steps=sampling.num_inference_steps, batch_size=sampling.batch_size)
     check_whole(0, seed=sampling.seed, shown=shown)

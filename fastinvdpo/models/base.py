@@ -26,13 +26,16 @@ _PART_FILES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
 class Origin(NamedTuple):
-    """A checkpoint, and the network and VAE that take the places of its own where they were named."""
+    """A checkpoint, and the network and VAE that take the places of its own where they were named. ``config``: of a
+    single file, a directory in diffusers' format that says what it holds.
+    """
 
     path: str | Path
     unet_init: str | Path | None = None
     vae: str | Path | None = None
     revision: str | None = None
     variant: str | None = None
+    config: str | Path | None = None
 
     @classmethod
     def of(cls, path: str | Path | Origin) -> Origin:

@@ -37,7 +37,8 @@ from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import Digests, check_same, key_hash, plain, read_object
 from fastinvdpo.methods import ChainObjective, SingleTimestepObjective
-from fastinvdpo.models import checkpoint_files, resolve_family
+from fastinvdpo.models import checkpoint_files
+from fastinvdpo.models.base import Origin
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
 from fastinvdpo.trainer.batches import BatchBuilder, EncodedPair, Tensors, embed, encode_sides, geometry_of
@@ -154,8 +155,8 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
     opening.warn_of_masks(source)
     if source.remote:
         source.files()  # raises
-    family = resolve_family(model.family, model.path, model.revision)
-    replaced = {name: getattr(model, name) for name in ("unet_init", "vae", "revision", "variant")}
+    family = opening.family_of(config)
+    replaced = {name: getattr(model, name) for name in Origin._fields[1:]}
     files = checkpoint_files(family, model.path, **replaced)
     network = "unet" if "unet" in files else "transformer"
     key: dict[str, Any] = {

@@ -23,6 +23,7 @@ from fastinvdpo.data.score_range import measured_range, stored_range
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import has_key
 from fastinvdpo.models import DiffusionModel, load_model, resolve_family
+from fastinvdpo.models.base import Origin
 from fastinvdpo.models.loading import FLOW_FAMILIES
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.output import OutputDirectory
@@ -138,8 +139,8 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionMo
     ``model.quantization`` its network is quantized here, so that a device never has to hold it whole.
     """
     source = config.model
-    family = resolve_family(source.family, source.path, source.revision)
-    keys = ("revision", "variant", "unet_init", "vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
+    family = family_of(config)
+    keys = (*Origin._fields[1:], "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
     options: dict[str, Any] = {key: getattr(source, key) for key in keys}
     if family in FLOW_FAMILIES:
         options["resolution"] = config.data.resolution
@@ -148,6 +149,11 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> DiffusionMo
     if source.quantization is not None:
         quantize_network(model, source.quantization, again=lambda: load(frozen_parts=False).network)
     return model
+
+
+def family_of(config: TrainConfig) -> str:
+    source = config.model
+    return resolve_family(source.family, Origin(source.path, revision=source.revision, config=source.config))
 
 
 def reference_dtype(config: TrainConfig) -> torch.dtype | None:
