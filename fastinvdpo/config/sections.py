@@ -83,7 +83,16 @@ class ModelSection(Section):
     """
 
     family: Literal[
-        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image"
+        "auto",
+        "digits",
+        "stable-diffusion",
+        "stable-diffusion-3",
+        "flux",
+        "flux-kontext",
+        "flux2-klein",
+        "qwen-image",
+        "qwen-image-edit",
+        "z-image",
     ] = "auto"
     path: Place
     unet_init: Place | None = None

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from fastinvdpo.data.broken import or_cause, read_ahead
-from fastinvdpo.data.rows import NOISES, PAIRS, SEEDS, PairSource, Row
+from fastinvdpo.data.rows import NOISES, PAIRS, SEEDS, SOURCE, PairSource, Row
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import DIGEST, Digests, key_hash
 
@@ -38,6 +38,7 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
     found: dict[str, Any] = {f"data {name}": DIGEST + part.hexdigest() for name, part in parts.items()}
     large = {"data images": source.form.images}
     large |= {"data masks": source.mask_names} if source.mask_names is not None else {}
+    large |= {"data sources": (SOURCE,)} if source.sources else {}
     large |= {"data noise": NOISES} if set(NOISES) <= source.stored else {}
     for name, columns in large.items():
         if not images:
@@ -67,7 +68,7 @@ def columns_of(source: PairSource, digests: Digests) -> str:
     """A digest of all columns of a table but the images; of a source whose rows are no table, of masks and noise."""
     apart = [source.shown(name) for name in (*source.form.images, *NOISES)]
     stored = source.column_names()
-    large = [name for name in (*(() if stored else source.stored_masks), *NOISES) if name in source.stored]
+    large = [name for name in (*(() if stored else source.stored_beside), *NOISES) if name in source.stored]
 
     def pieces() -> Iterable[bytes]:
         for number, table in enumerate(source.tables([name for name in stored if name not in apart])):

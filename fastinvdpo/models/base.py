@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Names shared by diffusers' attention blocks; the projections that LoRA papers adapt.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+SOURCE_LATENTS = "source_latents"
 _PART_FILES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
@@ -58,6 +59,8 @@ class DiffusionModel(ABC):
         own_guidance: the guidance scale that the checkpoint's own pipeline samples with by default.
         guidance_embedded: whether the guidance scale is an input of the network, in the place of a second call.
         refines: whether it starts from images alone, never from pure noise.
+        edits: whether a source image is part of the conditioning (:meth:`encode_sources`); prompt_sees_source: also of
+            that of :meth:`encode_prompts`, as its argument ``sources``, for the empty prompt too.
         origin: the checkpoint that it was loaded from; None for a network at hand.
         unquantized: makes the network as it was before its weights were quantized; None where they are not.
     """
@@ -74,6 +77,8 @@ class DiffusionModel(ABC):
     own_guidance: float = 7.5
     guidance_embedded = False
     refines = False
+    edits = False
+    prompt_sees_source = False
     origin: Origin | None = None
     unquantized: Callable[[], nn.Module] | None = None
 
@@ -140,6 +145,13 @@ class DiffusionModel(ABC):
         ``geometry`` holds original size and crop of the image each prompt belongs to; families that are not
         conditioned on it ignore it, and SDXL uses its own resolution where it is missing.
         """
+
+    def encode_sources(self, sources: Sequence[Image]) -> dict[str, Tensor]:
+        """The tensors of the conditioning that follow from source images of one size, ``(n, …)``, without gradient:
+        ``source_latents``. Raises ``InvalidInput`` for a family that edits none.
+        """
+        problem = f"means nothing for the family {self.family}, which edits no images"
+        raise invalid("sources", len(sources), problem, "leave them out")
 
     def encode_geometry(self, geometry: Sequence[ImageGeometry]) -> dict[str, Tensor]:
         """The tensors of :meth:`encode_prompts` that follow from the geometry alone, float32; empty where none do."""

@@ -22,8 +22,10 @@ _FAMILIES = {
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
     "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
     "flux": ("fastinvdpo.models.flow", "FluxModel"),
+    "flux-kontext": ("fastinvdpo.models.editing", "FluxKontextModel"),
     "flux2-klein": ("fastinvdpo.models.flux2", "Flux2KleinModel"),
     "qwen-image": ("fastinvdpo.models.qwen_image", "QwenImageModel"),
+    "qwen-image-edit": ("fastinvdpo.models.editing", "QwenImageEditModel"),
     "z-image": ("fastinvdpo.models.z_image", "ZImageModel"),
 }
 FLOW_FAMILIES = tuple(name for name in _FAMILIES if name not in ("digits", "stable-diffusion"))
@@ -34,12 +36,15 @@ _PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": "stable-diffusion",  # the SDXL refiner
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux-kontext",
     "Flux2KleinPipeline": "flux2-klein",
     "QwenImagePipeline": "qwen-image",
+    "QwenImageEditPipeline": "qwen-image-edit",
+    "QwenImageEditPlusPipeline": "qwen-image-edit",
     "ZImagePipeline": "z-image",
 }
 # Since when diffusers has a family as it is used here, where that is later than the oldest that is supported.
-_SINCE = {"flux2-klein": "0.37", "qwen-image": "0.37"}
+_SINCE = {"flux2-klein": "0.37", "qwen-image": "0.37", "qwen-image-edit": "0.37"}
 _RESULTS = ("model", "adapter", "best/model", "best/adapter")  # what a run saves for others
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

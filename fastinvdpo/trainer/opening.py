@@ -24,7 +24,7 @@ from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import has_key
 from fastinvdpo.models import DiffusionModel, load_model, resolve_family
 from fastinvdpo.models.base import Origin
-from fastinvdpo.models.loading import FLOW_FAMILIES
+from fastinvdpo.models.loading import FLOW_FAMILIES, family_class
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.checkpoint import FILES
@@ -44,7 +44,8 @@ def open_dataset(config: TrainConfig) -> PairDataset | LikedDataset:
     method = config.method
     kind = LikedDataset if method.unpaired else GeneratedDataset if method.needs_noise else PairDataset
     try:
-        dataset = open_pairs(config.data, kind, seed=config.training.seed)
+        edits = family_class(family_of(config)).edits
+        dataset = open_pairs(config.data, kind, seed=config.training.seed, sources=edits)
     except WrongForm as error:
         what = "images that were liked or disliked" if method.unpaired else "pairs"
         raise InvalidInput(f"method.name = {method.name!r} trains on {what}, and {error}") from None
@@ -53,17 +54,22 @@ def open_dataset(config: TrainConfig) -> PairDataset | LikedDataset:
 
 
 def open_pairs(
-    data: DataSection, kind: type[PairDataset | LikedDataset] | None = None, *, seed: int = 0, all_broken: bool = False
+    data: DataSection,
+    kind: type[PairDataset | LikedDataset] | None = None,
+    *,
+    seed: int = 0,
+    all_broken: bool = False,
+    sources: bool | None = None,
 ) -> PairDataset | LikedDataset:
     """The data set of a ``kind`` that the section describes (None: by ``data.form``); with ``all_broken`` any number of
-    rows may be broken.
+    rows may be broken. ``sources``: as of :meth:`PairSource.with_sources`.
     """
     resolution = None
     if data.buckets is not None and data.resolution is not None:
         resolution = Buckets(data.resolution, data.buckets.multiple, data.buckets.max_aspect)
     names = ("ties", "random_flip", "center_crop", "relabel_by_score")
     return (kind or (LikedDataset if data.form == "likes" else PairDataset))(
-        open_data_source(data),
+        open_data_source(data).with_sources(sources),
         resolution=resolution or data.resolution,
         seed=seed,
         max_broken=sys.maxsize if all_broken else data.max_broken,
@@ -86,6 +92,14 @@ def check_masks(config: TrainConfig, has_masks: bool) -> None:
         problem = f"is not what the pairs at hand were opened with, which {'have' if has_masks else 'have no'} masks"
         remedy = "set it to what they have, or open them with open_source(…).with_masks()"
         raise invalid("data.masks", config.data.masks, problem, remedy)
+
+
+def check_sources(model: DiffusionModel, pairs: Any) -> None:
+    """Raise ``InvalidInput`` when pairs at hand have source images and the model edits none, or vice versa."""
+    if model.edits != getattr(pairs, "has_sources", False):
+        problem = "edits source images, which the pairs have not" if model.edits else "takes no source images"
+        remedy = "open them with open_source(…).with_sources(), or choose another model"
+        raise invalid("model.family", model.family, problem, remedy)
 
 
 def warn_of_masks(source: PairSource | None) -> None:
