@@ -202,8 +202,9 @@ def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
     index, root, file = model_index(origin), local_folder(origin), single_file(origin)
     parts = [part for part in (*_FROZEN_PARTS, denoiser, "scheduler") if (root / part).is_dir()]
     files = {part: part_files(root / part) for part in parts}
-    for part in () if file is None else held_parts(file, index):
-        files[part] = [file, *(path for path in files.get(part, ()) if path.suffix != ".safetensors")]
+    if file is not None:
+        for part in held_parts(file, index):
+            files[part] = [file, *(path for path in files.get(part, ()) if path.suffix != ".safetensors")]
     others = (("model.unet_init", denoiser, origin.unet_init), ("model.vae", "vae", origin.vae))
     for argument, part, other in others:
         if other is not None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import importlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastinvdpo.errors import invalid
-from fastinvdpo.models.base import SOURCE_LATENTS, check_images
+from fastinvdpo.errors import InvalidInput, MissingExtra, invalid
+from fastinvdpo.models.base import SOURCE_LATENTS, Origin, check_images
 from fastinvdpo.models.flow import MASKED_TOKENS, FlowModel, FluxModel
 from fastinvdpo.models.qwen_image import QwenImageModel
 
@@ -86,6 +87,19 @@ class QwenImageEditModel(EditingModel, QwenImageModel):
     family = "qwen-image-edit"
     pipelines = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
     prompt_sees_source = True
+
+    @classmethod
+    def load(cls, origin: Origin, *, frozen_parts: bool = True, **options: Any) -> QwenImageEditModel:
+        """As of all families. Raises ``MissingExtra`` where the processor lacks torchvision, which its part for videos
+        needs.
+        """
+        try:
+            return super().load(origin, frozen_parts=frozen_parts, **options)  # type: ignore[return-value]
+        except (InvalidInput, ImportError) as error:
+            if frozen_parts and "video_processor" in str(error).lower() and find_spec("torchvision") is None:
+                needed = f"the processor of the family {cls.family} needs torchvision, which is not installed"
+                raise MissingExtra(f"{needed}. Remedy: pip install torchvision, in the version of torch.") from error
+            raise
 
     def _source_size(self, source: Image) -> tuple[int, int]:
         return self._size_of_area(source, _AREA)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class QwenImageModel(MaskedFlowModel):
     """
 
     family = "qwen-image"
-    pipelines = ("QwenImagePipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     guidance_argument = "true_cfg_scale"
     _latents_per_token = 4
 

@@ -131,6 +131,8 @@ def images(pipeline: Any) -> bytes:
 
 
 def _config(root: Path, place: Path, name: str, method: str, lora: bool, /, **sections: Any) -> TrainConfig:
+    # Diffusers reads kohya's names of FLUX.1 at the published width alone.
+    formats = ["diffusers", *(["kohya"] if lora and name != "kontext" else [])]
     values = tiny.mapping(
         root,
         method,
@@ -144,7 +146,7 @@ def _config(root: Path, place: Path, name: str, method: str, lora: bool, /, **se
         data={"resolution": 16},
         training={"steps": 2, "batch_size": 2},
         optimizer={"warmup_steps": 0, "learning_rate": 1e-2},
-        output={"directory": str(place), "log_every": 1, "formats": ["diffusers", *(["kohya"] if lora else [])]},
+        output={"directory": str(place), "log_every": 1, "formats": formats},
     )
     return TrainConfig.from_mapping({**values, **sections})
 
@@ -173,8 +175,9 @@ def test_from_a_cache_to_the_images_of_plain_diffusers(
     if lora:
         plain.load_lora_weights(result.directory / "adapter", weight_name=DIFFUSERS_LORA)
         adapted = images(plain)
-        plain.unload_lora_weights()
-        plain.load_lora_weights(result.directory / "adapter", weight_name=KOHYA_LORA)
+        if name != "kontext":
+            plain.unload_lora_weights()
+            plain.load_lora_weights(result.directory / "adapter", weight_name=KOHYA_LORA)
         merged = images(DiffusionPipeline.from_pretrained(result.model_directory))
         for other in (images(plain), merged):
             assert max(abs(a - b) for a, b in zip(other, adapted, strict=True)) <= 1
@@ -272,7 +275,10 @@ def test_sources_and_families_must_fit(root: Path, tmp_path: Path) -> None:
     for sections, problem in (
         ({"model": model}, r"data\.path = .*has source images"),
         ({"data": {"path": str(tmp_path / "plain.parquet"), "resolution": 16}}, r"data\.path = .*has no 'source'"),
-        ({"method": {"name": "kto"}}, r"has no source images, and model\.family edits those"),
+        (
+            {"method": {"name": "kto"}, "data": {"path": str(root / "pairs.parquet"), "form": "pairs"}},
+            r"has no source images, and model\.family edits those",
+        ),
     ):
         with pytest.raises(InvalidInput, match=problem):
             train(_config(root, tmp_path / "run", "kontext", "diffusion-dpo", False, **sections), progress=False)
