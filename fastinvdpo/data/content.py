@@ -56,7 +56,7 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
     seen = range(0, total, -(-total // _LOOKED_AT))
     for i in seen:
         pair = pairs.pair(i, draw=i)
-        images = [side.image for side in pair.sides]
+        images = [side.image for side in (*pair.sides, *filter(None, [pair.source]))]
         known = (pair.caption, *pair.judged, *(image.size for image in images))
         digest.update(repr(known).encode() + b"".join(image.tobytes() for image in images))
         digest.update(b"".join(side.mask.tobytes() for side in pair.sides if side.mask is not None))

@@ -19,6 +19,7 @@ from PIL import Image
 from fastinvdpo import cli
 from fastinvdpo.data import PairDataset, open_source, write_pairs
 from fastinvdpo.errors import InvalidInput
+from fastinvdpo.evaluation.inversion import invert_images
 from fastinvdpo.evaluation.prompts import load_sources
 from fastinvdpo.evaluation.sampling import sample
 from fastinvdpo.models import load_model
@@ -283,6 +284,8 @@ def test_sources_and_families_must_fit(root: Path, tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match=problem):
             train(_config(root, tmp_path / "run", "kontext", "diffusion-dpo", False, **sections), progress=False)
     config = _config(root, tmp_path / "run", "kontext", "diffusion-dpo", False)
+    with pytest.raises(InvalidInput, match=r"model\.family = 'flux-kontext': edits a source image, which an inversion"):
+        invert_images(opening.open_model(config), [picture(0)], ["a"])
     with pytest.raises(
         InvalidInput, match=r"model\.family = 'flux-kontext': edits source images, which the pairs have"
     ):
