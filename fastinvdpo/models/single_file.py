@@ -36,9 +36,10 @@ _KINDS = {
     **{"v1": "", "xl_base": "StableDiffusionXL", "xl_refiner": "StableDiffusionXL", "sd3": "StableDiffusion3"},
     **{"sd35_medium": "StableDiffusion3", "sd35_large": "StableDiffusion3", "flux-dev": "Flux", "flux-schnell": "Flux"},
 }
-# What published files hold beside the weights of a pipeline: averages, tables of the noise schedule, and CLIP's.
+# What published files hold beside the weights of a pipeline: averages, tables of the noise schedule, and CLIP's; SD3's
+# projection of its first encoder is the identity, which the loader puts there.
 _NO_WEIGHTS = re.compile(
-    r"model_ema\..*|denoiser\..*|(.*\.)?(position_ids|logit_scale)|betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|"
+    r"text_encoders\.clip_l\.transformer\.text_projection\.weight|model_ema\..*|denoiser\..*|(.*\.)?(position_ids|logit_scale)|betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|"
     r"posterior_.*|lvlb_weights|logvar|global_step"
 )
 
@@ -47,6 +48,8 @@ class _InPlace(TorchFunctionMode):
     """Inside, what is loaded is neither copied nor converted, and a parameter that gets nothing stays empty."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.cat and len(args[0]) == 1:
+            return args[0][0]
         unchanged = func in (Tensor.contiguous, Tensor.clone, Tensor.to)
         made = unchanged and isinstance(args[0], nn.Parameter) and not args[0].is_meta
         return args[0] if unchanged and not made else func(*args, **(kwargs or {}))
@@ -119,5 +122,7 @@ def _load(
     except (LookupError, loader.SingleFileComponentError) as error:  # of converters that count on a tensor
         problem = f"holds no {name} of the configuration in {source}: {error}"
         raise invalid("model.path", str(file), problem, "name a file with all weights of the model") from error
+    if library == "transformers":
+        module.tie_weights()  # T5's embedding, which a file may hold under one of its two names
     stored = {weight.dtype for weight in module.parameters()}
     return (module if stored <= {dtype} else module.to(dtype)).eval()

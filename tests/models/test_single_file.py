@@ -22,6 +22,7 @@ from fastinvdpo.evaluation.sampling import Sampling
 from fastinvdpo.evaluation.scorers import open_scorers
 from fastinvdpo.models import checkpoint_files, load_model, resolve_family
 from fastinvdpo.models.base import Origin
+from fastinvdpo.models.checkpoints import ENCODERS
 from fastinvdpo.trainer import train
 from tests.models import tiny
 from tests.trainer.test_families import LORA, _config, images, write_two_pairs
@@ -146,6 +147,50 @@ def flux_file(pipeline: Any) -> dict[str, Tensor]:
     return {**found, **{name: weights[f"{source}.weight"].clone() for source, name in norms.items()}}
 
 
+def sd3_file(pipeline: Any) -> dict[str, Tensor]:
+    """Everything in one file, T5's embedding under one of its names."""
+    names = [("^pos_embed.proj", "x_embedder.proj"), ("^pos_embed.pos_embed", "pos_embed"),
+             ("proj_out", "final_layer.linear"),
+             (r"time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"), ("norm_added_", "ln_"),
+             (r"time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"), (r"norm_(q|k)\b", r"ln_\1"),
+             (r"time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"), (r"to_out\.0|to_add_out", "proj"),
+             (r"time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"), (r"ff(_context)?\.net\.2", "mlp.fc2"),
+             (r"norm_out.linear", "final_layer.adaLN_modulation.1"), (r"ff(_context)?\.net\.0\.proj", "mlp.fc1"),
+             (r"norm1(_context)?\.linear", "adaLN_modulation.1"), (r"(to|add)_q(_proj)?", "qkv")]  # fmt: skip
+    weights = pipeline.transformer.state_dict()
+    last, found = f"transformer_blocks.{pipeline.transformer.config.num_layers - 1}.", dict[str, Tensor]()
+    for name, tensor in weights.items():
+        if re.search(r"(to|add)_(k|v)", name):
+            continue
+        if "to_q" in name or "add_q" in name:
+            tensor = torch.cat([weights[re.sub("_q", f"_{part}", name)] for part in "qkv"])
+        if name.startswith((f"{last}norm1_context", "norm_out")):  # shift before scale there
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        of_text = re.search("add|context", name) is not None
+        block = re.match(r"transformer_blocks\.(\d+)\.", name)
+        place = f"joint_blocks.{block[1]}.{'context' if of_text else 'x'}_block." if block else ""
+        found[f"model.diffusion_model.{place}{renamed(name[block.end() if block else 0 :], names)}"] = tensor
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    for name, encoder in zip(("clip_l", "clip_g", "t5xxl"), encoders, strict=True):
+        tensors = encoder.state_dict() if name == "t5xxl" else clip_tensors(encoder)
+        for key, tensor in tensors.items():
+            key = key.replace("text_model.text_projection", "text_projection")
+            if key != "encoder.embed_tokens.weight":
+                found[f"text_encoders.{name}.transformer.{key}"] = tensor
+    found |= {f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(pipeline.vae).items()}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def sd3_pipeline() -> Any:
+    """With the projection of published checkpoints, the identity."""
+    pipeline = tiny.sd3_pipeline()
+    pipeline.text_encoder.text_projection.weight.data = torch.eye(16)
+    return pipeline
+
+
+PIPELINES = {**tiny.PIPELINES, "sd3": sd3_pipeline}
+
+
 @pytest.fixture(autouse=True)
 def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Diffusers' converter of FLUX.1 knows the published width alone: here it is the tiny transformer's."""
@@ -157,7 +202,7 @@ def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(converters, "checkpoint_mapping_fn", names["convert_flux_transformer_checkpoint_to_diffusers"])
 
 
-FILES = {"sd15": sd_file, "sdxl": sd_file, "flux": flux_file}
+FILES = {"sd15": sd_file, "sdxl": sd_file, "sd3": sd3_file, "flux": flux_file}
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +210,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders, and beside each ``NAME.safetensors`` and what describes it, without weights where the file has them."""
     root = tmp_path_factory.mktemp("single")
     for name, write in FILES.items():
-        pipeline = tiny.PIPELINES[name]()
+        pipeline = PIPELINES[name]()
         pipeline.save_pretrained(root / name, safe_serialization=True)
         save_file({key: t.contiguous() for key, t in write(pipeline).items()}, root / f"{name}.safetensors")
         pipeline.save_pretrained(root / f"{name}-config", safe_serialization=True)
-        for part in ("unet", "transformer", *(("vae", "text_encoder", "text_encoder_2") if name != "flux" else ())):
+        for part in ("unet", "transformer", *(ENCODERS if name != "flux" else ())):
             for file in (root / f"{name}-config" / part).glob("*.safetensors"):
                 file.unlink()
     return root
@@ -202,16 +247,16 @@ def test_a_single_file_gives_the_images_of_its_folder_and_is_saved_as_one(
 def test_every_tensor_of_a_file_finds_its_place(root: Path, tmp_path: Path, name: str) -> None:
     """What diffusers' converter would leave empty or leave out, and shapes that differ, are errors with their names."""
     tensors, file = load_file(root / f"{name}.safetensors"), tmp_path / "other.safetensors"
-    if name == "flux":
-        deep, problem = "double_blocks.0.img_mlp.0.weight", "holds no FluxTransformer2DModel .*img_mlp.0.weight"
-    else:
-        deep, problem = "model.diffusion_model.middle_block.0.in_layers.0.bias", r"lacks mid_block.resnets.0.norm1.bias"
+    deep, problem = {
+        "flux": ("double_blocks.0.img_mlp.0.weight", "holds no FluxTransformer2DModel .*img_mlp.0.weight"),
+        "sd3": ("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.bias", "holds no SD3Transformer.*mlp.fc1.bias"),
+    }.get(name, ("model.diffusion_model.middle_block.0.in_layers.0.bias", "lacks mid_block.resnets.0.norm1.bias"))
     cases = [
         ({key: t for key, t in tensors.items() if key != deep}, problem),
         ({**tensors, f"{deep}.more": torch.ones(2)}, r"has unknown .*\.more"),
         ({**tensors, "lora_up.weight": torch.ones(2)}, r"has unknown lora_up\.weight"),
         ({**tensors, deep: torch.ones(3, *tensors[deep].shape[1:])}, "expected shape"),
-        ({"lora_up.weight": torch.ones(2)}, "holds no (UNet2DCondition|FluxTransformer2D)Model of the configuration"),
+        ({"lora_up.weight": torch.ones(2)}, "holds no .*2D.*Model of the configuration"),
     ]
     for changed, problem in cases:
         save_file(changed, file)
