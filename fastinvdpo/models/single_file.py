@@ -108,7 +108,7 @@ def _load(
     library, name = index[part]
     try:
         with readable_errors("model.path", f"{file}, {part}"):
-            module: nn.Module = loader.load_single_file_sub_model(
+            module: Any = loader.load_single_file_sub_model(
                 library_name=library,
                 class_name=name,
                 name=part,
