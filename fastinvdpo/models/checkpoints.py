@@ -56,6 +56,8 @@ def single_file(origin: Origin) -> Path | None:
     path, is_file = Path(origin.path), Path(origin.path).is_file()
     if is_file and path.suffix != ".safetensors":
         raise invalid("model.path", str(path), "is no .safetensors file", NOT_FOUND)
+    if path.suffix == ".safetensors" and not path.exists():
+        raise invalid("model.path", str(path), "does not exist", NOT_FOUND)
     for name in ("revision", "variant") if is_file else ("config",):
         if (value := getattr(origin, name)) is not None:
             problem = f"means nothing for {'a single file' if is_file else 'a directory or hub id'}, as model.path is"
