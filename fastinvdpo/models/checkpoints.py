@@ -62,11 +62,14 @@ def single_file(origin: Origin) -> Path | None:
         if (value := getattr(origin, name)) is not None:
             problem = f"means nothing for {'a single file' if is_file else 'a directory or hub id'}, as model.path is"
             raise invalid(f"model.{name}", str(value), problem, "set it to null")
-    if is_file and (origin.config is None or not Path(origin.config).is_dir()):
-        remedy = "name one of the same kind of model; what weights it holds count only for parts that the file lacks"
+    remedy = "of the same kind of model; weights there count only for parts that the file lacks"
+    if is_file and origin.config is None:
+        problem = "is a single file, and nothing says what it holds"
         raise invalid(
-            "model.config", origin.config, f"is no directory in diffusers' format, which {path} needs", remedy
+            "model.path", str(path), problem, f"name in model.config a directory in diffusers' format {remedy}"
         )
+    if is_file and not Path(str(origin.config)).is_dir():
+        raise invalid("model.config", str(origin.config), "is no directory", f"name one in diffusers' format {remedy}")
     return path if is_file else None
 
 

@@ -272,7 +272,8 @@ def test_what_a_single_file_is_not_is_refused_by_name(root: Path, tmp_path: Path
     for given, problem in (
         (Origin(pickle, config=config), r"model\.path = .*is no \.safetensors file"),
         (Origin(root / "not-there.safetensors", config=config), r"model\.path = .*does not exist"),
-        (Origin(file), r"model\.config = None: is no directory in diffusers' format"),
+        (Origin(file), r"model\.path = .*is a single file, and nothing says what it holds"),
+        (Origin(file, config=tmp_path / "none"), r"model\.config = .*is no directory"),
         (Origin(file, revision="main", config=config), r"model\.revision = 'main': means nothing for a single file"),
         (Origin(file, variant="fp16", config=config), r"model\.variant = 'fp16': means nothing for a single file"),
         (Origin(root / "sd15", config=config), r"model\.config = .*means nothing for a directory"),
