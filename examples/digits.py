@@ -56,8 +56,9 @@ class DigitsModel(DiffusionModel):
 
         Raises ``InvalidInput`` where a file is missing, the UNet has other channels, or a revision is given.
         """
-        if origin.revision is not None:
-            raise invalid("model.revision", origin.revision, "means nothing for a local digits model", "leave it out")
+        for name in ("revision", "config"):
+            if (value := getattr(origin, name)) is not None:
+                raise invalid(f"model.{name}", str(value), "means nothing for a local digits model", "leave it out")
         config_file = Path(origin.path) / "scheduler" / "scheduler_config.json"
         if not config_file.is_file():
             problem = "holds no scheduler/scheduler_config.json"

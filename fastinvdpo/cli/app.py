@@ -321,9 +321,11 @@ def evaluate(
 ) -> None:
     """Sample base and aligned model from the same noise, score the images, and report who wins how often."""
     from fastinvdpo.evaluation import comparing
-    from fastinvdpo.evaluation.prompts import load_prompts
+    from fastinvdpo.evaluation.prompts import load_prompts, load_sources
     from fastinvdpo.evaluation.scorers import open_scorers
+    from fastinvdpo.models.loading import family_class, resolve_family
 
+    edits = family_class(resolve_family(family, base)).edits
     summary = comparing.compare(
         base,
         aligned,
@@ -333,6 +335,7 @@ def evaluate(
         family=family,
         sampling=comparing.parse_sampling(options or []),
         shown=shown,
+        sources=load_sources(prompts, limit=max_prompts) if edits else None,
     )
     for note in summary["notes"]:
         typer.echo(f"Note: {note}")

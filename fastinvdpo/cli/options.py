@@ -47,10 +47,14 @@ def _expanded(name: str, value: Any) -> Any:
 
 
 def with_checkpoint(name: str, prefix: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add ``--revision`` and ``--variant`` to a command, which gets its argument ``name`` as an ``Origin``."""
+    """Add ``--revision``, ``--variant`` and ``--config`` to a command, which gets ``name`` as an ``Origin``."""
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        helps = {"revision": f"Revision of --{name} on the hub.", "variant": "Variant of its files, such as fp16."}
+        helps = {
+            "revision": f"Revision of --{name} on the hub.",
+            "variant": "Variant of its files, such as fp16.",
+            "config": f"Directory in diffusers' format that describes --{name}, a single file.",
+        }
         added: dict[str, Any] = {
             f"{prefix}{key}": Annotated[str | None, typer.Option(help=text, show_default=False)]
             for key, text in helps.items()

@@ -74,7 +74,8 @@ class LoraSection(Section):
 
 class ModelSection(Section):
     """``family``: ``auto`` infers it from the checkpoint. ``unet_init``: other weights of the denoiser, UNet or
-    transformer, to start from; ``vae``: another VAE. ``zero_terminal_snr``: rescale the noise schedule so that its last
+    transformer, to start from; ``vae``: another VAE. ``config``: where ``path`` is a single file, a directory in
+    diffusers' format that says what it holds. ``zero_terminal_snr``: rescale the noise schedule so that its last
     level is pure noise; null: as the checkpoint says. ``max_sequence_length``: tokens of a prompt, of SD3 and FLUX.1
     T5's; ``guidance_embedding``: the guidance input of FLUX.1-dev; null: as diffusers' pipelines. Of ``mars``, ``path``
     is a checkpoint or a language model, ``vae`` the VQ tokenizer of images, and ``low_resolution`` the side, in pixels,
@@ -87,14 +88,15 @@ class ModelSection(Section):
     """
 
     family: Literal[
-        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux2-klein", "qwen-image", "z-image",
-        "wan", "mars",
+        "auto", "digits", "stable-diffusion", "stable-diffusion-3", "flux", "flux-kontext", "flux2-klein", "qwen-image",
+        "qwen-image-edit", "z-image", "wan", "mars",
     ] = "auto"  # fmt: skip
     path: Place
     unet_init: Place | None = None
     vae: Place | None = None
     revision: NonEmpty | None = None
     variant: NonEmpty | None = None
+    config: Place | None = None
     zero_terminal_snr: bool | None = None
     max_sequence_length: Count | None = None
     guidance_embedding: NonNegative | None = None

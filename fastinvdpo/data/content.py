@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from fastinvdpo.data.broken import or_cause, read_ahead
-from fastinvdpo.data.rows import LIKES, NOISES, PAIRS, SEEDS, PairSource, Row
+from fastinvdpo.data.rows import LIKES, NOISES, PAIRS, SEEDS, SOURCE, PairSource, Row
 from fastinvdpo.errors import InvalidInput
 from fastinvdpo.io import DIGEST, Digests, key_hash
 
@@ -39,6 +39,7 @@ def content_of(source: PairSource, digests: Digests, *, images: bool = True) -> 
     found: dict[str, Any] = {f"data {name}": DIGEST + part.hexdigest() for name, part in parts.items()}
     large = {"data images": source.form.images}
     large |= {"data masks": source.mask_names} if source.mask_names is not None else {}
+    large |= {"data sources": (SOURCE,)} if source.sources else {}
     large |= {"data noise": NOISES} if set(NOISES) <= source.stored else {}
     for name, columns in large.items():
         if not images:
@@ -56,7 +57,8 @@ def content_at_hand(pairs: Any) -> dict[str, Any]:
     seen = range(0, total, -(-total // _LOOKED_AT))
     for i in seen:
         pair = pairs.pair(i, draw=i)
-        images = [image for side in pair.sides for image in side.frames or (side.image,)]
+        sides = (*pair.sides, *filter(None, [pair.source]))
+        images = [image for side in sides for image in side.frames or (side.image,)]
         known = (pair.caption, *pair.judged, *(image.size for image in images))
         digest.update(repr(known).encode() + b"".join(image.tobytes() for image in images))
         digest.update(b"".join(side.mask.tobytes() for side in pair.sides if side.mask is not None))
@@ -68,7 +70,7 @@ def columns_of(source: PairSource, digests: Digests) -> str:
     """A digest of all columns of a table but the images; of a source whose rows are no table, of masks and noise."""
     apart = [source.shown(name) for name in (*source.form.images, *NOISES)]
     stored = source.column_names()
-    large = [name for name in (*(() if stored else source.stored_masks), *NOISES) if name in source.stored]
+    large = [name for name in (*(() if stored else source.stored_beside), *NOISES) if name in source.stored]
 
     def pieces() -> Iterable[bytes]:
         for number, table in enumerate(source.tables([name for name in stored if name not in apart])):

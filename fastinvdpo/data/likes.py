@@ -44,6 +44,9 @@ class LikedDataset(PairDataset):
         if self.source.streaming:
             problem = "does not look at images before they are drawn, and one that several rows judge counts once"
             raise invalid("data.streaming", True, problem, "set it to false")
+        if self.source.sources:
+            remedy = "choose a method that trains on pairs"
+            raise invalid("data.form", "likes", "has no source images, and model.family edits those", remedy)
         if self.source.masks:
             raise invalid("data.masks", True, "means nothing for images by themselves", "set it to false")
         if self.source.form is PAIRS:

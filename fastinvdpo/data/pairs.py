@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastinvdpo.data.broken import BrokenRow, BrokenRows, DataSummary, broken, read_ahead
 from fastinvdpo.data.images import decode, decode_mask, most_of, probe
-from fastinvdpo.data.rows import PAIRS, SCORES, TIE, PairSource
+from fastinvdpo.data.rows import PAIRS, SCORES, SOURCE, TIE, PairSource
 from fastinvdpo.data.sources import open_source
 from fastinvdpo.data.transforms import Buckets, Decisions, ImageGeometry, Size, decide, scaled, transform
 from fastinvdpo.data.videos import decode_video, probe_video
@@ -50,6 +50,7 @@ class Pair:
         scores: preference scores of the two images (``winner_score``, ``loser_score``), where the file has them.
         tie: neither won; the first image stands for the winner.
         liked: of a single image.
+        source: what both images were edited from, where source images are read; cut as they are.
     """
 
     sides: tuple[Side, ...]
@@ -58,6 +59,7 @@ class Pair:
     scores: tuple[float, float] | None = None
     tie: bool = False
     liked: bool | None = None
+    source: Side | None = None
 
     winner = property(lambda self: self.sides[0].image)
     winner_geometry = property(lambda self: self.sides[0].geometry)
@@ -86,6 +88,7 @@ class PairEntry:
         scores: those of winner and loser, where the file has them.
         keys: SHA-256 of encoded bytes, caption and mask, of winner and loser; equal for equal images of one caption.
         liked: of a single image.
+        source_key: SHA-256 of the encoded source, where source images are read; ``keys`` follow from it, too.
     """
 
     row: int
@@ -95,6 +98,7 @@ class PairEntry:
     scores: tuple[float, float] | None
     keys: tuple[str, ...] = ()
     liked: bool | None = None
+    source_key: str = ""
 
 
 class PairDataset:
@@ -119,7 +123,7 @@ class PairDataset:
 
     Attributes:
         summary: what became of every row. broken: the rows that were left out.
-        has_scores, has_masks: whether pairs carry preference scores, and masks.
+        has_scores, has_masks, has_sources: whether pairs carry preference scores, masks, and source images.
         image_sizes: how many images have which ``(height, width)``; empty where they were not looked at.
         bucket_of, bucket_sizes: with buckets, the number of every pair's bucket, and the buckets' sizes.
 
@@ -159,6 +163,7 @@ class PairDataset:
         if len(scored) == 1:
             raise invalid("data.columns", scored, "has no other side beside it", "store both scores or neither")
         self.has_scores, self.has_masks = bool(scored), source.mask_names is not None
+        self.has_sources = bool(source.sources)
         if not total:
             raise invalid("data.path", path, "holds no rows", "write at least one")
         self.broken = BrokenRows(max_broken, total)
@@ -196,13 +201,20 @@ class PairDataset:
         assert not isinstance(target, Buckets)  # then there are bucket numbers
         decisions = decide(self.seed, draw, random_flip=self.random_flip, center_crop=self.center_crop)
         sides = tuple(self._side(kept, side, target, decisions) for side in self._sides(kept))
-        return self._drawn(sides, kept.caption, kept.row, kept.scores, kept.tie, kept.liked)
+        source = self._seen(kept, SOURCE, target, decisions) if self.has_sources else None
+        return self._drawn(sides, kept.caption, kept.row, kept.scores, kept.tie, kept.liked, source)
 
     def entry(self, i: int) -> PairEntry:
         """Row, caption, keys and scores of pair ``i``; reads the images' bytes and decodes nothing."""
         kept, read = self._kept[i], self.source
         found = [(read.image(kept.row, side), read.mask(kept.row, side)) for side in self._sides(kept)]
-        return replace(kept, keys=tuple(content_key(data, kept.caption, mask).hexdigest() for data, mask in found))
+        keys = [content_key(data, kept.caption, mask) for data, mask in found]
+        if not self.has_sources:
+            return replace(kept, keys=tuple(key.hexdigest() for key in keys))
+        source = hashlib.sha256(read.encoded(kept.row, SOURCE)).hexdigest()
+        for key in keys:
+            key.update(source.encode())
+        return replace(kept, keys=tuple(key.hexdigest() for key in keys), source_key=source)
 
     def caption(self, i: int) -> str:
         return self._kept[i].caption
@@ -227,20 +239,31 @@ class PairDataset:
         return (kept.winner,) if self.unpaired else (kept.winner, 1 - kept.winner)
 
     def _side(self, kept: PairEntry, side: int, target: int | Size | None, decisions: Decisions) -> Side:
-        data = self.source.image(kept.row, side)
-        where = self.source.where(kept.row, self.source.form.images[side])
+        encoded = self.source.mask(kept.row, side)
+        found = self._seen(kept, self.source.form.images[side], target, decisions, encoded)
+        mask = self._mask(encoded, kept.row, side, found.geometry.original_size, target, decisions)
+        return found._replace(mask=mask)
+
+    def _seen(
+        self,
+        kept: PairEntry,
+        name: str,
+        target: int | Size | None,
+        decisions: Decisions,
+        mask: memoryview | None = None,
+    ) -> Side:
+        """An image of a row without its mask, which its key follows from."""
+        data, where = self.source.encoded(kept.row, name), self.source.where(kept.row, name)
         shown = [decode(data, where)] if self._frames is None else decode_video(data, where, self._frames)
         seen = [transform(one, target, decisions, where) for one in shown]
         image, geometry = seen[0]
         if target is None and geometry.target_size != self.image_size:
             raise _another_size(where, geometry.target_size, self.image_size)
-        encoded = self.source.mask(kept.row, side)
-        key = content_key(data, kept.caption, encoded)
+        key = content_key(data, kept.caption, mask)
         if target is not None or decisions.flip:
             key.update(repr((target, decisions.flip, geometry)).encode())
-        mask = self._mask(encoded, kept.row, side, geometry.original_size, target, decisions)
         frames = () if self._frames is None else tuple(one for one, _ in seen)
-        return Side(image, geometry, key.hexdigest(), mask, frames=frames)
+        return Side(image, geometry, key.hexdigest(), frames=frames)
 
     def _mask(
         self, data: memoryview | None, row: int, side: int, size: Size, target: int | Size | None, decisions: Decisions
@@ -317,15 +340,17 @@ class PairDataset:
 
     def _sizes(self, whole: bool, row: int) -> list[Size]:
         """The sizes of the images of a row; ``whole`` decodes them, otherwise the headers are read."""
-        read, names = self.source, self.source.form.images
+        read, names = self.source, (*self.source.form.images, *((SOURCE,) if self.has_sources else ()))
         images = [(read.encoded(row, name), read.where(row, name)) for name in names]
-        if len(images) == 2 and images[0][0] == images[1][0]:
+        if len(read.form.images) == 2 and images[0][0] == images[1][0]:
             self._alike.append(row)
         sizes = [self._size(*image, whole) for image in images]
         target = self.resolution
         if isinstance(target, int):
             for size, (_, where) in zip(sizes, images, strict=True):
                 scaled(size, (target, target), where)
+        if self.has_sources and (source := sizes.pop()) != sizes[0] and target is None:
+            raise _another_size(images[-1][1], source, sizes[0])
         if self.has_masks:  # small when encoded, and often wrong: they are always looked at
             cut = target.sizes[target.choose(*sizes)] if isinstance(target, Buckets) else target
             for side, size in enumerate(sizes):

@@ -12,7 +12,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, count
+from itertools import combinations, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastinvdpo.data.rows import (
     PAIRS,
     SCORES,
     SEEDS,
+    SOURCE,
     Form,
     PairSource,
     choices,
@@ -43,7 +44,7 @@ _ENDINGS = {
         side: (side, *(f"{number}.{kind}" for kind in _KINDS), *(f"{word}.{kind}" for kind in _KINDS))
         for number, (side, word) in enumerate(zip(IMAGES, ("winner", "loser"), strict=True))
     },
-    **{mask: (mask, *(f"{mask}.{kind}" for kind in _KINDS)) for mask in MASKS},
+    **{name: (name, *(f"{name}.{kind}" for kind in _KINDS)) for name in (*MASKS, SOURCE)},
     **{name: (f"{name}.npy",) for name in NOISES},
     "image": _KINDS,
 }
@@ -81,7 +82,15 @@ class RecordSource(PairSource):
             if name in required and name not in scored:
                 remedy = "add score_0 and score_1, or name yours in data.columns"
                 raise invalid("data.path", self.path, f"no row has {name!r}", remedy)
-        return self.choose_masks(set(self.form.schema) - optional | scored)
+        # A key of that name may hold another thing than an image, where none is demanded.
+        places = (values[SOURCE] for values in self._readable() if values.get(SOURCE) is not None)
+        if any(self.sources or SOURCE in self.names or self._is_image(place) for place in islice(places, 1)):
+            scored.add(SOURCE)
+        return self.choose_masks(set(self.form.schema) - optional - {SOURCE} | scored)
+
+    def _is_image(self, place: Any) -> bool:
+        found = caught(file_below, [self.root or Path()], place, SOURCE) if isinstance(place, str) else None
+        return isinstance(place, tuple) or (isinstance(found, Path) and self.root is not None and found.is_file())
 
     def values(self, row: int) -> Mapping[str, Any]:
         values = self.rows[row][1]
@@ -101,7 +110,7 @@ class RecordSource(PairSource):
 
     def files(self) -> list[Path]:
         images = set[Path]()
-        names = (*self.form.images, *self.stored_masks, *(name for name in NOISES if name in self.stored))
+        names = (*self.form.images, *self.stored_beside, *(name for name in NOISES if name in self.stored))
         named = {str(values.get(name)) for values in self._readable() for name in names} if self.root else set()
         for place in named:
             try:
@@ -200,7 +209,7 @@ def _shard_row(file: int, sample: _Sample, place: str, names: Mapping[str, str],
     if sample.twice is not None:
         raise broken("malformed row", place, sample.twice, "is the name of two members", "write each member once")
     images, named = dict[str, Any](), False
-    for name in (*form.images, *(name for name in (*MASKS, *NOISES) if name in form.schema)):
+    for name in (*form.images, *(name for name in (*MASKS, SOURCE, *NOISES) if name in form.schema)):
         found = [e for e in ((names[name],) if name in names else _ENDINGS[name]) if e in members]
         if len(found) > 1:
             raise broken("malformed row", place, found, f"are several images for {name}", "keep one, or name it")

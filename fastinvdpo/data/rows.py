@@ -25,7 +25,8 @@ LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0
 MASKS = ("mask", "mask_0", "mask_1")  # one for both images, or one for each
 # What each image was generated from: its initial latent as the bytes of a .npy file, or the seed of that.
 NOISES, SEEDS = ("noise_0", "noise_1"), ("seed_0", "seed_1")
-SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *MASKS, *NOISES, *SEEDS)
+SOURCE = "source"  # the image that both images of a pair were edited from
+SCHEMA = (*IMAGES, *LABELS, "caption", *SCORES, *MASKS, SOURCE, *NOISES, *SEEDS)
 # Other ways to say which of two images won: the number, name or path of one of them. In a row there may be "members"
 # besides, 0 where the images themselves are named winner and loser.
 CHOICES = ("winner", "loser", "label")
@@ -87,6 +88,7 @@ class PairSource(ABC):
         groups_per_window: how many groups are mixed with one another.
         stored: what :meth:`resolve` returned last.
         frames: how many of a video are read, the first; None: images.
+        sources: whether source images are demanded, or refused; None where it does not matter.
         masks: whether masks are read; mask_names: then those of image 0 and of image 1, after :meth:`resolve`.
     """
 
@@ -99,6 +101,7 @@ class PairSource(ABC):
     remote: bool = False
     groups_per_window: int = 1
     frames: int | None = None
+    sources: bool | None = None
     masks: bool = False
     mask_names: tuple[str, str] | None = None
     stored: Set[str] = frozenset()
@@ -132,8 +135,8 @@ class PairSource(ABC):
         return Row(self, row, self.values(row))
 
     def encoded(self, row: int, name: str) -> memoryview:
-        """The bytes of one of ``form.images``, :data:`MASKS` or :data:`NOISES`. Raises ``BrokenRow`` where a row has
-        none.
+        """The bytes of one of ``form.images``, :data:`MASKS`, :data:`NOISES` or :data:`SOURCE`. Raises ``BrokenRow``
+        where a row has none.
         """
         try:
             return self._bytes(row, name)
@@ -147,6 +150,11 @@ class PairSource(ABC):
     def mask(self, row: int, side: int) -> memoryview | None:
         """The encoded bytes of the mask of image 0 or 1, None where masks are not read."""
         return None if self.mask_names is None else self.encoded(row, self.mask_names[side])
+
+    @property
+    def stored_beside(self) -> tuple[str, ...]:
+        """Images that :meth:`resolve` found beside those of a pair: masks, and the source."""
+        return (*self.stored_masks, *((SOURCE,) if SOURCE in self.stored else ()))
 
     @property
     def stored_masks(self) -> tuple[str, ...]:
@@ -167,11 +175,28 @@ class PairSource(ABC):
         self.frames = frames
         return self
 
+    def with_sources(self, read: bool | None = True) -> Self:
+        """The source itself, which from the next :meth:`resolve` on demands a source image of every row, or with False
+        refuses data that have any.
+        """
+        self.sources = read
+        return self
+
     def choose_masks(self, stored: set[str]) -> set[str]:
         """``stored``, which :meth:`resolve` is to return; its masks are those that count from now on. Raises
-        ``InvalidInput`` where masks are to be read, and there are none, or not one for each image.
+        ``InvalidInput`` where masks are to be read, and there are none, or not one for each image, and where source
+        images are not as :meth:`with_sources` said.
         """
         self.stored, self.mask_names = stored, None
+        if self.sources is not None and self.sources != (SOURCE in stored):
+            problem = f"has source images in {self.shown(SOURCE)!r}, and model.family is of models that take none"
+            remedy = "choose a family that edits, or remove the column"
+            if self.sources:
+                problem = (
+                    f"has no {self.shown(SOURCE)!r}, the image that a pair was edited from, and model.family edits"
+                )
+                remedy = f"store one in every row, or name yours with data.columns, as in {{{SOURCE}: YOUR_COLUMN}}"
+            raise invalid("data.path", self.path, problem, remedy)
         if self.masks and self.form is not PAIRS:
             raise invalid("data.masks", True, "is read of pairs alone", "set it to false")
         if self.masks:

@@ -21,7 +21,7 @@ from pyarrow import compute, parquet, types
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import broken
 from fastinvdpo.data.images import frames_in, image_bytes
-from fastinvdpo.data.rows import FORMS, MASKS, NOISES, PAIRS, Form, PairSource, WrongForm, choices, stored_under
+from fastinvdpo.data.rows import FORMS, MASKS, NOISES, PAIRS, SOURCE, Form, PairSource, WrongForm, choices, stored_under
 from fastinvdpo.data.score_range import METADATA
 from fastinvdpo.errors import invalid
 
@@ -94,7 +94,7 @@ class TableSource(PairSource):
         if len(set(scored)) > 1:
             file, problem = self._locations[scored.index(True)], "was written by fastinvdpo score, and others were not"
             raise invalid("data.path", file, problem, "name one of the files, or move it")
-        large = (*self.form.images, *MASKS, *NOISES)
+        large = (*self.form.images, *MASKS, SOURCE, *NOISES)
         small = {name: column for name, column in self._columns.items() if name not in large}
         stored = list(dict.fromkeys(small.values()))
         tables = [_validated(_read(file, None, stored), file) for file in self._locations]
@@ -131,7 +131,7 @@ class TableSource(PairSource):
         if not self._dataset.cache_files:
             remedy = "let datasets keep it on the disk (HF_DATASETS_IN_MEMORY_MAX_SIZE), or set cache.path to null"
             raise invalid("data.path", self.path, "is held in memory, where its content cannot be hashed", remedy)
-        for column in (table.column(self.shown(name)) for name in (*self.form.images, *(self.mask_names or ()))):
+        for column in (table.column(self.shown(name)) for name in (*self.form.images, *self._beside())):
             if types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
                 bare = compute.is_null(compute.struct_field(column, "bytes"))  # stored by their paths alone
                 images.update(path for path in compute.struct_field(column, "path").filter(bare).to_pylist() if path)
@@ -174,9 +174,10 @@ class TableSource(PairSource):
                     raise invalid("data.path", file, problem, remedy)
         others = choices(self.names, self.form)
         for name in others:
-            kind = schema.field(name).type if name in schema.names else None
-            if kind is not None and not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):
-                found[name] = name  # no image
+            if name in schema.names and not _holds_images(schema.field(name).type):
+                found[name] = name
+        if SOURCE in found and SOURCE not in self.names and not _holds_images(schema.field(found[SOURCE]).type):
+            del found[SOURCE]
         label, columns = next(iter(self.form.labels), None), set(schema.names)
         says_who_won = any(name in found for name in (*self.form.labels, *others))
         for name in dict.fromkeys((*required, *self.names)):
@@ -192,10 +193,13 @@ class TableSource(PairSource):
                 raise invalid("data.path", file, problem, remedy)
         return found
 
+    def _beside(self) -> tuple[str, ...]:
+        return (*(self.mask_names or ()), *((SOURCE,) if self.sources else ()))
+
     def _group(self, number: int) -> Any:
         """The images of a group, the masks if they are read, and the noise."""
         noises = [name for name in NOISES if name in self._columns]
-        read = (*self.form.images, *(self.mask_names or ()), *noises)
+        read = (*self.form.images, *self._beside(), *noises)
         columns = list(dict.fromkeys(self._columns[name] for name in read))
         with self._lock:  # a group is read by one thread, the others wait for it
             if number not in self._loaded:
@@ -238,6 +242,10 @@ def parquet_locations(path: str, options: Mapping[str, str | None]) -> list[str]
         problem = f"{path} stores {other}, and only parquet can be read by row groups"
         raise invalid("data.streaming", True, problem, "set data.streaming to false")
     return locations
+
+
+def _holds_images(kind: Any) -> bool:
+    return bool(types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _open_table(files: Sequence[str], stored: list[str]) -> Any:

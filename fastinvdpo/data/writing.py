@@ -13,7 +13,7 @@ import pyarrow as arrow
 from pyarrow import parquet
 
 from fastinvdpo.atomic import atomic_file
-from fastinvdpo.data.rows import IMAGES, MASKS, NOISES, SCHEMA, SCORES, SEEDS, is_seed, number
+from fastinvdpo.data.rows import IMAGES, MASKS, NOISES, SCHEMA, SCORES, SEEDS, SOURCE, is_seed, number
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_GROUP = 1000
@@ -26,9 +26,9 @@ def write_pairs(
 
     Each row has ``jpg_0``, ``jpg_1`` (encoded bytes, or a PIL image, which becomes lossless PNG), ``label_0``,
     ``label_1``, ``caption``, and either in all rows or in none ``score_0``, ``score_1``; images ``mask`` or ``mask_0``,
-    ``mask_1``; and what the images were generated from, ``noise_0``, ``noise_1`` (arrays, or the bytes of .npy files)
-    or ``seed_0``, ``seed_1``. The file appears under its name only when it is complete; rows are streamed, so they need
-    not fit into memory.
+    ``mask_1``, and ``source``, which both were edited from; and what the images were generated from, ``noise_0``,
+    ``noise_1`` (arrays, or the bytes of .npy files) or ``seed_0``, ``seed_1``. The file appears under its name only
+    when it is complete; rows are streamed, so they need not fit into memory.
 
     Args:
         new: raise ``FileExistsError`` rather than replace a file.
@@ -41,9 +41,9 @@ def write_pairs(
     first = next(remaining, None)
     if first is None:
         raise invalid("rows", 0, "holds no pairs", "write at least one")
-    together = {name: names[0] for names in (SCORES, MASKS[:1], MASKS[1:], NOISES, SEEDS) for name in names}
+    together = {name: names[0] for names in (SCORES, MASKS[:1], MASKS[1:], (SOURCE,), NOISES, SEEDS) for name in names}
     names = [name for name in SCHEMA if together.get(name, name) in first or name not in together]
-    kinds = dict.fromkeys((*IMAGES, *MASKS, *NOISES), arrow.binary()) | dict.fromkeys(SEEDS, arrow.int64())
+    kinds = dict.fromkeys((*IMAGES, *MASKS, SOURCE, *NOISES), arrow.binary()) | dict.fromkeys(SEEDS, arrow.int64())
     kinds["caption"] = arrow.string()
     schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in names], metadata)
     numbered = enumerate(chain([first], remaining))
@@ -83,7 +83,7 @@ def _checked(row: Mapping[str, Any], i: int, names: list[str]) -> dict[str, Any]
 
 
 def _checked_value(name: str, value: Any, where: str) -> Any:
-    if name in (*IMAGES, *MASKS):
+    if name in (*IMAGES, *MASKS, SOURCE):
         data = encode_png(value) if hasattr(value, "save") else value
         if not isinstance(data, bytes) or not data:
             raise invalid(where, type(value).__name__, "is no image", "give encoded bytes or a PIL image")

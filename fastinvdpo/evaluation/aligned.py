@@ -68,7 +68,8 @@ def differences_of(base: Origin, aligned: Origin, files: dict[str, dict[str, lis
     file, ours, theirs = adapter_file(aligned.path), files["base"], files["aligned"]
     network = next(part for part in NETWORKS if part in ours)
     variants = (base.variant, aligned.variant)
-    if file is None and _same_weights(ours[network], theirs[network], variants):
+    whole = base.config is None and aligned.config is None  # single files have other names of tensors
+    if file is None and whole and _same_weights(ours[network], theirs[network], variants):
         notes.append("Both sides have the same network: the comparison is of a model with itself.")
     if file is not None:
         trained = trained_on(file)
@@ -85,7 +86,7 @@ def differences_of(base: Origin, aligned: Origin, files: dict[str, dict[str, lis
             different = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
             if different:
                 notes.append(f"Each side is sampled by its own schedule; they differ in {', '.join(different)}.")
-        elif part in ENCODERS and not _same_weights(ours[part], theirs[part], variants):
+        elif part in ENCODERS and whole and not _same_weights(ours[part], theirs[part], variants):
             notes.append(f"The sides have different weights of {part}: what it changes is not the alignment's.")
     return notes
 

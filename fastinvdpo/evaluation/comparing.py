@@ -31,12 +31,13 @@ from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.evaluation.aligned import aligned_files, differences_of, open_aligned
 from fastinvdpo.evaluation.metrics import statistics
 from fastinvdpo.evaluation.page import report_page
-from fastinvdpo.evaluation.sampling import Sampling, check_whole, initial_noise, sample_images
+from fastinvdpo.evaluation.prompts import digest_of
+from fastinvdpo.evaluation.sampling import Sampling, check_sources, check_whole, initial_noise, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, mean_of_frames
 from fastinvdpo.io import Digests, as_json, check_same, has_key, key_hash, plain, sealed, unsealed
 from fastinvdpo.models import DiffusionModel, checkpoint_files, load_model, own_guidance, resolve_family
 from fastinvdpo.models.base import Origin, check_frames, check_guidance, check_prompts
-from fastinvdpo.models.loading import check_options
+from fastinvdpo.models.loading import check_options, family_class
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.opening import DTYPES
 
@@ -72,6 +73,7 @@ def compare(
     family: str = "auto",
     sampling: Sampling | None = None,
     shown: int = 24,
+    sources: Sequence[Image] | None = None,
 ) -> dict[str, Any]:
     """Sample every prompt with both models from the same noise, score the images, and write what came out.
 
@@ -85,6 +87,7 @@ def compare(
         scorers: higher is better; the names must differ.
         output: directory to write, see above.
         shown: pairs of images in the report, the first so many.
+        sources: of models that edit, an image for each prompt; see :func:`fastinvdpo.evaluation.prompts.load_sources`.
 
     Returns:
         What ``evaluation.json`` holds: for each scorer mean and median of both sides, the share of prompts whose
@@ -96,12 +99,13 @@ def compare(
     """
     sampling = Sampling() if sampling is None else sampling
     before, after = Origin.of(base), Origin.of(aligned)
-    family = resolve_family(family, before.path, before.revision)
+    family = resolve_family(family, before)
     texts, scorers = check_prompts(prompts), check_scorers(scorers)
     check_whole(1, num_inference_steps=sampling.num_inference_steps, batch_size=sampling.batch_size)
     check_frames(sampling.frames, "frames")
     check_options(family, sampling.size)
     check_whole(0, seed=sampling.seed, shown=shown)
+    check_sources(family_class(family), None if sources is None else len(sources), len(texts))
     if sampling.guidance_scale is not None:
         check_guidance(sampling.guidance_scale)
     if sampling.dtype not in DTYPES:
@@ -112,14 +116,13 @@ def compare(
         files = {"base": checkpoint_files(family, before), "aligned": aligned_files(family, before, after)}
         if sampling.guidance_scale is None:
             sampling = replace(sampling, guidance_scale=own_guidance(family, files["base"]))
-        _check_settings(place.path / _SETTINGS, _key(files, texts, family, sampling))
+        _check_settings(place.path / _SETTINGS, _key(files, texts, family, sampling, sources))
         notes, dtype = differences_of(before, after, files), DTYPES[sampling.dtype]
-        _sample_missing(
-            lambda: load_model(family, before, dtype=dtype, **sampling.size), place.path / "base", texts, sampling
-        )
+        opened = partial(load_model, family, before, dtype=dtype, **sampling.size)
+        _sample_missing(opened, place.path / "base", texts, sampling, sources)
         gc.collect()  # two models need not fit into memory together
         opened = partial(open_aligned, family, before, after, dtype=dtype, **sampling.size)
-        _sample_missing(opened, place.path / "aligned", texts, sampling)
+        _sample_missing(opened, place.path / "aligned", texts, sampling, sources)
         gc.collect()
         scores = {
             scorer.name: {side: _score(scorer, place.path / side, texts, sampling.frames) for side in SIDES}
@@ -156,7 +159,11 @@ def read_image(path: Path) -> Image:
 
 
 def _key(
-    files: dict[str, dict[str, list[Path]]], prompts: list[str], family: str, sampling: Sampling
+    files: dict[str, dict[str, list[Path]]],
+    prompts: list[str],
+    family: str,
+    sampling: Sampling,
+    sources: Sequence[Image] | None,
 ) -> dict[str, Any]:
     digests = Digests()
     key = {
@@ -170,6 +177,7 @@ def _key(
             if name not in ("batch_size", _NOISE, *sampling.size)
         },
         **{name: value for name, value in sampling.size.items() if value is not None},
+        **({} if sources is None else {"content of the sources": digest_of(sources)}),
         **{f"{side} {part}": digests.of(found) for side in SIDES for part, found in files[side].items()},
     }
     return plain(key)
@@ -190,7 +198,11 @@ def _check_settings(file: Path, key: dict[str, Any]) -> None:
 
 
 def _sample_missing(
-    open_model: Callable[[], DiffusionModel], folder: Path, prompts: Sequence[str], sampling: Sampling
+    open_model: Callable[[], DiffusionModel],
+    folder: Path,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    sources: Sequence[Image] | None,
 ) -> None:
     """Sample the images that ``folder`` lacks, in whole batches: another batch gives other last bits."""
     noise, model = make_directory(folder).parent / _NOISE, None
@@ -204,7 +216,8 @@ def _sample_missing(
             model = open_model()
             if torch.cuda.is_available():
                 model.to("cuda")
-        images = sample_images(model, model.network, [prompts[place] for place in places], places, sampling)
+        seen = None if sources is None else [sources[place] for place in places]
+        images = sample_images(model, model.network, [prompts[place] for place in places], places, sampling, seen)
         for file, image in zip(shown, images, strict=True):
             with atomic_file(file) as temporary:
                 image.save(temporary, format="PNG")

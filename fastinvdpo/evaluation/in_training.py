@@ -28,7 +28,7 @@ from fastinvdpo.config.sections import EvaluationSection
 from fastinvdpo.errors import invalid
 from fastinvdpo.evaluation.metrics import win_rate
 from fastinvdpo.evaluation.page import grid, scores_figure
-from fastinvdpo.evaluation.prompts import load_prompts
+from fastinvdpo.evaluation.prompts import digest_of, load_prompts, load_sources
 from fastinvdpo.evaluation.sampling import check_sampling, sample_images
 from fastinvdpo.evaluation.scorers import Scorer, check_scorers, in_batches, mean_of_frames, open_scorers
 from fastinvdpo.io import key_hash, plain, sealed, unsealed
@@ -67,6 +67,7 @@ class EvaluationCallback(Callback):
         self.settings = plain({"prompts": key_hash({"prompts": self._texts}), **kept, "scorers": keys})
         self._base: Scores = {}
         self._shown: list[Image.Image] = []
+        self._sources: Sequence[Image.Image] | None = None
 
     def on_init(self, trainer: Run) -> None:
         if str(trainer.accelerator.distributed_type.value) == "FSDP":
@@ -76,6 +77,9 @@ class EvaluationCallback(Callback):
             self.section = self.section.model_copy(update={"guidance_scale": trainer.model.own_guidance})
             self.settings["guidance_scale"] = self.section.guidance_scale
         check_sampling(trainer.model, self.section.num_inference_steps, self.section.guidance_scale)
+        if trainer.model.edits:
+            self._sources = load_sources(self.section.prompts, limit=self.section.samples)
+            self.settings["sources"] = digest_of(self._sources)
         self._folder, self._best = trainer.directory / "evaluation", trainer.directory / "best"
 
     def on_start(self, trainer: Run) -> None:
@@ -139,7 +143,8 @@ class EvaluationCallback(Callback):
         for start in range(0, len(places), section.batch_size):
             chosen = places[start : start + section.batch_size]
             texts = [self._texts[place] for place in chosen]
-            images = sample_images(model, network, texts, chosen, section)
+            seen = None if self._sources is None else [self._sources[place] for place in chosen]
+            images = sample_images(model, network, texts, chosen, section, seen)
             self._shown += images[:: model.frames][: _SHOWN - len(self._shown)]
             told = [text for text in texts for _ in range(model.frames)]
             for scorer in self._scorers:

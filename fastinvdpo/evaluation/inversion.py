@@ -103,6 +103,9 @@ def invert_images(
         InvalidInput: an argument out of range, as many prompts as fit neither case, or unusable images.
     """
     check_images(images)
+    if model.edits:
+        problem = "edits a source image, which an inversion here does not have"
+        raise invalid("model.family", model.family, problem, "invert images of a text-to-image model")
     _check_numbers(num_inference_steps, guidance_scale, renoise_iterations, batch_size)
     texts = _one_per_image(prompts, len(images))
     guidance_scale = _guidance(model, guidance_scale)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from pyarrow import ArrowException, parquet
 
 from fastinvdpo._extras import require
 from fastinvdpo.data.broken import BrokenRow
+from fastinvdpo.data.images import decode, file_below, file_bytes, image_bytes
 from fastinvdpo.data.records import json_lines, parsed
-from fastinvdpo.data.rows import DAMAGED, is_damaged
+from fastinvdpo.data.rows import DAMAGED, SOURCE, is_damaged
 from fastinvdpo.data.sources import files_of
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import read_text
@@ -19,6 +24,7 @@ from fastinvdpo.io import read_text
 COLUMNS = ("prompt", "caption", "text", "Prompt")
 _LARGEST_FILE = 2**28
 _HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
+_WITH_SOURCES = "name a .jsonl, .json or .parquet file with the key or column source beside the prompt"
 _REMEDY = "name a .txt, .jsonl, .json or .parquet file, a directory of parquet shards, partiprompts or hpdv2"
 
 
@@ -60,6 +66,59 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
         if is_damaged(prompt):
             raise invalid(where, prompt, DAMAGED, "write it again as UTF-8")
     return prompts
+
+
+class SourceImages(Sequence[Image.Image]):
+    """Images that are decoded when they are taken."""
+
+    def __init__(self, encoded: list[tuple[memoryview, str]]) -> None:
+        self._encoded = encoded
+        for one in encoded:
+            decode(*one)  # raises
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return decode(*self._encoded[place])
+
+
+def digest_of(images: Sequence[Image.Image]) -> str:
+    """SHA-256 of the pixels."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def load_sources(source: str | Path, *, limit: int | None = None) -> SourceImages:
+    """The images that stand beside the prompts of a ``.jsonl``, ``.json`` or parquet list: under the key ``source`` as
+    paths below the list's folder, or in the column ``source`` as encoded images.
+
+    Raises:
+        InvalidInput: a list without them, or an entry whose image is missing or damaged.
+    """
+    path, found = Path(source), list[tuple[memoryview, str]]()
+    if path.suffix in (".jsonl", ".json"):
+        entries: Any = json_lines(path, "prompts")
+        if path.suffix == ".json":
+            entries = enumerate(parsed(read_text(path, "prompts", _LARGEST_FILE, _REMEDY).encode(), str(path)), start=1)
+        for number, entry in islice(entries, limit):
+            where = f"prompts, entry {number} of {path.name}, source"
+            place = entry.get(SOURCE) if isinstance(entry, dict) else None
+            if not isinstance(place, str):
+                raise invalid(where, place, "names no image, and the model edits one", f"write a path under {SOURCE!r}")
+            found.append((file_bytes(file_below([path.parent], place, where), where), where))
+    elif path.is_dir() or path.suffix == ".parquet":
+        for file in files_of(path, ".parquet"):
+            table = parquet.read_table(file)
+            where, column = f"prompts, {file}, source", _chosen(table.column_names, str(file), SOURCE)
+            found += [(image_bytes(cell, where), where) for cell in table.column(column)]
+    else:
+        raise invalid("prompts", str(source), "holds no source images, and the model edits one a prompt", _WITH_SOURCES)
+    return SourceImages(found[:limit])
 
 
 def _json_list(text: str, name: str, column: str | None) -> list[Any]:

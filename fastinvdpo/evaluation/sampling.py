@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from fastinvdpo.config.sections import EvaluationSection
+from fastinvdpo.data.transforms import Decisions, transform
 from fastinvdpo.diffusion.prompt import Prompt, evaluate, weighted_sum
 from fastinvdpo.diffusion.schedule import affine_coefficients, stack_coefficients
 from fastinvdpo.errors import invalid
@@ -52,13 +53,14 @@ def sample_images(
     prompts: Sequence[str],
     places: Sequence[int],
     settings: Sampling | EvaluationSection,
+    sources: Sequence[Image] | None = None,
 ) -> list[Image]:
-    """The images that ``network`` makes of some prompts of a list, which stand at ``places`` of it; of videos all
-    ``model.frames`` of the first, then those of the next.
+    """The images that ``network`` makes of some prompts of a list, which stand at ``places`` of it, and of their source
+    images where the model edits; of videos all ``model.frames`` of the first, then those of the next.
     """
     names = ("num_inference_steps", "guidance_scale", "seed", "batch_size")
     options = {name: getattr(settings, name) for name in names}
-    return model.decode_latents(sample(model, network, prompts, places=places, **options))
+    return model.decode_latents(sample(model, network, prompts, places=places, sources=sources, **options))
 
 
 @torch.no_grad()
@@ -72,6 +74,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 100,
     places: Sequence[int] | None = None,
+    sources: Sequence[Image] | None = None,
 ) -> Tensor:
     """Latents ``(n, *model.latent_shape)``, float32, that ``network`` samples for ``n`` prompts.
 
@@ -80,7 +83,8 @@ def sample(
     the list alone, not on the batch it travels in; ``places`` says which those are when ``prompts`` are a part of that
     list. ``guidance_scale`` means what it does to the checkpoint's pipeline, whose default it has when None:
     ``ε_uncond + g·(ε_cond − ε_uncond)`` with twice the network evaluations, none up to 1; for FLUX.1-dev an input of
-    the network.
+    the network. ``sources``: of models that edit one image a prompt, which is resized and cropped in the middle to the
+    size of the model's images.
 
     Raises InvalidInput for no prompts, another number of places, a step count, batch size or guidance scale that means
     nothing, or a model that does not start from noise.
@@ -92,6 +96,7 @@ def sample(
     if len(numbers) != len(prompts):
         raise invalid("places", len(numbers), f"are not those of {len(prompts)} prompts", "pass one for each")
     check_sampling(model, num_inference_steps, guidance_scale)
+    check_sources(model, None if sources is None else len(sources), len(prompts))
     levels = descending_levels(model, num_inference_steps)
     was_training = network.training
     network.eval()
@@ -99,7 +104,9 @@ def sample(
         parts = []
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
-            prompt = encode_prompt(model, prompts[batch], guidance_scale)
+            seen = [] if sources is None else sources[batch]
+            edited = [transform(source, model.image_size, Decisions())[0] for source in seen]
+            prompt = encode_prompt(model, prompts[batch], guidance_scale, edited if model.edits else None)
             noise = initial_noise(model, seed, numbers[batch])
             parts.append(_descend(model, network, noise, prompt, levels, model.solver(num_inference_steps)))
     finally:
@@ -131,6 +138,14 @@ def check_sampling(model: DiffusionModel, num_inference_steps: int, guidance_sca
     descending_levels(model, num_inference_steps)
 
 
+def check_sources(model: DiffusionModel | type[DiffusionModel], sources: int | None, prompts: int) -> None:
+    """Raise ``InvalidInput`` unless as many source images are given as the model edits: None or one a prompt."""
+    if sources != (prompts if model.edits else None):
+        problem = f"are not the source images of {prompts} prompts, which the family {model.family} edits"
+        problem = problem if model.edits else f"mean nothing for the family {model.family}, which edits no images"
+        raise invalid("sources", sources, problem, "pass one a prompt to models that edit, None to the others")
+
+
 def descending_levels(model: DiffusionModel, num_inference_steps: int) -> Tensor:
     """``model.sampling_levels``. Raises ``InvalidInput`` where the network cannot leave the first of them."""
     levels, schedule = model.sampling_levels(num_inference_steps), model.sampling_schedule
@@ -140,15 +155,24 @@ def descending_levels(model: DiffusionModel, num_inference_steps: int) -> Tensor
     return levels
 
 
-def encode_prompt(model: DiffusionModel, prompts: Sequence[str], guidance_scale: float | None) -> Prompt:
+def encode_prompt(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    guidance_scale: float | None,
+    sources: Sequence[Image] | None = None,
+) -> Prompt:
     """The encoded captions with what a guidance scale means to the model: the empty caption beside them, or an input
-    of the network.
+    of the network; of models that edit, with source images.
     """
+    check_sources(model, None if sources is None else len(sources), len(prompts))
     scale, embedded = model.guidance(guidance_scale)
-    conditioning = model.encode_prompts(prompts)
+    seen: dict[str, Any] = {"sources": sources} if model.prompt_sees_source else {}
+    behind = {} if sources is None else model.encode_sources(sources)
+    conditioning = model.encode_prompts(prompts, **seen) | behind
     if embedded is not None:
         conditioning["guidance"] = torch.full((len(prompts),), embedded, device=model.device)
-    return Prompt(conditioning, None if scale == 1 else model.encode_prompts([""] * len(prompts)), scale)
+    empty = None if scale == 1 else model.encode_prompts([""] * len(prompts), **seen) | behind
+    return Prompt(conditioning, empty, scale)
 
 
 def _descend(

@@ -15,7 +15,7 @@ from pyarrow import parquet, types
 from fastinvdpo._extras import require
 from fastinvdpo.data import PairSource
 from fastinvdpo.data.broken import BrokenRow, caught
-from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, MASKS, NOISES, SEEDS, TIE
+from fastinvdpo.data.rows import CHOICES, IMAGES, LABELS, MASKS, NOISES, SEEDS, SOURCE, TIE
 from fastinvdpo.errors import invalid
 
 _ROWS_PER_PIECE = 256
@@ -93,7 +93,7 @@ def _pieces(source: PairSource, rows: Sequence[int]) -> Iterator[Any]:
 def _built(source: PairSource, rows: Sequence[int]) -> Any:
     """The schema's columns of a source whose rows are no table. Labels that say nothing become null."""
     optional = [pair for pair in (NOISES, SEEDS) if set(pair) <= source.stored]
-    names = [*IMAGES, *LABELS, "caption", *source.stored_masks, *(name for pair in optional for name in pair)]
+    names = [*IMAGES, *LABELS, "caption", *source.stored_beside, *(name for pair in optional for name in pair)]
     kinds = dict.fromkeys(LABELS, arrow.float64()) | dict.fromkeys(SEEDS, arrow.int64()) | {"caption": arrow.string()}
     cells = [_cells(source, row, names) for row in rows]
     schema = arrow.schema([(name, kinds.get(name, arrow.binary())) for name in names])
@@ -110,18 +110,18 @@ def _cells(source: PairSource, row: int, names: Sequence[str]) -> dict[str, Any]
 
 
 def _encoded(source: PairSource, row: int, name: str) -> bytes | None:
-    """An image, or None where there is none: of the rows written here only a mask may be missing."""
+    """An image, or None where there is none: of the rows written here only a mask or source may be missing."""
     try:
         return bytes(source.encoded(row, name))
     except BrokenRow:
-        if name not in MASKS:
+        if name not in (*MASKS, SOURCE):
             raise
         return None
 
 
 def _with_bytes(source: PairSource, table: Any, rows: Sequence[int]) -> Any:
     """A repository may name image files by paths, which mean nothing elsewhere."""
-    for name in (*IMAGES, *source.stored_masks):
+    for name in (*IMAGES, *source.stored_beside):
         place = table.column_names.index(source.shown(name))
         if name in IMAGES or types.is_struct(table.column(place).type):  # a mask may be bytes already, or none at all
             data = arrow.array([_encoded(source, row, name) for row in rows], arrow.binary())

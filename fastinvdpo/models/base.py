@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastinvdpo._extras import require
 from fastinvdpo.diffusion.schedule import NoiseSchedule, inversion_levels
 from fastinvdpo.errors import invalid
-from fastinvdpo.models.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,17 +23,21 @@ if TYPE_CHECKING:
 
 # Names shared by diffusers' attention blocks; the projections that LoRA papers adapt.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+SOURCE_LATENTS = "source_latents"
 _PART_FILES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
 class Origin(NamedTuple):
-    """A checkpoint, and the network and VAE that take the places of its own where they were named."""
+    """A checkpoint, and the network and VAE that take the places of its own where they were named. ``config``: of a
+    single file, a directory in diffusers' format that says what it holds.
+    """
 
     path: str | Path
     unet_init: str | Path | None = None
     vae: str | Path | None = None
     revision: str | None = None
     variant: str | None = None
+    config: str | Path | None = None
 
     @classmethod
     def of(cls, path: str | Path | Origin) -> Origin:
@@ -51,6 +54,8 @@ class TrainedModel(ABC):
         network_folder: its name in a checkpoint, ``unet`` or ``transformer``.
         schedule: the noise schedule of a diffusion model, float64; None: it is none.
         default_lora_targets: module names LoRA adapts when the configuration names none.
+        edits: whether a source image is part of the conditioning (:meth:`encode_sources`); prompt_sees_source: also of
+            that of :meth:`encode_prompts`, as its argument ``sources``, for the empty prompt too.
         origin: the checkpoint that it was loaded from; None for a network at hand.
         unquantized: makes the network as it was before its weights were quantized; None where they are not.
     """
@@ -61,6 +66,8 @@ class TrainedModel(ABC):
     network: nn.Module
     schedule: NoiseSchedule | None
     default_lora_targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    edits = False
+    prompt_sees_source = False
     origin: Origin | None = None
     unquantized: Callable[[], nn.Module] | None = None
 
@@ -101,6 +108,13 @@ class TrainedModel(ABC):
         ``geometry`` holds original size and crop of the image each prompt belongs to; families that are not
         conditioned on it ignore it, and SDXL uses its own resolution where it is missing.
         """
+
+    def encode_sources(self, sources: Sequence[Image]) -> dict[str, Tensor]:
+        """The tensors of the conditioning that follow from source images of one size, ``(n, …)``, without gradient:
+        ``source_latents``. Raises ``InvalidInput`` for a family that edits none.
+        """
+        problem = f"means nothing for the family {self.family}, which edits no images"
+        raise invalid("sources", len(sources), problem, "leave them out")
 
     def encode_geometry(self, geometry: Sequence[ImageGeometry]) -> dict[str, Tensor]:
         """The tensors of :meth:`encode_prompts` that follow from the geometry alone, float32; empty where none do."""
@@ -307,7 +321,7 @@ def saveable_network(network: nn.Module) -> nn.Module:
     problem, remedy = "", ""
     if any(".lora_" in name for name, _ in plain.named_parameters()):
         problem, remedy = "holds LoRA layers that are not merged", "merge the adapter, then save"
-    elif any(isinstance(module, QuantizedLinear) for module in plain.modules()):
+    elif any(hasattr(module, "dequantized") for module in plain.modules()):
         problem, remedy = "holds quantized weights", "save what unquantized() gives, with the adapter merged"
     if problem:
         raise invalid("network", type(plain).__name__, problem, remedy)

@@ -1,4 +1,5 @@
-"""Checkpoints: where they come from, a diffusers directory or a hub id, and their weights, always as safetensors.
+"""Checkpoints: where they come from, a diffusers directory, a hub id or a single file (single_file.py), and their
+weights, always as safetensors.
 
 Every tensor of a part finds its place, or loading fails with the file and the names.
 """
@@ -32,13 +33,49 @@ _OUTER = ("module.", "base_model.model.", "state_dict.", "model.", "ema_model.",
 NETWORKS = ("unet", "transformer")
 # What training needs only to encode images and prompts.
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-_FROZEN_PARTS = (*ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3")
+_FROZEN_PARTS = (*ENCODERS, "processor", "tokenizer", "tokenizer_2", "tokenizer_3")
+# What the names of a part's tensors begin with in a single file.
+_IN_FILE = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
+    "text_encoder_2": ("conditioner.embedders.1.", "conditioner.embedders.0.model.", "text_encoders.clip_g."),
+    "T5EncoderModel": ("text_encoders.t5xxl.",),
+}
 # Configuration entries that must agree for one UNet or transformer to take the place of another.
 _INTERFACE = (
     *("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "class_embed_type"),
     *("projection_class_embeddings_input_dim", "patch_size", "joint_attention_dim", "pooled_projection_dim"),
     "guidance_embeds",
 )
+
+
+def single_file(origin: Origin) -> Path | None:
+    """The file that a checkpoint is; None for a directory or hub id. Raises ``InvalidInput`` for one that is no
+    safetensors file, or what does not belong to it.
+    """
+    path, is_file = Path(origin.path), Path(origin.path).is_file()
+    if is_file and path.suffix != ".safetensors":
+        raise invalid("model.path", str(path), "is no .safetensors file", NOT_FOUND)
+    if path.suffix == ".safetensors" and not path.exists():
+        raise invalid("model.path", str(path), "does not exist", NOT_FOUND)
+    for name in ("revision", "variant") if is_file else ("config",):
+        if (value := getattr(origin, name)) is not None:
+            problem = f"means nothing for {'a single file' if is_file else 'a directory or hub id'}, as model.path is"
+            raise invalid(f"model.{name}", str(value), problem, "set it to null")
+    remedy = "of the same kind of model; weights there count only for parts that the file lacks"
+    if is_file and origin.config is None:
+        problem = "is a single file, and nothing says what it holds"
+        raise invalid(
+            "model.path", str(path), problem, f"name in model.config a directory in diffusers' format {remedy}"
+        )
+    if is_file and not Path(str(origin.config)).is_dir():
+        raise invalid("model.config", str(origin.config), "is no directory", f"name one in diffusers' format {remedy}")
+    return path if is_file else None
+
+
+def described(origin: Origin) -> str:
+    """The directory or hub id that says what parts a checkpoint has."""
+    return location("model.path", origin.path) if single_file(origin) is None else str(origin.config)
 
 
 def location(argument: str, path: str | Path) -> str:
@@ -54,30 +91,48 @@ def location(argument: str, path: str | Path) -> str:
     return text
 
 
-def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """The content of a checkpoint's model_index.json. Raises ``InvalidInput`` where there is none."""
-    source = location("model.path", path)
+def model_index(origin: Origin, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a checkpoint's model_index.json. Raises ``InvalidInput`` where there is none, or it is of another
+    pipeline class than ``names``, if there are any.
+    """
+    source = described(origin)
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        raise invalid("model.path", source, "holds no model_index.json", NOT_FOUND)
+        argument = "model.path" if origin.config is None else "model.config"
+        raise invalid(argument, source, "holds no model_index.json", NOT_FOUND)
     with readable_errors("model.path", source):
-        index: dict[str, Any] = _diffusers().DiffusionPipeline.load_config(source, revision=revision)
+        index: dict[str, Any] = _diffusers().DiffusionPipeline.load_config(source, revision=origin.revision)
+    if names and (name := index.get("_class_name")) not in names:
+        remedy = f"this family is for {' and '.join(names)}; model.family auto chooses by the checkpoint"
+        raise invalid("model.path", source, f"is a {name}", remedy)
     return index
 
 
+def held_parts(file: Path, index: Mapping[str, Any]) -> list[str]:
+    """The parts of a pipeline whose weights a single file holds."""
+    names, found = tensor_shapes("model.path", [file]), [part for part in NETWORKS if part in index]
+    for part in (part for part in ENCODERS if index.get(part, (None,))[0] is not None):
+        prefixes = _IN_FILE.get(index[part][1]) or _IN_FILE.get(part, ())
+        found += [part] if any(name.startswith(prefixes) for name in names) else []
+    return found
+
+
 def load_pipeline(
-    origin: Origin, names: Sequence[str], denoiser: str, *, dtype: torch.dtype, frozen_parts: bool = True
+    origin: Origin,
+    names: Sequence[str],
+    denoiser: str,
+    *,
+    dtype: torch.dtype,
+    frozen_parts: bool = True,
+    loaded: Mapping[str, nn.Module] | None = None,
 ) -> Any:
-    """The diffusers pipeline with every part but the safety checker, on the CPU.
+    """The diffusers pipeline with every part but the safety checker, on the CPU; ``loaded``: parts at hand.
 
     The VAE is read in float32 (SDXL's overflows in float16), everything else as ``dtype``. Without ``frozen_parts`` the
     VAE, text encoders and tokenizers are None. ``names``: pipeline classes that belong to the family. ``denoiser``: the
     part that is trained, ``"unet"`` or ``"transformer"``.
     """
-    source, index = location("model.path", origin.path), model_index(origin.path, origin.revision)
-    name = str(index.get("_class_name"))
-    if name not in names:
-        remedy = f"this family is for {' and '.join(names)}; model.family auto chooses by the checkpoint"
-        raise invalid("model.path", source, f"is a {name}", remedy)
+    source, index = described(origin), model_index(origin, names)
+    name = str(index["_class_name"])
     given: dict[str, Any] = {}
     if "safety_checker" in index or name == "StableDiffusionPipeline":
         given = {"safety_checker": None, "requires_safety_checker": False}
@@ -92,12 +147,13 @@ def load_pipeline(
         weight_files("model.path", root / part, origin.variant)[1] for part in parts if part not in replaced
     ):
         raise invalid("model.variant", origin.variant, f"is no variant that {source} has", "set it to null")
-    for part in parts:
-        argument, other = replaced.get(part, ("model.path", None))
+    given |= loaded or {}
+    for part in (part for part in parts if part not in given):
+        argument, other = replaced.get(part, ("model.path" if loaded is None else "model.config", None))
         folder = root / part if other is None else part_folder(argument, other, part)
         variant = origin.variant if other is None else None
         kept = torch.float32 if part == "vae" else dtype
-        given[part] = load_module(_part_class(source, index, part), argument, folder, part, variant, kept)
+        given[part] = load_module(part_class(source, index, part), argument, folder, part, variant, kept)
     if origin.unet_init is not None:
         with readable_errors("model.path", source):
             wanted = type(given[denoiser]).load_config(source, subfolder=denoiser, revision=origin.revision)
@@ -113,7 +169,7 @@ def _diffusers() -> Any:
     return require("diffusers", extra="train", purpose="loading a diffusion model")
 
 
-def _part_class(source: str, index: Mapping[str, Any], part: str) -> Any:
+def part_class(source: str, index: Mapping[str, Any], part: str) -> Any:
     library, name = index.get(part) or (None, None)
     kind = None
     if library in ("diffusers", "transformers"):
@@ -128,7 +184,7 @@ def vae_config(origin: Origin) -> dict[str, Any]:
     if origin.vae is not None:
         config = read_object(part_folder("model.vae", origin.vae, "vae") / "config.json", "model.vae")
     else:
-        source = location("model.path", origin.path)
+        source = described(origin)
         with readable_errors("model.path", source):
             config = _diffusers().AutoencoderKL.load_config(source, subfolder="vae", revision=origin.revision)
     return {"latent_channels": 4, "block_out_channels": (64,), **config}
@@ -136,7 +192,7 @@ def vae_config(origin: Origin) -> dict[str, Any]:
 
 def local_folder(origin: Origin, without: Sequence[str] = ()) -> Path:
     """The directory of a checkpoint; one of the hub is downloaded if need be, ``without`` some of its parts."""
-    source = location("model.path", origin.path)
+    source = described(origin)
     if Path(source).is_dir():
         return Path(source)
     options = {"revision": origin.revision, "variant": origin.variant, "use_safetensors": True}
@@ -148,10 +204,12 @@ def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
     """The files of every part of a pipeline; those of ``unet_init`` stand for the denoiser, and those of another VAE
     for the VAE, where they are given.
     """
-    model_index(origin.path, origin.revision)  # raises
-    root = local_folder(origin)
+    index, root, file = model_index(origin), local_folder(origin), single_file(origin)
     parts = [part for part in (*_FROZEN_PARTS, denoiser, "scheduler") if (root / part).is_dir()]
     files = {part: part_files(root / part) for part in parts}
+    if file is not None:
+        for part in held_parts(file, index):
+            files[part] = [file, *(path for path in files.get(part, ()) if path.suffix != ".safetensors")]
     others = (("model.unet_init", denoiser, origin.unet_init), ("model.vae", "vae", origin.vae))
     for argument, part, other in others:
         if other is not None:
@@ -162,8 +220,10 @@ def pipeline_files(origin: Origin, denoiser: str) -> dict[str, list[Path]]:
 def copy_other_parts(origin: Origin, directory: Path, denoiser: str) -> bool:
     """Copy a checkpoint without denoiser and safety checker, as a pipeline that was loaded whole would save it.
 
-    False, and nothing is written, where its weights are a variant: those must be loaded.
+    False, and nothing is written, where its weights are a variant or in a single file: those must be loaded.
     """
+    if single_file(origin) is not None:
+        return False
     root = local_folder(origin, (denoiser,))
     index = read_object(root / "model_index.json", "model.path")
     if index.pop("safety_checker", None) is not None:

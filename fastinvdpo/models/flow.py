@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The guidance that FluxPipeline gives a guidance-distilled transformer (FLUX.1-dev) by default.
 _GUIDANCE = 3.5
-_MASKED_TOKENS = 512  # of the pipelines of MaskedFlowModel by default
+MASKED_TOKENS = 512  # of the pipelines of MaskedFlowModel by default
 _TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _EMBEDDINGS = ("encoder_hidden_states", "pooled_projections")
 
@@ -38,6 +38,7 @@ class FlowModel(PipelineModel):
     schedulers: ClassVar[tuple[str, ...]] = FLOWS
     patch = 2
     _latents_per_token = 1  # on the channels of the transformer's input
+    source_names: tuple[str, ...] = ()  # of the conditioning: further tokens behind those of the latents
 
     def _set_up(self, **options: Any) -> None:
         resolution = options.get("resolution")
@@ -121,7 +122,7 @@ class MaskedFlowModel(FlowModel):
     embeddings = ("encoder_hidden_states", "encoder_hidden_states_mask")
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        length = self._encode_options.get("max_sequence_length", _MASKED_TOKENS)
+        length = self._encode_options.get("max_sequence_length", MASKED_TOKENS)
         found = self._encode_each(texts, length)
         hidden = torch.stack([pad(one, (0, 0, 0, length - len(one))) for one in found])
         mask = torch.stack([pad(one.new_ones(len(one), dtype=torch.int64), (0, length - len(one))) for one in found])
@@ -207,9 +208,14 @@ class FluxModel(FlowModel):
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        sample, cast = cast_inputs(network, latents, conditioning, _EMBEDDINGS)
+        sample, cast = cast_inputs(network, latents, conditioning, (*_EMBEDDINGS, *self.source_names))
         height, width = sample.shape[2] // 2, sample.shape[3] // 2
         tokens, hidden = pack_latents(sample), cast["encoder_hidden_states"]
+        places = image_ids(height, width, like=hidden)
+        for name in self.source_names:
+            behind = image_ids(*(side // 2 for side in cast[name].shape[2:]), like=hidden)
+            behind[:, 0] = 1
+            tokens, places = torch.cat([tokens, pack_latents(cast[name])], dim=1), torch.cat([places, behind])
         guidance = conditioning.get("guidance")
         if guidance is None and self.guidance_embedded:
             guidance = torch.full((len(tokens),), self._guidance, device=tokens.device)
@@ -219,10 +225,10 @@ class FluxModel(FlowModel):
             guidance=guidance,
             **{name: cast[name] for name in _EMBEDDINGS},
             txt_ids=hidden.new_zeros(hidden.shape[1], 3),
-            img_ids=image_ids(height, width, like=hidden),
+            img_ids=places,
             return_dict=False,
         )[0]
-        return unpack_latents(output, height, width)
+        return unpack_latents(output[:, : height * width], height, width)
 
 
 def no_guidance(scale: float | None) -> float:

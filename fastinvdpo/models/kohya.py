@@ -21,7 +21,7 @@ from fastinvdpo.models.adapters import order_metadata
 from fastinvdpo.models.base import TrainedModel
 
 FILE = "lora_kohya.safetensors"
-FAMILIES = ("stable-diffusion", "flux", "qwen-image")
+FAMILIES = ("stable-diffusion", "flux", "flux-kontext", "qwen-image", "qwen-image-edit")
 # The layers of a block under their original names, and those of diffusers that are in each.
 _DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -55,7 +55,7 @@ def layer_names(family: str, layers: list[str]) -> dict[str, list[str]]:
     if family not in FAMILIES:
         remedy = "leave it out: ComfyUI and Forge read diffusers' file of the other families"
         raise invalid("output.formats", "kohya", f"has no names for the family {family}", remedy)
-    if family != "flux":
+    if not family.startswith("flux"):
         return {f"lora_unet_{layer.replace('.', '_')}": [layer] for layer in layers}
     names = {}
     for layer in layers:

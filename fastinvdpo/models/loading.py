@@ -22,8 +22,10 @@ _FAMILIES = {
     "stable-diffusion": ("fastinvdpo.models.stable_diffusion", "StableDiffusionModel"),
     "stable-diffusion-3": ("fastinvdpo.models.flow", "StableDiffusion3Model"),
     "flux": ("fastinvdpo.models.flow", "FluxModel"),
+    "flux-kontext": ("fastinvdpo.models.editing", "FluxKontextModel"),
     "flux2-klein": ("fastinvdpo.models.flux2", "Flux2KleinModel"),
     "qwen-image": ("fastinvdpo.models.qwen_image", "QwenImageModel"),
+    "qwen-image-edit": ("fastinvdpo.models.editing", "QwenImageEditModel"),
     "z-image": ("fastinvdpo.models.z_image", "ZImageModel"),
     "wan": ("fastinvdpo.models.wan", "WanModel"),
     "mars": ("fastinvdpo.models.mars.pipeline", "MarsPipeline"),
@@ -37,13 +39,16 @@ _PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": "stable-diffusion",  # the SDXL refiner
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux-kontext",
     "Flux2KleinPipeline": "flux2-klein",
     "QwenImagePipeline": "qwen-image",
+    "QwenImageEditPipeline": "qwen-image-edit",
+    "QwenImageEditPlusPipeline": "qwen-image-edit",
     "ZImagePipeline": "z-image",
     "WanPipeline": "wan",
 }
 # Since when diffusers has a family as it is used here, where that is later than the oldest that is supported.
-_SINCE = {"flux2-klein": "0.37", "qwen-image": "0.37"}
+_SINCE = {"flux2-klein": "0.37", "qwen-image": "0.37", "qwen-image-edit": "0.37"}
 _RESULTS = ("model", "adapter", "best/model", "best/adapter")  # what a run saves for others
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -53,27 +58,29 @@ def families() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
-def resolve_family(family: str, path: str | Path, revision: str | None = None) -> str:
-    """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json.
+def resolve_family(family: str, path: str | Path | Origin, revision: str | None = None) -> str:
+    """``family``, or for ``"auto"`` the one that the checkpoint is of, inferred from its model_index.json, that of
+    ``Origin.config`` for a single file.
 
     A directory without one, but with a UNet and a scheduler, is of ``digits``, one with mars.json of ``mars``. Raises
     ``InvalidInput`` where nothing can be inferred.
     """
-    if not str(path or "").strip():
-        raise invalid("model.path", path, "is empty", "name a directory or a hub id")
+    origin = Origin.of(path)
+    if not str(origin.path or "").strip():
+        raise invalid("model.path", origin.path, "is empty", "name a directory or a hub id")
     if family != "auto":
         if family not in _FAMILIES:
             known = f"choose auto, or one of {', '.join(_FAMILIES)}"
             raise invalid("model.family", family, "is not a known model family", known)
         return family
-    root = Path(path)
+    root = Path(origin.path)
     if (root / "mars.json").is_file():
         return MARS
     if (root / "scheduler" / "scheduler_config.json").is_file() and not (root / "model_index.json").is_file():
         return "digits"
-    name = model_index(path, revision).get("_class_name")
+    name = model_index(origin if revision is None else origin._replace(revision=revision)).get("_class_name")
     if name not in _PIPELINES:
-        raise invalid("model.path", str(path), f"is a {name}", f"supported are {', '.join(_PIPELINES)}")
+        raise invalid("model.path", str(origin.path), f"is a {name}", f"supported are {', '.join(_PIPELINES)}")
     return _PIPELINES[name]
 
 
@@ -100,13 +107,15 @@ def load_model(
 
     Args:
         family: one of :func:`families`, or ``"auto"``: inferred from the checkpoint.
-        path: directory of the model, or for all but ``digits`` also a Hugging Face hub id.
+        path: directory of the model, or for all but ``digits`` also a Hugging Face hub id, or a single ``.safetensors``
+            file of SD 1.x, SDXL, SD3 or FLUX.1.
         dtype: storage type of network and text encoders; a VAE and the noise schedule never go below float32.
         frozen_parts: False leaves text encoders and VAE on the disk: the model predicts and saves, and cannot encode
             or decode.
         options: None is as if it were not given. ``unet_init``: directory or hub id with other weights of the UNet or
             transformer to start from (a supervised fine-tuned UNet, say). ``revision``: branch, tag or commit on the
-            hub. ``variant``: file variant such as ``"fp16"``. Some families also know ``vae``: path or hub id of
+            hub. ``variant``: file variant such as ``"fp16"``. ``config``: directory in diffusers' format that says what
+            a single file holds. Some families also know ``vae``: path or hub id of
             another VAE; ``zero_terminal_snr`` (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it;
             ``resolution`` (flow matching): side of the images in pixels, which some noise schedules depend on;
             ``max_sequence_length`` (flow matching): tokens of a prompt, of SD3 and FLUX.1 T5's;
@@ -131,7 +140,7 @@ def load_any(
     ``max_sequence_length`` and ``low_resolution``.
     """
     origin, given = _origin(path, options)
-    family = resolve_family(family, origin.path, origin.revision)
+    family = resolve_family(family, origin)
     if dtype not in _DTYPES:
         raise invalid("dtype", dtype, "is not a floating-point type models are kept in", f"use one of {_DTYPES}")
     check_options(family, {"vae": origin.vae, **given})

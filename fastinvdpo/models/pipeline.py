@@ -18,6 +18,7 @@ from fastinvdpo.models import base, kohya
 from fastinvdpo.models.adapters import DIFFUSERS_FILE, adapter_contents, order_metadata
 from fastinvdpo.models.base import DiffusionModel, Origin
 from fastinvdpo.models.checkpoints import ENCODERS, copy_other_parts, load_pipeline, pipeline_files, vae_config
+from fastinvdpo.models.single_file import load_parts
 from fastinvdpo.ops import philox
 
 if TYPE_CHECKING:
@@ -72,11 +73,13 @@ class PipelineModel(DiffusionModel):
     def load(
         cls, origin: Origin, *, dtype: torch.dtype = torch.float32, frozen_parts: bool = True, **options: Any
     ) -> PipelineModel:
-        """Load a directory in diffusers' format or a hub id; safetensors only.
+        """Load a directory in diffusers' format, a hub id or a single file; safetensors only.
 
         Raises ``InvalidInput`` for nothing loadable, another kind of pipeline, or a denoiser that does not fit.
         """
-        pipeline = load_pipeline(origin, cls.pipelines, cls.network_folder, dtype=dtype, frozen_parts=frozen_parts)
+        parts: Any = (origin, cls.pipelines, cls.network_folder)
+        loaded = load_parts(*parts, dtype=dtype, frozen_parts=frozen_parts)
+        pipeline = load_pipeline(*parts, dtype=dtype, frozen_parts=frozen_parts, loaded=loaded)
         return cls(pipeline, origin, whole=frozen_parts, **options)
 
     @classmethod

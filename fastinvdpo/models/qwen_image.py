@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class QwenImageModel(MaskedFlowModel):
     """
 
     family = "qwen-image"
-    pipelines = ("QwenImagePipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     guidance_argument = "true_cfg_scale"
     _latents_per_token = 4
 
@@ -51,13 +51,14 @@ class QwenImageModel(MaskedFlowModel):
     def predict(
         self, network: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        sample, cast = cast_inputs(network, latents, conditioning, self.embeddings)
+        sample, cast = cast_inputs(network, latents, conditioning, (*self.embeddings, *self.source_names))
         hidden, mask = (cast[name] for name in self.embeddings)
         shortest, longest = torch.stack(mask.sum(1).aminmax()).tolist()
-        height, width = sample.shape[2] // 2, sample.shape[3] // 2
-        shape: Any = [(1, height, width)]
+        images = [sample, *(cast[name] for name in self.source_names)]
+        shape: Any = [(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]
+        _, height, width = shape[0]
         output: Tensor = network(
-            hidden_states=pack_latents(sample),
+            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1),
             timestep=self._shares_of_noise(timesteps, sample.dtype),
             guidance=None,
             encoder_hidden_states=hidden[:, :longest],
@@ -65,4 +66,4 @@ class QwenImageModel(MaskedFlowModel):
             img_shapes=[shape] * len(sample),
             return_dict=False,
         )[0]
-        return unpack_latents(output, height, width)
+        return unpack_latents(output[:, : height * width], height, width)

@@ -32,7 +32,7 @@ class WanModel(FlowModel):
 
     @classmethod
     def load(cls, origin: Origin, **options: Any) -> WanModel:
-        index = model_index(origin.path, origin.revision)
+        index = model_index(origin)
         if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:
             problem = (
                 "has two transformers, for more and for less noise (Wan 2.2 A14B), and one would be left untrained"

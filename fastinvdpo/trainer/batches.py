@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 _GEOMETRY = "geometry."
+# Of the empty prompt, beside a caption: where it follows from the source image, too.
+EMPTY = "empty."
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class EncodedPair:
             ``(N,)``; ``geometry.NAME``: the conditioning that follows from size and crop (SDXL) or from a small image
             (MARS); of data with masks ``mask`` ``(1, h, w)`` or ``(1, 1, h, w)``; from a cache that holds them also
             ``trajectory`` and ``reference_pred``.
-        caption: the conditioning that follows from the caption.
+        caption: the conditioning that follows from caption and source image; ``empty.NAME``: what differs of it with
+            the empty prompt, for models whose prompts see the source.
         tie: neither won; the first image stands for the winner.
         liked: of a single image.
         stored_draw: the number, among all pairs', of the stored draw that ``trajectory`` and ``reference_pred`` are of.
@@ -54,7 +57,9 @@ class EncodedPair:
 
 
 class EncodedPairs(Protocol):
-    """A data set of encoded pairs. ``unconditional``: the conditioning of the empty prompt, every tensor ``(1, …)``."""
+    """A data set of encoded pairs. ``unconditional``: the conditioning of the empty prompt, every tensor ``(1, …)``, as
+    far as it does not follow from a source image.
+    """
 
     unconditional: Tensors
 
@@ -91,8 +96,8 @@ class PairEncoder:
         self._keeps_pairs = pairs.center_crop and not pairs.random_flip
         self._left = int(cache_gib * 2**30)
         self._pairs: dict[int, EncodedPair] = {}
-        self._captions: dict[str, Tensors] = {}
-        self.unconditional = {name: tensor[None] for name, tensor in self._embed([""])[0].items()}
+        self._captions: dict[tuple[str, str | None], Tensors] = {}
+        self.unconditional = empty_conditioning(model)
 
     def fetch(self, index: int, draw: int) -> tuple[int, EncodedPair | Pair | LikedImage]:
         return index, self._pairs[index] if index in self._pairs else self._dataset.pair(index, draw)
@@ -110,22 +115,24 @@ class PairEncoder:
             return []
         stacked = encode_sides(self._model, [side for pair in pairs for side in pair.sides], sampled=self._sampled)
         sides = iter([dict(zip(stacked, values, strict=True)) for values in zip(*stacked.values(), strict=True)])
-        captions = self._embed([pair.caption for pair in pairs])
+        captions = self._embed([(pair.caption, pair.source) for pair in pairs])
         return [
             EncodedPair(tuple(islice(sides, len(pair.sides))), caption, pair.scores, pair.row, pair.tie, pair.liked)
             for pair, caption in zip(pairs, captions, strict=True)
         ]
 
-    def _embed(self, captions: Sequence[str]) -> list[Tensors]:
-        """The conditioning of captions, each distinct one encoded once."""
-        found = {caption: self._captions[caption] for caption in captions if caption in self._captions}
-        if missing := [caption for caption in dict.fromkeys(captions) if caption not in found]:
-            encoded = embed(self._model, missing)
-            for i, caption in enumerate(missing):
-                found[caption] = {name: tensor[i] for name, tensor in encoded.items()}
-                if self._spend(found[caption]):
-                    self._captions[caption] = _host_copy(found[caption])
-        return [found[caption] for caption in captions]
+    def _embed(self, captions: Sequence[tuple[str, Side | None]]) -> list[Tensors]:
+        """The conditioning of captions with their source images, each distinct one encoded once."""
+        keys = [(caption, None if source is None else source.key) for caption, source in captions]
+        found = {key: self._captions[key] for key in keys if key in self._captions}
+        missing = {key: one for key, one in zip(keys, captions, strict=True) if key not in found}
+        if missing:
+            encoded = embed(self._model, *zip(*missing.values(), strict=True))
+            for i, key in enumerate(missing):
+                found[key] = {name: tensor[i] for name, tensor in encoded.items()}
+                if self._spend(found[key]):
+                    self._captions[key] = _host_copy(found[key])
+        return [found[key] for key in keys]
 
     def _spend(self, *kept: Tensors) -> bool:
         nbytes = sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
@@ -194,11 +201,17 @@ class BatchBuilder:
         keys = [draw if pair.stored_draw is None else pair.stored_draw for draw, pair in zip(draws, pairs, strict=True)]
         dropped = [drops_caption(seed, key, self._caption_dropout) for key in keys]
         conditioning, unconditional = geometry_of(stacked), geometry_of(stacked)
-        for name, empty in self._pairs.unconditional.items():
-            captions = [empty[0] if drop else pair.caption[name] for pair, drop in zip(pairs, dropped, strict=True)]
+        for name in (name for name in pairs[0].caption if not name.startswith(EMPTY)):
+            shared = self._pairs.unconditional.get(name)
+            empty = [own_empty(name, pair.caption) if shared is None else shared[0] for pair in pairs]
+            told = zip(pairs, empty, dropped, strict=True)
+            captions = [without if drop else pair.caption[name] for pair, without, drop in told]
             tensor = _widened(self._stack(captions))  # widened on the device: half as many bytes travel there
             conditioning[name] = torch.cat([tensor] * len(both[0]))
-            unconditional[name] = _widened(_to_device(empty, self._device)).expand(len(sides), *empty.shape[1:])
+            if shared is None:
+                unconditional[name] = torch.cat([_widened(self._stack(empty))] * len(both[0]))
+            else:
+                unconditional[name] = _widened(_to_device(shared, self._device)).expand(len(sides), *shared.shape[1:])
         return PairBatch(
             latents=stacked["latents"],
             conditioning=conditioning,
@@ -262,13 +275,32 @@ def geometry_of(tensors: Tensors) -> Tensors:
     return {name.removeprefix(_GEOMETRY): t for name, t in tensors.items() if name.startswith(_GEOMETRY)}
 
 
-def embed(model: TrainedModel, captions: Sequence[str]) -> Tensors:
-    """The part of the conditioning that follows from the captions, every tensor ``(n, …)``; each caption is encoded by
-    itself, so that its embedding does not depend on the others, not even in the last bit.
+def embed(model: TrainedModel, captions: Sequence[str], sources: Sequence[Side | None] = ()) -> Tensors:
+    """The part of the conditioning that follows from the captions and, for a model that edits, their source images,
+    with ``empty.NAME`` as of :class:`EncodedPair`, every tensor ``(n, …)``; each caption is encoded by itself, so that
+    its embedding does not depend on the others, not even in the last bit.
     """
     shaped = model.encode_geometry([])
-    encoded = [model.encode_prompts([caption]) for caption in captions]
+    encoded = []
+    for caption, source in zip_longest(captions, sources):
+        images = [source.image] if source is not None else []
+        seen: dict[str, Any] = {"sources": images} if model.prompt_sees_source else {}
+        own = model.encode_prompts([caption], **seen)
+        if seen:
+            empty = model.encode_prompts([""], **seen)
+            own |= {f"{EMPTY}{name}": tensor for name, tensor in empty.items()}
+        encoded.append(own | (model.encode_sources(images) if images else {}))
     return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0] if name not in shaped}
+
+
+def empty_conditioning(model: TrainedModel) -> Tensors:
+    """What of :func:`embed` of the empty prompt is the same for all pairs, ``(1, …)``."""
+    return {} if model.prompt_sees_source else embed(model, [""])
+
+
+def own_empty(name: str, caption: Tensors) -> Tensor:
+    """A tensor of the empty prompt's conditioning with the source image of a caption."""
+    return caption.get(f"{EMPTY}{name}", caption[name])
 
 
 def _host_copy(tensors: Mapping[str, Tensor]) -> Tensors:

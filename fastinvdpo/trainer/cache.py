@@ -20,7 +20,8 @@ shard, one row an image or caption::
     image.noise, image.seed    (n, C, h, w) float32 or (n, 1) int64, PNAPO: what an image was generated from
     image.trajectory           (n, N, …), Inversion-DPO: the chain inverted by the reference; (n, 2N, …) with targets
     image.reference_pred       (n, N, …), Inversion-DPO: the reference's guided predictions there
-    caption.NAME               (m, …): the rest of the conditioning
+    caption.NAME               (m, …): the rest of the conditioning; of models that edit, of each caption with a source:
+                               source_latents (m, C, h, w) float32 and, where prompts see the source, empty.NAME
     draw.reference_pred        (32·K, 2, …), pair by pair, winner and loser: what the reference predicts
     draw.trajectory            (32·K, 2, …): the noisy latents, where the reference made them
 
@@ -52,6 +53,7 @@ from fastinvdpo.data.broken import read_summary
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import Digests, check_same, plain, sealed, unsealed
 from fastinvdpo.methods.base import STREAM_STORED
+from fastinvdpo.models.base import SOURCE_LATENTS
 from fastinvdpo.ops import philox
 from fastinvdpo.trainer.batches import EncodedPair, Tensors
 
@@ -226,6 +228,7 @@ class PairCache:
         self.has_scores, self.has_masks = self.index.scores is not None, "mask" in self.stored["image"]
         self.has_reference = any("reference_pred" in names for names in self.stored.values())
         self.unpaired = self.index.liked is not None
+        self.has_sources = SOURCE_LATENTS in self.stored["caption"]
         self.has_noise = not {"noise", "seed"}.isdisjoint(self.stored["image"])
         self.liked: list[bool] = [] if self.index.liked is None else self.index.liked.tolist()
 

@@ -37,11 +37,13 @@ from fastinvdpo.diffusion.prompt import chunked
 from fastinvdpo.errors import invalid
 from fastinvdpo.io import Digests, check_same, key_hash, plain, read_object
 from fastinvdpo.methods import ChainObjective, SingleTimestepObjective
-from fastinvdpo.models import checkpoint_files, resolve_family
-from fastinvdpo.models.loading import check_options
+from fastinvdpo.models import checkpoint_files
+from fastinvdpo.models.base import SOURCE_LATENTS, Origin
+from fastinvdpo.models.loading import check_options, family_class
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer import opening
-from fastinvdpo.trainer.batches import BatchBuilder, EncodedPair, Tensors, embed, encode_sides, geometry_of
+from fastinvdpo.trainer.batches import EMPTY, BatchBuilder, EncodedPair, Tensors, embed, empty_conditioning
+from fastinvdpo.trainer.batches import encode_sides, geometry_of, own_empty
 from fastinvdpo.trainer.cache import (
     INDEX,
     KINDS,
@@ -150,14 +152,14 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
         """Settings that are not null, so that caches from before there were these settings still serve."""
         return {f"model.{name}": value for name in names if (value := getattr(model, name)) is not None}
 
-    source = opening.open_data_source(data)
+    family = opening.family_of(config)
+    source = opening.open_data_source(data).with_sources(family_class(family).edits)
     source.resolve((*source.form.images, "caption"))
     opening.warn_of_masks(source)
     if source.remote:
         source.files()  # raises
-    family = resolve_family(model.family, model.path, model.revision)
     check_options(family, {"frames": data.frames})
-    replaced = {name: getattr(model, name) for name in ("unet_init", "vae", "revision", "variant")}
+    replaced = {name: getattr(model, name) for name in Origin._fields[1:]}
     files = checkpoint_files(family, model.path, **replaced)
     network = "unet" if "unet" in files else "transformer"
     key: dict[str, Any] = {
@@ -192,7 +194,7 @@ def _key(config: TrainConfig, digests: Digests) -> dict[str, Any]:
 
 def _index(dataset: PairDataset | LikedDataset, pairs_per_shard: int) -> Tensors:
     """Number the distinct images and captions in the order of their first occurrence."""
-    numbers: dict[str, dict[str, int]] = {"image": {}, "caption": {}}
+    numbers: dict[str, dict[Any, int]] = {"image": {}, "caption": {}}
     first: dict[str, list[int]] = {"image": [], "caption": []}
     images, captions, rows, scores, ties, liked = [], [], [], [], [], list[bool]()
     for i in range(len(dataset)):
@@ -202,7 +204,8 @@ def _index(dataset: PairDataset | LikedDataset, pairs_per_shard: int) -> Tensors
         entry = dataset.entry(i)
         known = numbers["image"]
         images.append([known.setdefault(key, len(known)) for key in entry.keys])
-        captions.append(numbers["caption"].setdefault(entry.caption, len(numbers["caption"])))
+        told = entry.caption, entry.source_key
+        captions.append(numbers["caption"].setdefault(told, len(numbers["caption"])))
         rows.append(entry.row)
         ties.append(entry.tie)
         if entry.scores is not None:
@@ -281,7 +284,7 @@ class _Shards:
         speed_up(self.networks, switches)
         self.networks.accelerator = accelerator
         self._reference = chunked(self.networks.reference, config.training.max_batch)
-        self._unconditional = self._embed([""])
+        self._unconditional = self._as_stored(empty_conditioning(model))
         if accelerator.is_main_process and stored_metadata(self.directory / UNCONDITIONAL).get("hash") != self.hash:
             write_tensors(self.directory / UNCONDITIONAL, self._unconditional, hash=self.hash)
 
@@ -295,7 +298,10 @@ class _Shards:
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
         size = 2 * (self._config.cache.batch_size or self._config.training.batch_size)
         for start in range(0, len(captions), size):
-            for name, tensor in self._embed(captions[start : start + size]).items():
+            pairs, seen = captions[start : start + size], self._dataset
+            sources = [seen.pair(i, draw=i).source for i in pairs] if self._model.edits else []
+            embedded = embed(self._model, [seen.caption(i) for i in pairs], sources)
+            for name, tensor in self._as_stored(embedded).items():
                 parts[f"caption.{name}"].append(tensor)
         for start in range(0, len(sides), size):
             for name, tensor in self._images(sides[start : start + size]).items():
@@ -338,13 +344,13 @@ class _Shards:
 
         return make
 
-    def _new(self, shard: int) -> tuple[list[tuple[int, int]], list[str]]:
-        """The (pair, side) of every image that occurs first in this shard, and the captions likewise, by number."""
+    def _new(self, shard: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """The (pair, side) of every image that occurs first in this shard, and a pair of each caption likewise."""
         index, start = self._index, shard * self._manifest.pairs_per_shard
         pairs = range(start, min(start + self._manifest.pairs_per_shard, len(index)))
         sides = {int(index.images[pair, side]): (pair, side) for pair in reversed(pairs)
                  for side in reversed(range(index.images.shape[1]))}  # fmt: skip
-        captions = {int(index.captions[pair]): self._dataset.caption(pair) for pair in pairs}
+        captions = {int(index.captions[pair]): pair for pair in pairs}
         new = {kind: range(*first[shard : shard + 2]) for kind, first in index.first.items()}
         return [sides[number] for number in new["image"]], [captions[number] for number in new["caption"]]
 
@@ -358,12 +364,16 @@ class _Shards:
             return stored
         objective = config.method.objective(self._model.schedule)
         assert isinstance(objective, ChainObjective)
-        captions = [pairs[i].caption for i, _ in sides]
-        distinct = list(dict.fromkeys(captions))
-        which = torch.tensor([distinct.index(caption) for caption in captions])
+        numbers = [int(self._index.captions[i]) for i, _ in sides]
+        distinct = {number: pairs[i] for number, (i, _) in zip(numbers, sides, strict=True)}
+        which = torch.tensor([list(distinct).index(number) for number in numbers])
         # What is stored is rounded before it is used, so that training sees exactly what the reference saw.
-        given = {name: tensor[which] for name, tensor in self._embed(distinct).items()}
-        empty = {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self._unconditional.items()}
+        told = [(pair.caption, pair.source) for pair in distinct.values()]
+        embedded = self._as_stored(embed(self._model, *zip(*told, strict=True)))
+        stacked = {name: tensor[which] for name, tensor in embedded.items()}
+        given = {name: tensor for name, tensor in stacked.items() if not name.startswith(EMPTY)}
+        empty = {name: own_empty(name, stacked) for name in given}
+        empty |= {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self._unconditional.items()}
         latents = stored["latents"]
         prompts = [
             {name: _as(tensor.to(latents.device), torch.float32) for name, tensor in part.items()} | geometry_of(stored)
@@ -373,9 +383,10 @@ class _Shards:
         predictions = objective.reference_predictions(self._reference, chain.to(latents.dtype), *prompts)
         return {**stored, "trajectory": chain, "reference_pred": predictions.to(self._dtype)}
 
-    def _embed(self, captions: list[str]) -> Tensors:
-        """The part of the conditioning that follows from the captions, as stored, on the host."""
-        return {name: _as(tensor.cpu(), self._dtype) for name, tensor in embed(self._model, captions).items()}
+    def _as_stored(self, embedded: Tensors) -> Tensors:
+        """A conditioning on the host."""
+        kinds = {SOURCE_LATENTS: torch.float32}
+        return {name: _as(tensor.cpu(), kinds.get(name, self._dtype)) for name, tensor in embedded.items()}
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,7 +63,7 @@ _FREE = (
 # Keys of the configuration that say where something is, and what is there; they count where that is not known.
 _PLACES = {
     "data": ("path", "format", "columns", "split", "revision", "subset", "image_root", "rank_pairs"),
-    "model": ("path", "family", "unet_init", "vae", "revision", "variant"),
+    "model": ("path", "family", "unet_init", "vae", "revision", "variant", "config"),
 }
 # Settings of a VAE that its latents depend on besides its weights.
 _SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")

@@ -82,7 +82,7 @@ def described(config: TrainConfig) -> str:
 
 def _schedule(config: TrainConfig) -> NoiseSchedule:
     """That of a checkpoint in a directory, else one of as many levels as published models have."""
-    stored = Path(config.model.path, "scheduler", "scheduler_config.json")
+    stored = Path(config.model.config or config.model.path, "scheduler", "scheduler_config.json")
     settings = read_object(stored, "model.path") if stored.is_file() else _USUAL
     flow = config.model.family in FLOW_FAMILIES or (config.method.flow_only and not stored.is_file())
     if flow or str(settings.get("_class_name", "")).startswith("FlowMatch"):

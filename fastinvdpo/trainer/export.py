@@ -141,7 +141,10 @@ def _usage(config: TrainConfig, model: TrainedModel) -> str:
     if model.family in _LOADED:
         return f"`fastinvdpo.models.{_LOADED[model.family]}`"
     kind, folder, source, lines = type(model.network).__name__, model.network_folder, config.model, list[str]()
-    options = {"revision": source.revision, "variant": source.variant}
+    options = {"revision": source.revision, "variant": source.variant, "config": source.config}
+    opener = "DiffusionPipeline.from_pretrained"
+    if source.config is not None:
+        opener = f"{type(getattr(model, 'pipeline', None)).__name__}.from_single_file"
     base = f'"{source.path}"' + "".join(f', {name}="{value}"' for name, value in options.items() if value is not None)
     other = source.unet_init if source.lora is not None else None
     imported = ["DiffusionPipeline", *([kind] if other is not None or not config.output.pipeline else [])]
@@ -149,7 +152,7 @@ def _usage(config: TrainConfig, model: TrainedModel) -> str:
     def with_network(path: str, *, inside: bool) -> None:
         below = f', subfolder="{folder}"' if inside else ""
         lines.append(f'{folder} = {kind}.from_pretrained("{path}"{below})')
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({base}, {folder}={folder})")
+        lines.append(f"pipe = {opener}({base}, {folder}={folder})")
 
     if config.output.pipeline:
         lines.append('pipe = DiffusionPipeline.from_pretrained("DIRECTORY/model")')
@@ -158,14 +161,15 @@ def _usage(config: TrainConfig, model: TrainedModel) -> str:
     if source.lora is not None:
         lines += ["", "# or the adapter on the base model, which can be scaled and switched off"]
         if other is None:
-            lines.append(f"pipe = DiffusionPipeline.from_pretrained({base})")
+            lines.append(f"pipe = {opener}({base})")
         else:
             with_network(other, inside=part_folder("model.unet_init", other, folder).name == folder)
         file = DIFFUSERS_FILE if "diffusers" in config.output.formats else kohya.FILE
         lines.append(f'pipe.load_lora_weights("DIRECTORY/adapter", weight_name="{file}")')
         if "kohya" in config.output.formats:
             lines.append(f"# DIRECTORY/adapter/{kohya.FILE} goes into the folder for LoRA of ComfyUI or Forge")
-    return "\n".join(["```python", f"from diffusers import {', '.join(imported)}", "", *lines, "```"])
+    names = [name for name in (*imported, opener.split(".")[0]) if any(f"{name}." in line for line in lines)]
+    return "\n".join(["```python", f"from diffusers import {', '.join(dict.fromkeys(names))}", "", *lines, "```"])
 
 
 class Publishing(Callback):

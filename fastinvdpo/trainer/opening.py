@@ -32,7 +32,8 @@ from fastinvdpo.data.score_range import measured_range, stored_range
 from fastinvdpo.errors import InvalidInput, invalid
 from fastinvdpo.io import has_key
 from fastinvdpo.models import resolve_family
-from fastinvdpo.models.loading import FLOW_FAMILIES, load_any
+from fastinvdpo.models.base import Origin, TrainedModel
+from fastinvdpo.models.loading import FLOW_FAMILIES, family_class, load_any
 from fastinvdpo.models.quantization import quantize_network
 from fastinvdpo.output import OutputDirectory
 from fastinvdpo.trainer.checkpoint import FILES
@@ -53,7 +54,8 @@ def open_dataset(config: TrainConfig) -> PairDataset:
     kind = LikedDataset if method.unpaired else GeneratedDataset if method.needs_noise else PairDataset
     kind = CaptionedDataset if method.captioned else kind
     try:
-        dataset = open_pairs(config.data, kind, seed=config.training.seed)
+        edits = family_class(family_of(config)).edits
+        dataset = open_pairs(config.data, kind, seed=config.training.seed, sources=edits)
     except WrongForm as error:
         what = "images that were liked or disliked" if method.unpaired else "pairs"
         what = "images with captions" if method.captioned else what
@@ -63,10 +65,15 @@ def open_dataset(config: TrainConfig) -> PairDataset:
 
 
 def open_pairs(
-    data: DataSection, kind: type[PairDataset] | None = None, *, seed: int = 0, all_broken: bool = False
+    data: DataSection,
+    kind: type[PairDataset] | None = None,
+    *,
+    seed: int = 0,
+    all_broken: bool = False,
+    sources: bool | None = None,
 ) -> PairDataset:
     """The data set of a ``kind`` that the section describes (None: by ``data.form``); with ``all_broken`` any number of
-    rows may be broken.
+    rows may be broken. ``sources``: as of :meth:`PairSource.with_sources`.
     """
     resolution = None
     if data.buckets is not None and data.resolution is not None:
@@ -74,7 +81,7 @@ def open_pairs(
     names = ("ties", "random_flip", "center_crop", "relabel_by_score")
     kinds: dict[str, type[PairDataset]] = {"likes": LikedDataset, "images": CaptionedDataset}
     return (kind or kinds.get(data.form, PairDataset))(
-        open_data_source(data),
+        open_data_source(data).with_sources(sources),
         resolution=resolution or data.resolution,
         seed=seed,
         max_broken=sys.maxsize if all_broken else data.max_broken,
@@ -101,6 +108,14 @@ def check_masks(config: TrainConfig, has_masks: bool) -> None:
         problem = f"is not what the pairs at hand were opened with, which {'have' if has_masks else 'have no'} masks"
         remedy = "set it to what they have, or open them with open_source(…).with_masks()"
         raise invalid("data.masks", config.data.masks, problem, remedy)
+
+
+def check_sources(model: TrainedModel, pairs: Any) -> None:
+    """Raise ``InvalidInput`` when pairs at hand have source images and the model edits none, or vice versa."""
+    if model.edits != getattr(pairs, "has_sources", False):
+        problem = "edits source images, which the pairs have not" if model.edits else "takes no source images"
+        remedy = "open them with open_source(…).with_sources(), or choose another model"
+        raise invalid("model.family", model.family, problem, remedy)
 
 
 def warn_of_masks(source: PairSource | None) -> None:
@@ -164,9 +179,9 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> Any:
     ``model.quantization`` its network is quantized here, so that a device never has to hold it whole.
     """
     source = config.model
-    family = resolve_family(source.family, source.path, source.revision)
-    keys = ("revision", "variant", "unet_init", "vae", "zero_terminal_snr", "max_sequence_length", "guidance_embedding")
-    options: dict[str, Any] = {key: getattr(source, key) for key in (*keys, "low_resolution")}
+    family = family_of(config)
+    keys = (*Origin._fields[1:], "zero_terminal_snr", "max_sequence_length", "guidance_embedding", "low_resolution")
+    options: dict[str, Any] = {key: getattr(source, key) for key in keys}
     options["frames"] = config.data.frames
     if family in FLOW_FAMILIES:
         options["resolution"] = config.data.resolution
@@ -179,6 +194,11 @@ def open_model(config: TrainConfig, *, frozen_parts: bool = True) -> Any:
 
         quantize_network(model, source.quantization, again, offload=source.offload)
     return model
+
+
+def family_of(config: TrainConfig) -> str:
+    source = config.model
+    return resolve_family(source.family, Origin(source.path, revision=source.revision, config=source.config))
 
 
 def reference_dtype(config: TrainConfig) -> torch.dtype | None:

@@ -100,6 +100,7 @@ class PreferenceTrainer:
         opening.check_pairs(config, pairs)
         opening.check_cascade(config, model)
         opening.check_masks(config, getattr(pairs, "has_masks", False))
+        opening.check_sources(model, pairs)
         self._last_checkpoint = find_checkpoint(resume, self._checkpoints)
         self.accelerator = opening.open_accelerator(config)
         opening.check_launch(config, self.accelerator)

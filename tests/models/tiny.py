@@ -17,8 +17,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -44,6 +47,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -52,6 +56,8 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 from tests.cases import SD_SCHEDULER
 
@@ -213,11 +219,20 @@ def flux_pipeline(*, distilled: bool = True, **parts: Any) -> FluxPipeline:
     return FluxPipeline(**{**own, **parts})
 
 
-def chat_tokenizer() -> PreTrainedTokenizerFast:
+def kontext_pipeline() -> FluxKontextPipeline:
+    """The parts of FLUX.1-dev."""
+    parts = flux_pipeline().components
+    return FluxKontextPipeline(**{name: part for name, part in parts.items() if part is not None})
+
+
+IMAGE_TOKENS = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+
+
+def chat_tokenizer(*more: str) -> PreTrainedTokenizerFast:
     """A word, a mark and a line's end are tokens, as far as known; with a template of one role. What Qwen-Image puts
     before a prompt has 34 tokens, as it has to.
     """
-    words = [*"abcdefghijklmnopqrstuvwxyz", "user", "model", "cat", "zebra", "longer", "prompt", "than", "that"]
+    words = [*"abcdefghijklmnopqrstuvwxyz", "user", "model", "cat", "zebra", "longer", "prompt", "than", "that", *more]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", *words])}, "<unk>"))
     model.pre_tokenizer = Split(Regex(r"<\|\w+\|>|\n|\w+|[^\w\s]"), "removed", invert=True)
     template = "{% for message in messages %}user {{ message['content'] }} model{% endfor %}"
@@ -272,6 +287,33 @@ def qwen_pipeline(**parts: Any) -> QwenImagePipeline:
     return QwenImagePipeline(**{**own, **parts})
 
 
+class ImagesOnly(Qwen2VLProcessor):
+    """Qwen's processor without its part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **_: Any) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = -1
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+ImagesOnly.__name__ = ImagesOnly.__qualname__ = "Qwen2VLProcessor"
+ImagesOnly.__module__ = Qwen2VLProcessor.__module__
+
+
+def qwen_edit_pipeline(*, plus: bool = False) -> QwenImageEditPipeline | QwenImageEditPlusPipeline:
+    """The parts of Qwen-Image, and a processor that makes four tokens of an image."""
+    parts = qwen_pipeline().components
+    parts["tokenizer"] = tokenizer = chat_tokenizer(*IMAGE_TOKENS)
+    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+    for name, token in zip(
+        ("image_token_id", "vision_start_token_id", "vision_end_token_id"), IMAGE_TOKENS, strict=True
+    ):
+        setattr(parts["text_encoder"].config, name, tokenizer.convert_tokens_to_ids(token))
+    kind = QwenImageEditPlusPipeline if plus else QwenImageEditPipeline
+    return kind(**parts, processor=ImagesOnly(images, tokenizer))
+
+
 def z_image_pipeline(*, turbo: bool = False, **parts: Any) -> ZImagePipeline:
     """Z-Image, or -Turbo: FLUX.1's VAE, and the second layer from the end of Qwen3 as the prompt's."""
     torch.manual_seed(8)
@@ -319,4 +361,10 @@ PIPELINES = {
     "wan": wan_pipeline,
 }
 """Every family at its smallest."""
+EDITING = {
+    "kontext": kontext_pipeline,
+    "qwen-edit": qwen_edit_pipeline,
+    "qwen-edit-plus": lambda: qwen_edit_pipeline(plus=True),
+}
+"""Those that edit a source image."""
 FLOW = ("sd3", "flux", "schnell", "klein", "qwen", "z-image", "wan")
