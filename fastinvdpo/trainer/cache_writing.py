@@ -41,9 +41,8 @@ from fastinvdpo.models import checkpoint_files
 from fastinvdpo.models.base import SOURCE_LATENTS, Origin
 from fastinvdpo.models.loading import check_options, family_class
 from fastinvdpo.output import OutputDirectory
-from fastinvdpo.trainer import opening
-from fastinvdpo.trainer.batches import EMPTY, BatchBuilder, EncodedPair, Tensors, embed, empty_conditioning
-from fastinvdpo.trainer.batches import encode_sides, geometry_of, own_empty
+from fastinvdpo.trainer import batches, opening
+from fastinvdpo.trainer.batches import EMPTY, BatchBuilder, EncodedPair, Tensors, embed, encode_sides
 from fastinvdpo.trainer.cache import (
     INDEX,
     KINDS,
@@ -284,7 +283,7 @@ class _Shards:
         speed_up(self.networks, switches)
         self.networks.accelerator = accelerator
         self._reference = chunked(self.networks.reference, config.training.max_batch)
-        self._unconditional = self._as_stored(empty_conditioning(model))
+        self._unconditional = self._as_stored(batches.empty_conditioning(model))
         if accelerator.is_main_process and stored_metadata(self.directory / UNCONDITIONAL).get("hash") != self.hash:
             write_tensors(self.directory / UNCONDITIONAL, self._unconditional, hash=self.hash)
 
@@ -372,11 +371,11 @@ class _Shards:
         embedded = self._as_stored(embed(self._model, *zip(*told, strict=True)))
         stacked = {name: tensor[which] for name, tensor in embedded.items()}
         given = {name: tensor for name, tensor in stacked.items() if not name.startswith(EMPTY)}
-        empty = {name: own_empty(name, stacked) for name in given}
+        empty = {name: batches.own_empty(name, stacked) for name in given}
         empty |= {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self._unconditional.items()}
         latents = stored["latents"]
         prompts = [
-            {name: _as(tensor.to(latents.device), torch.float32) for name, tensor in part.items()} | geometry_of(stored)
+            {name: _as(tensor.to(latents.device), torch.float32) for name, tensor in part.items()} | batches.geometry_of(stored)
             for part in (given, empty)
         ]
         chain = objective.reference_trajectory(self._reference, latents, *prompts).to(self._dtype)
