@@ -13,13 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastinvdpo.data.broken import BrokenRow, broken
 from fastinvdpo.errors import InvalidInput, invalid
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 LABELS, SCORES, IMAGES = ("label_0", "label_1"), ("score_0", "score_1"), ("jpg_0", "jpg_1")
 MASKS = ("mask", "mask_0", "mask_1")  # one for both images, or one for each
@@ -161,21 +158,21 @@ class PairSource(ABC):
         """Those of :data:`MASKS` that :meth:`resolve` found."""
         return tuple(name for name in MASKS if name in self.stored)
 
-    def with_masks(self, read: bool = True) -> Self:
+    def with_masks(self, read: bool = True) -> PairSource:
         """The source itself, which reads masks from the next :meth:`resolve` on: ``mask`` for both images of a row, or
         ``mask_0`` and ``mask_1``.
         """
         self.masks = read
         return self
 
-    def with_frames(self, frames: int | None) -> Self:
+    def with_frames(self, frames: int | None) -> PairSource:
         """The source itself, which reads so many frames of a video in the place of an image."""
         if frames is not None and (type(frames) is not int or frames < 1):
             raise invalid("data.frames", frames, "is no number of frames", "give a whole number, such as 17, or null")
         self.frames = frames
         return self
 
-    def with_sources(self, read: bool | None = True) -> Self:
+    def with_sources(self, read: bool | None = True) -> PairSource:
         """The source itself, which from the next :meth:`resolve` on demands a source image of every row, or with False
         refuses data that have any.
         """

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from fastinvdpo.errors import invalid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from typing_extensions import Self
 
     from fastinvdpo.data.transforms import ImageGeometry
 
 # Names shared by diffusers' attention blocks; the projections that LoRA papers adapt.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+Own = TypeVar("Own", bound="TrainedModel")
 SOURCE_LATENTS = "source_latents"
 _PART_FILES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
@@ -84,7 +84,7 @@ class TrainedModel(ABC):
         """The weights of ``network``, by name, that full fine-tuning changes: all of them, or a part."""
         return dict(network.named_parameters())
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: Own, device: torch.device | str) -> Own:
         """Move the network and the frozen parts; dtypes stay as they are."""
         for module in (self.network, *self.frozen_modules()):
             module.to(device)

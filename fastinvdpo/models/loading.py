@@ -184,7 +184,7 @@ def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
 def _diffusion(family: str, path: str | Path | Origin, options: Mapping[str, Any]) -> str:
     """The family. Raises ``InvalidInput`` where it is none of diffusion models."""
     origin, _ = _origin(path, options)
-    found = resolve_family(family, origin.path, origin.revision)
+    found = resolve_family(family, origin)
     if found == MARS:
         problem = "is no diffusion model, which this needs"
         raise invalid("model.family", found, problem, "train it, or use fastinvdpo.models.mars, as docs/mars.md shows")

@@ -375,7 +375,8 @@ class _Shards:
         empty |= {name: tensor.expand(len(sides), *tensor.shape[1:]) for name, tensor in self._unconditional.items()}
         latents = stored["latents"]
         prompts = [
-            {name: _as(tensor.to(latents.device), torch.float32) for name, tensor in part.items()} | batches.geometry_of(stored)
+            {name: _as(tensor.to(latents.device), torch.float32) for name, tensor in part.items()}
+            | batches.geometry_of(stored)
             for part in (given, empty)
         ]
         chain = objective.reference_trajectory(self._reference, latents, *prompts).to(self._dtype)

@@ -199,10 +199,7 @@ def test_from_a_cache_to_the_images_of_plain_diffusers(
     aligned = result.directory / ("adapter" if lora else "model")
     files = ["--base", str(root / name), "--aligned", str(aligned), "--output", str(tmp_path / "evaluation")]
     told = ["--prompts", str(root / "prompts.jsonl"), "--scorer", "tests.evaluation.tiny:brightness"]
-    with monkeypatch.context() as patch:
-        patch.setattr("fastinvdpo.evaluation.comparing.load_model", lambda *a, **k: load_model(*a, **k, resolution=16))
-        patch.setattr("fastinvdpo.evaluation.aligned.load_model", lambda *a, **k: load_model(*a, **k, resolution=16))
-        assert cli.main(["evaluate", *files, *told, "num_inference_steps=2"]) == 0
+    assert cli.main(["evaluate", *files, *told, "num_inference_steps=2", "resolution=16"]) == 0
     summary = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert summary["prompts"] == 2 and summary["guidance_scale"] == (3.5 if name == "kontext" else 4.0)
     whole: Any = load_model("auto", result.model_directory, resolution=16)
