@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo.data.broken import BrokenRow
 from fastinvdpo.data.likes import LikedImage
 from fastinvdpo.data.pairs import PairDataset, PairEntry
 from fastinvdpo.data.rows import LIKES, PAIRS, PairSource
@@ -36,12 +35,10 @@ class CaptionedDataset(PairDataset):
         if by_score:
             problem = "compares two images, and a row has one"
             raise invalid("data.relabel_by_score", True, problem, "set it to false, or data.form to pairs")
-        kept = []
-        for row in range(len(self.source)):
-            try:
-                stored = self.source.record(row)
-                if self.source.form is not LIKES or stored.liked():
-                    kept.append(PairEntry(row, 0, False, caption=stored.caption(), scores=None))
-            except BrokenRow as error:
-                self.broken.add(row, self.source.place(row), error)
-        return kept, 0
+
+        def read(row: int) -> PairEntry | None:
+            stored = self.source.record(row)
+            wanted = self.source.form is not LIKES or stored.liked()
+            return PairEntry(row, 0, False, caption=stored.caption(), scores=None) if wanted else None
+
+        return self._readable(read), 0

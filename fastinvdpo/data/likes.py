@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastinvdpo.data.broken import BrokenRow, read_ahead
+from fastinvdpo.data.broken import read_ahead
 from fastinvdpo.data.pairs import Pair, PairDataset, PairEntry, content_key
 from fastinvdpo.data.rows import PAIRS, PairSource
 from fastinvdpo.data.transforms import Size
@@ -56,14 +56,12 @@ class LikedDataset(PairDataset):
         if by_score:
             problem = "compares two images, and a row has one"
             raise invalid("data.relabel_by_score", True, problem, "set it to false, or data.form to pairs")
-        kept = []
-        for row in range(len(self.source)):
-            try:
-                stored = self.source.record(row)
-                kept.append(PairEntry(row, 0, False, liked=stored.liked(), caption=stored.caption(), scores=None))
-            except BrokenRow as error:
-                self.broken.add(row, self.source.place(row), error)
-        return kept, 0
+
+        def read(row: int) -> PairEntry:
+            stored = self.source.record(row)
+            return PairEntry(row, 0, False, liked=stored.liked(), caption=stored.caption(), scores=None)
+
+        return self._readable(read), 0
 
     def _check_images(self, pairs: list[PairEntry]) -> tuple[list[PairEntry], Size | None]:
         rows, size = super()._check_images(pairs)

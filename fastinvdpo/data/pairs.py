@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -280,23 +280,22 @@ class PairDataset:
 
     def _read_rows(self, by_score: bool, ties: str) -> tuple[list[PairEntry], int]:
         """The rows whose images are wanted, and how many ties were dropped."""
-        kept: list[PairEntry] = []
         dropped: list[int] = []
-        for row in range(len(self.source)):
-            try:
-                stored = self.source.record(row)
-                scores = stored.scores() if self.has_scores else None
-                if by_score and scores is not None:  # required columns
-                    winner = TIE if scores[0] == scores[1] else int(scores[1] > scores[0])
-                else:
-                    winner = stored.winner()
-                if winner == TIE and ties != "keep":
-                    dropped.append(row)
-                    continue
-                ordered = scores[::-1] if scores is not None and winner == 1 else scores
-                kept.append(PairEntry(row, max(winner, 0), winner == TIE, stored.caption(), ordered))
-            except BrokenRow as error:
-                self.broken.add(row, self.source.place(row), error)
+
+        def read(row: int) -> PairEntry | None:
+            stored = self.source.record(row)
+            scores = stored.scores() if self.has_scores else None
+            if by_score and scores is not None:  # required columns
+                winner = TIE if scores[0] == scores[1] else int(scores[1] > scores[0])
+            else:
+                winner = stored.winner()
+            if winner == TIE and ties != "keep":
+                dropped.append(row)
+                return None
+            ordered = scores[::-1] if scores is not None and winner == 1 else scores
+            return PairEntry(row, max(winner, 0), winner == TIE, stored.caption(), ordered)
+
+        kept = self._readable(read)
         if dropped and ties == "error":
             problem = f"{len(dropped)} pairs are ties, the first in row {dropped[0]}"
             raise invalid("data.ties", ties, problem, "set data.ties to 'drop'")
@@ -304,6 +303,17 @@ class PairDataset:
             problem = f"all {len(dropped)} pairs are ties"
             raise invalid("data.path", self.source.path, problem, "provide pairs with a winner")
         return kept, len(dropped)
+
+    def _readable(self, read: Callable[[int], PairEntry | None]) -> list[PairEntry]:
+        """What ``read`` makes of the rows, without those that are broken, which are counted, or None."""
+        kept = []
+        for row in range(len(self.source)):
+            try:
+                if (entry := read(row)) is not None:
+                    kept.append(entry)
+            except BrokenRow as error:
+                self.broken.add(row, self.source.place(row), error)
+        return kept
 
     def _check_images(self, pairs: list[PairEntry]) -> tuple[list[PairEntry], Size | None]:
         """The pairs whose images are there, and the size of all images; assigns the buckets."""

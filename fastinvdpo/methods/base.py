@@ -138,25 +138,12 @@ class Follows(NamedTuple):
     every: int
 
 
-@dataclass(frozen=True)
-class Objective(ABC):
-    """The loss of a batch of pairs. Its random numbers depend on the seed and the pairs' numbers alone.
-
-    Attributes:
-        gather: with several processes that call it together, for what is a mean over all their pairs.
-        auto_beta: what chooses β, with a state that belongs into a checkpoint; None: β is constant.
-    """
-
-    schedule: NoiseSchedule
-    method: Method
-    gather: Gather | None = None
-    auto_beta: AutoBeta | None = None
+class BatchLoss(ABC):
+    """The loss of a batch, whole or in parts."""
 
     @abstractmethod
-    def __call__(
-        self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
-    ) -> ObjectiveOutput:
-        """The loss with one graph. Raises ``InvalidInput`` where the batch lacks what the method needs."""
+    def __call__(self, policy: Network, reference: Network, batch: PairBatch, *, seed: int) -> Any:
+        """The loss with one graph."""
 
     def stream(
         self,
@@ -183,12 +170,33 @@ class Objective(ABC):
         networks = chunked(policy, max_batch), chunked(reference, max_batch)
         return WholeLoss(lambda: self(*networks, batch, seed=seed))
 
-    def backward(self, policy: Network, reference: Network, batch: PairBatch, **options: Any) -> PreferenceLoss:
+    def backward(self, policy: Network, reference: Network, batch: PairBatch, **options: Any) -> Any:
         """Add the gradient of the loss to the parameters' ``grad``, part by part; arguments as of :meth:`stream`."""
         terms = self.stream(policy, reference, batch, **options)
         for call in range(terms.calls):
             terms.term(call).backward()
         return terms.result
+
+
+@dataclass(frozen=True)
+class Objective(BatchLoss):
+    """The loss of a batch of pairs. Its random numbers depend on the seed and the pairs' numbers alone.
+
+    Attributes:
+        gather: with several processes that call it together, for what is a mean over all their pairs.
+        auto_beta: what chooses β, with a state that belongs into a checkpoint; None: β is constant.
+    """
+
+    schedule: NoiseSchedule
+    method: Method
+    gather: Gather | None = None
+    auto_beta: AutoBeta | None = None
+
+    @abstractmethod
+    def __call__(
+        self, policy: Network, reference: Network, batch: PairBatch, *, seed: int, draws: Draws = Draws()
+    ) -> ObjectiveOutput:
+        """The loss with one graph. Raises ``InvalidInput`` where the batch lacks what the method needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

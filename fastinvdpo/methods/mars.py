@@ -7,19 +7,17 @@ a caption after its image. docs/mars.md says what is the paper's, and what is ou
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastinvdpo.diffusion.prompt import Network, chunked
+from fastinvdpo.diffusion.prompt import Network
 from fastinvdpo.diffusion.schedule import NoiseSchedule
 from fastinvdpo.errors import invalid
-from fastinvdpo.methods.base import STREAM_DIRECTION, PairBatch, PreferenceMethod, TrainingMethod
+from fastinvdpo.methods.base import STREAM_DIRECTION, BatchLoss, PairBatch, PreferenceMethod, TrainingMethod
 from fastinvdpo.methods.statistics import AutoBeta, Gather, implicit_accuracy
-from fastinvdpo.methods.streaming import WholeLoss
 from fastinvdpo.ops import philox
 from fastinvdpo.ops.preference_loss.utilities import UTILITIES
 
@@ -63,7 +61,7 @@ class TokenMethod(TrainingMethod):
 
 
 @dataclass(frozen=True)
-class TokenObjective:
+class TokenObjective(BatchLoss):
     """The loss of a batch, as :class:`fastinvdpo.methods.Objective` is of diffusion models. It depends on the seed and
     the numbers of the pairs or images alone; ``gather`` and ``auto_beta`` have no use.
     """
@@ -82,28 +80,6 @@ class TokenObjective:
             problem = f"is not {sides} for each of {entries} sample indices"
             raise invalid("batch.latents.shape", tuple(codes.shape), problem, "stack [winners; losers] of pairs")
         return self.method.loss(policy, reference, batch, seed)
-
-    def stream(
-        self,
-        policy: Network,
-        reference: Network,
-        batch: PairBatch,
-        *,
-        seed: int,
-        max_batch: int | None = None,
-        passes: int = 2,
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> WholeLoss:
-        """The loss in one part; ``passes`` and ``parameters`` belong to losses in several."""
-        networks = chunked(policy, max_batch), chunked(reference, max_batch)
-        return WholeLoss(lambda: self(*networks, batch, seed=seed))
-
-    def backward(self, policy: Network, reference: Network, batch: PairBatch, **options: Any) -> TokenOutput:
-        """Add the gradient of the loss to the parameters' ``grad``; arguments as of :meth:`stream`."""
-        terms = self.stream(policy, reference, batch, **options)
-        terms.term(0).backward()
-        output: TokenOutput = terms.result
-        return output
 
 
 class _Stage(TokenMethod):

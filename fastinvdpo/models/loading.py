@@ -115,17 +115,18 @@ def load_model(
         options: None is as if it were not given. ``unet_init``: directory or hub id with other weights of the UNet or
             transformer to start from (a supervised fine-tuned UNet, say). ``revision``: branch, tag or commit on the
             hub. ``variant``: file variant such as ``"fp16"``. ``config``: directory in diffusers' format that says what
-            a single file holds. Some families also know ``vae``: path or hub id of
-            another VAE; ``zero_terminal_snr`` (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it;
-            ``resolution`` (flow matching): side of the images in pixels, which some noise schedules depend on;
-            ``max_sequence_length`` (flow matching): tokens of a prompt, of SD3 and FLUX.1 T5's;
-            ``guidance_embedding`` (FLUX.1); ``frames`` (Wan): of a video.
+            a single file holds. Some families also know ``vae``: path or hub id of another VAE; ``zero_terminal_snr``
+            (SD, SDXL): rescale the noise schedule to end in pure noise, or leave it; ``resolution`` (flow matching):
+            side of the images in pixels, which some noise schedules depend on; ``max_sequence_length`` (flow matching):
+            tokens of a prompt, of SD3 and FLUX.1 T5's; ``guidance_embedding`` (FLUX.1); ``frames`` (Wan): of a video.
 
     Raises:
         InvalidInput: unknown family, missing files, a checkpoint of another kind, or an option it does not have.
         MissingExtra: diffusers or transformers is not installed.
     """
-    model: DiffusionModel = load_any(_diffusion(family, path, options), path, dtype, frozen_parts, **options)
+    model: DiffusionModel = load_any(
+        _diffusion(family, _origin(path, options)[0]), path, dtype, frozen_parts, **options
+    )
     return model
 
 
@@ -164,7 +165,7 @@ def checkpoint_files(family: str, path: str | Path | Origin, **options: Any) -> 
     Raises ``InvalidInput`` where nothing is found.
     """
     origin, _ = _origin(path, options)
-    files: dict[str, list[Path]] = family_class(_diffusion(family, path, options)).files(origin)
+    files: dict[str, list[Path]] = family_class(_diffusion(family, origin)).files(origin)
     return files
 
 
@@ -181,9 +182,8 @@ def own_guidance(family: str, files: Mapping[str, Sequence[Path]]) -> float:
     return scale
 
 
-def _diffusion(family: str, path: str | Path | Origin, options: Mapping[str, Any]) -> str:
+def _diffusion(family: str, origin: Origin) -> str:
     """The family. Raises ``InvalidInput`` where it is none of diffusion models."""
-    origin, _ = _origin(path, options)
     found = resolve_family(family, origin)
     if found == MARS:
         problem = "is no diffusion model, which this needs"

@@ -39,8 +39,9 @@ _KINDS = {
 # What published files hold beside the weights of a pipeline: averages, tables of the noise schedule, and CLIP's; SD3's
 # projection of its first encoder is the identity, which the loader puts there.
 _NO_WEIGHTS = re.compile(
-    r"text_encoders\.clip_l\.transformer\.text_projection\.weight|model_ema\..*|denoiser\..*|(.*\.)?(position_ids|logit_scale)|betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|"
-    r"posterior_.*|lvlb_weights|logvar|global_step"
+    r"text_encoders\.clip_l\.transformer\.text_projection\.weight|model_ema\..*|denoiser\..*|"
+    r"(.*\.)?(position_ids|logit_scale)|betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights|"
+    r"logvar|global_step"
 )
 
 
